@@ -1,0 +1,60 @@
+# Run `make` for the list of targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.stamp
+# -qq keeps errors, and drops pip's notes about the caller's own configuration.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+FASHION_MNIST := /usr/share/datasets/fashion-mnist
+
+.PHONY: help setup data demo test test-slow lint format clean
+
+help: ## List the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 14
+
+setup: $(STAMP) ## Create .venv with torch, the tools and gls_fused (editable, native extension built)
+	@:
+
+$(STAMP): pyproject.toml setup.py requirements-build.txt constraints.txt $(shell find csrc -type f)
+	@[ -x $(BIN)/pip ] || { echo "setup: creating .venv, which takes minutes"; $(PYTHON) -m venv .venv; }
+	@$(PIP) -r requirements-build.txt
+	@$(PIP) --no-build-isolation -e '.[dev]'
+	@$(BIN)/python -c 'from runpy import run_path; \
+	  why = run_path("gls_fused/_build_info.py")["native_failure"]; \
+	  why and print(f"setup: without the native extension: {why}. Once mended, run `make clean setup`")'
+	@touch $@
+
+data: ## Install Fashion-MNIST, as Debian's package, where apt-get can
+	@[ -f $(FASHION_MNIST)/train-images-idx3-ubyte.gz ] || { \
+	  apt() { $$( [ "$$(id -u)" = 0 ] || echo sudo -n ) env DEBIAN_FRONTEND=noninteractive apt-get -qq \
+	    -o Acquire::Retries=1 -o Acquire::http::Timeout=20 "$$@"; }; \
+	  install() { apt install -y --no-install-recommends dataset-fashion-mnist; }; \
+	  { install || { apt update && install; }; } >/dev/null 2>&1 </dev/null || \
+	    echo "data: no Fashion-MNIST: could not install the Debian package dataset-fashion-mnist"; }
+
+demo: setup data ## Run the demonstration; its last line is the report's path
+	@$(BIN)/python -m benchmarks demo
+
+test: lint ## Lint, then run the quick tests
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup ## Run the slow tests
+	@$(BIN)/python -m pytest -m slow
+
+lint: setup ## Check style, format and types
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy --no-error-summary
+
+format: setup ## Rewrite the Python files in the house format
+	@$(BIN)/ruff check --quiet --fix
+	@$(BIN)/ruff format --quiet
+
+clean: ## Remove what was built and cached; .venv and results/ stay
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@rm -f gls_fused/*.so gls_fused/_build_info.py $(STAMP)
+	@find gls_fused tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

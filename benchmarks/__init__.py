@@ -1,0 +1,1 @@
+"""Experiments on the optimizer: convergence on real data, and its cost."""

@@ -1,0 +1,44 @@
+"""`python -m benchmarks COMMAND`: one subcommand per experiment.
+
+Exit status: 0 done, 2 a bad option or bad data (one line on standard error), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from benchmarks.convergence_command import add_convergence, add_demo
+from benchmarks.errors import InputError
+
+COMMANDS = (add_convergence, add_demo)
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a bad option in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the subcommand that the arguments name and return the exit status."""
+    parser = Parser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in COMMANDS:
+        add(subparsers)
+    parsed = parser.parse_args(arguments)
+    try:
+        return int(parsed.run(parsed))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+"""GLS, a fused least-squares optimizer for PyTorch: `GLS` is the optimizer, `attach` feeds others.
+
+`gls_fused.reference` is the definition of every op.
+"""
+
+from gls_fused import reference
+from gls_fused._version import __version__
+from gls_fused.attachment import Attachment, attach
+from gls_fused.dispatch import available_backends
+from gls_fused.optimizer import GLS
+
+__all__ = ["GLS", "Attachment", "__version__", "attach", "available_backends", "reference"]

@@ -1,0 +1,177 @@
+"""Backend `native`: the C++ ops of csrc/. Importing this module loads them.
+
+Ops that are a single call into torch's own kernels, and dense curvature, which is the oracle, are
+the reference's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gls_fused import _build_info, reference
+from gls_fused.reference import (
+    DenseInverse,
+    Inverse,
+    Normalize,
+    invert_gram,
+    sketch_images,
+    sum_gram,
+    unfold_images,
+)
+
+__all__ = [
+    "invert_core",
+    "invert_gram",
+    "precondition_gradient",
+    "precondition_rows",
+    "refresh_subspace",
+    "sketch_images",
+    "sketch_rows",
+    "sum_gram",
+    "unfold_images",
+    "update_layers_",
+]
+
+
+def _load() -> None:
+    """Load the schema, then the CPU kernels compiled for what torch found of this CPU."""
+    if _build_info.native_failure is not None:
+        raise ImportError(_build_info.native_failure)
+    running = torch.__version__.split("+")[0]
+    if running != _build_info.torch_version:
+        raise ImportError(
+            f"it was built against torch {_build_info.torch_version}, and {running} is running; "
+            "reinstall gls_fused with --no-build-isolation"
+        )
+    from gls_fused import _C
+
+    folder = Path(_C.__file__).parent
+    names = (f"_cpu_{torch.backends.cpu.get_cpu_capability().lower()}", "_cpu_default")
+    found = [path for name in names for path in folder.glob(f"{name}.*")]
+    if not found:
+        raise ImportError(f"no library {names[0]} beside {_C.__file__}")
+    torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
+
+
+_load()
+_ops = torch.ops.gls_fused
+
+
+def precondition_rows(
+    rows: Tensor, inverse: Inverse, *, ones: bool
+) -> tuple[Tensor, Tensor | None]:
+    """See `gls_fused.reference.precondition_rows`."""
+    if isinstance(inverse, DenseInverse):
+        return reference.precondition_rows(rows, inverse, ones=ones)
+    product, last = _ops.precondition_rows(rows, *inverse, ones)
+    return product, last if ones else None
+
+
+def precondition_gradient(
+    weight_gradient: Tensor, bias_gradient: Tensor | None, inverse: Inverse
+) -> tuple[Tensor, Tensor | None]:
+    """See `gls_fused.reference.precondition_gradient`."""
+    if isinstance(inverse, DenseInverse):
+        return reference.precondition_gradient(weight_gradient, bias_gradient, inverse)
+    product, last = _ops.precondition_gradient(weight_gradient, bias_gradient, *inverse)
+    return product, None if bias_gradient is None else last
+
+
+def sketch_rows(rows: Tensor, basis: Tensor, *, ones: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """See `gls_fused.reference.sketch_rows`."""
+    core, sketch, trace = _ops.sketch_rows(rows, basis, ones)
+    return core, sketch, trace
+
+
+def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `gls_fused.reference.refresh_subspace`."""
+    basis, core, sketch = _ops.refresh_subspace(core, sketch)
+    return basis, core, sketch
+
+
+def invert_core(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[Tensor, Tensor]:
+    """See `gls_fused.reference.invert_core`."""
+    core_inverse, shift = _ops.invert_core(core, trace, dim, damping)
+    return core_inverse, shift
+
+
+def update_layers_(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    gradient_norms: Sequence[Tensor],
+    *,
+    layer_sizes: Sequence[int],
+    normalize: Normalize,
+    lr: float | Tensor,
+    momentum: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """See `gls_fused.reference.update_layers_`."""
+    _ops.update_layers_(
+        params,
+        directions,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        gradient_norms,
+        layer_sizes,
+        normalize,
+        float(lr),
+        momentum,
+        beta2,
+        eps,
+        weight_decay,
+    )
+
+
+@torch.library.register_fake("gls_fused::precondition_rows")
+def _(
+    rows: Tensor, basis: Tensor, core_inverse: Tensor, shift: Tensor, ones: bool
+) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), rows.new_empty(rows.shape[0] if ones else 0)
+
+
+@torch.library.register_fake("gls_fused::precondition_gradient")
+def _(
+    weight_gradient: Tensor,
+    bias_gradient: Tensor | None,
+    basis: Tensor,
+    core_inverse: Tensor,
+    shift: Tensor,
+) -> tuple[Tensor, Tensor]:
+    outputs = 0 if bias_gradient is None else bias_gradient.shape[0]
+    return weight_gradient.new_empty(weight_gradient.shape), weight_gradient.new_empty(outputs)
+
+
+@torch.library.register_fake("gls_fused::sketch_rows")
+def _(rows: Tensor, basis: Tensor, ones: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rank = basis.shape[1]
+    return basis.new_empty(rank, rank), basis.new_empty(basis.shape), basis.new_empty(())
+
+
+@torch.library.register_fake("gls_fused::refresh_subspace")
+def _(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        sketch.new_empty(sketch.shape),
+        core.new_empty(core.shape),
+        sketch.new_empty(sketch.shape),
+    )
+
+
+@torch.library.register_fake("gls_fused::invert_core")
+def _(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[Tensor, Tensor]:
+    return core.new_empty(core.shape), core.new_empty(())
+
+
+@torch.library.register_fake("gls_fused::update_layers_")
+def _(*args: object) -> None:
+    return None

@@ -1,0 +1,160 @@
+"""Curvature: from the sums over a step's rows to the running estimate and its damped inverse.
+
+A layer's estimate lives in a plain dict, so that an optimizer can keep it in its own state:
+
+    dense       gram [d, d]                                      inverse: matrix [d, d]
+    subspace    basis [d, r], core [r, r], sketch [d, r], trace  inverse: core_inverse [r, r], shift
+    both        commits (int)                                    letters: see gls_fused.reference
+
+Sums arrive as one flat tensor, [n, ||A||_F^2, moments...], so that they can be guarded, and
+all-reduced, at once. The moments are A'A, or Y'Y and A'Y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse
+
+State: TypeAlias = dict[str, Any]
+
+# The test matrix is the same in every process, whatever the user's own seed.
+TEST_MATRIX_SEED = 2147483647
+
+
+class Curvature(Protocol):
+    """One kind of running estimate; without state of its own."""
+
+    backend: ModuleType
+
+    def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """What the rows are sketched with in place of U before there is an estimate."""
+
+    def start(self, state: State, sums: Tensor) -> None:
+        """Fill `state` from the first sums, which must count at least one row."""
+
+    def blend(self, state: State, sums: Tensor, beta: float) -> None:
+        """Blend new sums in, in place; sums that count no row change nothing."""
+
+    def refresh(self, state: State) -> None:
+        """Move the basis, in place."""
+
+    def solve(self, state: State, damping: float) -> None:
+        """Make the damped inverse anew, in place where it exists."""
+
+    def inverse(self, state: Mapping[str, Any]) -> Inverse:
+        """P, as views on `state`."""
+
+
+class Dense:
+    """Sigma itself. The oracle, and practical for small d."""
+
+    def __init__(self, dim: int, backend: ModuleType) -> None:
+        self.dim = dim
+        self.backend = backend
+
+    def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        return None
+
+    def start(self, state: State, sums: Tensor) -> None:
+        state["gram"] = self._gram(sums / sums[0])
+
+    def blend(self, state: State, sums: Tensor, beta: float) -> None:
+        means, weight = _means(sums, beta)
+        state["gram"].lerp_(self._gram(means), weight)
+
+    def refresh(self, state: State) -> None:
+        """There is no basis to move."""
+
+    def solve(self, state: State, damping: float) -> None:
+        _store(state, matrix=self.backend.invert_gram(state["gram"], damping))
+
+    def inverse(self, state: Mapping[str, Any]) -> Inverse:
+        return DenseInverse(state["matrix"])
+
+    def _gram(self, means: Tensor) -> Tensor:
+        return means[2:].view(self.dim, self.dim)
+
+
+class Subspace:
+    """A basis of r directions that follows the leading eigenvectors of Sigma."""
+
+    def __init__(self, dim: int, rank: int, backend: ModuleType) -> None:
+        self.dim = dim
+        self.rank = min(rank, dim)
+        self.backend = backend
+
+    def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        generator = torch.Generator().manual_seed(TEST_MATRIX_SEED)
+        gaussian = torch.randn(self.dim, self.rank, generator=generator, dtype=torch.float64)
+        basis: Tensor = torch.linalg.qr(gaussian)[0]
+        return basis.to(device, dtype)
+
+    def start(self, state: State, sums: Tensor) -> None:
+        trace, core, sketch = self._moments(sums / sums[0])
+        state.update(trace=trace.clone(), core=core.clone(), sketch=sketch.clone())
+        self.refresh(state)
+
+    def blend(self, state: State, sums: Tensor, beta: float) -> None:
+        means, weight = _means(sums, beta)
+        trace, core, sketch = self._moments(means)
+        state["trace"].lerp_(trace, weight)
+        state["core"].lerp_(core, weight)
+        state["sketch"].lerp_(sketch, weight)
+
+    def refresh(self, state: State) -> None:
+        basis, core, sketch = self.backend.refresh_subspace(state["core"], state["sketch"])
+        _store(state, basis=basis, core=core, sketch=sketch)
+
+    def solve(self, state: State, damping: float) -> None:
+        core_inverse, shift = self.backend.invert_core(
+            state["core"], state["trace"], self.dim, damping
+        )
+        _store(state, core_inverse=core_inverse, shift=shift)
+
+    def inverse(self, state: Mapping[str, Any]) -> Inverse:
+        return SubspaceInverse(state["basis"], state["core_inverse"], state["shift"])
+
+    def _moments(self, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Trace (0-d), core [r, r] and sketch [d, r]."""
+        split = 2 + self.rank * self.rank
+        core = means[2:split].view(self.rank, self.rank)
+        return means[1], core, means[split:].view(self.dim, self.rank)
+
+
+def make_curvature(kind: str, dim: int, rank: int, backend: ModuleType) -> Curvature:
+    """The curvature of a name the optimizers accept: "dense" or "subspace"."""
+    return Dense(dim, backend) if kind == "dense" else Subspace(dim, rank, backend)
+
+
+def add_sums(sums: Tensor | None, count: int, trace: Tensor, moments: tuple[Tensor, ...]) -> Tensor:
+    """Add the sums over `count` rows to those already there.
+
+    Rows that hold a NaN or an infinity, and rows that are all zero, say nothing of the inputs:
+    sums over them add nothing, which is decided on the device.
+    """
+    head = torch.stack([torch.full_like(trace, count), trace])
+    new = torch.cat([head, *(moment.flatten() for moment in moments)])
+    usable = new.sum().isfinite() & (trace > 0)
+    new = torch.where(usable, new, torch.zeros((), dtype=new.dtype, device=new.device))
+    return new if sums is None else sums + new
+
+
+def _means(sums: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Sums over n, and the weight with which they blend in: 1 - beta, or 0 where n is 0."""
+    count = sums[0]
+    return sums / count.clamp(min=1), (count > 0) * torch.full_like(count, 1 - beta)
+
+
+def _store(state: State, **tensors: Tensor) -> None:
+    """In place where the tensor exists, so that views on the state stay valid."""
+    for name, tensor in tensors.items():
+        if name in state:
+            state[name].copy_(tensor)
+        else:
+            state[name] = tensor

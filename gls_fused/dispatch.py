@@ -1,0 +1,57 @@
+"""Which implementation runs: backends are modules with the same functions and signatures."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+# In the order in which `auto` prefers them.
+_MODULES = {"native": "gls_fused.backends.native", "reference": "gls_fused.reference"}
+# The devices a backend has kernels for, where that is not every device torch has.
+_DEVICES = {"native": {"cpu"}}
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend's reason for being unavailable here, or None where it can be used."""
+    errors = {name: _load(name)[1] for name in _MODULES}
+    return {name: None if error is None else str(error) for name, error in errors.items()}
+
+
+def resolve_backend(name: str, devices: Iterable[str]) -> ModuleType:
+    """The module behind a backend's name; `auto` is the first that can be used.
+
+    Args:
+        devices: types of the devices that the parameters are on.
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend is not available, with the build's or import's error as its cause,
+            or has no kernels for one of the devices.
+    """
+    if name != "auto" and name not in _MODULES:
+        raise ValueError(f"backend: expected auto, {', '.join(_MODULES)}, got {name!r}")
+    needed = set(devices)
+    if name == "auto":
+        usable = (known for known in _MODULES if needed <= _DEVICES.get(known, needed))
+        return next(module for module, _ in map(_load, usable) if module is not None)
+    module, error = _load(name)
+    if module is None:
+        raise RuntimeError(f"backend {name!r} is not available: {error}") from error
+    missing = needed - _DEVICES.get(name, needed)
+    if missing:
+        raise RuntimeError(f"backend {name!r} has no kernels for {min(missing)}, use 'auto'")
+    return module
+
+
+def backend_name(backend: ModuleType) -> str:
+    """The name under which `resolve_backend` gives this module."""
+    return backend.__name__.rpartition(".")[2]
+
+
+@functools.cache
+def _load(name: str) -> tuple[ModuleType | None, Exception | None]:
+    try:
+        return importlib.import_module(_MODULES[name]), None
+    except (ImportError, OSError) as error:
+        return None, error

@@ -1,0 +1,165 @@
+"""The life of the statistics: started, applied, committed. Shared by GLS and attach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from gls_fused.curvature import State, make_curvature
+from gls_fused.dispatch import backend_name, resolve_backend
+from gls_fused.layers import Layer
+
+CURVATURES = ("subspace", "dense")
+SITES = ("auto", "step", "backward")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected {', '.join(choices)}, got {value!r}")
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float = math.inf, *, closed: bool = False
+) -> None:
+    """Raises ValueError unless low < value < high, or low <= value with `closed`."""
+    if not ((low <= value if closed else low < value) and value < high):
+        bracket = "[" if closed else "("
+        raise ValueError(f"{name}: expected a value in {bracket}{low}, {high}), got {value}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a whole number, at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected a whole number, at least 1, got {value!r}")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises ValueError naming the first option of the statistics that is out of range."""
+    check_number("damping", options["damping"], 0)
+    check_number("beta", options["beta"], 0, 1, closed=True)
+    check_count("rank", options["rank"])
+    check_count("curvature_every", options["curvature_every"])
+    check_count("refresh_every", options["refresh_every"])
+    check_choice("curvature", options["curvature"], CURVATURES)
+
+
+class Preconditioner:
+    """The statistics of some layers that share their options.
+
+    Args:
+        layers: captured from here on.
+        state_of: where a layer's state is kept; asked anew each time, as a state may be replaced.
+        site: "auto", "step" or "backward".
+        backend: a name that `resolve_backend` knows.
+    """
+
+    def __init__(
+        self,
+        layers: list[Layer],
+        state_of: Callable[[Layer], State],
+        options: Mapping[str, Any],
+        *,
+        site: str,
+        backend: str,
+    ) -> None:
+        self.layers = layers
+        self.state_of = state_of
+        self.site = site
+        self.backend = resolve_backend(backend, {layer.weight.device.type for layer in layers})
+        for layer in layers:
+            layer.assign(
+                make_curvature(options["curvature"], layer.dim, options["rank"], self.backend)
+            )
+            layer.capture()
+
+    def check_captured(self) -> None:
+        """Raises RuntimeError if the modules have been detached or taken over."""
+        for layer in self.layers:
+            if not layer.captured:
+                raise RuntimeError(
+                    f"layer {layer.name!r} is no longer captured: the optimizer was detached, or "
+                    "another one was built on the same model"
+                )
+
+    def release(self) -> None:
+        """Give all modules their own forward back."""
+        for layer in self.layers:
+            layer.release()
+
+    def discard_sums(self) -> None:
+        """Forget the rows of this step."""
+        for layer in self.layers:
+            layer.sums = None
+
+    def start(self, layer: Layer, options: Mapping[str, Any]) -> bool:
+        """Start a layer's statistics from its first sums, if there are usable ones.
+
+        This reads one number on the host, once in the layer's life.
+        """
+        sums = layer.take_sums()
+        if sums is None or not sums[0] > 0:
+            return False
+        state = self.state_of(layer)
+        layer.curvature.start(state, sums)
+        layer.curvature.solve(state, options["damping"])
+        state["rows"] = int(sums[0])
+        state["commits"] = 0
+        layer.inverse = layer.curvature.inverse(state)
+        layer.test_matrix = None
+        return True
+
+    def commit(self, layer: Layer, options: Mapping[str, Any]) -> None:
+        """Blend the sums of this step into the statistics, and make the inverse anew."""
+        if layer.inverse is None:
+            self.start(layer, options)
+            return
+        sums = layer.take_sums()
+        if sums is None:
+            return
+        state = self.state_of(layer)
+        layer.curvature.blend(state, sums, options["beta"])
+        state["commits"] += 1
+        if state["commits"] % options["refresh_every"] == 0:
+            layer.curvature.refresh(state)
+        layer.curvature.solve(state, options["damping"])
+
+    def expect(self, step: int, options: Mapping[str, Any]) -> None:
+        """Tell the layers what the coming step asks of them: to gather, and where P applies."""
+        for layer in self.layers:
+            state = self.state_of(layer)
+            started = "rows" in state
+            layer.inverse = layer.curvature.inverse(state) if started else None
+            layer.gathers = not started or step % options["curvature_every"] == 0
+            layer.at_backward = started and (
+                self.site == "backward" or (self.site == "auto" and self._rows_are_fewer(layer))
+            )
+
+    def site_of(self, layer: Layer) -> str:
+        """Where P is applied to this layer, or "undecided" before the first step."""
+        if self.site != "auto":
+            return self.site
+        if layer.inverse is None:
+            return "undecided"
+        return "backward" if layer.at_backward else "step"
+
+    def _rows_are_fewer(self, layer: Layer) -> bool:
+        rows: int = self.state_of(layer)["rows"]
+        return layer.kind == "Linear" and rows < layer.outputs
+
+
+def describe_layers(preconditioners: Sequence[Preconditioner]) -> list[str]:
+    """A line per layer: kind, shape, rows, rank, site and backend."""
+    lines = []
+    for preconditioner in preconditioners:
+        for layer in preconditioner.layers:
+            state = preconditioner.state_of(layer)
+            rank = f"rank {state['basis'].shape[1]}" if "basis" in state else "dense"
+            started = f"{state['rows']} rows, {rank}" if "rows" in state else "no rows yet"
+            lines.append(
+                f"{layer.name or layer.kind}: GLS ({layer.kind} {layer.dim} -> {layer.outputs}, "
+                f"{started}, site {preconditioner.site_of(layer)}, "
+                f"backend {backend_name(preconditioner.backend)})"
+            )
+    return lines

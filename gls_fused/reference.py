@@ -1,0 +1,345 @@
+"""GLS written down: every op in plain PyTorch, as in docs/method.md, for any float dtype.
+
+This module is the definition. It is meant to be read beside the equations, allocates freely, and
+imports nothing but torch; the other backends have the same functions and are tested against it.
+
+Notation (one layer):
+    A [n, d]    rows: the layer's inputs, d = k, or k + 1 with a one appended for the bias
+    G [n, m]    gradient of the loss with respect to the layer's outputs
+    D0 [m, d]   G'A, the gradient of [W b];   D = D0 P the direction
+    Sigma [d, d]  A'A / n, its running estimate;   t = tr(Sigma)
+    U [d, r]    orthonormal basis;   M [r, r] = U' Sigma U the core;   Z [d, r] = Sigma U the sketch
+    P [d, d]    (Sigma + lambda I)^-1, or I / lambda' + U C U'
+
+Rows are passed as [n, k]; `ones` says that the column of ones belongs to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
+
+Normalize: TypeAlias = Literal["rms", "adam", "sgd", "none"]
+
+
+class DenseInverse(NamedTuple):
+    """P itself."""
+
+    matrix: Tensor  # [d, d]
+
+
+class SubspaceInverse(NamedTuple):
+    """P = I / shift + basis core_inverse basis'."""
+
+    basis: Tensor  # [d, r]
+    core_inverse: Tensor  # [r, r], the C of the equations
+    shift: Tensor  # 0-d, the lambda' of the equations
+
+
+Inverse: TypeAlias = DenseInverse | SubspaceInverse
+
+
+class Window(NamedTuple):
+    """Geometry of a convolution: (height, width) each."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+# ---- capture: rows -> sums ----------------------------------------------------------------------
+
+
+def append_ones(rows: Tensor) -> Tensor:
+    """[n, k] -> [n, k + 1]."""
+    return torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
+
+
+def unfold_images(images: Tensor, window: Window) -> Tensor:
+    """[N, c, h, w] -> [n, c kh kw], one row per output position (im2col)."""
+    patches = F.unfold(
+        images, window.kernel_size, window.dilation, window.padding, window.stride
+    )  # [N, c kh kw, positions]
+    return patches.transpose(1, 2).flatten(0, 1)
+
+
+def sum_gram(rows: Tensor, *, dtype: torch.dtype, ones: bool) -> tuple[Tensor, Tensor]:
+    """A'A [d, d] and ||A||_F^2, accumulated in `dtype`."""
+    rows = rows.to(dtype)
+    rows = append_ones(rows) if ones else rows
+    gram = rows.T @ rows
+    return gram, gram.trace()
+
+
+def sketch_rows(rows: Tensor, basis: Tensor, *, ones: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Y'Y [r, r], A'Y [d, r] and ||A||_F^2, where Y = A U; in the dtype of `basis`."""
+    rows = rows.to(basis.dtype)
+    rows = append_ones(rows) if ones else rows
+    y = rows @ basis
+    return y.T @ y, rows.T @ y, rows.square().sum()
+
+
+def sketch_images(
+    images: Tensor, basis: Tensor, window: Window, *, ones: bool
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """`sketch_rows` of the rows that `unfold_images` would build, without building them.
+
+    Y is the convolution of the images with the columns of U as filters (the bias row of U is the
+    filters' bias), A'Y that convolution's weight gradient, ||A||_F^2 a box sum of squares.
+
+    Returns:
+        Y'Y [r, r], A'Y [d, r], ||A||_F^2 (0-d), and n, the number of rows.
+    """
+    images = images.to(basis.dtype)
+    channels, rank = images.shape[1], basis.shape[1]
+    size = channels * window.kernel_size[0] * window.kernel_size[1]
+    geometry = (window.stride, window.padding, window.dilation)
+
+    filters = basis[:size].T.reshape(rank, channels, *window.kernel_size)
+    y = F.conv2d(images, filters, basis[size] if ones else None, *geometry)  # [N, r, oh, ow]
+    filter_gradient = conv2d_weight(images, filters.shape, y, *geometry)  # type: ignore[no-untyped-call]
+    y_rows = y.transpose(0, 1).flatten(1)  # [r, n]
+    rows_y = filter_gradient.flatten(1).T  # [k, r]
+
+    box = images.new_ones(1, 1, *window.kernel_size)
+    trace = F.conv2d(images.square().sum(1, keepdim=True), box, None, *geometry).sum()
+    if ones:
+        rows_y = torch.cat([rows_y, y_rows.sum(1)[None]])
+        trace = trace + y_rows.shape[1]
+    return y_rows @ y_rows.T, rows_y, trace, y_rows.shape[1]
+
+
+# ---- curvature: the streaming subspace ----------------------------------------------------------
+
+
+def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The basis moves one step towards the leading eigenvectors of Sigma.
+
+        U+ T = Z,   M+ = T (M + nu I)^-1 T',   Z+ = U+ M+
+
+    T M^-1 T' = U+' Z M^-1 Z' U+ is Nystrom's approximation of Sigma in the new basis. Nothing else
+    keeps M positive semi-definite; nu, at the rounding error of M, lets M be singular.
+
+    Args:
+        core: M = U' Sigma U [r, r], positive semi-definite up to rounding.
+        sketch: Z = Sigma U [d, r], of any rank, finite.
+    Returns:
+        U+ [d, r] orthonormal, M+ [r, r] symmetric positive semi-definite, Z+ [d, r].
+    Numerics: the sketch is scaled to order one first, so that every scale whose squares are finite
+        in the dtype gives a finite result. All of Sigma is kept when r = d.
+    Source: block power iteration; Tropp et al., 2017, "Fixed-rank approximation of a positive-
+        semidefinite matrix from streaming data", for the form and the shift.
+    """
+    precision = torch.finfo(core.dtype)
+    scale = sketch.abs().max().clamp(min=precision.tiny)
+    basis, triangle = torch.linalg.qr(sketch / scale)
+    unit = core / scale
+    shift = unit.trace() * precision.eps * len(core) + precision.tiny
+    factor, _ = torch.linalg.cholesky_ex(unit + shift * torch.eye(len(core)).to(unit))
+    root = torch.linalg.solve_triangular(factor, triangle.T, upper=False)
+    core = root.T @ root * scale
+    return basis, core, basis @ core
+
+
+# ---- solve: damped least squares ----------------------------------------------------------------
+
+
+def invert_core(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[Tensor, Tensor]:
+    """C and lambda', with which P = I / lambda' + U C U'.
+
+        lambda = damping t / d,   rho = max(t - tr M, 0) / (d - r)   (0 when r = d)
+        lambda' = lambda + rho,   C = (M + lambda I)^-1 - I / lambda'
+
+    Args:
+        core: M [r, r], positive semi-definite up to rounding.
+        trace: t, 0-d, > 0.
+        dim: d.
+        damping: dimensionless, > 0.
+    Returns:
+        C [r, r] and lambda' (0-d).
+    Numerics: see `invert_damped`.
+    """
+    rank = len(core)
+    damp = damping_of(trace, dim, damping)
+    rest = (trace - core.trace()).clamp(min=0) / (dim - rank) if dim > rank else 0.0
+    shift = damp + rest
+    return invert_damped(core, damp) - torch.eye(rank).to(core) / shift, shift
+
+
+def invert_gram(gram: Tensor, damping: float) -> Tensor:
+    """P = (Sigma + lambda I)^-1 [d, d], lambda = damping tr(Sigma) / d.
+
+    Numerics: see `invert_damped`.
+    """
+    return invert_damped(gram, damping_of(gram.trace(), len(gram), damping))
+
+
+def damping_of(trace: Tensor, dim: int, damping: float) -> Tensor:
+    """The lambda of the equations, damping t / d, but at least 32 units of rounding of t."""
+    return trace * max(damping / dim, 32 * torch.finfo(trace.dtype).eps)
+
+
+def invert_damped(matrix: Tensor, damp: Tensor) -> Tensor:
+    """(S + lambda I)^-1 by Cholesky.
+
+    Numerics: where rounding has left S + lambda I not positive definite, I / (lambda + tr S / d),
+        decided on the device.
+    """
+    eye = torch.eye(len(matrix)).to(matrix)
+    factor, info = torch.linalg.cholesky_ex(matrix / damp + eye)
+    inverse = torch.cholesky_inverse(factor) / damp
+    return torch.where(info == 0, inverse, eye / (damp + matrix.trace() / len(matrix)))
+
+
+# ---- apply: P at one of two sites, then the update ----------------------------------------------
+
+
+def multiply_inverse(matrix: Tensor, inverse: Inverse) -> Tensor:
+    """X P for X [*, d]."""
+    if isinstance(inverse, DenseInverse):
+        return matrix @ inverse.matrix
+    basis, core_inverse, shift = inverse
+    return matrix / shift + ((matrix @ basis) @ core_inverse) @ basis.T
+
+
+def precondition_rows(
+    rows: Tensor, inverse: Inverse, *, ones: bool
+) -> tuple[Tensor, Tensor | None]:
+    """A P, from which the weight gradient is G' (A P): the direction, at the backward site.
+
+    Args:
+        rows: [n, k].
+        inverse: P, d = k + ones.
+        ones: whether a column of ones belongs to A.
+    Returns:
+        The first k columns [n, k] in the dtype of `rows`, and the last one [n] (None without ones).
+    """
+    inputs = append_ones(rows) if ones else rows
+    product = multiply_inverse(inputs.to(inverse[0].dtype), inverse).to(rows.dtype)
+    return (product[:, :-1], product[:, -1]) if ones else (product, None)
+
+
+def precondition_gradient(
+    weight_gradient: Tensor, bias_gradient: Tensor | None, inverse: Inverse
+) -> tuple[Tensor, Tensor | None]:
+    """D = D0 P, at the step site.
+
+    Args:
+        weight_gradient: [m, k].
+        bias_gradient: [m], or None for a layer without a bias.
+        inverse: P, d = k (+ 1 with a bias).
+    Returns:
+        The directions of weight [m, k] and bias [m], in the gradients' dtype.
+    """
+    gradient = weight_gradient
+    if bias_gradient is not None:
+        gradient = torch.cat([gradient, bias_gradient[:, None]], dim=1)
+    direction = multiply_inverse(gradient.to(inverse[0].dtype), inverse).to(gradient.dtype)
+    if bias_gradient is None:
+        return direction, None
+    return direction[:, :-1], direction[:, -1]
+
+
+def update_layers_(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    gradient_norms: Sequence[Tensor],
+    *,
+    layer_sizes: Sequence[int],
+    normalize: Normalize,
+    lr: float | Tensor,
+    momentum: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """The parameters of some layers take their step, in place.
+
+        m <- momentum m + (1 - momentum) D,   v <- beta2 v + (1 - beta2) mean(D^2)
+        W <- W (1 - lr weight_decay) - lr update,
+        update = m^ / (sqrt(v^) + eps) | m^ ||D0|| / ||D|| | m^     (^: bias-corrected)
+
+    Args:
+        params: weight, bias of one layer after the other; any shapes.
+        directions: D, shaped as the parameters.
+        exp_avgs: m, shaped as the parameters; empty when momentum is 0.
+        exp_avg_sqs: v; a 0-d tensor per layer for "rms", one per parameter for "adam", else empty.
+        steps: 0-d, per layer: steps taken, this one counted.
+        gradient_norms: ||D0|| per layer, for "sgd"; else empty.
+        layer_sizes: how many of `params` each layer has, 1 or 2.
+    Numerics: a direction that is not finite makes the layer not finite, as with Adam.
+    """
+    options = (lr, momentum, beta2, eps, weight_decay)
+    first = 0
+    for layer, size in enumerate(layer_sizes):
+        mine = slice(first, first + size)
+        squares = exp_avg_sqs[layer : layer + 1] if normalize == "rms" else exp_avg_sqs[mine]
+        norm = gradient_norms[layer] if gradient_norms else None
+        _update_layer_(
+            params[mine], directions[mine], exp_avgs[mine], squares, steps[layer], norm,
+            normalize, *options,
+        )  # fmt: skip
+        first += size
+
+
+def _update_layer_(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: Tensor,
+    gradient_norm: Tensor | None,
+    normalize: Normalize,
+    lr: float | Tensor,
+    momentum: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    decayed = 1 - lr * weight_decay
+    bias_correction = 1 - momentum ** step.double() if momentum else 1.0
+    if exp_avgs:
+        directions = [d.to(m.dtype) for d, m in zip(directions, exp_avgs, strict=True)]
+    scales: list[Tensor | float] = [1.0] * len(params)
+    if normalize == "rms":
+        squares = torch.stack([d.square().sum(dtype=exp_avg_sqs[0].dtype) for d in directions])
+        exp_avg_sqs[0].lerp_(squares.sum() / sum(d.numel() for d in directions), 1 - beta2)
+        scales = [_inverse_root(exp_avg_sqs[0], step, beta2, eps)] * len(params)
+    elif normalize == "adam":
+        for d, v in zip(directions, exp_avg_sqs, strict=True):
+            v.lerp_(d.square().to(v.dtype), 1 - beta2)
+        scales = [_inverse_root(v, step, beta2, eps) for v in exp_avg_sqs]
+    elif normalize == "sgd":
+        assert gradient_norm is not None
+        norm = layer_norm(directions)
+        scales = [torch.where(norm > 0, gradient_norm / norm, 1.0)] * len(params)
+
+    averages: Sequence[Tensor] = directions
+    if exp_avgs:
+        for m, d in zip(exp_avgs, directions, strict=True):
+            m.lerp_(d, 1 - momentum)
+        averages = exp_avgs
+    for p, average, scale in zip(params, averages, scales, strict=True):
+        p.mul_(decayed).sub_(lr * scale * average / bias_correction)
+
+
+def layer_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Frobenius norm of a layer's weight and bias taken together, 0-d."""
+    norms = torch.stack([torch.linalg.vector_norm(x) for x in tensors])
+    norm: Tensor = torch.linalg.vector_norm(norms)
+    return norm
+
+
+def _inverse_root(exp_avg_sq: Tensor, step: Tensor, beta2: float, eps: float) -> Tensor:
+    """1 / (sqrt(v^) + eps), v^ = v / (1 - beta2^step)."""
+    corrected = exp_avg_sq / (1 - beta2 ** step.double()).to(exp_avg_sq.dtype)
+    return 1 / (corrected.sqrt() + eps)

@@ -1,0 +1,162 @@
+"""GLS once more, from the equations of docs/method.md alone: slow, dense, in float64.
+
+Nothing here is shared with the package. Rows and gradients are written down by plain hooks, every
+P is a d x d matrix from torch.linalg.inv, orth is an SVD, the sums of a step are taken from all its
+rows at once.
+"""
+
+import torch
+from torch import nn
+
+
+def with_ones(rows, layer):
+    """The rows of a layer: a one appended where there is a bias."""
+    ones = torch.ones(len(rows), 1, dtype=rows.dtype)
+    return rows if layer.bias is None else torch.cat([rows, ones], 1)
+
+
+def orth(matrix):
+    """An orthonormal basis of as many columns."""
+    return torch.linalg.svd(matrix, full_matrices=False)[0]
+
+
+class DenseSigma:
+    """Sigma, and P from it."""
+
+    def start(self, a):
+        self.sigma = a.T @ a / len(a)
+
+    def commit(self, a, beta):
+        self.sigma = beta * self.sigma + (1 - beta) * a.T @ a / len(a)
+
+    def refresh(self):
+        pass
+
+    def inverse(self, damping):
+        eye = torch.eye(len(self.sigma), dtype=self.sigma.dtype)
+        return torch.linalg.inv(self.sigma + damping * self.sigma.trace() / len(eye) * eye)
+
+
+class SubspaceSigma:
+    """U, M, Z and t; P inverts U M U' + rho (I - U U') + lambda I as a d x d matrix."""
+
+    def __init__(self, test_matrix):
+        self.omega = test_matrix
+
+    def start(self, a):
+        sigma = a.T @ a / len(a)
+        self.u, self.m, self.z = self.omega, self.omega.T @ sigma @ self.omega, sigma @ self.omega
+        self.t = sigma.trace()
+        self.refresh()
+
+    def commit(self, a, beta):
+        sigma = a.T @ a / len(a)
+        self.m = beta * self.m + (1 - beta) * self.u.T @ sigma @ self.u
+        self.z = beta * self.z + (1 - beta) * sigma @ self.u
+        self.t = beta * self.t + (1 - beta) * sigma.trace()
+
+    def refresh(self):
+        nystrom = self.z @ torch.linalg.pinv(self.m, hermitian=True) @ self.z.T
+        self.u = orth(self.z)
+        self.m = self.u.T @ nystrom @ self.u
+        self.z = self.u @ self.m
+
+    def inverse(self, damping):
+        d, r = self.u.shape
+        eye, inside = torch.eye(d, dtype=self.u.dtype), self.u @ self.u.T
+        sigma = self.u @ self.m @ self.u.T
+        if r < d:
+            sigma = sigma + max(self.t - self.m.trace(), 0) / (d - r) * (eye - inside)
+        return torch.linalg.inv(sigma + damping * self.t / d * eye)
+
+
+class IndependentGLS:
+    """Trains the nn.Linear layers of a model whose other modules have no parameters.
+
+    Args:
+        test_matrix: d -> Omega [d, r], or None for the dense curvature.
+    """
+
+    def __init__(
+        self,
+        model,
+        *,
+        lr,
+        damping,
+        momentum,
+        beta,
+        beta2,
+        eps,
+        weight_decay,
+        normalize,
+        curvature_every,
+        refresh_every,
+        test_matrix=None,
+    ):
+        self.lr, self.damping, self.momentum, self.beta = lr, damping, momentum, beta
+        self.beta2, self.eps, self.weight_decay, self.normalize = (
+            beta2,
+            eps,
+            weight_decay,
+            normalize,
+        )
+        self.curvature_every, self.refresh_every = curvature_every, refresh_every
+        self.layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+        self.seen = {layer: [] for layer in self.layers}  # (A, G) of every call in this step
+        self.sigma, self.p, self.moment, self.square = {}, {}, {}, {}
+        self.commits = dict.fromkeys(self.layers, 0)
+        self.step_count = 0
+        for layer in self.layers:
+            d = layer.in_features + (layer.bias is not None)
+            self.sigma[layer] = (
+                DenseSigma() if test_matrix is None else SubspaceSigma(test_matrix(d))
+            )
+            self.moment[layer] = torch.zeros(layer.out_features, d, dtype=torch.float64)
+            self.square[layer] = 0.0
+            layer.register_forward_hook(self.write_down)
+
+    def write_down(self, layer, args, output):
+        rows = with_ones(args[0].detach().reshape(-1, layer.in_features), layer)
+
+        def write(gradient):
+            self.seen[layer].append((rows, gradient.reshape(-1, layer.out_features)))
+
+        output.register_hook(write)
+
+    def step(self):
+        step = self.step_count
+        self.step_count += 1
+        for layer in self.layers:
+            calls, self.seen[layer] = self.seen[layer], []
+            a = torch.cat([rows for rows, _ in calls])
+            g = torch.cat([gradient for _, gradient in calls])
+            if step == 0:
+                self.sigma[layer].start(a)
+                self.p[layer] = self.sigma[layer].inverse(self.damping)
+            self.move(layer, g.T @ a, self.p[layer], step + 1)
+            if step > 0 and step % self.curvature_every == 0:
+                self.sigma[layer].commit(a, self.beta)
+                self.commits[layer] += 1
+                if self.commits[layer] % self.refresh_every == 0:
+                    self.sigma[layer].refresh()
+                self.p[layer] = self.sigma[layer].inverse(self.damping)
+
+    @torch.no_grad()
+    def move(self, layer, gradient, p, t):
+        direction = gradient @ p
+        self.moment[layer] = self.momentum * self.moment[layer] + (1 - self.momentum) * direction
+        update = self.moment[layer] / (1 - self.momentum**t)
+        if self.normalize in ("rms", "adam"):
+            square = direction.square()
+            square = square.mean() if self.normalize == "rms" else square
+            self.square[layer] = self.beta2 * self.square[layer] + (1 - self.beta2) * square
+            update = update / ((self.square[layer] / (1 - self.beta2**t)).sqrt() + self.eps)
+        elif self.normalize == "sgd":
+            update = update * gradient.norm() / direction.norm()
+        weight = layer.weight
+        if layer.bias is not None:
+            weight = torch.cat([layer.weight, layer.bias[:, None]], 1)
+        weight = weight * (1 - self.lr * self.weight_decay) - self.lr * update
+        layer.weight.copy_(weight[:, : layer.in_features])
+        if layer.bias is not None:
+            layer.bias.copy_(weight[:, -1])

@@ -1,0 +1,73 @@
+"""Small float64 models, and their training, shared by the tests."""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+KINDS = ("mlp", "cnn")
+WIDTH = 8
+
+
+class Net(nn.Module):
+    """stem -> first -> second -> head; first and second have the same shape.
+
+    Args:
+        kind: "mlp" (inputs [n, 6]) or "cnn" (inputs [n, 2, 6, 6]).
+        recompute: how the middle is checkpointed: None, "reentrant" or "saved".
+    """
+
+    def __init__(self, kind, *, bias=True, recompute=None):
+        super().__init__()
+        if kind == "mlp":
+            self.stem = nn.Linear(6, WIDTH, bias=bias)
+            self.first = nn.Linear(WIDTH, WIDTH, bias=bias)
+            self.second = nn.Linear(WIDTH, WIDTH, bias=bias)
+        else:
+            self.stem = nn.Conv2d(2, WIDTH, 3, stride=2, bias=bias)
+            self.first = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=bias)
+            self.second = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=bias)
+        self.head = nn.Linear(WIDTH if kind == "mlp" else WIDTH * 4, 3, bias=bias)
+        self.kind = kind
+        self.recompute = recompute
+        self.repeats = 1
+
+    def middle(self, hidden, skip):
+        for _ in range(self.repeats):
+            hidden = torch.tanh(self.first(hidden))
+        return hidden if skip else torch.tanh(self.second(hidden))
+
+    def forward(self, inputs, skip=False):
+        hidden = torch.tanh(self.stem(inputs))
+        if self.recompute is None:
+            hidden = self.middle(hidden, skip)
+        else:
+            reentrant = self.recompute == "reentrant"
+            hidden = checkpoint(self.middle, hidden, skip, use_reentrant=reentrant)
+        return self.head(hidden.flatten(1))
+
+
+def make_net(kind, **options):
+    torch.manual_seed(0)
+    return Net(kind, **options).double()
+
+
+def make_batch(kind, n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (n, 6) if kind == "mlp" else (n, 2, 6, 6)
+    inputs = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return inputs, torch.randn(n, 3, generator=generator, dtype=torch.float64)
+
+
+def loss_of(model, batch, **options):
+    inputs, targets = batch
+    return (model(inputs, **options) - targets).square().mean()
+
+
+def snapshot(model):
+    """A copy of all the parameters."""
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def gradients(model):
+    """A copy of all the gradients, None where there is none."""
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]

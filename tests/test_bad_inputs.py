@@ -1,0 +1,396 @@
+"""What a user may pass by mistake, and what a batch may hold: errors name it, training survives."""
+
+import copy
+import math
+
+import pytest
+import torch
+from nets import KINDS, loss_of, make_batch, make_net, snapshot
+from torch import nn
+
+from gls_fused import GLS, attach
+
+CURVATURES = ("subspace", "dense")
+EVERY_STEP = {"rank": 4, "curvature_every": 1, "refresh_every": 1}
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+
+BAD_OPTIONS = [
+    ("lr", 0.0),
+    ("lr", -1e-3),
+    ("lr", math.nan),
+    ("lr", math.inf),
+    ("momentum", 1.0),
+    ("momentum", -0.1),
+    ("momentum", math.nan),
+    ("beta2", 1.0),
+    ("beta2", -0.1),
+    ("eps", 0.0),
+    ("eps", -1e-8),
+    ("weight_decay", -0.1),
+    ("normalize", "l2"),
+    ("normalize", None),
+]
+BAD_STATISTICS = [
+    ("damping", 0.0),
+    ("damping", -1.0),
+    ("damping", math.nan),
+    ("damping", math.inf),
+    ("beta", 1.0),
+    ("beta", -0.1),
+    ("beta", math.nan),
+    ("rank", 0),
+    ("rank", -3),
+    ("rank", 2.0),
+    ("rank", True),
+    ("curvature_every", 0),
+    ("curvature_every", 1.5),
+    ("refresh_every", 0),
+    ("curvature", "diagonal"),
+    ("backend", "fortran"),
+]
+
+
+def assert_names(error, name, value):
+    message = str(error.value)
+    assert message.startswith(name)
+    assert str(value) in message
+    assert "expected" in message
+
+
+@pytest.mark.parametrize(("name", "value"), [*BAD_OPTIONS, *BAD_STATISTICS, ("site", "middle")])
+def test_option_out_of_range(name, value):
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=name) as error:
+        GLS(model, **{name: value})
+    assert_names(error, name, value)
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_STATISTICS)
+def test_option_of_attach_out_of_range(name, value):
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=name) as error:
+        attach(model, **{name: value})
+    assert_names(error, name, value)
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [pair for pair in [*BAD_OPTIONS, *BAD_STATISTICS] if pair[0] != "backend"],
+)
+def test_option_of_a_group_out_of_range(name, value):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=name) as error:
+        GLS([{"params": model[0]}, {"params": model[1], name: value}])
+    assert_names(error, name, value)
+    assert "forward" not in vars(model[0])
+
+
+@pytest.mark.parametrize("key", ["betas", "sites", "backend", "site", "learning_rate"])
+def test_unknown_key_of_a_group(key):
+    with pytest.raises(ValueError, match="unknown option") as error:
+        GLS([{"params": nn.Linear(3, 2), key: 1}])
+    assert repr(key) in str(error.value)
+    assert "damping" in str(error.value)
+
+
+def test_unknown_option():
+    with pytest.raises(TypeError, match="betas"):
+        GLS(nn.Linear(3, 2), betas=(0.9, 0.999))
+
+
+def test_parameters_instead_of_the_model():
+    model = nn.Linear(3, 2)
+    for wrong in (model.parameters(), list(model.parameters()), model.named_parameters()):
+        with pytest.raises(TypeError, match=r"pass the model, not model\.parameters\(\)"):
+            GLS(wrong)
+
+
+def test_strange_entry_of_a_group():
+    with pytest.raises(TypeError, match="expected modules or parameters, got str"):
+        GLS([{"params": ["weight"]}])
+
+
+@pytest.mark.parametrize(
+    "empty", [nn.Sequential(), nn.ReLU(), [{"params": nn.ReLU()}], [{"params": []}]]
+)
+def test_nothing_to_train(empty):
+    with pytest.raises(ValueError, match="no parameters"):
+        GLS(empty)
+
+
+def test_empty_list():
+    with pytest.raises(ValueError, match=r"non-empty list of groups, got \[\]"):
+        GLS([])
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(), nn.LayerNorm(3), nn.Conv2d(2, 2, 1, groups=2)])
+def test_attach_to_nothing(model):
+    with pytest.raises(ValueError, match=r"without an nn\.Linear or nn\.Conv2d"):
+        attach(model)
+
+
+def test_complex_parameters():
+    with pytest.raises(ValueError, match="complex64"):
+        GLS(nn.Linear(3, 2, dtype=torch.complex64))
+
+
+def test_parameter_in_two_groups():
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        GLS([{"params": model}, {"params": [model.weight]}])
+    assert "forward" not in vars(model)
+
+
+def test_site_backward_does_not_keep_what_sgd_needs():
+    for wrong in (
+        lambda: GLS(nn.Linear(3, 2), normalize="sgd", site="backward"),
+        lambda: GLS([{"params": nn.Linear(3, 2), "normalize": "sgd"}], site="backward"),
+    ):
+        with pytest.raises(ValueError, match=r"site: .*got 'backward'"):
+            wrong()
+
+
+def test_sparse_gradient():
+    model = nn.Embedding(5, 3, sparse=True)
+    optimizer = GLS(model)
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="SparseAdam"):
+        optimizer.step()
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+def spoil(batch, value):
+    inputs, targets = batch
+    inputs = inputs.clone()
+    inputs[1] = value
+    return inputs, targets
+
+
+def states(optimizer):
+    """All tensors of the state."""
+    return [
+        value
+        for state in optimizer.state_dict()["state"].values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+
+
+def assert_finite(tensors):
+    assert all(x.isfinite().all() for x in tensors)
+
+
+def assert_equal(actual, expected):
+    assert len(actual) == len(expected)
+    for p, q in zip(actual, expected, strict=True):
+        assert torch.equal(p, q)
+
+
+def run_with_bad_batches(kind, curvature, site, bad_value, bad_steps):
+    """Parameters and state after 6 steps, where some bad batches came and were dropped."""
+    model = make_net(kind)
+    optimizer = GLS(model, curvature=curvature, site=site, **EVERY_STEP)
+    for step in range(6):
+        if step in bad_steps:
+            loss = loss_of(model, spoil(make_batch(kind, 5, 99), bad_value))
+            loss.backward()
+            assert loss.isnan()
+            optimizer.zero_grad()
+        loss_of(model, make_batch(kind, 5, step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return snapshot(model), states(optimizer)
+
+
+@pytest.mark.parametrize("bad_value", [math.nan, math.inf])
+@pytest.mark.parametrize("site", ["step", "backward"])
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropped_batch_leaves_no_trace(kind, curvature, site, bad_value):
+    clean = run_with_bad_batches(kind, curvature, site, bad_value, ())
+    spoilt = run_with_bad_batches(kind, curvature, site, bad_value, (0, 1, 4))
+    for actual, expected in zip(spoilt, clean, strict=True):
+        assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("bad_value", [math.nan, math.inf])
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad_step", [0, 2])
+def test_bad_micro_batch_is_not_counted(kind, curvature, bad_value, bad_step):
+    """Its gradients, which are put back here, are the user's concern; the sums are not."""
+    found = []
+    for spoilt in (False, True):
+        model = make_net(kind)
+        optimizer = GLS(model, curvature=curvature, **EVERY_STEP)
+        for step in range(4):
+            loss_of(model, make_batch(kind, 5, 2 * step)).backward()
+            kept = [p.grad.clone() for p in model.parameters()]
+            if spoilt and step == bad_step:
+                loss_of(model, spoil(make_batch(kind, 5, 99), bad_value)).backward()
+            for p, gradient in zip(model.parameters(), kept, strict=True):
+                p.grad = gradient
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((snapshot(model), states(optimizer)))
+    for actual, expected in zip(*found, strict=True):
+        assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+@pytest.mark.parametrize("bad_step", [0, 2])
+def test_non_finite_gradient_is_taken_as_adam_takes_it(normalize, bad_step):
+    model = make_net("mlp")
+    optimizer = GLS(model, normalize=normalize, site="step", **EVERY_STEP)
+    for step in range(5):
+        loss = loss_of(model, make_batch("mlp", 5, step))
+        (loss * math.nan if step == bad_step else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        finite = all(p.isfinite().all() for p in model.parameters())
+        assert finite == (step < bad_step)
+    for key in ("basis", "core", "sketch", "trace", "core_inverse", "shift"):
+        assert_finite(state[key] for state in optimizer.state.values() if key in state)
+
+
+def train(model, batches, **options):
+    """Trains on the batches; the parameters and the state must stay finite."""
+    optimizer = GLS(model, **{**EVERY_STEP, **options})
+    for inputs in batches:
+        outputs = model(inputs)
+        loss = (outputs - 1).square().sum() / max(1, len(outputs))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert_finite(snapshot(model))
+        assert_finite(states(optimizer))
+    return optimizer
+
+
+def make_float_net(kind, **options):
+    return make_net(kind, **options).float()
+
+
+def inputs_of(kind, n, seed=0):
+    return make_batch(kind, n, seed)[0].float()
+
+
+def only_feature(inputs, scale):
+    """Scales one feature, keeps the rest."""
+    chosen = (torch.arange(inputs[0].numel()) == 1).view(inputs[0].shape)
+    return torch.where(chosen, inputs * scale, inputs)
+
+
+def each_scaled(inputs, factors):
+    """Scales every sample by its own factor."""
+    return inputs * factors.view(-1, *[1] * (inputs.ndim - 1))
+
+
+POOR = {
+    "no rows": lambda x: x[:0],
+    "one row": lambda x: x[:1],
+    "constant": torch.ones_like,
+    "zero": torch.zeros_like,
+    "one feature": lambda x: x - only_feature(x, 0),
+    "rank one": lambda x: each_scaled(x[:1].expand_as(x), torch.linspace(-2, 2, len(x))),
+}
+SCALED = {
+    "large": lambda x: x * 1e15,
+    "small": lambda x: x * 1e-15,
+    "scales mixed": lambda x: each_scaled(x, torch.logspace(-12, 12, len(x))),
+    "one feature large": lambda x: only_feature(x, 1e8),
+}
+DEGENERATE = {**POOR, **SCALED}
+
+
+@pytest.mark.parametrize("damping", [1.0, 1e-2])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_degenerate_inputs_stay_finite(kind, curvature, name, bias, damping):
+    batches = [DEGENERATE[name](inputs_of(kind, 6, seed=step)) for step in range(12)]
+    train(make_float_net(kind, bias=bias), batches, curvature=curvature, damping=damping)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", POOR)
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_trains_on_after_poor_inputs(kind, curvature, name, bias):
+    model = make_float_net(kind, bias=bias)
+    real = inputs_of(kind, 6)
+    poor = POOR[name](real)
+    train(model, [poor] * 2, curvature=curvature)
+    before = (model(real) - 1).square().sum()
+    optimizer = train(model, [poor] * 2 + [real] * 15, curvature=curvature, lr=1e-2)
+    assert (model(real) - 1).square().sum() < 0.9 * before
+    assert "no rows yet" not in optimizer.report()
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_degenerate_inputs_in_the_middle_stay_finite(kind, curvature, name):
+    batches = [inputs_of(kind, 6, seed=step) for step in range(9)]
+    batches[3:6] = [DEGENERATE[name](batch) for batch in batches[3:6]]
+    train(make_float_net(kind), batches, curvature=curvature)
+
+
+@pytest.mark.parametrize("site", ["step", "backward"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty_batches_change_nothing(kind, site):
+    """At step 0, when nothing has started, and later; also beside real rows in one step."""
+    found = []
+    for empty in (False, True):
+        model = make_net(kind)
+        optimizer = GLS(model, site=site, momentum=0.0, **EVERY_STEP)
+        for step in range(4):
+            if empty:
+                model(make_batch(kind, 0, step)[0]).sum().backward()
+            loss_of(model, make_batch(kind, 5, step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((snapshot(model), states(optimizer)))
+    for actual, expected in zip(*found, strict=True):
+        assert_equal(actual, expected)
+
+
+def test_zero_inputs_have_a_bias_to_learn_from():
+    """The column of ones is a row like any other; without it there is nothing to learn from."""
+    for bias in (True, False):
+        model = nn.Linear(3, 2, bias=bias)
+        before = copy.deepcopy(model.state_dict())
+        optimizer = train(model, [torch.zeros(4, 3)] * 3, lr=0.1)
+        assert torch.equal(model.weight, before["weight"])
+        assert ("no rows yet" in optimizer.report()) == (not bias)
+        if bias:
+            assert not torch.equal(model.bias, before["bias"])
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_scale_of_the_inputs_is_undone(curvature):
+    """The damping is relative: at any scale of the inputs the outputs move alike."""
+    moved = []
+    for scale in (1.0, 1e15, 1e-15):
+        torch.manual_seed(0)
+        model = nn.Linear(5, 2, bias=False)
+        with torch.no_grad():
+            model.weight /= scale
+        rows = torch.randn(20, 5) * scale
+        before = model(rows)
+        optimizer = GLS(model, lr=0.1, normalize="none", curvature=curvature, **EVERY_STEP)
+        for _ in range(3):
+            (model(rows) - 1).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved.append(model(rows) - before)
+    for other in moved[1:]:
+        torch.testing.assert_close(other, moved[0], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,510 @@
+"""Each op of the definition against the mathematics, in float64 brute force."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import HEADROOM, PRODUCT, SOLVE, assert_near, relative_error
+
+from gls_fused import reference
+
+DTYPES = tuple(PRODUCT)
+WIDE = tuple(SOLVE)
+
+seeds = st.integers(0, 2**31)
+sizes = st.integers(1, 9)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def spread_rows(n, d, seed=0, decades=2.0):
+    """Rows whose covariance has a spectrum over some decades."""
+    return randn(n, d, seed=seed) * torch.logspace(0, -decades / 2, d, dtype=torch.float64)
+
+
+def covariance(rows):
+    return rows.T @ rows / len(rows)
+
+
+def orthonormal(d, r, seed=0):
+    return torch.linalg.svd(randn(d, r, seed=seed), full_matrices=False)[0]
+
+
+def damped_inverse(sigma, damping):
+    d = len(sigma)
+    return torch.linalg.inv(sigma + damping * sigma.trace() / d * torch.eye(d).double())
+
+
+def start(sigma, rank, seed=0):
+    """The first basis, core and sketch, from a random orthonormal test matrix."""
+    omega = orthonormal(len(sigma), rank, seed=seed)
+    return reference.refresh_subspace(omega.T @ sigma @ omega, sigma @ omega)
+
+
+def subspace_inverse(basis, core, trace, damping):
+    core_inverse, shift = reference.invert_core(core, trace, len(basis), damping)
+    return reference.SubspaceInverse(basis, core_inverse, shift)
+
+
+def as_matrix(inverse):
+    """P itself, [d, d]."""
+    return reference.multiply_inverse(torch.eye(len(inverse[0]), dtype=inverse[0].dtype), inverse)
+
+
+def exact_products(rows):
+    """A'A, each sum rounded once."""
+    columns = rows.double().T.tolist()
+    products = [[math.fsum(map(float.__mul__, a, b)) for a in columns] for b in columns]
+    return torch.tensor(products, dtype=torch.float64)
+
+
+# ---- the tolerances ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tolerance_of_products_is_the_error_of_pytorch(dtype):
+    rows = randn(64, 16, dtype=dtype)
+    exact = exact_products(rows)
+    error = relative_error(rows.T @ rows, exact)
+    assert error <= PRODUCT[dtype] <= HEADROOM * error
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+def test_tolerance_of_solves_is_the_error_of_pytorch(dtype):
+    sigma = covariance(spread_rows(64, 16, decades=4) @ orthonormal(16, 16)).to(dtype)
+    damped = sigma + 1e-3 * sigma.trace() / 16 * torch.eye(16).to(dtype)
+    # Two orders of elimination differ by the error of each.
+    error = relative_error(torch.linalg.inv(damped), torch.linalg.inv(damped.flip(0, 1)).flip(0, 1))
+    assert error <= SOLVE[dtype] <= HEADROOM * error
+
+
+# ---- capture -------------------------------------------------------------------------------------
+
+
+@given(n=sizes, k=sizes, ones=st.booleans(), dtype=st.sampled_from(DTYPES), seed=seeds)
+def test_sum_gram(n, k, ones, dtype, seed):
+    rows = randn(n, k, seed=seed, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    gram, trace = reference.sum_gram(rows, dtype=wide, ones=ones)
+    assert gram.dtype == trace.dtype == wide
+    expected = torch.zeros(k + ones, k + ones, dtype=torch.float64)
+    for row in rows.double().tolist():
+        a = torch.tensor([*row, 1.0] if ones else row, dtype=torch.float64)
+        expected += torch.outer(a, a)
+    assert_near(gram, expected, PRODUCT[wide])
+    assert_near(trace, expected.trace(), PRODUCT[wide])
+
+
+@given(n=sizes, k=sizes, r=sizes, ones=st.booleans(), dtype=st.sampled_from(DTYPES), seed=seeds)
+def test_sketch_rows(n, k, r, ones, dtype, seed):
+    rows = randn(n, k, seed=seed, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    basis = randn(k + ones, r, seed=seed + 1, dtype=wide)
+    core, sketch, trace = reference.sketch_rows(rows, basis, ones=ones)
+    assert core.dtype == sketch.dtype == trace.dtype == wide
+    full = rows.double()
+    full = torch.cat([full, torch.ones(n, 1)], 1) if ones else full
+    gram, u = full.T @ full, basis.double()
+    scale = float(gram.trace() * u.square().sum())
+    assert float((core - u.T @ gram @ u).abs().max()) <= PRODUCT[wide] * scale
+    assert float((sketch - gram @ u).abs().max()) <= PRODUCT[wide] * scale
+    assert_near(trace, gram.trace(), PRODUCT[wide])
+
+
+def windows():
+    pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    padding = st.tuples(st.integers(0, 2), st.integers(0, 2))
+    return st.builds(reference.Window, pairs, pairs, padding, pairs)
+
+
+def patches_pixel_by_pixel(images, window):
+    """im2col with nothing but indexing."""
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = window
+    count, channels, height, width = images.shape
+    rows = []
+    for image in range(count):
+        for top in range(-ph, height + ph - dh * (kh - 1), sh):
+            for left in range(-pw, width + pw - dw * (kw - 1), sw):
+                row = []
+                for channel, i, j in itertools.product(range(channels), range(kh), range(kw)):
+                    y, x = top + dh * i, left + dw * j
+                    inside = 0 <= y < height and 0 <= x < width
+                    row.append(float(images[image, channel, y, x]) if inside else 0.0)
+                rows.append(row)
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@given(
+    window=windows(),
+    count=st.integers(1, 2),
+    channels=st.integers(1, 3),
+    extra=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    rank=st.integers(1, 5),
+    ones=st.booleans(),
+    seed=seeds,
+)
+def test_images_are_the_rows_of_their_patches(window, count, channels, extra, rank, ones, seed):
+    height, width = (
+        max(1, d * (k - 1) + 1 - 2 * p) + e
+        for k, p, d, e in zip(window[0], window[2], window[3], extra, strict=True)
+    )
+    images = randn(count, channels, height, width, seed=seed)
+    rows = patches_pixel_by_pixel(images, window)
+    unfolded = reference.unfold_images(images, window)
+    assert torch.equal(unfolded, rows)
+
+    basis = randn(rows.shape[1] + ones, rank, seed=seed + 1)
+    expected = reference.sketch_rows(rows, basis, ones=ones)
+    *found, number = reference.sketch_images(images, basis, window, ones=ones)
+    assert number == len(rows)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert_near(actual, wanted, PRODUCT[torch.float64])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sketch_images_takes_any_dtype(dtype):
+    window = reference.Window((3, 3), (2, 1), (1, 1), (1, 1))
+    images = randn(2, 3, 6, 5, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    basis = randn(28, 4, seed=1, dtype=wide)
+    rows = patches_pixel_by_pixel(images.double(), window)
+    expected = reference.sketch_rows(rows, basis.double(), ones=True)
+    *found, _ = reference.sketch_images(images, basis, window, ones=True)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert actual.dtype == wide
+        assert_near(actual, wanted, PRODUCT[wide])
+
+
+# ---- curvature -----------------------------------------------------------------------------------
+
+
+@given(n=st.integers(1, 20), d=sizes, damping=st.sampled_from([0.1, 1.0]), seed=seeds)
+def test_subspace_of_full_rank_is_dense(n, d, damping, seed):
+    sigma = covariance(spread_rows(n, d, seed=seed))
+    basis, core, _ = start(sigma, d, seed=seed + 1)
+    dense = reference.DenseInverse(reference.invert_gram(sigma, damping))
+    whole = subspace_inverse(basis, core, sigma.trace(), damping)
+    assert_near(as_matrix(whole), as_matrix(dense), SOLVE[torch.float64])
+
+
+@given(d=st.integers(2, 12), r=st.integers(1, 6), rank=st.integers(1, 6), seed=seeds)
+def test_start_is_exact_when_the_rows_span_no_more_than_the_rank(d, r, rank, seed):
+    r = min(r, d)
+    rows = randn(10, min(rank, r), seed=seed) @ randn(min(rank, r), d, seed=seed + 1)
+    sigma = covariance(rows)
+    basis, core, sketch = start(sigma, r, seed=seed + 2)
+    # A random test matrix leaves an error of some units of rounding over its smallest angle.
+    assert_near(basis @ core @ basis.T, sigma, 1e-8)
+    assert_near(sketch, sigma @ basis, 1e-8)
+
+
+@given(d=st.integers(1, 12), r=st.integers(1, 6), n=st.integers(1, 12), seed=seeds)
+def test_refresh_keeps_its_invariants(d, r, n, seed):
+    r = min(r, d)
+    sigma = covariance(spread_rows(n, d, seed=seed))
+    u = orthonormal(d, r, seed=seed + 1)
+    basis, core, sketch = reference.refresh_subspace(u.T @ sigma @ u, sigma @ u)
+    eye = torch.eye(r).double()
+    assert_near(basis.T @ basis, eye, PRODUCT[torch.float64])
+    assert_near(core, core.T.contiguous(), PRODUCT[torch.float64])
+    assert_near(sketch, basis @ core, PRODUCT[torch.float64])
+    assert torch.linalg.eigvalsh(core)[0] >= -1e-14 * float(sigma.trace())
+    # Nystrom's approximation never exceeds Sigma.
+    gap = torch.linalg.eigvalsh(sigma - basis @ core @ basis.T)[0]
+    assert gap >= -1e-12 * float(sigma.trace())
+
+
+def test_core_stays_positive_when_the_inputs_turn():
+    """Old and new rows of other directions and scales, blended: every core can be inverted."""
+    for seed in range(30):
+        d, r, beta = 12, 5, 0.9
+        turn, scale = orthonormal(d, d, seed=seed), 10.0 ** (seed % 7 - 3)
+        old = covariance(spread_rows(30, d, seed=seed, decades=6))
+        new = covariance(spread_rows(30, d, seed=seed + 100, decades=6) @ turn * scale)
+        basis, core, sketch = start(old, r, seed=seed)
+        for _ in range(6):
+            core = beta * core + (1 - beta) * basis.T @ new @ basis
+            sketch = beta * sketch + (1 - beta) * new @ basis
+            basis, core, sketch = reference.refresh_subspace(core, sketch)
+            assert torch.linalg.eigvalsh(core)[0] >= -1e-12 * float(core.trace())
+
+
+def test_refresh_of_full_rank_is_exact():
+    sigma = covariance(spread_rows(40, 7))
+    u = orthonormal(7, 7, seed=1)
+    basis, core, _ = reference.refresh_subspace(u.T @ sigma @ u, sigma @ u)
+    assert_near(basis @ core @ basis.T, sigma, 1e-12)
+
+
+def test_subspace_converges_to_the_leading_eigenvectors():
+    sigma = covariance(spread_rows(200, 20, decades=4))
+    leading = torch.linalg.eigh(sigma)[1][:, -4:]
+    basis, core, sketch = start(sigma, 4, seed=1)
+    trace = sigma.trace()
+    angles = []
+    for _ in range(150):
+        core = 0.5 * core + 0.5 * basis.T @ sigma @ basis
+        sketch = 0.5 * sketch + 0.5 * sigma @ basis
+        basis, core, sketch = reference.refresh_subspace(core, sketch)
+        angles.append(1 - float(torch.linalg.svdvals(leading.T @ basis)[-1]))
+    assert angles[0] > 1e-3
+    assert angles[-1] < 1e-9
+    assert_near(torch.linalg.eigvalsh(core), torch.linalg.eigvalsh(sigma)[-4:], 1e-8)
+    # P then has the exact inverse on that subspace and the mean of the rest outside.
+    rest = (trace - torch.linalg.eigvalsh(sigma)[-4:].sum()) / 16
+    outside = torch.eye(20).double() - leading @ leading.T
+    ideal = leading @ (leading.T @ sigma @ leading) @ leading.T + rest * outside
+    damped = ideal + 0.1 * trace / 20 * torch.eye(20).double()
+    inverse = as_matrix(subspace_inverse(basis, core, trace, 0.1))
+    assert_near(inverse, torch.linalg.inv(damped), 1e-7)
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_refresh_at_any_scale(dtype, scale):
+    sigma = covariance(spread_rows(30, 8)).to(dtype)
+    u = orthonormal(8, 3, seed=1).to(dtype)
+    core, sketch = u.T @ sigma @ u, sigma @ u
+    basis, once, _ = reference.refresh_subspace(core, sketch)
+    scaled_basis, scaled, _ = reference.refresh_subspace(core * scale, sketch * scale)
+    assert_near(
+        scaled_basis @ (scaled / scale) @ scaled_basis.T, basis @ once @ basis.T, SOLVE[dtype]
+    )
+
+
+# ---- solve ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("damping", [1e-3, 0.1, 1.0, 10.0])
+@pytest.mark.parametrize(("n", "d"), [(64, 16), (5, 16), (1, 3), (4, 1)])
+def test_invert_gram(dtype, damping, n, d):
+    sigma = covariance(spread_rows(n, d))
+    inverse = reference.invert_gram(sigma.to(dtype), damping)
+    assert inverse.dtype == dtype
+    assert_near(inverse, damped_inverse(sigma, damping), SOLVE[dtype])
+
+
+@given(
+    d=st.integers(1, 12),
+    r=st.integers(1, 6),
+    damping=st.sampled_from([1e-3, 0.1, 1.0, 10.0]),
+    dtype=st.sampled_from(WIDE),
+    seed=seeds,
+)
+def test_invert_core(d, r, damping, dtype, seed):
+    """P is the inverse of U M U' + rho (I - U U') + lambda I."""
+    r = min(r, d)
+    basis = orthonormal(d, r, seed=seed)
+    core = covariance(spread_rows(20, r, seed=seed + 1))
+    trace = core.trace() * 1.5 if r < d else core.trace()
+    low = basis @ core @ basis.T
+    if r < d:
+        outside = torch.eye(d).double() - basis @ basis.T
+        low = low + (trace - core.trace()) / (d - r) * outside
+    expected = torch.linalg.inv(low + damping * trace / d * torch.eye(d).double())
+    inverse = subspace_inverse(basis.to(dtype), core.to(dtype), trace.to(dtype), damping)
+    assert inverse.core_inverse.dtype == dtype
+    assert_near(as_matrix(inverse), expected, SOLVE[dtype])
+
+
+@given(n=st.integers(1, 20), k=sizes, m=sizes, ones=st.booleans(), whole=st.booleans(), seed=seeds)
+def test_direction_is_the_damped_least_squares_step(n, k, m, ones, whole, seed):
+    """Over the rows: each asks for the output change -n g_i, further rows for damping."""
+    rows, grads = spread_rows(n, k, seed=seed), randn(n, m, seed=seed + 1)
+    full = torch.cat([rows, torch.ones(n, 1).double()], 1) if ones else rows
+    d, damping = k + ones, 0.1
+    damp = damping * full.square().sum() / n / d
+    system = torch.cat([full / math.sqrt(n), damp.sqrt() * torch.eye(d).double()])
+    wanted = torch.cat([-n * grads / math.sqrt(n), torch.zeros(d, m).double()])
+    step = torch.linalg.lstsq(system, wanted).solution.T
+
+    sigma = covariance(full)
+    if whole:
+        basis, core, _ = start(sigma, d, seed=seed + 2)
+        inverse = subspace_inverse(basis, core, sigma.trace(), damping)
+    else:
+        inverse = reference.DenseInverse(reference.invert_gram(sigma, damping))
+    weight, bias = reference.precondition_gradient(
+        grads.T @ rows, grads.sum(0) if ones else None, inverse
+    )
+    found = weight if bias is None else torch.cat([weight, bias[:, None]], 1)
+    assert_near(-found, step, SOLVE[torch.float64])
+
+
+# ---- apply ---------------------------------------------------------------------------------------
+
+
+def some_inverse(d, r, dtype, seed):
+    """A P of rank r, or a dense one where r is 0."""
+    sigma = covariance(spread_rows(30, d, seed=seed))
+    if r == 0:
+        return reference.DenseInverse(reference.invert_gram(sigma, 1.0).to(dtype))
+    basis, core, _ = start(sigma, min(r, d), seed=seed + 1)
+    found = subspace_inverse(basis, core, sigma.trace(), 1.0)
+    return reference.SubspaceInverse(*(x.to(dtype) for x in found))
+
+
+@given(
+    n=st.integers(0, 9),
+    k=sizes,
+    m=sizes,
+    r=st.integers(0, 4),
+    ones=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_both_sites_give_the_same_direction(n, k, m, r, ones, dtype, seed):
+    """G' (A P) = (G' A) P, in the dtype of the rows and of the gradient."""
+    wide = torch.promote_types(dtype, torch.float32)
+    inverse = some_inverse(k + ones, r, wide, seed)
+    rows, grads = randn(n, k, seed=seed, dtype=dtype), randn(n, m, seed=seed + 1, dtype=dtype)
+
+    product, last = reference.precondition_rows(rows, inverse, ones=ones)
+    assert product.dtype == dtype
+    assert (last is not None) == ones
+    found = grads.double().T @ product.double()
+    found_bias = grads.double().T @ last.double() if ones else None
+
+    gradient, bias = grads.double().T @ rows.double(), grads.double().sum(0) if ones else None
+    exact = type(inverse)(*(x.double() for x in inverse))
+    weight, bias_direction = reference.precondition_gradient(gradient, bias, exact)
+    scale = float(as_matrix(exact).norm() * grads.double().norm() * rows.double().norm()) + 1
+    scale *= math.sqrt(n + 1)
+    assert float((found - weight).norm()) <= PRODUCT[dtype] * scale
+    if ones:
+        assert float((found_bias - bias_direction).norm()) <= PRODUCT[dtype] * scale
+
+    stepped = reference.precondition_gradient(
+        gradient.to(dtype), bias.to(dtype) if ones else None, inverse
+    )
+    for actual, wanted in zip(stepped, (weight, bias_direction), strict=True):
+        assert (actual is None) == (wanted is None)
+        if actual is not None:
+            assert actual.dtype == dtype
+            assert float((actual.double() - wanted).norm()) <= PRODUCT[dtype] * scale
+
+
+HYPER = {"lr": 0.03, "beta2": 0.8, "eps": 1e-3}
+
+
+def update_by_hand(params, history, *, normalize, momentum, weight_decay, gradient_norms):
+    """One layer's parameters after all steps, from unrolled sums instead of recurrences."""
+    lr, beta2, eps = HYPER["lr"], HYPER["beta2"], HYPER["eps"]
+    params = [p.clone() for p in params]
+    for t in range(1, len(history) + 1):
+        past = history[:t]
+        if momentum:
+            weights = [(1 - momentum) * momentum ** (t - 1 - s) for s in range(t)]
+        else:
+            weights = [0.0] * (t - 1) + [1.0]
+        squares = [(1 - beta2) * beta2 ** (t - 1 - s) / (1 - beta2**t) for s in range(t)]
+        norm = math.sqrt(sum(float(d.square().sum()) for d in past[-1]))
+        for i, p in enumerate(params):
+            mean = sum(w * d[i] for w, d in zip(weights, past, strict=True))
+            mean = mean / (1 - momentum**t)
+            if normalize == "rms":
+                size = sum(d.numel() for d in past[0])
+                v = sum(
+                    w * sum(float(x.square().sum()) for x in d) / size
+                    for w, d in zip(squares, past, strict=True)
+                )
+                mean = mean / (math.sqrt(v) + eps)
+            elif normalize == "adam":
+                v = sum(w * d[i].square() for w, d in zip(squares, past, strict=True))
+                mean = mean / (v.sqrt() + eps)
+            elif normalize == "sgd":
+                mean = mean * gradient_norms[t - 1] / norm
+            p.copy_(p - lr * weight_decay * p - lr * mean)
+    return params
+
+
+# Three layers: with a bias, a convolution without one, with a bias.
+SHAPES = [[(3, 4), (3,)], [(3, 2, 2, 2)], [(1, 5), (1,)]]
+FLAT_SHAPES = list(itertools.chain(*SHAPES))
+FEW = {"momentum": 0.0, "weight_decay": 0.0}
+
+
+def update_buffers(normalize, momentum, dtype):
+    averages = [torch.zeros(s, dtype=dtype) for s in FLAT_SHAPES] if momentum else []
+    if normalize == "rms":
+        return averages, [torch.zeros((), dtype=dtype) for _ in SHAPES]
+    adam = normalize == "adam"
+    return averages, [torch.zeros(s, dtype=dtype) for s in FLAT_SHAPES] if adam else []
+
+
+def update(params, directions, buffers, step, norms, **options):
+    steps = [torch.tensor(float(step)) for _ in SHAPES]
+    sizes = [len(shapes) for shapes in SHAPES]
+    reference.update_layers_(
+        params, directions, *buffers, steps, norms, layer_sizes=sizes, **{**HYPER, **options}
+    )
+
+
+def by_layer(tensors):
+    """The flat list, one list per layer."""
+    remaining = iter(tensors)
+    return [[next(remaining) for _ in shapes] for shapes in SHAPES]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+def test_update_layers(normalize, momentum, weight_decay, dtype):
+    wide = torch.promote_types(dtype, torch.float32)
+    params = [randn(*s, seed=i, dtype=dtype) for i, s in enumerate(FLAT_SHAPES)]
+    history = [
+        [randn(*s, seed=10 * t + i, dtype=dtype) * t for i, s in enumerate(FLAT_SHAPES)]
+        for t in range(1, 6)
+    ]
+    norms = [[1.0 + t + layer for t in range(5)] for layer in range(len(SHAPES))]
+    options = {"normalize": normalize, "momentum": momentum, "weight_decay": weight_decay}
+    expected = []
+    for layer, mine in enumerate(by_layer(params)):
+        past = [by_layer([d.double() for d in directions])[layer] for directions in history]
+        mine = [p.double() for p in mine]
+        expected += update_by_hand(mine, past, gradient_norms=norms[layer], **options)
+
+    buffers = update_buffers(normalize, momentum, wide)
+    kept = [[d.clone() for d in directions] for directions in history]
+    for t, directions in enumerate(history):
+        given = [torch.tensor(norm[t], dtype=wide) for norm in norms]
+        update(params, directions, buffers, t + 1, given if normalize == "sgd" else [], **options)
+    for p, wanted in zip(params, expected, strict=True):
+        assert p.dtype == dtype
+        assert_near(p, wanted, PRODUCT[dtype])
+    for before, after in zip(itertools.chain(*kept), itertools.chain(*history), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_update_takes_the_learning_rate_as_a_tensor():
+    results = []
+    for lr in (0.5, torch.tensor(0.5)):
+        params = [randn(*s) for s in FLAT_SHAPES]
+        directions = [randn(*s, seed=1) for s in FLAT_SHAPES]
+        update(params, directions, ([], []), 1, [], normalize="none", lr=lr, **FEW)
+        results.append(params[0])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+def test_update_of_a_zero_direction_is_only_decay(normalize):
+    params, zeros = [torch.ones(s) for s in FLAT_SHAPES], [torch.zeros(s) for s in FLAT_SHAPES]
+    norms = [torch.zeros(())] * len(SHAPES) if normalize == "sgd" else []
+    buffers = update_buffers(normalize, 0.9, torch.float32)
+    update(params, zeros, buffers, 1, norms, normalize=normalize, momentum=0.9, weight_decay=1.0)
+    for p in params:
+        assert_near(p, torch.full_like(p, 1 - HYPER["lr"]), PRODUCT[torch.float32])
+
+
+def test_norm_of_a_layer():
+    weight, bias = randn(3, 4), randn(3, seed=1)
+    whole = torch.cat([weight.flatten(), bias])
+    assert_near(reference.layer_norm([weight, bias]), whole.norm(), PRODUCT[torch.float64])
