@@ -1,8 +1,9 @@
-// The Python module gls_fused._C. Operators register themselves with torch in files of their own;
-// this one only says what was built.
+// The Python module gls_fused._C: what is no tensor op. Operators register themselves with torch.
 
-#include <pybind11/pybind11.h>
+#include <torch/extension.h>
 #include <torch/version.h>
+
+#include "capture.h"
 
 namespace py = pybind11;
 
@@ -28,6 +29,19 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using gls_fused::LinearCapture;
   m.doc() = "Native kernels of gls_fused.";
   m.def("build_info", &build_info, "How this module was built: torch, compiler, flags and cuda.");
+  m.def("captured_linear", &gls_fused::captured_linear,
+        "torch.nn.functional.linear whose backward shows the capture its rows.");
+  py::class_<LinearCapture, c10::intrusive_ptr<LinearCapture>>(m, "LinearCapture")
+      .def(py::init([](std::string name, bool ones) {
+        auto capture = c10::make_intrusive<LinearCapture>();
+        capture->name = std::move(name);
+        capture->ones = ones;
+        return capture;
+      }))
+      .def("expect", &LinearCapture::expect, py::arg("basis"), py::arg("core_inverse"),
+           py::arg("shift"), py::arg("gathers"), py::arg("at_backward"))
+      .def("take_sums", &LinearCapture::take_sums);
 }

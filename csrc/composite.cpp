@@ -1,6 +1,8 @@
 // Ops whose work is matrix products of torch's BLAS and LAPACK, on any device: written once, in
 // terms of ATen. The equations are in docs/method.md, the letters in gls_fused/reference.py.
 
+#include "composite.h"
+
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -8,9 +10,10 @@
 #include <tuple>
 
 namespace gls_fused {
-namespace {
 
 using at::Tensor;
+
+namespace {
 
 void check_inverse(const char* op, int64_t dim, const Tensor& basis, const Tensor& core_inverse) {
   TORCH_CHECK(basis.dim() == 2 && basis.size(0) == dim, op, ": expected basis [", dim,
@@ -32,7 +35,15 @@ Tensor add_correction(const Tensor& x, const Tensor& coefficients, const Tensor&
   return at::addmm(x / shift, coefficients, top.t());
 }
 
-// A P without the column of ones: (A U) is `rows U`, plus U's last row where ones belong to A.
+// Y = A U: `rows U`, plus U's last row where a column of ones belongs to A.
+Tensor project(const Tensor& rows, const Tensor& basis, bool ones) {
+  if (!ones) return at::mm(rows, basis);
+  const int64_t size = rows.size(1);
+  return at::addmm(basis[size], rows, basis.narrow(0, 0, size));
+}
+
+}  // namespace
+
 std::tuple<Tensor, Tensor> precondition_rows(const Tensor& rows, const Tensor& basis,
                                              const Tensor& core_inverse, const Tensor& shift,
                                              bool ones) {
@@ -40,9 +51,7 @@ std::tuple<Tensor, Tensor> precondition_rows(const Tensor& rows, const Tensor& b
   const int64_t size = rows.size(1);
   check_inverse("precondition_rows", size + ones, basis, core_inverse);
   const Tensor inputs = rows.to(basis.scalar_type());
-  const Tensor y = ones ? at::addmm(basis[size], inputs, basis.narrow(0, 0, size))
-                        : at::mm(inputs, basis);
-  const Tensor coefficients = at::mm(y, core_inverse);
+  const Tensor coefficients = at::mm(project(inputs, basis, ones), core_inverse);
   const Tensor product = add_correction(inputs, coefficients, basis, shift);
   const Tensor last = ones ? at::mv(coefficients, basis[size]) + shift.reciprocal()
                            : at::empty({0}, inputs.options());
@@ -77,25 +86,35 @@ std::tuple<Tensor, Tensor> precondition_gradient(const Tensor& weight_gradient,
 }
 
 // Y'Y, A'Y and ||A||_F^2 for Y = A U.
-std::tuple<Tensor, Tensor, Tensor> sketch_rows(const Tensor& rows, const Tensor& basis,
-                                               bool ones) {
+void sketch_rows_out(const Tensor& rows, const Tensor& basis, bool ones, Tensor& core,
+                     Tensor& sketch, Tensor& trace) {
   TORCH_CHECK(rows.dim() == 2, "sketch_rows: expected rows [n, k], got ", rows.sizes());
   const int64_t size = rows.size(1);
   TORCH_CHECK(basis.dim() == 2 && basis.size(0) == size + ones, "sketch_rows: expected basis [",
               size + ones, ", r], got ", basis.sizes());
   const Tensor inputs = rows.to(basis.scalar_type());
-  const Tensor y = ones ? at::addmm(basis[size], inputs, basis.narrow(0, 0, size))
-                        : at::mm(inputs, basis);
-  Tensor sketch = at::empty({basis.size(0), basis.size(1)}, basis.options());
+  const Tensor y = project(inputs, basis, ones);
+  at::mm_out(core, y.t(), y);
   Tensor top = sketch.narrow(0, 0, size);
   at::mm_out(top, inputs.t(), y);
-  Tensor trace = at::linalg_vector_norm(inputs).square();
+  trace.copy_(at::linalg_vector_norm(inputs).square_());
   if (ones) {
     sketch[size].copy_(y.sum(0));
-    trace = trace + rows.size(0);
+    trace.add_(rows.size(0));
   }
-  return {at::mm(y.t(), y), sketch, trace};
 }
+
+std::tuple<Tensor, Tensor, Tensor> sketch_rows(const Tensor& rows, const Tensor& basis,
+                                               bool ones) {
+  const int64_t rank = basis.size(-1);
+  Tensor core = at::empty({rank, rank}, basis.options());
+  Tensor sketch = at::empty_like(basis);
+  Tensor trace = at::empty({}, basis.options());
+  sketch_rows_out(rows, basis, ones, core, sketch, trace);
+  return {core, sketch, trace};
+}
+
+namespace {
 
 template <typename scalar_t>
 std::pair<double, double> precision_of() {

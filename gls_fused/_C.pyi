@@ -1,5 +1,7 @@
 from typing import TypedDict
 
+from torch import Tensor
+
 class BuildInfo(TypedDict):
     torch: str  # the release compiled against, without its local part: "2.14.1"
     compiler: str
@@ -7,3 +9,19 @@ class BuildInfo(TypedDict):
     cuda: str | None  # the toolkit's version, None where no CUDA kernel was built
 
 def build_info() -> BuildInfo: ...
+
+class LinearCapture:
+    def __init__(self, name: str, ones: bool) -> None: ...
+    def expect(
+        self,
+        basis: Tensor | None,
+        core_inverse: Tensor | None,
+        shift: Tensor | None,
+        gathers: bool,
+        at_backward: bool,
+    ) -> None: ...
+    def take_sums(self) -> Tensor | None: ...
+
+def captured_linear(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, capture: LinearCapture
+) -> Tensor: ...

@@ -125,7 +125,7 @@ class Attachment:
                 else value
                 for key, value in state_dict["layers"][layer.name].items()
             }
-        self._preconditioner.expect(self._step, self._options)
+        self._preconditioner.restart(self._step, self._options)
 
     def detach(self) -> None:
         """Leave the model and the optimizer exactly as they were."""

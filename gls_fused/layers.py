@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
-from gls_fused.curvature import Curvature, add_sums
-from gls_fused.reference import DenseInverse, Inverse, Window
+from gls_fused.curvature import Curvature, Subspace, add_sums
+from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse, Window
 
 # A convolution has many rows per image, and a few images span them: see docs/method.md.
 SKETCH_IMAGES = 16
@@ -36,6 +36,7 @@ class Layer(abc.ABC):
         dim: d, the length of a row with its one.
         curvature: the kind of running estimate, set by `assign`.
         inverse: P, None until the statistics have started.
+        test_matrix: stands in for the basis until then; None for the dense curvature.
         at_backward: whether the backward leaves D in the gradients instead of D0.
         gathers: whether the rows of this step count.
         sums: over the rows of this step, see gls_fused.curvature; None before the first.
@@ -54,16 +55,26 @@ class Layer(abc.ABC):
         self.size = weight[0].numel()
         self.dim = self.size + (bias is not None)
         self.inverse: Inverse | None = None
+        self.test_matrix: Tensor | None = None
         self.at_backward = False
         self.gathers = True
         self.sums: Tensor | None = None
-        self.test_matrix: Tensor | None = None
         self.captured = False
 
     def assign(self, curvature: Curvature) -> None:
         """Choose the kind of running estimate."""
         self.curvature = curvature
         self.backend = curvature.backend
+
+    def expect(self, inverse: Inverse | None, *, gathers: bool, at_backward: bool) -> None:
+        """What the coming step asks of the layer; see the class's attributes."""
+        self.inverse = inverse
+        self.test_matrix = None
+        if inverse is None:
+            device = self.weight.device
+            self.test_matrix = self.curvature.test_matrix(self.statistics_dtype, device)
+        self.gathers = gathers
+        self.at_backward = at_backward
 
     @property
     def outputs(self) -> int:
@@ -105,19 +116,15 @@ class Layer(abc.ABC):
     @torch.no_grad()
     def gather(self, inputs: Tensor) -> None:
         """Add the rows of these inputs to the sums of the step."""
-        dtype, device = self.statistics_dtype, inputs.device
-        if self.inverse is None and self.test_matrix is None:
-            self.test_matrix = self.curvature.test_matrix(dtype, device)
         inputs = self.sample(inputs)
         if not inputs.numel():
             return
-        if isinstance(self.inverse, DenseInverse) or (
-            self.inverse is None and self.test_matrix is None
-        ):
+        basis = self.test_matrix
+        if isinstance(self.inverse, SubspaceInverse):
+            basis = self.inverse.basis
+        if basis is None:
             count, trace, *moments = self.sum_gram(inputs)
         else:
-            basis = self.test_matrix if self.inverse is None else self.inverse.basis
-            assert basis is not None
             count, trace, *moments = self.sketch(inputs, basis)
         self.sums = add_sums(self.sums, count, trace, tuple(moments))
 
@@ -164,6 +171,24 @@ class LinearLayer(Layer):
 
     kind = "Linear"
 
+    def assign(self, curvature: Curvature) -> None:
+        super().assign(curvature)
+        # Backends may have an autograd function of their own, for the subspace.
+        self.native = None
+        if hasattr(self.backend, "LinearCapture") and isinstance(curvature, Subspace):
+            self.native = self.backend.LinearCapture(self.name, self.bias is not None)
+
+    def expect(self, inverse: Inverse | None, *, gathers: bool, at_backward: bool) -> None:
+        super().expect(inverse, gathers=gathers, at_backward=at_backward)
+        if self.native is not None:
+            parts = (self.test_matrix, None, None) if inverse is None else inverse
+            self.native.expect(*parts, gathers, at_backward)
+
+    def take_sums(self) -> Tensor | None:
+        if self.native is not None:
+            return self.native.take_sums()  # type: ignore[no-any-return]
+        return super().take_sums()
+
     def sum_gram(self, inputs: Tensor) -> tuple[int, Tensor, Tensor]:
         rows = inputs.reshape(-1, self.size)
         gram, trace = self.backend.sum_gram(
@@ -179,6 +204,8 @@ class LinearLayer(Layer):
     def forward(self, module: nn.Module, inputs: Tensor) -> Tensor:
         assert isinstance(module, nn.Linear)
         inputs, weight, bias = _autocast(inputs, module.weight, module.bias)
+        if self.native is not None:
+            return self.backend.captured_linear(inputs, weight, bias, self.native)  # type: ignore[no-any-return]
         return _Linear.apply(inputs, weight, bias, self)  # type: ignore[no-any-return]
 
     def weight_gradient(

@@ -191,7 +191,7 @@ class GLS(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self._restore_dtypes(state_dict)
         for group, preconditioner in zip(self.param_groups, self._preconditioners, strict=True):
-            preconditioner.expect(group["step"], group)
+            preconditioner.restart(group["step"], group)
 
     def detach(self) -> None:
         """Leave the model exactly as it was before; `step` raises from here on."""

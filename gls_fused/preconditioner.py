@@ -67,6 +67,8 @@ class Preconditioner:
         self.layers = layers
         self.state_of = state_of
         self.site = site
+        # Whether the layers know of the inverses in force, and whether they were told to gather.
+        self._settled = self._gathers = False
         self.backend = resolve_backend(backend, {layer.weight.device.type for layer in layers})
         for layer in layers:
             layer.assign(
@@ -91,7 +93,7 @@ class Preconditioner:
     def discard_sums(self) -> None:
         """Forget the rows of this step."""
         for layer in self.layers:
-            layer.sums = None
+            layer.take_sums()
 
     def start(self, layer: Layer, options: Mapping[str, Any]) -> bool:
         """Start a layer's statistics from its first sums, if there are usable ones.
@@ -107,7 +109,7 @@ class Preconditioner:
         state["rows"] = int(sums[0])
         state["commits"] = 0
         layer.inverse = layer.curvature.inverse(state)
-        layer.test_matrix = None
+        self._settled = False
         return True
 
     def commit(self, layer: Layer, options: Mapping[str, Any]) -> None:
@@ -127,14 +129,23 @@ class Preconditioner:
 
     def expect(self, step: int, options: Mapping[str, Any]) -> None:
         """Tell the layers what the coming step asks of them: to gather, and where P applies."""
+        gathers = step % options["curvature_every"] == 0
+        if self._settled and gathers == self._gathers:
+            return
+        self._settled, self._gathers = True, gathers
         for layer in self.layers:
             state = self.state_of(layer)
-            started = "rows" in state
-            layer.inverse = layer.curvature.inverse(state) if started else None
-            layer.gathers = not started or step % options["curvature_every"] == 0
-            layer.at_backward = started and (
-                self.site == "backward" or (self.site == "auto" and self._rows_are_fewer(layer))
-            )
+            if "rows" in state:
+                at_backward = self._applies_at_backward(layer, state)
+                inverse = layer.curvature.inverse(state)
+                layer.expect(inverse, gathers=gathers, at_backward=at_backward)
+            else:
+                layer.expect(None, gathers=True, at_backward=False)
+
+    def restart(self, step: int, options: Mapping[str, Any]) -> None:
+        """`expect`, where the layers' states may have been replaced."""
+        self._settled = False
+        self.expect(step, options)
 
     def site_of(self, layer: Layer) -> str:
         """Where P is applied to this layer, or "undecided" before the first step."""
@@ -144,9 +155,11 @@ class Preconditioner:
             return "undecided"
         return "backward" if layer.at_backward else "step"
 
-    def _rows_are_fewer(self, layer: Layer) -> bool:
-        rows: int = self.state_of(layer)["rows"]
-        return layer.kind == "Linear" and rows < layer.outputs
+    def _applies_at_backward(self, layer: Layer, state: State) -> bool:
+        if self.site == "auto":
+            fewer: bool = state["rows"] < layer.outputs
+            return layer.kind == "Linear" and fewer
+        return self.site == "backward"
 
 
 def describe_layers(preconditioners: Sequence[Preconditioner]) -> list[str]:

@@ -24,6 +24,8 @@ from gls_fused.reference import (
 )
 
 __all__ = [
+    "LinearCapture",
+    "captured_linear",
     "invert_core",
     "invert_gram",
     "precondition_gradient",
@@ -58,6 +60,10 @@ def _load() -> None:
 
 
 _load()
+
+# They exist once the extension is loaded.
+from gls_fused._C import LinearCapture, captured_linear  # noqa: E402
+
 _ops = torch.ops.gls_fused
 
 
