@@ -417,7 +417,7 @@ def find_layers(roots: Iterable[tuple[str, nn.Module]]) -> tuple[list[Layer], di
         if problem is not None:
             if len(uses) > 1:
                 problem = f"shared by {', '.join(names)}: {problem}"
-            reasons[_join(names[0], "weight")] = problem
+            reasons[_join(names[0], roles[0])] = problem
             continue
         biases = {id(module.bias): module.bias for module in modules}
         # A bias belongs to the layer when it is used exactly where the weight is.

@@ -144,6 +144,8 @@ class Preconditioner:
 
     def restart(self, step: int, options: Mapping[str, Any]) -> None:
         """`expect`, where the layers' states may have been replaced."""
+        # The rows gathered so far were sketched with a basis that is no longer in force.
+        self.discard_sums()
         self._settled = False
         self.expect(step, options)
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from gls_fused import available_backends
+
 torch.set_num_threads(1)
 # Memory from torch.empty is then filled with NaN, so that a value nobody wrote shows.
 torch.use_deterministic_algorithms(True)
@@ -19,3 +21,9 @@ settings.load_profile("quick")
 @pytest.fixture(autouse=True, scope="session")
 def uninitialised_memory_is_poisoned():
     assert torch.empty(3).isnan().all()
+
+
+@pytest.fixture(params=[name for name, why in available_backends().items() if why is None])
+def backend(request):
+    """Every backend that is available here."""
+    return request.param

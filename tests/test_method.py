@@ -8,7 +8,7 @@ from independent import IndependentGLS
 from tolerances import TRAJECTORY, assert_near, relative_error
 from torch import nn
 
-from gls_fused import GLS, available_backends, reference
+from gls_fused import GLS, reference
 from gls_fused.curvature import Subspace
 
 DEFAULTS = {
@@ -25,11 +25,6 @@ DEFAULTS = {
 }
 SITES = {"rms": "auto", "adam": "backward", "none": "step", "sgd": "auto"}
 STEPS = 8
-
-
-@pytest.fixture(params=[name for name, why in available_backends().items() if why is None])
-def backend(request):
-    return request.param
 
 
 def make_model(bias=True):

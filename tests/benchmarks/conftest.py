@@ -75,6 +75,7 @@ def _config(epochs: int, seeds: Sequence[int], optimizers: Sequence[str]) -> dic
                 "cpu": "Some Processor",
                 "cores": 8,
                 "threads": 4,
+                "omp_wait_policy": "PASSIVE",
                 "device": "cpu",
                 "torch": "2.99",
                 "python": "3.12",

@@ -1,0 +1,133 @@
+"""attach: other optimizers step on D = D0 P."""
+
+import copy
+
+import pytest
+import torch
+from nets import gradients, loss_of, make_batch, make_net
+from tolerances import SAME_STEPS, assert_near
+
+from gls_fused import GLS, attach
+
+OPTIONS = {"damping": 0.4, "rank": 3, "curvature_every": 2}
+
+
+def adam(model):
+    return torch.optim.Adam(model.parameters(), lr=0.01)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
+
+
+class Muon:
+    """Muon for the matrices, Adam for the rest; hooks go on the last to step."""
+
+    def __init__(self, model):
+        matrices = [p for p in model.parameters() if p.ndim == 2]
+        others = [p for p in model.parameters() if p.ndim != 2]
+        self.muon = torch.optim.Muon(matrices, lr=0.02)
+        self.adam = torch.optim.Adam(others, lr=0.01)
+
+    def step(self):
+        self.muon.step()
+        self.adam.step()
+
+
+def train(model, optimizer, kind, steps, handle=None):
+    losses = []
+    for step in range(steps):
+        model.zero_grad()
+        loss = loss_of(model, make_batch(kind, 12, step % 3))
+        loss.backward()
+        if handle is not None:
+            handle.pre_step()
+        optimizer.step()
+        if handle is not None:
+            handle.commit()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_gradients_are_directions(kind):
+    """Against GLS at the step site with lr so small that both models stay where they are."""
+    model = make_net(kind)
+    twin = copy.deepcopy(model)
+    handle = attach(model, **OPTIONS)
+    optimizer = GLS(
+        twin, lr=1.0, momentum=0.0, normalize="none", site="step", refresh_every=2, **OPTIONS
+    )
+    for step in range(7):
+        before = [p.detach().clone() for p in twin.parameters()]
+        for net in (model, twin):
+            net.zero_grad()
+            loss_of(net, make_batch(kind, 12, step)).backward()
+        true = gradients(twin)
+        handle.pre_step()
+        optimizer.step()
+        found = gradients(model)
+        for p, old, sought, plain in zip(twin.parameters(), before, found, true, strict=True):
+            assert_near(sought, old - p.detach(), 1e-9)
+            assert (sought - plain).norm() > 1e-3 * plain.norm()
+            with torch.no_grad():
+                p.copy_(old)
+        handle.commit()
+
+
+@pytest.mark.parametrize("make", [adam, sgd], ids=["Adam", "SGD"])
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_hooks_do_what_the_handle_does(kind, make):
+    hooked, manual = make_net(kind), make_net(kind)
+    optimizer = make(hooked)
+    attach(hooked, optimizer, **OPTIONS)
+    losses = train(hooked, optimizer, kind, 10)
+    handle = attach(manual, **OPTIONS)
+    assert train(manual, make(manual), kind, 10, handle) == losses
+    assert losses[-1] < losses[0]
+    for p, q in zip(hooked.parameters(), manual.parameters(), strict=True):
+        assert_near(p, q, SAME_STEPS)
+
+
+def test_muon():
+    model = make_net("mlp")
+    losses = train(model, Muon(model), "mlp", 200, attach(model, **OPTIONS))
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_state_is_restored(kind):
+    model = make_net(kind)
+    optimizer = sgd(model)
+    handle = attach(model, optimizer, **OPTIONS)
+    train(model, optimizer, kind, 5)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), handle.state_dict()))
+    expected = train(model, optimizer, kind, 5)
+
+    model = make_net(kind)
+    optimizer = sgd(model)
+    handle = attach(model, optimizer, **OPTIONS)
+    for target, state in zip((model, optimizer, handle), saved, strict=True):
+        target.load_state_dict(state)
+    assert train(model, optimizer, kind, 5) == expected
+
+
+def test_state_of_another_model_is_refused():
+    handle = attach(make_net("mlp"))
+    with pytest.raises(ValueError, match="'0'"):
+        handle.load_state_dict(attach(torch.nn.Sequential(torch.nn.Linear(2, 2))).state_dict())
+
+
+def test_detach_gives_the_true_gradient_back():
+    model = make_net("mlp")
+    optimizer = sgd(model)
+    with attach(model, optimizer, **OPTIONS) as handle:
+        train(model, optimizer, "mlp", 3)
+        assert "site backward" in repr(handle)
+    plain = copy.deepcopy(model)
+    for net in (model, plain):
+        net.zero_grad()
+        loss_of(net, make_batch("mlp", 12, 0)).backward()
+    assert all(torch.equal(p, q) for p, q in zip(gradients(model), gradients(plain), strict=True))
+    optimizer.step()
+    assert "forward" not in model.stem.__dict__
