@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from benchmarks.convergence_command import add_convergence, add_demo
+from benchmarks.epoch_command import add_epoch
 from benchmarks.errors import InputError
 
-COMMANDS = (add_convergence, add_demo)
+COMMANDS = (add_convergence, add_demo, add_epoch)
 
 
 class Parser(argparse.ArgumentParser):

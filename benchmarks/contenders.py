@@ -65,8 +65,7 @@ class Trainer:
         device = self.dataset.images.device
         synchronise(device)
         start = time.perf_counter()
-        for _ in range(steps):
-            self.step()
+        self.next_steps(steps)
         synchronise(device)
         return time.perf_counter() - start
 

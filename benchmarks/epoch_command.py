@@ -42,7 +42,11 @@ def add_epoch(subparsers: Any) -> None:
     add_choices(parser, "--shapes", tuple(SHAPES), tuple(SHAPES))
     add_choices(parser, "--optimizers", tuple(CONTENDERS), tuple(CONTENDERS))
     parser.add_argument(
-        "--batch-sizes", nargs="+", type=positive, default=[32, 128, 512], help="default: 32 128 512"
+        "--batch-sizes",
+        nargs="+",
+        type=positive,
+        default=[32, 128, 512],
+        help="default: 32 128 512",
     )
     parser.add_argument("--rounds", type=positive, default=15, help="default: %(default)s")
     parser.add_argument(

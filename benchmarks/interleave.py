@@ -65,9 +65,7 @@ def choose_steps(
     steps = period * max(1, round(slice_seconds / (period * seconds[baseline])))
     longest = LONGEST_SLICE * steps * seconds[baseline]
     return {
-        name: steps
-        if periods[name] > 1
-        else max(1, min(steps, int(longest / seconds[name])))
+        name: steps if periods[name] > 1 else max(1, min(steps, int(longest / seconds[name])))
         for name in seconds
     }
 

@@ -6,6 +6,7 @@ leaves a peak above what is in use. The kernel's own high-water mark can be set 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import resource
@@ -23,6 +24,7 @@ from benchmarks.tasks import TASKS
 STEPS = 12
 # Batches to go through.
 BATCHES = 2
+SMALL_BATCH = 8
 
 
 def measure_memory(
@@ -46,10 +48,12 @@ def main() -> None:
     torch.set_num_threads(threads)
     target = torch.device(device)
     dataset = synthesise(SHAPES[shape].shape, BATCHES * batch_size).to(target)
-    # What the first backward of any model loads is no optimizer's.
-    torch.nn.Linear(8, 8).to(target)(torch.ones(8, 8, device=target)).sum().backward()
+    build = CONTENDERS[optimizer].build
+    # What the first steps of any model load is no model's.
+    warm_up = synthesise((1, 8, 8), 2 * SMALL_BATCH).to(target)
+    Trainer(TASKS[task], warm_up, build, SMALL_BATCH).next_steps(STEPS)
     before = _start_peak(target)
-    trainer = Trainer(TASKS[task], dataset, CONTENDERS[optimizer].build, batch_size)
+    trainer = Trainer(TASKS[task], dataset, build, batch_size)
     trainer.next_steps(STEPS)
     print(_peak(target) - before)
 
@@ -59,10 +63,8 @@ def _start_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        try:
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
     return _peak(device)
 
 

@@ -96,7 +96,7 @@ def _setting(config: Mapping[str, Any]) -> str:
     device = environment["device"]
     hardware = environment["cpu"] if device == "cpu" else f"{device}, host {environment['cpu']}"
     lines = [
-        f"- Hardware: {hardware}; {environment['threads']} threads of {environment['cores']} cores, "
+        f"- Hardware: {hardware}; {environment['threads']} threads, {environment['cores']} cores, "
         f"OMP_WAIT_POLICY {environment['omp_wait_policy'] or 'unset'}",
         f"- Versions: torch {environment['torch']}, gls_fused {environment['gls_fused']} "
         f"(backends: {', '.join(environment['backends'])}), Python {environment['python']}",

@@ -62,7 +62,9 @@ struct CapturedLinear : torch::autograd::Function<CapturedLinear> {
     ctx->save_for_backward({inputs, weight});
     ctx->saved_data["has_bias"] = bias.has_value();
     ctx->saved_data["capture"] = c10::IValue::make_capsule(capture);
-    return at::linear(inputs, weight, bias);
+    const Tensor outputs = at::linear(inputs, weight, bias);
+    // A view made in here could not be modified in place, as ReLU(inplace=True) does.
+    return outputs.is_view() ? at::_unsafe_view(outputs, outputs.sizes()) : outputs;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {

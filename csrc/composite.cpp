@@ -92,7 +92,8 @@ void sketch_rows_out(const Tensor& rows, const Tensor& basis, bool ones, Tensor&
   const int64_t size = rows.size(1);
   TORCH_CHECK(basis.dim() == 2 && basis.size(0) == size + ones, "sketch_rows: expected basis [",
               size + ones, ", r], got ", basis.sizes());
-  const Tensor inputs = rows.to(basis.scalar_type());
+  // Contiguous: torch's norm of strided memory loses an order of magnitude in accuracy.
+  const Tensor inputs = rows.to(basis.scalar_type()).contiguous();
   const Tensor y = project(inputs, basis, ones);
   at::mm_out(core, y.t(), y);
   Tensor top = sketch.narrow(0, 0, size);
@@ -108,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> sketch_rows(const Tensor& rows, const Tensor&
                                                bool ones) {
   const int64_t rank = basis.size(-1);
   Tensor core = at::empty({rank, rank}, basis.options());
-  Tensor sketch = at::empty_like(basis);
+  Tensor sketch = at::empty(basis.sizes(), basis.options());
   Tensor trace = at::empty({}, basis.options());
   sketch_rows_out(rows, basis, ones, core, sketch, trace);
   return {core, sketch, trace};
@@ -132,7 +133,9 @@ std::tuple<Tensor, Tensor, Tensor> refresh_subspace(const Tensor& core, const Te
               " and ", sketch.sizes());
   const auto [eps, tiny] = precision(core);
   const Tensor scale = sketch.abs().max().clamp_min(tiny);
-  const auto [basis, triangle] = at::linalg_qr(sketch / scale);
+  const auto [columns, triangle] = at::linalg_qr(sketch / scale);
+  // LAPACK returns columns; rows of U are what the products with it read.
+  const Tensor basis = columns.contiguous();
   Tensor unit = core / scale;
   const Tensor shift = unit.trace() * (eps * core.size(0)) + tiny;
   unit.diagonal().add_(shift);
@@ -159,7 +162,7 @@ std::tuple<Tensor, Tensor> invert_core(const Tensor& core, const Tensor& trace, 
   const Tensor identity = at::eye(rank, core.options());
   const Tensor inverse = at::where(info == 0, at::cholesky_inverse(factor) / damp,
                                    identity / (damp + total / rank));
-  return {inverse - identity / shift, shift};
+  return {at::sub(inverse, identity / shift).contiguous(), shift};
 }
 
 }  // namespace

@@ -133,7 +133,7 @@ class Layer(abc.ABC):
         assert self.inverse is not None
         weight_gradient = gradients[0].flatten(1)
         bias_gradient = gradients[1] if len(gradients) == 2 else None
-        inverse = self._inverse_for(bias_gradient is not None)
+        inverse = self.inverse_for(bias_gradient is not None)
         direction, bias_direction = self.backend.precondition_gradient(
             weight_gradient, bias_gradient, inverse
         )
@@ -156,8 +156,8 @@ class Layer(abc.ABC):
     def forward(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """The module's output, through the autograd function that sees rows and gradients."""
 
-    def _inverse_for(self, with_bias: bool) -> Inverse:
-        """P, cut to the weight's columns where the bias has no gradient."""
+    def inverse_for(self, with_bias: bool) -> Inverse:
+        """P, which is known, cut to the weight's columns where the bias has no gradient."""
         assert self.inverse is not None
         if with_bias or self.bias is None:
             return self.inverse
@@ -219,7 +219,7 @@ class LinearLayer(Layer):
             return self.weight_gradient(inputs, output_gradient, False)[0], gradient.sum(0)
         if self.at_backward and len(rows) <= self.outputs:
             product, ones = self.backend.precondition_rows(
-                rows, self._inverse_for(with_bias), ones=with_bias
+                rows, self.inverse_for(with_bias), ones=with_bias
             )
             return gradient.T @ product, None if ones is None else gradient.T @ ones
         direction = gradient.T @ rows
@@ -228,7 +228,7 @@ class LinearLayer(Layer):
             return direction, bias_direction
         # Fewer outputs than rows: by linearity, P is cheaper on this call's gradient.
         return self.backend.precondition_gradient(  # type: ignore[no-any-return]
-            direction, bias_direction, self._inverse_for(with_bias)
+            direction, bias_direction, self.inverse_for(with_bias)
         )
 
 

@@ -20,7 +20,7 @@ from gls_fused.preconditioner import (
     check_options,
     describe_layers,
 )
-from gls_fused.reference import Normalize, layer_norm
+from gls_fused.reference import Inverse, Normalize
 
 Groups: TypeAlias = nn.Module | Iterable[dict[str, Any]]
 
@@ -242,21 +242,18 @@ class GLS(torch.optim.Optimizer):
     def _update(
         self, preconditioner: Preconditioner, layers: list[Layer], group: Mapping[str, Any]
     ) -> None:
-        """D = D0 P where the backward has not made it, then one update of all layers."""
+        """One update of all layers, with P where the backward has not applied it."""
         if not layers:
             return
         params: list[Tensor] = []
-        sought: list[Tensor] = []
-        norms: list[Tensor] = []
+        inverses: list[Inverse | None] = []
         sizes: list[int] = []
         for layer in layers:
             mine = [param for param in layer.params if param.grad is not None]
-            gradients = [param.grad for param in mine if param.grad is not None]
             params += mine
-            sought += gradients if layer.at_backward else layer.direction(gradients)
-            if group["normalize"] == "sgd":
-                norms.append(layer_norm(gradients))
             sizes.append(len(mine))
+            with_bias = len(mine) == len(layer.params)
+            inverses.append(None if layer.at_backward else layer.inverse_for(with_bias))
             _fill_states(layer, mine, [self.state[param] for param in mine], group)
         states = [self.state[param] for param in params]
         steps = [self.state[layer.weight]["step"] for layer in layers]
@@ -265,14 +262,13 @@ class GLS(torch.optim.Optimizer):
             squares = [self.state[layer.weight]["exp_avg_sq"] for layer in layers]
         elif group["normalize"] == "adam":
             squares = [state["exp_avg_sq"] for state in states]
-        torch._foreach_add_(steps, 1)
         preconditioner.backend.update_layers_(
             params,
-            sought,
+            [param.grad for param in params],
             [state["exp_avg"] for state in states] if group["momentum"] else [],
             squares,
             steps,
-            norms,
+            inverses,
             layer_sizes=sizes,
             normalize=group["normalize"],
             lr=group["lr"],

@@ -248,11 +248,11 @@ def precondition_gradient(
 
 def update_layers_(
     params: Sequence[Tensor],
-    directions: Sequence[Tensor],
+    gradients: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
-    gradient_norms: Sequence[Tensor],
+    inverses: Sequence[Inverse | None],
     *,
     layer_sizes: Sequence[int],
     normalize: Normalize,
@@ -264,28 +264,29 @@ def update_layers_(
 ) -> None:
     """The parameters of some layers take their step, in place.
 
+        D = D0 P where P has not been applied in the backward,
         m <- momentum m + (1 - momentum) D,   v <- beta2 v + (1 - beta2) mean(D^2)
         W <- W (1 - lr weight_decay) - lr update,
         update = m^ / (sqrt(v^) + eps) | m^ ||D0|| / ||D|| | m^     (^: bias-corrected)
 
     Args:
-        params: weight, bias of one layer after the other; any shapes.
-        directions: D, shaped as the parameters.
+        params: weight [m, ...], bias [m] of one layer after the other.
+        gradients: D0, or D for a layer without an inverse; shaped as the parameters, left as is.
         exp_avgs: m, shaped as the parameters; empty when momentum is 0.
         exp_avg_sqs: v; a 0-d tensor per layer for "rms", one per parameter for "adam", else empty.
-        steps: 0-d, per layer: steps taken, this one counted.
-        gradient_norms: ||D0|| per layer, for "sgd"; else empty.
+        steps: 0-d, per layer: steps taken; advanced by one.
+        inverses: P per layer, d = k (+ 1 with a bias), or None where `gradients` holds D.
         layer_sizes: how many of `params` each layer has, 1 or 2.
-    Numerics: a direction that is not finite makes the layer not finite, as with Adam.
+    Numerics: a gradient that is not finite makes the layer not finite, as with Adam.
     """
     options = (lr, momentum, beta2, eps, weight_decay)
     first = 0
     for layer, size in enumerate(layer_sizes):
         mine = slice(first, first + size)
         squares = exp_avg_sqs[layer : layer + 1] if normalize == "rms" else exp_avg_sqs[mine]
-        norm = gradient_norms[layer] if gradient_norms else None
+        steps[layer].add_(1)
         _update_layer_(
-            params[mine], directions[mine], exp_avgs[mine], squares, steps[layer], norm,
+            params[mine], gradients[mine], exp_avgs[mine], squares, steps[layer], inverses[layer],
             normalize, *options,
         )  # fmt: skip
         first += size
@@ -293,11 +294,11 @@ def update_layers_(
 
 def _update_layer_(
     params: Sequence[Tensor],
-    directions: Sequence[Tensor],
+    gradients: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     step: Tensor,
-    gradient_norm: Tensor | None,
+    inverse: Inverse | None,
     normalize: Normalize,
     lr: float | Tensor,
     momentum: float,
@@ -307,21 +308,26 @@ def _update_layer_(
 ) -> None:
     decayed = 1 - lr * weight_decay
     bias_correction = 1 - momentum ** step.double() if momentum else 1.0
+    directions = list(gradients)
+    if inverse is not None:
+        weight, *bias = gradients
+        parts = precondition_gradient(weight.flatten(1), bias[0] if bias else None, inverse)
+        shaped = zip(parts, gradients, strict=False)
+        directions = [part.view_as(gradient) for part, gradient in shaped if part is not None]
     if exp_avgs:
         directions = [d.to(m.dtype) for d, m in zip(directions, exp_avgs, strict=True)]
     scales: list[Tensor | float] = [1.0] * len(params)
     if normalize == "rms":
         squares = torch.stack([d.square().sum(dtype=exp_avg_sqs[0].dtype) for d in directions])
-        exp_avg_sqs[0].lerp_(squares.sum() / sum(d.numel() for d in directions), 1 - beta2)
+        exp_avg_sqs[0].lerp_(squares.sum() / max(1, sum(d.numel() for d in directions)), 1 - beta2)
         scales = [_inverse_root(exp_avg_sqs[0], step, beta2, eps)] * len(params)
     elif normalize == "adam":
         for d, v in zip(directions, exp_avg_sqs, strict=True):
             v.lerp_(d.square().to(v.dtype), 1 - beta2)
         scales = [_inverse_root(v, step, beta2, eps) for v in exp_avg_sqs]
     elif normalize == "sgd":
-        assert gradient_norm is not None
         norm = layer_norm(directions)
-        scales = [torch.where(norm > 0, gradient_norm / norm, 1.0)] * len(params)
+        scales = [torch.where(norm > 0, layer_norm(gradients) / norm, 1.0)] * len(params)
 
     averages: Sequence[Tensor] = directions
     if exp_avgs:

@@ -193,10 +193,10 @@ def assert_equal(actual, expected):
         assert torch.equal(p, q)
 
 
-def run_with_bad_batches(kind, curvature, site, bad_value, bad_steps):
+def run_with_bad_batches(kind, bad_value, bad_steps, **options):
     """Parameters and state after 6 steps, where some bad batches came and were dropped."""
     model = make_net(kind)
-    optimizer = GLS(model, curvature=curvature, site=site, **EVERY_STEP)
+    optimizer = GLS(model, **EVERY_STEP, **options)
     for step in range(6):
         if step in bad_steps:
             loss = loss_of(model, spoil(make_batch(kind, 5, 99), bad_value))
@@ -213,9 +213,10 @@ def run_with_bad_batches(kind, curvature, site, bad_value, bad_steps):
 @pytest.mark.parametrize("site", ["step", "backward"])
 @pytest.mark.parametrize("curvature", CURVATURES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_dropped_batch_leaves_no_trace(kind, curvature, site, bad_value):
-    clean = run_with_bad_batches(kind, curvature, site, bad_value, ())
-    spoilt = run_with_bad_batches(kind, curvature, site, bad_value, (0, 1, 4))
+def test_dropped_batch_leaves_no_trace(backend, kind, curvature, site, bad_value):
+    options = {"curvature": curvature, "site": site, "backend": backend}
+    clean = run_with_bad_batches(kind, bad_value, (), **options)
+    spoilt = run_with_bad_batches(kind, bad_value, (0, 1, 4), **options)
     for actual, expected in zip(spoilt, clean, strict=True):
         assert_equal(actual, expected)
 
@@ -224,12 +225,12 @@ def test_dropped_batch_leaves_no_trace(kind, curvature, site, bad_value):
 @pytest.mark.parametrize("curvature", CURVATURES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad_step", [0, 2])
-def test_bad_micro_batch_is_not_counted(kind, curvature, bad_value, bad_step):
+def test_bad_micro_batch_is_not_counted(backend, kind, curvature, bad_value, bad_step):
     """Its gradients, which are put back here, are the user's concern; the sums are not."""
     found = []
     for spoilt in (False, True):
         model = make_net(kind)
-        optimizer = GLS(model, curvature=curvature, **EVERY_STEP)
+        optimizer = GLS(model, curvature=curvature, backend=backend, **EVERY_STEP)
         for step in range(4):
             loss_of(model, make_batch(kind, 5, 2 * step)).backward()
             kept = [p.grad.clone() for p in model.parameters()]
@@ -246,9 +247,10 @@ def test_bad_micro_batch_is_not_counted(kind, curvature, bad_value, bad_step):
 
 @pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
 @pytest.mark.parametrize("bad_step", [0, 2])
-def test_non_finite_gradient_is_taken_as_adam_takes_it(normalize, bad_step):
+def test_non_finite_gradient_is_taken_as_adam_takes_it(backend, normalize, bad_step):
     model = make_net("mlp")
-    optimizer = GLS(model, normalize=normalize, site="step", **EVERY_STEP)
+    options = {"normalize": normalize, "site": "step", "backend": backend}
+    optimizer = GLS(model, **EVERY_STEP, **options)
     for step in range(5):
         loss = loss_of(model, make_batch("mlp", 5, step))
         (loss * math.nan if step == bad_step else loss).backward()
@@ -315,9 +317,10 @@ DEGENERATE = {**POOR, **SCALED}
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.parametrize("curvature", CURVATURES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_degenerate_inputs_stay_finite(kind, curvature, name, bias, damping):
+def test_degenerate_inputs_stay_finite(backend, kind, curvature, name, bias, damping):
     batches = [DEGENERATE[name](inputs_of(kind, 6, seed=step)) for step in range(12)]
-    train(make_float_net(kind, bias=bias), batches, curvature=curvature, damping=damping)
+    options = {"curvature": curvature, "damping": damping, "backend": backend}
+    train(make_float_net(kind, bias=bias), batches, **options)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -338,20 +341,20 @@ def test_trains_on_after_poor_inputs(kind, curvature, name, bias):
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.parametrize("curvature", CURVATURES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_degenerate_inputs_in_the_middle_stay_finite(kind, curvature, name):
+def test_degenerate_inputs_in_the_middle_stay_finite(backend, kind, curvature, name):
     batches = [inputs_of(kind, 6, seed=step) for step in range(9)]
     batches[3:6] = [DEGENERATE[name](batch) for batch in batches[3:6]]
-    train(make_float_net(kind), batches, curvature=curvature)
+    train(make_float_net(kind), batches, curvature=curvature, backend=backend)
 
 
 @pytest.mark.parametrize("site", ["step", "backward"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_empty_batches_change_nothing(kind, site):
+def test_empty_batches_change_nothing(backend, kind, site):
     """At step 0, when nothing has started, and later; also beside real rows in one step."""
     found = []
     for empty in (False, True):
         model = make_net(kind)
-        optimizer = GLS(model, site=site, momentum=0.0, **EVERY_STEP)
+        optimizer = GLS(model, site=site, backend=backend, momentum=0.0, **EVERY_STEP)
         for step in range(4):
             if empty:
                 model(make_batch(kind, 0, step)[0]).sum().backward()
@@ -376,7 +379,7 @@ def test_zero_inputs_have_a_bias_to_learn_from():
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
-def test_scale_of_the_inputs_is_undone(curvature):
+def test_scale_of_the_inputs_is_undone(backend, curvature):
     """The damping is relative: at any scale of the inputs the outputs move alike."""
     moved = []
     for scale in (1.0, 1e15, 1e-15):
@@ -386,7 +389,8 @@ def test_scale_of_the_inputs_is_undone(curvature):
             model.weight /= scale
         rows = torch.randn(20, 5) * scale
         before = model(rows)
-        optimizer = GLS(model, lr=0.1, normalize="none", curvature=curvature, **EVERY_STEP)
+        options = {"curvature": curvature, "backend": backend, **EVERY_STEP}
+        optimizer = GLS(model, lr=0.1, normalize="none", **options)
         for _ in range(3):
             (model(rows) - 1).square().mean().backward()
             optimizer.step()

@@ -254,6 +254,16 @@ def test_rows_count_once_under_checkpointing(backend, recompute):
     assert rows_of_first_step(optimizer, model) == [5] * 4
 
 
+@pytest.mark.parametrize(("images", "counted"), [(3, 3), (16, 16), (17, 16), (40, 16), (100, 16)])
+@pytest.mark.parametrize("curvature", ["dense", "subspace"])
+def test_few_images_of_a_batch_count(backend, curvature, images, counted):
+    model = nn.Conv2d(2, 3, 3)
+    optimizer = GLS(model, curvature=curvature, backend=backend)
+    model(torch.randn(images, 2, 5, 6)).sum().backward()
+    optimizer.step()
+    assert optimizer.state[model.weight]["rows"] == counted * 3 * 4
+
+
 def test_rows_do_not_count_in_inference_mode(backend):
     model = make_net("mlp")
     optimizer = GLS(model, backend=backend)

@@ -8,7 +8,7 @@ from independent import IndependentGLS
 from tolerances import TRAJECTORY, assert_near, relative_error
 from torch import nn
 
-from gls_fused import GLS, reference
+from gls_fused import GLS, attach, reference
 from gls_fused.curvature import Subspace
 
 DEFAULTS = {
@@ -141,3 +141,25 @@ def test_test_matrix_is_the_same_in_every_process():
     torch.manual_seed(1)
     assert torch.equal(matrix, first_test_matrix(3)(5))
     assert_near(matrix.T @ matrix, torch.eye(3).double(), TRAJECTORY)
+
+
+@pytest.mark.parametrize("normalize", ["none", "adam"])
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_attached_optimizer(backend, curvature, normalize):
+    """SGD and Adam on attached gradients are GLS with the normalizations "none" and "adam"."""
+    options = {**DEFAULTS, "normalize": normalize, "curvature_every": 2}
+    if normalize == "none":
+        options["momentum"] = 0.0
+    ours, theirs = make_model(), make_model()
+    train(theirs, IndependentGLS(theirs, **options), 2, 6)
+    if normalize == "none":
+        optimizer = torch.optim.SGD(ours.parameters(), lr=options["lr"])
+    else:
+        betas = (options["momentum"], options["beta2"])
+        optimizer = torch.optim.Adam(ours.parameters(), options["lr"], betas, options["eps"])
+    names = ("damping", "beta", "curvature_every", "refresh_every")
+    statistics = {name: options[name] for name in names}
+    attach(ours, optimizer, backend=backend, **statistics, **CURVATURES[curvature])
+    train(ours, optimizer, 2, 6)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert_near(p, q, TRAJECTORY)

@@ -439,12 +439,13 @@ def update_buffers(normalize, momentum, dtype):
     return averages, [torch.zeros(s, dtype=dtype) for s in FLAT_SHAPES] if adam else []
 
 
-def update(params, directions, buffers, step, norms, **options):
-    steps = [torch.tensor(float(step)) for _ in SHAPES]
+def update(params, gradients, buffers, step, inverses=(None,) * len(SHAPES), **options):
+    steps = [torch.tensor(float(step - 1)) for _ in SHAPES]
     sizes = [len(shapes) for shapes in SHAPES]
     reference.update_layers_(
-        params, directions, *buffers, steps, norms, layer_sizes=sizes, **{**HYPER, **options}
+        params, gradients, *buffers, steps, inverses, layer_sizes=sizes, **{**HYPER, **options}
     )
+    assert all(float(taken) == step for taken in steps)
 
 
 def by_layer(tensors):
@@ -453,30 +454,49 @@ def by_layer(tensors):
     return [[next(remaining) for _ in shapes] for shapes in SHAPES]
 
 
+def directions_by_hand(gradients, inverses):
+    """D = D0 P, one layer after the other, in float64."""
+    found = []
+    for layer, inverse in zip(by_layer([g.double() for g in gradients]), inverses, strict=True):
+        if inverse is None:
+            found += layer
+            continue
+        rows = torch.cat([g.reshape(len(g), -1) for g in layer], 1) @ as_matrix(inverse).double()
+        found.append(rows[:, : layer[0][0].numel()].reshape(layer[0].shape))
+        found += [rows[:, -1]] if len(layer) == 2 else []
+    return found
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
 def test_update_layers(normalize, momentum, weight_decay, dtype):
+    """The second layer's gradients hold D already; the others' P is of a subspace, and dense."""
     wide = torch.promote_types(dtype, torch.float32)
     params = [randn(*s, seed=i, dtype=dtype) for i, s in enumerate(FLAT_SHAPES)]
     history = [
         [randn(*s, seed=10 * t + i, dtype=dtype) * t for i, s in enumerate(FLAT_SHAPES)]
         for t in range(1, 6)
     ]
-    norms = [[1.0 + t + layer for t in range(5)] for layer in range(len(SHAPES))]
+    inverses = [some_inverse(5, 2, wide, 0), None, some_inverse(6, 0, wide, 1)]
     options = {"normalize": normalize, "momentum": momentum, "weight_decay": weight_decay}
+    sought = [by_layer(directions_by_hand(gradients, inverses)) for gradients in history]
+    norms = [
+        [float(torch.cat([g.double().flatten() for g in layer]).norm()) for layer in by_layer(step)]
+        for step in history
+    ]
     expected = []
     for layer, mine in enumerate(by_layer(params)):
-        past = [by_layer([d.double() for d in directions])[layer] for directions in history]
+        past = [directions[layer] for directions in sought]
         mine = [p.double() for p in mine]
-        expected += update_by_hand(mine, past, gradient_norms=norms[layer], **options)
+        mine_norms = [norm[layer] for norm in norms]
+        expected += update_by_hand(mine, past, gradient_norms=mine_norms, **options)
 
     buffers = update_buffers(normalize, momentum, wide)
-    kept = [[d.clone() for d in directions] for directions in history]
-    for t, directions in enumerate(history):
-        given = [torch.tensor(norm[t], dtype=wide) for norm in norms]
-        update(params, directions, buffers, t + 1, given if normalize == "sgd" else [], **options)
+    kept = [[g.clone() for g in gradients] for gradients in history]
+    for t, gradients in enumerate(history):
+        update(params, gradients, buffers, t + 1, inverses, **options)
     for p, wanted in zip(params, expected, strict=True):
         assert p.dtype == dtype
         assert_near(p, wanted, PRODUCT[dtype])
@@ -489,7 +509,7 @@ def test_update_takes_the_learning_rate_as_a_tensor():
     for lr in (0.5, torch.tensor(0.5)):
         params = [randn(*s) for s in FLAT_SHAPES]
         directions = [randn(*s, seed=1) for s in FLAT_SHAPES]
-        update(params, directions, ([], []), 1, [], normalize="none", lr=lr, **FEW)
+        update(params, directions, ([], []), 1, normalize="none", lr=lr, **FEW)
         results.append(params[0])
     assert torch.equal(*results)
 
@@ -497,9 +517,8 @@ def test_update_takes_the_learning_rate_as_a_tensor():
 @pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
 def test_update_of_a_zero_direction_is_only_decay(normalize):
     params, zeros = [torch.ones(s) for s in FLAT_SHAPES], [torch.zeros(s) for s in FLAT_SHAPES]
-    norms = [torch.zeros(())] * len(SHAPES) if normalize == "sgd" else []
     buffers = update_buffers(normalize, 0.9, torch.float32)
-    update(params, zeros, buffers, 1, norms, normalize=normalize, momentum=0.9, weight_decay=1.0)
+    update(params, zeros, buffers, 1, normalize=normalize, momentum=0.9, weight_decay=1.0)
     for p in params:
         assert_near(p, torch.full_like(p, 1 - HYPER["lr"]), PRODUCT[torch.float32])
 

@@ -180,9 +180,9 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_sites_agree(kind, scenario):
-    at_step = run(kind, scenario, "step")
-    assert_same(run(kind, scenario, "backward"), at_step)
+def test_sites_agree(backend, kind, scenario):
+    at_step = run(kind, scenario, "step", backend=backend)
+    assert_same(run(kind, scenario, "backward", backend=backend), at_step)
     moved = [relative_error(p, q) for p, q in zip(at_step[-1], at_step[0], strict=True)]
     assert max(moved) > 0.1
     if "frozen" not in scenario:
@@ -210,8 +210,9 @@ def test_sites_agree_for_every_option(kind, scenario, options):
 )
 @pytest.mark.parametrize("site", ["step", "backward", "auto"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_scenario_changes_nothing(kind, site, scenario, expected):
-    assert_same(run(kind, scenario, site), run(kind, expected, site))
+def test_scenario_changes_nothing(backend, kind, site, scenario, expected):
+    found = run(kind, scenario, site, backend=backend)
+    assert_same(found, run(kind, expected, site, backend=backend))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -241,6 +242,21 @@ def test_auto_chooses_by_rows_and_outputs():
     first, second = optimizer.report().splitlines()
     assert "site step" in first
     assert "site backward" in second
+
+
+def test_auto_keeps_the_true_gradient_for_sgd():
+    """Its norm is the step size."""
+    model = make_net("mlp")
+    optimizer = GLS(model, normalize="sgd")
+    train_step(model, optimizer, "mlp", 0)
+    assert optimizer.report().count("site step") == 4
+    loss_of(model, make_batch("mlp", 5, 1)).backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    optimizer.detach()
+    model.zero_grad()
+    loss_of(model, make_batch("mlp", 5, 1)).backward()
+    for gradient, p in zip(found, model.parameters(), strict=True):
+        assert_near(gradient, p.grad, SAME_STEPS)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -186,3 +186,19 @@ def test_parameters_without_their_module_take_adams_update():
     options = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
     train(theirs, torch.optim.AdamW(theirs.parameters(), **options), 5)
     assert_equal(snapshot(ours), snapshot(theirs))
+
+
+def test_adams_steps_before_the_statistics_start_leave_no_trace(backend):
+    """Without usable rows a layer takes Adam's steps; its averages start anew with GLS's."""
+    found = []
+    for late in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3, bias=False)
+        optimizer = GLS(model, normalize="adam", lr=0.1, backend=backend, **EVERY_STEP)
+        for scale in [0.0, 0.0, 0.0] * late + [1.0, 1.0, 1.0]:
+            rows = torch.linspace(-1, 1, 20).view(5, 4) * scale
+            (model(rows) - 1).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(snapshot(model))
+    assert_equal(*found)

@@ -107,11 +107,11 @@ def invert_core(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[
 
 def update_layers_(
     params: Sequence[Tensor],
-    directions: Sequence[Tensor],
+    gradients: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
-    gradient_norms: Sequence[Tensor],
+    inverses: Sequence[Inverse | None],
     *,
     layer_sizes: Sequence[int],
     normalize: Normalize,
@@ -122,13 +122,27 @@ def update_layers_(
     weight_decay: float,
 ) -> None:
     """See `gls_fused.reference.update_layers_`."""
+    directions: list[Tensor] = []
+    norms = []
+    for inverse, size in zip(inverses, layer_sizes, strict=True):
+        mine = gradients[len(directions) : len(directions) + size]
+        if normalize == "sgd":
+            norms.append(reference.layer_norm(mine))
+        if inverse is None:
+            directions += mine
+            continue
+        weight, *bias = mine
+        parts = precondition_gradient(weight.flatten(1), bias[0] if bias else None, inverse)
+        shaped = zip(parts, mine, strict=False)
+        directions += [part.view_as(like) for part, like in shaped if part is not None]
+    torch._foreach_add_(steps, 1)
     _ops.update_layers_(
         params,
         directions,
         exp_avgs,
         exp_avg_sqs,
         steps,
-        gradient_norms,
+        norms,
         layer_sizes,
         normalize,
         float(lr),

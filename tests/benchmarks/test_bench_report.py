@@ -28,7 +28,7 @@ def section(report: str, title: str) -> str:
 def test_report_holds_every_figure_and_its_circumstances(run_of, config_of):
     report = render_report(config_of(2, (0, 1), OPTIMIZERS), histories(run_of))
     for text in (
-        "Some Processor; 4 threads of 8 cores, OMP_WAIT_POLICY PASSIVE",
+        "Some Processor; 4 threads, 8 cores, OMP_WAIT_POLICY PASSIVE",
         "torch 2.99, gls_fused 0.9 (backends: reference, native), Python 3.12",
         "digits, 1437 training images, 360 for validation",
         "damping=0.5",

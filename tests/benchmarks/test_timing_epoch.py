@@ -1,0 +1,310 @@
+"""The epoch experiment: its arithmetic on fabricated rounds, its gate, its command line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.__main__ import main
+from benchmarks.contenders import CONTENDERS, Trainer, state_bytes
+from benchmarks.epoch_report import bound_of, make_tables, render_report, verdict
+from benchmarks.gate import GateError, check_gls
+from benchmarks.interleave import choose_steps, pair_ratios, quartiles, run_rounds, turn
+from benchmarks.memory import measure_memory
+from benchmarks.shapes import synthesise
+from benchmarks.stages import measure_overhead, profile_stages
+from benchmarks.tasks import CLASSES, Task
+from gls_fused.dispatch import resolve_backend
+
+RUN = (
+    "epoch", "--tasks", "tiny", "--shapes", "cifar10", "--batch-sizes", "32", "--threads", "1",
+    "--rounds", "3", "--seconds", "0.001",
+)  # fmt: skip
+
+
+def build_tiny(shape: tuple[int, int, int]) -> nn.Module:
+    channels, _, _ = shape
+    return nn.Sequential(
+        nn.Conv2d(channels, 2, 3, stride=4),
+        nn.Flatten(),
+        nn.Linear(2 * 8 * 8, 16),
+        nn.ReLU(),
+        nn.Linear(16, CLASSES),
+    )
+
+
+TINY = Task("tiny", "Tiny", True, build_tiny)
+
+
+def read_strictly(path: Path) -> Any:
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """(status, standard output, standard error) of a run in this process, with a tiny task."""
+    for module in ("epoch", "epoch_command"):
+        monkeypatch.setitem(__import__(f"benchmarks.{module}").tasks.TASKS, "tiny", TINY)
+    monkeypatch.setattr("benchmarks.epoch.images_of", lambda shape: synthesise(shape.shape, 256))
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+class Clock:
+    """A runner whose steps take a given time, for which the log says when it ran."""
+
+    def __init__(self, name: str, log: list[tuple[str, int]], seconds: float) -> None:
+        self.name, self.log, self.seconds = name, log, seconds
+
+    def run(self, steps: int) -> float:
+        self.log.append((self.name, steps))
+        return steps * self.seconds
+
+
+def test_ratios_are_taken_within_rounds():
+    # A machine that slows down fourfold in the middle of the run.
+    adam = [1.0, 1.0, 4.0, 4.0]
+    gls = [1.1, 1.2, 4.4, 4.8]
+    ratios = pair_ratios(gls, adam)
+    assert ratios == pytest.approx([1.1, 1.2, 1.1, 1.2])
+    assert quartiles(ratios).median == pytest.approx(1.15)
+    assert (quartiles(ratios).low, quartiles(ratios).high) == pytest.approx((1.1, 1.2))
+    assert quartiles([2.0]).low == quartiles([2.0]).high == 2.0
+    with pytest.raises(ValueError, match="shorter"):
+        pair_ratios(gls, adam[:3])
+
+
+def test_every_round_has_every_contender_in_another_order():
+    log: list[tuple[str, int]] = []
+    runners = {name: Clock(name, log, 0.5) for name in "abc"}
+    taken = run_rounds(runners, {"a": 2, "b": 2, "c": 1}, 6)
+    assert taken == {name: [0.5] * 6 for name in "abc"}
+    rounds = ["".join(name for name, _ in log[i : i + 3]) for i in range(0, 18, 3)]
+    assert rounds == ["abc", "cba", "bca", "acb", "cab", "bac"]
+    assert {steps for name, steps in log if name == "c"} == {1}
+    assert turn(["a"], 5) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("adam", "expected"),
+    [(0.001, 400), (0.01, 40), (0.5, 10)],
+)
+def test_slices_hold_the_same_steps_in_whole_periods(adam, expected):
+    seconds = {"gls": 1.2 * adam, "adam": adam, "muon": 30 * adam}
+    steps = choose_steps(seconds, {"gls": 10, "adam": 1, "muon": 1}, "adam", 0.4)
+    assert steps == {"gls": expected, "adam": expected, "muon": expected // 10}
+
+
+def test_bounds_and_verdicts():
+    assert bound_of("cifar10", "mlp", 128, "gls") == 1.05
+    assert bound_of("cifar10", "cnn", 128, "gls") == 1.10
+    assert bound_of("cifar10", "cnn", 512, "gls") == 1.05
+    assert bound_of("cifar10", "autoencoder", 32, "gls") == 1.10
+    assert bound_of("cifar10", "mlp", 128, "gls-momentum0") == 1.02
+    assert bound_of("cifar10", "cnn", 128, "gls-momentum0") is None
+    assert bound_of("fashion-mnist", "mlp", 128, "gls") is None
+    assert bound_of("cifar10", "mlp", 128, "adam") is None
+    assert verdict(1.05, 1.05) == "met by 0.0%"
+    assert verdict(1.155, 1.05) == "missed by 10.0%"
+    assert verdict(0.54, 0.6) == "met by 10.0%"
+
+
+def fabricated() -> dict[str, Any]:
+    return {
+        "command": "python -m benchmarks epoch",
+        "started": "2026-01-01T00:00:00+00:00",
+        "ended": "2026-01-01T00:01:00+00:00",
+        "git_commit": None,
+        "platform": "Linux",
+        "load_average_before": 0.1,
+        "load_average_after": 1.0,
+        "environment": {
+            "cpu": "Some Processor",
+            "cores": 8,
+            "threads": 4,
+            "vector_instructions": "AVX2",
+            "device": "cpu",
+            "torch": "2.99",
+            "python": "3.12",
+            "gls_fused": "0.9",
+        },
+        "settings": {"rounds": 2, "slice_seconds": 0.4, "optimizers": ["gls", "adam"]},
+        "cells": [
+            {
+                "shape": "cifar10",
+                "task": "mlp",
+                "batch_size": 128,
+                "data": "synthetic",
+                "steps_per_epoch": 390,
+                "parameters": 1000,
+                "gate": {"gls": {"double": 1e-14, "single": 1e-3, "allowed": 1e-2}},
+                "steps_per_slice": {"gls": 10, "adam": 10},
+                "seconds_per_step": {"gls": [0.010, 0.030], "adam": [0.010, 0.020]},
+                "state_bytes": {"gls": 4400, "adam": 8000},
+            }
+        ],
+    }
+
+
+def test_the_report_of_fabricated_rounds():
+    report = render_report(fabricated())
+    assert "| mlp, batch 128 | GLS | seconds | 1.250 [1.125, 1.375] | 1.05 | missed by 19.0% |" in (
+        report
+    )
+    assert "| mlp, batch 128 | GLS | state | 0.550 | 0.60 | met by 8.3% |" in report
+    # 20 ms times 390 steps.
+    assert "| CIFAR-10 | mlp | 128 | GLS | 20.000 | 7.80 | 1.250 [1.125, 1.375] | 1.05 |" in report
+    assert "Some Processor" in report
+    assert "4 threads of 8 cores" in report
+    assert "`python -m benchmarks epoch`" in report
+    assert "synthetic standardised images" in report
+    assert [table.title for table in make_tables(fabricated())] == [
+        "Targets",
+        "Seconds per epoch",
+        "Optimizer state",
+        "Correctness gate",
+    ]
+
+
+def test_state_is_counted_by_memory_once():
+    model = nn.Linear(8, 4)
+    adam = torch.optim.Adam(model.parameters())
+    model(torch.ones(2, 8)).sum().backward()
+    adam.step()
+    # Two averages per element and a step per parameter, in float32.
+    assert state_bytes(adam) == 4 * (2 * 36 + 2)
+    average = adam.state[model.weight]["exp_avg"]
+    adam.state[model.weight]["again"] = average.view(-1)[:2]
+    assert state_bytes(adam) == 4 * (2 * 36 + 2)
+    assert state_bytes(torch.optim.SGD(model.parameters())) == 0
+
+
+def test_trainers_of_one_seed_see_the_same():
+    data = synthesise((3, 32, 32), 96)
+    first, second = (Trainer(TINY, data, CONTENDERS[name].build, 32) for name in ("sgd", "adam"))
+    for one, other in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    first.next_steps(1)
+    second.next_steps(1)
+    assert torch.equal(first.loss, second.loss)
+
+
+def test_the_gate_passes_and_refuses_a_corrupted_op(monkeypatch):
+    data = synthesise((3, 32, 32), 256)
+    for options in ({}, {"momentum": 0.0}):
+        verdict = check_gls(TINY, data, 32, **options)
+        assert verdict.double < 1e-12
+        assert 0 < verdict.single <= verdict.allowed
+    backend = resolve_backend("auto", {"cpu"})
+    if backend is resolve_backend("reference", {"cpu"}):
+        pytest.skip("the native backend is not available")
+    for op, corrupt in (
+        ("update_layers_", lambda update: lambda *a, **k: update(*a, **{**k, "lr": 1.0001e-3})),
+        ("invert_core", lambda invert: lambda *a: (1.01 * invert(*a)[0], invert(*a)[1])),
+        ("refresh_subspace", lambda _: lambda core, sketch: (sketch, core, sketch)),
+        ("precondition_rows", lambda _: lambda rows, *_, **__: (rows, rows[:, 0])),
+        ("update_layers_", lambda _: lambda params, *a, **k: params[0].fill_(float("nan"))),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, op, corrupt(getattr(backend, op)))
+            with pytest.raises(GateError, match="nothing is reported"):
+                check_gls(TINY, data, 32)
+
+
+def test_a_red_gate_ends_the_command_before_any_figure(tmp_path, monkeypatch, run_main):
+    monkeypatch.setattr("benchmarks.gate.TOLERANCE", -1.0)
+    status, output, errors = run_main(*RUN, "--out", tmp_path)
+    assert (status, output, errors.count("\n")) == (1, "", 1)
+    assert errors.startswith("error: tiny, batch 32: in float64 GLS is ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_strict_json_and_a_report(tmp_path, run_main):
+    status, output, errors = run_main(*RUN, "--out", tmp_path)
+    assert status == 0, errors
+    assert output.splitlines()[-1] == str(tmp_path / "report.md")
+    results = read_strictly(tmp_path / "epoch.json")
+    assert results["environment"]["threads"] == 1
+    assert results["command"].startswith("python -m benchmarks")
+    (cell,) = results["cells"]
+    assert list(cell["seconds_per_step"]) == list(CONTENDERS)
+    assert all(len(rounds) == 3 for rounds in cell["seconds_per_step"].values())
+    assert all(min(rounds) > 0 for rounds in cell["seconds_per_step"].values())
+    assert cell["steps_per_slice"]["gls"] % 10 == 0
+    assert cell["state_bytes"]["adam"] >= 8 * cell["parameters"]
+    assert cell["state_bytes"]["sgd"] == 0
+    assert cell["data"] == "synthetic"
+    assert cell["steps_per_epoch"] == 50_000 // 32
+    assert cell["gate"]["gls"]["double"] < 1e-12
+    report = (tmp_path / "report.md").read_text()
+    assert "## Seconds per epoch" in report
+    assert "## Targets" in report
+
+
+def test_a_profile_names_every_stage():
+    stages = profile_stages(TINY, synthesise((3, 32, 32), 256), 32, 1)
+    assert list(stages.stages) == [
+        "rows", "sketch", "P at the step site", "refresh", "core inverse", "update",
+        "rest of step()", "other",
+    ]  # fmt: skip
+    for name in ("P at the step site", "refresh", "core inverse", "update", "rest of step()"):
+        assert stages.stages[name] > 0
+    assert 0 < sum(stages.stages.values()) < stages.step
+    extra = measure_overhead(2, 0.001).extra
+    assert set(extra) == {"gls", "gls-momentum0", "adam"}
+
+
+def test_memory_is_measured_in_a_process_of_its_own():
+    sizes = {
+        name: measure_memory(name, "mlp", "fashion-mnist", 8, torch.device("cpu"))
+        for name in ("sgd", "adam")
+    }
+    # Adam's two averages of 0.5 million parameters.
+    assert 2**21 < sizes["adam"] - sizes["sgd"] < 2**24
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tasks", "rnn"), "invalid choice: 'rnn'"),
+        (("--shapes", "imagenet"), "invalid choice: 'imagenet'"),
+        (("--batch-sizes", "0"), "expected an integer >= 1, got '0'"),
+        (("--batch-sizes", "9000"), "--batch-sizes: 9000 is more than the 8192 images timed"),
+        (("--batch-sizes", "32", "32"), "--batch-sizes: 32 32 names one twice"),
+        (("--optimizers", "gls"), "--optimizers: adam is what the others are compared with"),
+        (("--seconds", "0"), "expected a number > 0, got '0'"),
+        (("--rounds", "x"), "expected an integer >= 1, got 'x'"),
+        (("--threads", "-1"), "expected an integer >= 1, got '-1'"),
+        (("--device", "tpu"), "no such device: 'tpu'"),
+        (("--device", "meta"), "expected cpu or cuda, got 'meta'"),
+        (("--device", "cuda:99"), "there is no cuda:99"),
+    ],
+)
+def test_a_bad_option_gives_one_line(tmp_path, monkeypatch, run_main, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, output, errors = run_main(*RUN, *arguments)
+    assert (status, output, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unusable_directory_gives_one_line(tmp_path, run_main):
+    (tmp_path / "file").write_text("")
+    status, _, errors = run_main(*RUN, "--out", tmp_path / "file")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "--out" in errors

@@ -1,0 +1,245 @@
+"""Every backend against the reference, taken from the dispatch table."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import PRODUCT, SOLVE, assert_near
+
+from gls_fused import GLS, available_backends, reference
+from gls_fused.dispatch import resolve_backend
+from gls_fused.reference import SubspaceInverse
+
+BACKENDS = [
+    name for name, why in available_backends().items() if why is None and name != "reference"
+]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return resolve_backend(request.param, ["cpu"])
+
+
+each_backend = pytest.mark.parametrize("name", BACKENDS)
+shapes = st.tuples(
+    st.one_of(st.integers(0, 40), st.integers(1000, 5000)),  # rows
+    st.integers(1, 70),  # columns
+    st.integers(1, 33),  # rank, at most d
+    st.booleans(),  # a column of ones
+)
+
+
+def draw(*shape, dtype, seed=0, strided=False):
+    """Normal numbers; `strided` keeps the values and makes them non-contiguous."""
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    values = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    if strided:
+        wide = torch.full((*shape[:-1], 2 * shape[-1] + 1), torch.nan, dtype=dtype)
+        wide[..., 1::2] = values
+        values = wide[..., 1::2]
+    return values
+
+
+def make_inverse(dim, rank, dtype):
+    """P of a random psd Sigma, in at least float32."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    basis = torch.linalg.qr(draw(dim, rank, dtype=torch.float64))[0].to(dtype)
+    root = draw(rank, rank, dtype=dtype, seed=1)
+    core = root @ root.T
+    return SubspaceInverse(basis, *reference.invert_core(core, 2 * core.trace(), dim, 0.3))
+
+
+def assert_same(actual, expected, tolerances, dtype):
+    for found, sought in zip(actual, expected, strict=True):
+        assert (found is None) == (sought is None)
+        if found is not None:
+            assert found.dtype == sought.dtype
+            assert_near(found, sought, tolerances[dtype])
+
+
+@each_backend
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(shape=shapes)
+def test_precondition_rows(name, dtype, strided, shape):
+    n, size, rank, ones = shape
+    rank = min(rank, size + ones)
+    inverse = make_inverse(size + ones, rank, dtype)
+    rows = draw(n, size, dtype=dtype, strided=strided)
+    actual = resolve_backend(name, ["cpu"]).precondition_rows(rows, inverse, ones=ones)
+    expected = reference.precondition_rows(rows, inverse, ones=ones)
+    assert_same(actual, expected, PRODUCT, dtype)
+
+
+@each_backend
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(shape=shapes)
+def test_precondition_gradient(name, dtype, strided, shape):
+    m, size, rank, ones = shape
+    rank = min(rank, size + ones)
+    inverse = make_inverse(size + ones, rank, dtype)
+    weight = draw(m, size, dtype=dtype, strided=strided)
+    bias = draw(m, dtype=dtype) if ones else None
+    actual = resolve_backend(name, ["cpu"]).precondition_gradient(weight, bias, inverse)
+    assert_same(actual, reference.precondition_gradient(weight, bias, inverse), PRODUCT, dtype)
+
+
+@each_backend
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(shape=shapes)
+def test_sketch_rows(name, dtype, strided, shape):
+    n, size, rank, ones = shape
+    basis = make_inverse(size + ones, min(rank, size + ones), dtype).basis
+    rows = draw(n, size, dtype=dtype, strided=strided)
+    actual = resolve_backend(name, ["cpu"]).sketch_rows(rows, basis, ones=ones)
+    exact = reference.sketch_rows(rows, basis.double(), ones=ones)
+    assert_same(actual, [x.to(basis.dtype) for x in exact], PRODUCT, basis.dtype)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@given(dim=st.integers(1, 90), rank=st.integers(1, 40), scale=st.sampled_from([1e-25, 1.0, 1e25]))
+def test_refresh_and_inverse(name, dtype, dim, rank, scale):
+    backend, rank = resolve_backend(name, ["cpu"]), min(rank, dim)
+    rows = draw(3 * dim, dim, dtype=dtype)
+    basis = make_inverse(dim, rank, dtype).basis
+    core, sketch, trace = reference.sketch_rows(rows, basis, ones=False)
+    core, sketch, trace = core * scale, sketch * scale, trace * scale
+    moved = reference.refresh_subspace(core, sketch)
+    found = backend.refresh_subspace(core, sketch)
+    # U+ and M+ are unique up to the signs that QR chooses, U+ M+ U+' is unique.
+    for basis, core, sketch in (moved, found):
+        assert_near(basis @ core, sketch, SOLVE[dtype])
+    products = [(u @ (m / scale) @ u.T) for u, m, _ in (found, moved)]
+    assert_near(*products, SOLVE[dtype])
+    inverse = backend.invert_core(moved[1], trace, dim, 0.3)
+    assert_same(inverse, reference.invert_core(moved[1], trace, dim, 0.3), SOLVE, dtype)
+
+
+def make_update(dtype, normalize, momentum, strided):
+    """Arguments of update_layers_ for three layers, one larger than a chunk, one empty."""
+    state = torch.promote_types(dtype, torch.float32)
+    shapes, sizes = [(37, 1001), (37,), (5, 3), (0, 4), (0,)], [2, 1, 2]
+    like = [draw(*shape, dtype=dtype, strided=strided and len(shape) > 1) for shape in shapes]
+    squares = []
+    if normalize == "rms":
+        squares = [torch.tensor(0.5 + i, dtype=state) for i in range(3)]
+    elif normalize == "adam":
+        squares = [draw(*shape, dtype=state, seed=3).square() for shape in shapes]
+    return {
+        "params": like,
+        "gradients": [draw(*shape, dtype=dtype, seed=1) for shape in shapes],
+        "exp_avgs": [draw(*shape, dtype=state, seed=2) for shape in shapes] if momentum else [],
+        "exp_avg_sqs": squares,
+        "steps": [torch.tensor(float(i + 1)) for i in range(3)],
+        "inverses": [make_inverse(1002, 7, dtype), None, None],
+        "layer_sizes": sizes,
+        "normalize": normalize,
+        "lr": 0.1,
+        "momentum": momentum,
+        "beta2": 0.9,
+        "eps": 1e-6,
+        "weight_decay": 0.2,
+    }
+
+
+def run_update(backend, options):
+    lists = ("params", "gradients", "exp_avgs", "exp_avg_sqs", "steps", "inverses")
+    backend.update_layers_(
+        *(options[key] for key in lists), **{k: v for k, v in options.items() if k not in lists}
+    )
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+def test_update_layers(backend, normalize, momentum, dtype, strided):
+    found = make_update(dtype, normalize, momentum, strided)
+    sought = make_update(dtype, normalize, momentum, strided)
+    run_update(backend, found)
+    run_update(reference, sought)
+    for key in ("params", "exp_avgs", "exp_avg_sqs"):
+        for actual, expected in zip(found[key], sought[key], strict=True):
+            assert_near(actual, expected, PRODUCT[dtype])
+    if normalize == "rms":
+        # An empty layer has no mean square to blend in.
+        assert found["exp_avg_sqs"][2].isfinite()
+
+
+@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+def test_number_of_threads_changes_nothing(backend, normalize):
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        options = make_update(torch.float32, normalize, 0.9, strided=False)
+        run_update(backend, options)
+        results.append(options["params"])
+    torch.set_num_threads(1)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gradients": []}, "expected 5 gradients, got 0"),
+        ({"exp_avgs": []}, "exp_avgs exactly with momentum"),
+        ({"exp_avg_sqs": []}, "expected 3 exp_avg_sqs for normalize rms, got 0"),
+        ({"normalize": "max"}, "expected normalize rms, adam, sgd or none, got max"),
+        ({"layer_sizes": [2, 2, 2]}, "layer_sizes sum past 5"),
+    ],
+    ids=str,
+)
+def test_native_refuses_what_does_not_fit(change, message):
+    if "native" not in BACKENDS:
+        pytest.skip(available_backends()["native"])
+    options = {**make_update(torch.float32, "rms", 0.9, strided=False), **change}
+    before = [param.clone() for param in options["params"]]
+    with pytest.raises(RuntimeError, match=message):
+        run_update(resolve_backend("native", ["cpu"]), options)
+    for param, old in zip(options["params"], before, strict=True):
+        assert torch.equal(param, old)
+
+
+def test_native_ops_are_proper_torch_ops():
+    if "native" not in BACKENDS:
+        pytest.skip(available_backends()["native"])
+    resolve_backend("native", ["cpu"])
+    ops, check = torch.ops.gls_fused, torch.library.opcheck
+    basis, *_ = inverse = make_inverse(8, 3, torch.float32)
+    rows = draw(5, 7, dtype=torch.float32)
+    core, sketch, trace = reference.sketch_rows(rows, basis, ones=True)
+    update = make_update(torch.float32, "rms", 0.9, strided=False)
+    tests = ("test_schema", "test_faketensor")
+    check(ops.precondition_rows.default, (rows, *inverse, True), test_utils=tests)
+    check(ops.precondition_rows.default, (rows, basis[:7], *inverse[1:], False), test_utils=tests)
+    check(ops.precondition_gradient.default, (rows, rows[:, 0].clone(), *inverse), test_utils=tests)
+    check(ops.sketch_rows.default, (rows, basis, True), test_utils=tests)
+    check(ops.refresh_subspace.default, (core, sketch), test_utils=tests)
+    check(ops.invert_core.default, (core, trace, 8, 0.3), test_utils=tests)
+    check(ops.update_layers_.default, tuple(update.values()), test_utils=tests)
+
+
+def test_unknown_and_unavailable_backends():
+    with pytest.raises(ValueError, match=r"expected auto, native, reference, got 'cuda'"):
+        GLS(torch.nn.Linear(2, 2), backend="cuda")
+    with pytest.raises(RuntimeError, match="no kernels for cuda"):
+        resolve_backend("native", ["cuda"]) if "native" in BACKENDS else pytest.skip()
+    assert resolve_backend("auto", ["cuda"]) is reference
+
+
+def test_missing_native_backend_raises_with_its_cause(monkeypatch):
+    from gls_fused import dispatch
+
+    cause = ImportError("no C++ compiler: 'c++' not found")
+    monkeypatch.setattr(
+        dispatch, "_load", lambda name: (None, cause) if name == "native" else (reference, None)
+    )
+    assert dispatch.available_backends() == {"native": str(cause), "reference": None}
+    with pytest.raises(RuntimeError, match=r"'native' is not available: no C\+\+ comp") as error:
+        GLS(torch.nn.Linear(2, 2), backend="native")
+    assert error.value.__cause__ is cause
