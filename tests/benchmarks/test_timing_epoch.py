@@ -13,6 +13,7 @@ from benchmarks.__main__ import main
 from benchmarks.contenders import CONTENDERS, Trainer, state_bytes
 from benchmarks.epoch_report import bound_of, make_tables, render_report, verdict
 from benchmarks.gate import GateError, check_gls
+from benchmarks.heap import describe_heap
 from benchmarks.interleave import choose_steps, pair_ratios, quartiles, run_rounds, turn
 from benchmarks.memory import measure_memory
 from benchmarks.shapes import synthesise
@@ -138,6 +139,7 @@ def fabricated() -> dict[str, Any]:
             "threads": 4,
             "vector_instructions": "AVX2",
             "device": "cpu",
+            "heap": "freed memory is kept (glibc 9.9)",
             "torch": "2.99",
             "python": "3.12",
             "gls_fused": "0.9",
@@ -154,6 +156,7 @@ def fabricated() -> dict[str, Any]:
                 "gate": {"gls": {"double": 1e-14, "single": 1e-3, "allowed": 1e-2}},
                 "steps_per_slice": {"gls": 10, "adam": 10},
                 "seconds_per_step": {"gls": [0.010, 0.030], "adam": [0.010, 0.020]},
+                "minor_faults_per_step": {"gls": [3.0, 5.0], "adam": [0.0, 0.0]},
                 "state_bytes": {"gls": 4400, "adam": 8000},
             }
         ],
@@ -167,7 +170,10 @@ def test_the_report_of_fabricated_rounds():
     )
     assert "| mlp, batch 128 | GLS | state | 0.550 | 0.60 | met by 8.3% |" in report
     # 20 ms times 390 steps.
-    assert "| CIFAR-10 | mlp | 128 | GLS | 20.000 | 7.80 | 1.250 [1.125, 1.375] | 1.05 |" in report
+    assert "| CIFAR-10 | mlp | 128 | GLS | 20.000 | 7.80 | 1.250 [1.125, 1.375] | 1.05 | 4 |" in (
+        report
+    )
+    assert "- Heap: freed memory is kept (glibc 9.9)" in report
     assert "Some Processor" in report
     assert "4 threads of 8 cores" in report
     assert "`python -m benchmarks epoch`" in report
@@ -245,6 +251,8 @@ def test_the_command_writes_strict_json_and_a_report(tmp_path, run_main):
     assert all(len(rounds) == 3 for rounds in cell["seconds_per_step"].values())
     assert all(min(rounds) > 0 for rounds in cell["seconds_per_step"].values())
     assert cell["steps_per_slice"]["gls"] % 10 == 0
+    assert {len(faults) for faults in cell["minor_faults_per_step"].values()} == {3}
+    assert results["environment"]["heap"] == describe_heap()
     assert cell["state_bytes"]["adam"] >= 8 * cell["parameters"]
     assert cell["state_bytes"]["sgd"] == 0
     assert cell["data"] == "synthetic"
