@@ -33,7 +33,7 @@ def bound_of(shape: str, task: str, batch_size: int, optimizer: str) -> float | 
 def make_tables(results: Mapping[str, Any]) -> list[Table]:
     """Every table that something was measured for."""
     cells: Sequence[Mapping[str, Any]] = results["cells"]
-    tables = [_target_table(cells), _seconds_table(cells), _state_table(cells)]
+    tables = [make_target_table(cells), _seconds_table(cells), _state_table(cells)]
     if any("memory" in cell for cell in cells):
         tables.append(_memory_table(cells))
     if any("stages" in cell for cell in cells):
@@ -114,7 +114,8 @@ def _labels(cell: Mapping[str, Any]) -> tuple[str, str, str]:
     return SHAPES[cell["shape"]].title, cell["task"], str(cell["batch_size"])
 
 
-def _target_table(cells: Sequence[Mapping[str, Any]]) -> Table:
+def make_target_table(cells: Sequence[Mapping[str, Any]]) -> Table:
+    """Every ratio that is aimed at."""
     rows = []
     for cell in cells:
         for name in cell["seconds_per_step"]:

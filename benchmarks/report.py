@@ -45,9 +45,13 @@ class Table:
 
     def markdown(self) -> str:
         """A heading, the note and the table."""
+        return "\n".join([f"## {self.title}", "", self.note, "", self.grid()])
+
+    def grid(self) -> str:
+        """The table alone."""
         rule = ["---"] * self.labels + ["---:"] * (len(self.header) - self.labels)
         lines = [_row(self.header), _row(rule), *(_row(cells) for cells in self.rows)]
-        return "\n".join([f"## {self.title}", "", self.note, "", *lines])
+        return "\n".join(lines)
 
     def terminal(self) -> rich.table.Table:
         """The same for a rich console."""
@@ -88,6 +92,26 @@ def render_report(config: Mapping[str, Any], records: Sequence[EpochRecord]) -> 
         *(table.markdown() for table in make_tables(config, records)),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def make_summary_table(config: Mapping[str, Any], records: Sequence[EpochRecord]) -> Table:
+    """The last training loss of every optimizer, one row per task."""
+    epochs, optimizers = config["settings"]["epochs"], config["optimizers"]
+    runs = final_runs(records, config["seeds"], epochs)
+    rows = []
+    for task in config["tasks"]:
+        found = [runs.get((task, name), {}) for name in optimizers]
+        ratios = loss_ratios(runs.get((task, CHALLENGER), {}), runs.get((task, BASELINE), {}))
+        cells = [_last_cell(by_seed) if by_seed else NOTHING for by_seed in found]
+        rows.append((_title(task), *cells, _spread_cell(spread(ratios), 3)))
+    return Table(
+        "Training loss",
+        f"Training loss of epoch {epochs}, learning rates searched; over {len(config['seeds'])} "
+        "seeds: mean [least, greatest].",
+        ("task", *(_title(name) for name in optimizers), "GLS / Adam"),
+        tuple(rows),
+        labels=1,
+    )
 
 
 def _setting(config: Mapping[str, Any]) -> str:

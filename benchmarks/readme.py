@@ -1,0 +1,139 @@
+"""README's result tables, made from the published results: the subcommand `readme`.
+
+What stands between `<!-- BEGIN name -->` and `<!-- END name -->` is replaced; the rest is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import epoch, time_to_loss
+from benchmarks.epoch_report import make_target_table
+from benchmarks.errors import InputError
+from benchmarks.records import CONFIG_FILE, EPOCHS_FILE, read_epochs, write_atomically
+from benchmarks.report import NOTHING, Table, make_summary_table
+from benchmarks.time_to_loss_report import make_ratio_table
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = Path(__file__).with_name("published")
+NOT_PUBLISHED = "No results are published yet."
+
+
+def add_readme(subparsers: Any) -> None:
+    """Register `readme`."""
+    parser = subparsers.add_parser(
+        "readme",
+        help="rewrite README's result tables from the published results",
+        description=f"Rewrite the text between the markers {', '.join(BLOCKS)} of README from the "
+        "results in benchmarks/published.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if stale")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
+    parser.add_argument("--published", type=Path, default=PUBLISHED, metavar="DIR")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Rewrite README, or say whether it is what would be written."""
+    path: Path = arguments.readme
+    if not arguments.published.is_dir():
+        raise InputError(f"--published {arguments.published}: no such directory")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--readme {path}: {error}") from error
+    filled = fill(text, arguments.published)
+    if arguments.check:
+        if filled != text:
+            print(f"error: {path} is not what its results give: run make readme", file=sys.stderr)
+        return int(filled != text)
+    if filled != text:
+        write_atomically(path, filled.encode())
+    return 0
+
+
+def fill(text: str, published: Path) -> str:
+    """README with every block made anew.
+
+    Raises:
+        InputError: a block that is missing or there twice, or damaged results.
+    """
+    for name, make in BLOCKS.items():
+        begin, end = f"<!-- BEGIN {name} -->", f"<!-- END {name} -->"
+        parts = re.split(f"{begin}.*?{end}", text, flags=re.DOTALL)
+        if len(parts) != 2 or text.count(begin) + text.count(end) != 2:
+            raise InputError(f"README: expected {begin} and then {end}, once")
+        try:
+            content = make(published)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{published}: the results of {name} are damaged") from error
+        text = f"{begin}\n{content}\n{end}".join(parts)
+    return text
+
+
+def _convergence(published: Path) -> str:
+    directory = published / "convergence"
+    config = _read(directory / CONFIG_FILE)
+    if config is None:
+        return NOT_PUBLISHED
+    table = make_summary_table(config, read_epochs(directory / EPOCHS_FILE))
+    environment = config["settings"]["environment"]
+    return _block(config["invocations"][-1]["command"], environment, table)
+
+
+def _epoch(published: Path) -> str:
+    results = _read(published / epoch.JSON_FILE)
+    if results is None:
+        return NOT_PUBLISHED
+    table = make_target_table(results["cells"])
+    return _block(results["command"], results["environment"], table)
+
+
+def _time_to_loss(published: Path) -> str:
+    results = _read(published / time_to_loss.JSON_FILE)
+    if results is None:
+        return NOT_PUBLISHED
+    return _block(results["command"], results["environment"], make_ratio_table(results))
+
+
+# By marker.
+BLOCKS: Mapping[str, Callable[[Path], str]] = {
+    "convergence": _convergence,
+    "epoch": _epoch,
+    "time-to-loss": _time_to_loss,
+}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The JSON object; None where there is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    if not isinstance(content, dict):
+        raise TypeError(path.name)
+    return content
+
+
+def _block(command: str, environment: Mapping[str, Any], table: Table) -> str:
+    """The command, the hardware, what the table shows, the table."""
+    device, cpu = environment["device"], environment["cpu"]
+    hardware = cpu if device == "cpu" else f"{device}, host {cpu}"
+    return "\n".join(
+        [
+            f"    {command}",
+            "",
+            f"{hardware} ({environment.get('vector_instructions') or NOTHING}), "
+            f"{environment['threads']} threads of {environment['cores']} cores, torch "
+            f"{environment['torch']}. {table.note}",
+            "",
+            table.grid(),
+        ]
+    )

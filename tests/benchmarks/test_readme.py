@@ -1,0 +1,104 @@
+"""README's tables: that they are what the published results give, and how they are made."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from benchmarks.errors import InputError
+from benchmarks.readme import BLOCKS, NOT_PUBLISHED, PUBLISHED, fill
+
+README = Path(__file__).parents[2] / "README.md"
+EMPTY = "".join(
+    f"before\n<!-- BEGIN {name} -->\nold\n<!-- END {name} -->\nafter\n" for name in BLOCKS
+)
+
+
+@pytest.fixture
+def published(tmp_path, run_of, config_of):
+    (tmp_path / "convergence").mkdir()
+    config = config_of(2, [0, 1], ["adam", "gls"])
+    (tmp_path / "convergence" / "config.json").write_text(json.dumps(config))
+    runs = [
+        run_of(losses, optimizer=name, seed=seed)
+        for name, seed, losses in (
+            ("adam", 0, [0.9, 0.5]), ("adam", 1, [0.9, 0.7]),
+            ("gls", 0, [0.9, 0.25]), ("gls", 1, [0.9, 0.42]),
+        )
+    ]  # fmt: skip
+    lines = [json.dumps(asdict(record)) + "\n" for run in runs for record in run]
+    (tmp_path / "convergence" / "epochs.jsonl").write_text("".join(lines))
+    return tmp_path
+
+
+def test_readme_is_what_its_results_give():
+    text = README.read_text()
+    assert fill(text, PUBLISHED) == text, "run make readme"
+
+
+def test_only_the_blocks_change(published):
+    filled = fill(EMPTY, published)
+    assert "| mlp | 0.6000 [0.5000, 0.7000] | 0.3350 [0.2500, 0.4200] | 0.550 [0.500, 0.600] |" in (
+        filled
+    )
+    assert (
+        "    python -m benchmarks convergence\n\nSome Processor (-), 4 threads of 8 cores" in filled
+    )
+    assert filled.count(NOT_PUBLISHED) == 2
+    assert filled.count("before\n<!-- BEGIN ") == filled.count(" -->\nafter\n") == len(BLOCKS)
+    assert "old" not in filled
+    assert fill(filled, published) == filled
+
+
+def test_timing_tables_have_their_command_and_verdict(tmp_path, run_main):
+    timed = ("--threads", "1", "--rounds", "2", "--seconds", "0.001", "--batch-sizes", "32")
+    status, _, errors = run_main(
+        "epoch", "--tasks", "tiny", "--shapes", "cifar10", *timed, "--out", tmp_path
+    )
+    assert status == 0, errors
+    block = fill(EMPTY, tmp_path).split("<!-- BEGIN epoch -->")[1]
+    assert "\n    python -m benchmarks " in block
+    assert "| tiny, batch 32 | GLS | seconds |" in block
+    assert "1 threads of " in block
+
+
+def test_the_command_writes_and_checks(tmp_path, published, run_main):
+    readme = tmp_path / "README.md"
+    readme.write_text(EMPTY)
+    options = ("readme", "--readme", readme, "--published", published)
+    status, output, errors = run_main(*options, "--check")
+    assert (status, output, errors.count("\n")) == (1, "", 1)
+    assert readme.read_text() == EMPTY
+    assert run_main(*options) == (0, "", "")
+    assert readme.read_text() == fill(EMPTY, published)
+    assert run_main(*options, "--check") == (0, "", "")
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_marker_that_is_missing_or_doubled_is_named(published, name):
+    begin, end = f"<!-- BEGIN {name} -->", f"<!-- END {name} -->"
+    for text in (
+        EMPTY.replace(end, ""),
+        EMPTY.replace(begin, ""),
+        EMPTY + begin,
+        EMPTY.replace(begin, "x").replace(end, begin).replace("x", end),
+    ):
+        with pytest.raises(InputError, match=f"expected {begin}"):
+            fill(text, published)
+
+
+def test_damaged_results_give_one_line_and_leave_readme(tmp_path, run_main):
+    readme = tmp_path / "README.md"
+    readme.write_text(EMPTY)
+    options = ("readme", "--readme", readme, "--published")
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "epoch.json").write_text(content)
+        status, output, errors = run_main(*options, tmp_path)
+        assert (status, output) == (2, "")
+        assert errors == f"error: {tmp_path}: the results of epoch are damaged\n"
+    status, _, errors = run_main(*options, tmp_path / "none")
+    assert (status, errors) == (2, f"error: --published {tmp_path / 'none'}: no such directory\n")
+    status, _, errors = run_main("readme", "--readme", tmp_path / "none")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert readme.read_text() == EMPTY
