@@ -14,9 +14,10 @@ from benchmarks.convergence_command import add_convergence, add_demo
 from benchmarks.epoch_command import add_epoch
 from benchmarks.errors import InputError
 from benchmarks.readme import add_readme
+from benchmarks.scaling_command import add_scaling
 from benchmarks.time_to_loss_command import add_time_to_loss
 
-COMMANDS = (add_convergence, add_demo, add_epoch, add_time_to_loss, add_readme)
+COMMANDS = (add_convergence, add_demo, add_epoch, add_time_to_loss, add_scaling, add_readme)
 
 
 class Parser(argparse.ArgumentParser):
