@@ -11,7 +11,7 @@ STAMP := .venv/.stamp
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: help setup data demo test test-slow lint format readme clean
+.PHONY: help setup data demo test test-slow lint format bench-kernels readme clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 14
@@ -53,6 +53,9 @@ lint: setup ## Check style, format and types
 format: setup ## Rewrite the Python files in the house format
 	@$(BIN)/ruff check --quiet --fix
 	@$(BIN)/ruff format --quiet
+
+bench-kernels: setup ## Time every op against the machine's ceilings
+	@$(BIN)/python -m benchmarks kernels
 
 readme: setup ## Rewrite README's tables from benchmarks/published
 	@$(BIN)/python -m benchmarks readme

@@ -13,11 +13,20 @@ from typing import NoReturn
 from benchmarks.convergence_command import add_convergence, add_demo
 from benchmarks.epoch_command import add_epoch
 from benchmarks.errors import InputError
+from benchmarks.kernels_command import add_kernels
 from benchmarks.readme import add_readme
 from benchmarks.scaling_command import add_scaling
 from benchmarks.time_to_loss_command import add_time_to_loss
 
-COMMANDS = (add_convergence, add_demo, add_epoch, add_time_to_loss, add_scaling, add_readme)
+COMMANDS = (
+    add_convergence,
+    add_demo,
+    add_epoch,
+    add_time_to_loss,
+    add_scaling,
+    add_kernels,
+    add_readme,
+)
 
 
 class Parser(argparse.ArgumentParser):

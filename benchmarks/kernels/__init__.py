@@ -1,0 +1,1 @@
+"""`pytest benchmarks/kernels`: each op x backend x shape, beside the machine's ceilings."""
