@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import read_strictly
 
-from benchmarks.kernels.cases import BATCH, layers_of, make_adam, make_cases
+from benchmarks.kernels.cases import BATCH, Case, layers_of, make_adam, make_cases
 from benchmarks.kernels.report import Ceilings, describe_case, render_report
 from gls_fused import reference
 
@@ -38,23 +38,27 @@ def test_every_op_and_every_layer_of_the_models_is_there():
 @pytest.mark.parametrize("name", SMALL)
 def test_a_wrong_or_unwritten_result_is_refused(name):
     case = CASES[name]
-    case.check(reference)
+    value = case.make(torch.float32)(reference)
+    tensors = sum(isinstance(x, torch.Tensor) for x in value)
+    case.check(corrupted(case, lambda x: x, 0))
+    # An update is in place, and its first parameter stands for the others.
+    for index in range(1 if case.op == "update_layers_" else tensors):
+        for change in (lambda x: 1.001 * x, lambda x: x * torch.nan, torch.zeros_like):
+            with pytest.raises(AssertionError, match="relative error"):
+                case.check(corrupted(case, change, index))
 
-    def corrupt(change: Any) -> SimpleNamespace:
-        def op(*arrays: Any, **options: Any) -> Any:
-            value = getattr(reference, case.op)(*arrays, **options)
-            if value is None:
-                arrays[0][-1].copy_(change(arrays[0][-1]))
-                return None
-            # The first, whatever else there is.
-            return (change(value[0]), *value[1:])
 
-        return SimpleNamespace(**{case.op: op})
+def corrupted(case: Case, change: Any, index: int) -> SimpleNamespace:
+    """The reference with one result of the case's op changed."""
 
-    case.check(corrupt(lambda x: x))
-    for change in (lambda x: 1.001 * x, lambda x: x * torch.nan, torch.zeros_like):
-        with pytest.raises(AssertionError, match="relative error"):
-            case.check(corrupt(change))
+    def op(*arrays: Any, **options: Any) -> Any:
+        value = getattr(reference, case.op)(*arrays, **options)
+        if value is None:
+            arrays[0][index].copy_(change(arrays[0][index]))
+            return None
+        return (*value[:index], change(value[index]), *value[index + 1 :])
+
+    return SimpleNamespace(**{case.op: op})
 
 
 def test_what_is_counted():
