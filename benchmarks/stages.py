@@ -24,7 +24,7 @@ from benchmarks.tasks import CLASSES, Shape, Task
 from gls_fused.dispatch import resolve_backend
 
 PERIOD = CONTENDERS["gls"].period
-GATHER_EVERY = 5
+GATHER_EVERY = 10
 # Backward nodes of linear layers and convolutions, captured or not: what their names contain.
 LAYER_NODES = ("CapturedLinear", "_LinearBackward", "_Conv2dBackward", "Addmm", "ConvolutionBack")
 NODE = "autograd::engine::evaluate_function: "

@@ -210,10 +210,11 @@ void update_flat(const std::vector<Slice<param_t, state_t>>& slices, at::TensorL
     rates[layer] = lr * scale / correction;
   }
 
+  // Backwards: the directions whose squares were summed last are the ones still in cache.
   const std::vector<Chunk> chunks = cut(slices);
   const int64_t count = chunks.size();
   at::parallel_for(0, count, grain(count), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
+    for (int64_t i = last - 1; i >= first; --i) {
       const auto& slice = slices[chunks[i].slice];
       const auto update = [&](auto momentum, auto elementwise) {
         update_chunk<decltype(momentum)::value, decltype(elementwise)::value>(
