@@ -31,10 +31,9 @@ NODE = "autograd::engine::evaluate_function: "
 STEPS = ("Optimizer.step#GLS.step", "Optimizer.step#SGD.step")
 PREFIX = "stage: "
 OPS = {
-    "precondition_gradient": "P at the step site",
     "refresh_subspace": "refresh",
     "invert_core": "core inverse",
-    "update_layers_": "update",
+    "update_layers_": "update, with P at the step site",
 }
 
 

@@ -439,7 +439,10 @@ def update_buffers(normalize, momentum, dtype):
     return averages, [torch.zeros(s, dtype=dtype) for s in FLAT_SHAPES] if adam else []
 
 
-def update(params, gradients, buffers, step, inverses=(None,) * len(SHAPES), **options):
+NO_INVERSES = [None] * len(SHAPES)
+
+
+def update(params, gradients, buffers, step, inverses=NO_INVERSES, **options):
     steps = [torch.tensor(float(step - 1)) for _ in SHAPES]
     sizes = [len(shapes) for shapes in SHAPES]
     reference.update_layers_(

@@ -106,22 +106,37 @@ double trace_of(const Matrix& x, int64_t r) {
   return total;
 }
 
-// rows rows' in float64 for `rows` [r, d]: products of float32 are exact, and as the condition
-// number is squared nothing less would do.
-template <typename T>
-Matrix gram_of(const T* rows, int64_t r, int64_t d) {
-  // Slabs that are converted once: 64 KiB at rank 32.
-  constexpr int64_t kSlab = 256;
-  Matrix gram(r * r, 0);
-  std::vector<double> slab(kSlab * r);
-  for (int64_t first = 0; first < d; first += kSlab) {
-    const int64_t size = std::min(kSlab, d - first);
-    for (int64_t i = 0; i < r; ++i) {
-      for (int64_t k = 0; k < size; ++k) slab[k * r + i] = rows[i * d + first + k];
+// Columns that one thread takes at a time; sums are taken over them in order, so that the result
+// does not depend on the number of threads.
+constexpr int64_t kPanel = 512;
+
+template <typename Body>
+void for_panels(int64_t d, const Body& body) {
+  const int64_t panels = (d + kPanel - 1) / kPanel;
+  // Below four panels waking another thread takes longer than it saves.
+  at::parallel_for(0, panels, panels < 4 ? 4 : 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      body(panel, panel * kPanel, std::min(kPanel, d - panel * kPanel));
     }
-    sum_rows<double>(gram.data(), r, 1, {slab.data(), 1, r}, r, slab.data(), r, size, r,
-                     gram.data(), r);
-  }
+  });
+}
+
+// rows rows' for `rows` [r, d], multiplied and added up in `Wide`.
+template <typename Wide, typename T>
+Matrix gram_of(const T* rows, int64_t r, int64_t d) {
+  const int64_t panels = (d + kPanel - 1) / kPanel;
+  std::vector<Wide> partial(panels * r * r, 0);
+  for_panels(d, [&](int64_t panel, int64_t first, int64_t size) {
+    // By columns: a product then adds up whole rows, with nothing to sum across a vector.
+    std::vector<Wide> columns(size * r);
+    for (int64_t i = 0; i < r; ++i) {
+      for (int64_t k = 0; k < size; ++k) columns[k * r + i] = rows[i * d + first + k];
+    }
+    sum_rows<Wide>(nullptr, 0, 0, {columns.data(), 1, r}, r, columns.data(), r, size, r,
+                   &partial[panel * r * r], r);
+  });
+  Matrix gram(r * r, 0);
+  for (int64_t i = 0; i < panels * r * r; ++i) gram[i % (r * r)] += partial[i];
   return gram;
 }
 
@@ -130,7 +145,9 @@ template <typename T>
 void combine(const Matrix& weights, const T* from, int64_t r, int64_t d, T* to) {
   std::vector<T> rounded(r * r);
   store(weights, rounded.data());
-  sum_rows<T>(nullptr, 0, 0, {rounded.data(), r, 1}, r, from, d, r, d, to, d);
+  for_panels(d, [&](int64_t, int64_t first, int64_t size) {
+    sum_rows<T>(nullptr, 0, 0, {rounded.data(), r, 1}, r, from + first, d, r, size, to + first, d);
+  });
 }
 
 // U' [r, d] orthonormal and lower triangular T' with Z' = T' U', by a Cholesky factor of the Gram
@@ -138,12 +155,13 @@ void combine(const Matrix& weights, const T* from, int64_t r, int64_t d, T* to) 
 // up to rounding. False where Z is so close to rank deficient that the first says nothing.
 template <typename T>
 bool orthonormalise(const T* sketch, int64_t r, int64_t d, T* basis, Matrix& triangle) {
-  Matrix once = gram_of(sketch, r, d);
+  // In float64, where products of float32 are exact: the condition number is squared.
+  Matrix once = gram_of<double>(sketch, r, d);
   // Pivots relative to the diagonal are the squares of sines; float64's rounding is at 1e-16.
   if (!factor(once, r, 1e-10)) return false;
   std::vector<T> rough(r * d);
   combine(invert_triangle(once, r), sketch, r, d, rough.data());
-  Matrix twice = gram_of(rough.data(), r, d);
+  Matrix twice = gram_of<T>(rough.data(), r, d);
   if (!factor(twice, r, 0.25)) return false;
   combine(invert_triangle(twice, r), rough.data(), r, d, basis);
   for (int64_t i = 0; i < r; ++i) {
