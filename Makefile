@@ -41,9 +41,11 @@ demo: setup data ## Run the demonstration; its last line is the report's path
 
 test: lint ## Lint, then run the quick tests
 	@$(BIN)/python -m pytest -m "not slow"
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/triton
 
 test-slow: setup ## Run the slow tests
 	@$(BIN)/python -m pytest -m slow
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow tests/triton
 
 lint: setup ## Check style, format and types
 	@$(BIN)/ruff check --quiet
