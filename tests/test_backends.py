@@ -149,11 +149,12 @@ def make_update(dtype, normalize, momentum, strided):
     }
 
 
+LISTS = ("params", "gradients", "exp_avgs", "exp_avg_sqs", "steps", "inverses")
+
+
 def run_update(backend, options):
-    lists = ("params", "gradients", "exp_avgs", "exp_avg_sqs", "steps", "inverses")
-    backend.update_layers_(
-        *(options[key] for key in lists), **{k: v for k, v in options.items() if k not in lists}
-    )
+    named = {key: value for key, value in options.items() if key not in LISTS}
+    backend.update_layers_(*(options[key] for key in LISTS), **named)
 
 
 @pytest.mark.parametrize("strided", [False, True])
@@ -193,7 +194,9 @@ def test_number_of_threads_changes_nothing(backend, normalize):
         ({"exp_avgs": []}, "exp_avgs exactly with momentum"),
         ({"exp_avg_sqs": []}, "expected 3 exp_avg_sqs for normalize rms, got 0"),
         ({"normalize": "max"}, "expected normalize rms, adam, sgd or none, got max"),
-        ({"layer_sizes": [2, 2, 2]}, "layer_sizes sum past 5"),
+        ({"layer_sizes": [2, 2, 2]}, "layer_sizes to sum to 5, got 6"),
+        ({"steps": []}, "expected 3 steps, got 0"),
+        ({"inverses": [make_inverse(7, 3, torch.float32), None, None]}, r"basis \[1002, r\]"),
     ],
     ids=str,
 )
@@ -224,7 +227,11 @@ def test_native_ops_are_proper_torch_ops():
     check(ops.sketch_rows.default, (rows, basis, True), test_utils=tests)
     check(ops.refresh_subspace.default, (core, sketch), test_utils=tests)
     check(ops.invert_core.default, (core, trace, 8, 0.3), test_utils=tests)
-    check(ops.update_layers_.default, tuple(update.values()), test_utils=tests)
+    check(ops.add_sketch_.default, (rows, basis, True, torch.zeros(2 + 9 + 24)), test_utils=tests)
+    *tensors, inverses = (update.pop(key) for key in LISTS)
+    parts = zip(*(inverse or (None,) * 3 for inverse in inverses), strict=True)
+    arguments = (*tensors, *map(list, parts), *update.values())
+    check(ops.update_layers_.default, arguments, test_utils=tests)
 
 
 def test_unknown_and_unavailable_backends():
