@@ -51,13 +51,13 @@ def row_tile(n: int, padded_rank: int) -> Tile:
     """Of the kernels that walk d for a block of rows, twice.
 
     Few rows: 16 to a program, as the number of programs is what hides latency (batch 128 gives 8).
-    Many: 64, which reads U a quarter as often from L2. The unrolled "ieee" product spills on 4
-    warps once rows times rank exceed 512. 64 columns are 16 bytes a thread of each row's access.
+    Many: 32, which reads U half as often from L2; at 64 the compiler spills the unrolled "ieee"
+    product, as it does on 4 warps once rows times rank exceed 512. 64 columns are at least 8 bytes
+    a thread of each access, also for 16-bit rows.
     """
-    wide = padded_rank > 32
     if n <= 4096:
-        return Tile(16, 64, 8 if wide else 4, 2)
-    return Tile(32 if wide else 64, 64, 8, 2)
+        return Tile(16, 64, 8 if padded_rank > 32 else 4, 2)
+    return Tile(32, 64, 8, 2)
 
 
 def sketch_tile() -> Tile:
