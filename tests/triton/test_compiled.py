@@ -11,7 +11,7 @@ from gls_fused.backends.triton import configs
 from gls_fused.reference import SubspaceInverse
 
 RANK = 32
-# Sizes are multiples of 16, so that contiguous data is aligned. 8192 rows take the larger tile.
+# Sizes are multiples of 16, so that contiguous data is aligned. 8192 rows are cut in parts.
 FEW, MANY, SIZE = 128, 8192, 1024
 # 32-bit or narrower accesses that are not of a stream: (loads, stores) at most.
 #   rows: lambda'.  sketch: 1'Y and ||A||_F^2 of a block; a sum over parts has a lane per column.
@@ -49,14 +49,14 @@ def launch_statistics(rank):
         backend.refresh_subspace(torch.eye(rank), torch.zeros(SIZE, rank))
 
 
-def launch_updates(dtype, rank, *, momentum=0.9, odd=False):
+def launch_updates(dtype, rank, *, momentum=0.9, odd=False, by_columns=False):
     state = torch.promote_types(dtype, torch.float32)
     shapes = [(SIZE, SIZE - odd), (SIZE,)]
     for normalize in ("none", "adam", "rms", "sgd"):
         params = [torch.zeros(shape, dtype=dtype) for shape in shapes]
         averages = [torch.zeros(shape, dtype=state) for shape in shapes]
         squares = [torch.zeros((), dtype=state)] if normalize == "rms" else []
-        for inverse in (None, make_inverse(SIZE - odd + 1, rank)):
+        for inverse in (None, make_inverse(SIZE - odd + 1, rank, by_columns)):
             backend.update_layers_(
                 params,
                 params,
@@ -140,7 +140,7 @@ def test_every_configuration(launches, target, dtype, rank, tmp_path):
         launch_products(dtype, rank, True, by_columns)
     for momentum in (0.0, 0.9):
         for odd in (False, True):
-            launch_updates(dtype, rank, momentum=momentum, odd=odd)
+            launch_updates(dtype, rank, momentum=momentum, odd=odd, by_columns=not odd)
     launch_statistics(rank)
     check(launches, target, tmp_path)
 
@@ -155,7 +155,7 @@ def test_the_rest(launches, target, tmp_path):
         for by_columns in (False, True):
             launch_products(dtype, RANK, True, by_columns)
         launch_updates(dtype, RANK, odd=True)
-        launch_updates(dtype, RANK, momentum=0.0)
+        launch_updates(dtype, RANK, momentum=0.0, by_columns=True)
     check(launches, target, tmp_path)
 
 

@@ -14,6 +14,8 @@ import torch
 # Ranks are padded to a power of two. Beyond 64 the products X U take longer than moving X, their
 # unrolled tiles spill, and torch's own matrix products are the better kernels.
 MAX_RANK = 64
+# Of the kernels that move the basis, in float64: wider ones spill.
+MAX_REFRESH_RANK = 32
 # M alone fits in a program's registers up to this, in float32; in float64 up to MAX_RANK.
 MAX_CORE_RANK = 128
 # tl.dot's operands have at least 16 rows and columns.
@@ -47,17 +49,14 @@ def pad_rank(rank: int) -> int:
     return max(MIN_RANK, 1 << (rank - 1).bit_length())
 
 
-def row_tile(n: int, padded_rank: int) -> Tile:
+def row_tile(padded_rank: int) -> Tile:
     """Of the kernels that walk d for a block of rows, twice.
 
-    Few rows: 16 to a program, as the number of programs is what hides latency (batch 128 gives 8).
-    Many: 32, which reads U half as often from L2; at 64 the compiler spills the unrolled "ieee"
-    product, as it does on 4 warps once rows times rank exceed 512. 64 columns are at least 8 bytes
-    a thread of each access, also for 16-bit rows.
+    16 rows, as the number of programs is what hides latency (batch 128 gives 8) and as more make
+    the compiler spill the unrolled "ieee" product. 64 columns are at least 8 bytes a thread of each
+    access, also for 16-bit rows.
     """
-    if n <= 4096:
-        return Tile(16, 64, 8 if padded_rank > 32 else 4, 2)
-    return Tile(32, 64, 8, 2)
+    return Tile(16, 64, 8 if padded_rank > 32 else 4, 2)
 
 
 def sketch_tile() -> Tile:
@@ -74,17 +73,19 @@ def update_tile(padded_rank: int) -> Tile:
 
 
 def basis_tile(padded_rank: int) -> Tile:
-    """Of the kernels that move the basis, in float64: d = 3072 makes 48 or 96 programs."""
-    return Tile(64, padded_rank, 4, 1) if padded_rank <= 32 else Tile(32, padded_rank, 16, 1)
+    """Of the kernels that move the basis, in float64: d = 3072 makes 48 programs."""
+    return Tile(64, padded_rank, 4, 1)
 
 
 def core_warps(padded_rank: int, dtype: torch.dtype) -> int:
-    """Warps that hold a [rank, rank] tile with 16 or, in float64, 8 registers per thread.
+    """Warps that hold a [rank, rank] tile with 16 registers per thread, 8 in float64 to rank 32.
 
     Two such tiles and their temporaries are alive where M is inverted, six where the basis moves.
     """
     elements = padded_rank * padded_rank
-    return min(32, max(1, elements // (128 if dtype == torch.float64 else 512)))
+    if dtype == torch.float64:
+        return min(16, max(1, elements // 128))
+    return min(32, max(1, elements // 512))
 
 
 def sketch_splits(n: int) -> int:

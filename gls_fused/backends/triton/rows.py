@@ -107,7 +107,7 @@ def launch_precondition(
     product = torch.empty((n, size), dtype=rows.dtype, device=rows.device)
     kind = COLUMN if last is not None else ONES if ones else ABSENT
     product_last = product if kind == ABSENT else product.new_empty(n)
-    tile = row_tile(n, pad_rank(rank))
+    tile = row_tile(pad_rank(rank))
     launch(
         _precondition_kernel,
         (triton.cdiv(n, tile.rows),),

@@ -163,7 +163,7 @@ def sketch_rows(rows: Tensor, basis: Tensor, *, ones: bool) -> tuple[Tensor, Ten
     if n == 0:
         return basis.new_zeros(rank, rank), basis.new_zeros(dim, rank), basis.new_zeros(())
     padded = pad_rank(rank)
-    tile, cross = row_tile(n, padded), sketch_tile()
+    tile, cross = row_tile(padded), sketch_tile()
     blocks, splits = triton.cdiv(n, tile.rows), sketch_splits(n)
     shapes = {
         "n": n,

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gls_fused import reference
-from gls_fused.backends.triton.configs import MAX_RANK, basis_tile, core_warps, pad_rank
+from gls_fused.backends.triton.configs import MAX_REFRESH_RANK, basis_tile, core_warps, pad_rank
 from gls_fused.backends.triton.core import invert_tile
 from gls_fused.backends.triton.launch import launch, needs_reference
 
@@ -164,11 +164,11 @@ def _rotate_kernel(
 def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `gls_fused.reference.refresh_subspace`: the same U+ M+ U+' in five launches.
 
-    Numerics: float32 in and out, float64 between; ranks to 64. float64 statistics and larger ranks
+    Numerics: float32 in and out, float64 between; ranks to 32. float64 statistics and larger ranks
         take the reference's ops. What a column of Z has across the others is lost below 1e-6 of it.
     """
     dim, rank = sketch.shape
-    if needs_reference(core.dtype, rank, MAX_RANK):
+    if needs_reference(core.dtype, rank, MAX_REFRESH_RANK):
         return reference.refresh_subspace(core, sketch)
     device, padded = sketch.device, pad_rank(rank)
     tile = basis_tile(padded)

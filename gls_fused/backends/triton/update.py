@@ -41,9 +41,12 @@ from gls_fused.backends.triton.configs import (
 from gls_fused.backends.triton.launch import ELEMENTS, bits, launch, needs_reference, upload
 from gls_fused.backends.triton.rows import precondition_gradient
 from gls_fused.backends.triton.update_kernels import (
+    BY_COLUMNS,
+    BY_ROWS,
     COEFFICIENTS,
     FLAT_LINE,
     LAYER_LINE,
+    STRIDED,
     TILE_LINE,
     _finish_layers_kernel,
     _flat_squares_kernel,
@@ -69,6 +72,12 @@ class _Group:
     aligned: bool = True
     even: bool = True
     by_rows: bool = True
+    by_columns: bool = True
+
+    @property
+    def basis(self) -> int:
+        """How the bases lie in memory, where that is the same for all."""
+        return BY_ROWS if self.by_rows else BY_COLUMNS if self.by_columns else STRIDED
 
 
 def update_layers_(
@@ -256,7 +265,7 @@ class _Plan:
         blocks = triton.cdiv(n, tile.rows) * across
         entry = len(group.parts)
         group.parts.append((entry, blocks, self.slots))
-        group.row_parts.append((entry, triton.cdiv(n, row_tile(n, padded).rows), 0))
+        group.row_parts.append((entry, triton.cdiv(n, row_tile(padded).rows), 0))
         self.slots += blocks
         for index in (0, 1):
             for tensors in streams:
@@ -269,6 +278,7 @@ class _Plan:
         group.aligned &= all(tensor.data_ptr() % 16 == 0 for tensor in (*wide, basis))
         group.even &= size % 16 == 0 and rank % 16 == 0
         group.by_rows &= basis.stride(1) == 1 and basis.stride(0) % 16 == 0
+        group.by_columns &= basis.stride(0) == 1
 
     def project(self, device: torch.device) -> None:
         """T = D0 U C of the layers whose D is formed here."""
@@ -276,7 +286,7 @@ class _Plan:
             (_, gradient, _), padded = key
             projections = torch.empty(group.rows, padded, dtype=torch.float32, device=device)
             self.projections[key] = projections
-            tile = row_tile(0, padded)
+            tile = row_tile(padded)
             launch(
                 _project_gradients_kernel,
                 (sum(count for _, count, _ in group.row_parts),),
@@ -287,7 +297,7 @@ class _Plan:
                 GRADIENT=ELEMENTS[gradient],
                 ALIGNED=group.aligned,
                 EVEN=group.even,
-                BY_ROWS=group.by_rows,
+                BASIS=group.basis,
                 RANK=padded,
                 BLOCK_N=tile.rows,
                 BLOCK_D=tile.columns,
@@ -366,7 +376,7 @@ class _Plan:
                 SUMS=sums,
                 ALIGNED=group.aligned,
                 EVEN=group.even,
-                BY_ROWS=group.by_rows,
+                BASIS=group.basis,
                 RANK=padded,
                 BLOCK_N=tile.rows,
                 BLOCK_D=tile.columns,

@@ -15,6 +15,8 @@ import triton.language as tl
 
 # Words per line of the tables, and coefficients per layer.
 FLAT_LINE, TILE_LINE, LAYER_LINE, COEFFICIENTS = 7, 22, 5, 6
+# How the bases of a launch's layers lie in memory.
+STRIDED, BY_ROWS, BY_COLUMNS = 0, 1, 2
 
 
 @triton.jit
@@ -131,7 +133,7 @@ def _project_gradients_kernel(
     GRADIENT: tl.constexpr,
     ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
-    BY_ROWS: tl.constexpr,
+    BASIS: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -149,10 +151,11 @@ def _project_gradients_kernel(
     if EVEN:
         size, rank = tl.multiple_of(size, 16), tl.multiple_of(rank, 16)
     down, across = tl.load(line + 14), tl.load(line + 15)
-    if BY_ROWS:
-        # What is multiplied by `across` is then known to be contiguous.
-        down = tl.multiple_of(down, 16)
-        across = tl.full([], 1, dtype=tl.int64)
+    # Contiguity must be known when this is compiled for neighbours to share an access.
+    if BASIS == 1:
+        down, across = tl.multiple_of(down, 16), tl.full([], 1, dtype=tl.int64)
+    elif BASIS == 2:
+        down = tl.full([], 1, dtype=tl.int64)
     in_rows, in_rank = i < n, c < rank
     y = tl.zeros([BLOCK_N, RANK], dtype=tl.float32)
     for start in range(0, size.to(tl.int32), BLOCK_D):
@@ -200,7 +203,7 @@ def _tile_update_kernel(
     SUMS: tl.constexpr,
     ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
-    BY_ROWS: tl.constexpr,
+    BASIS: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -216,10 +219,11 @@ def _tile_update_kernel(
     if EVEN:
         size, rank = tl.multiple_of(size, 16), tl.multiple_of(rank, 16)
     down, across = tl.load(line + 14), tl.load(line + 15)
-    if BY_ROWS:
-        # What is multiplied by `across` is then known to be contiguous.
-        down = tl.multiple_of(down, 16)
-        across = tl.full([], 1, dtype=tl.int64)
+    # Contiguity must be known when this is compiled for neighbours to share an access.
+    if BASIS == 1:
+        down, across = tl.multiple_of(down, 16), tl.full([], 1, dtype=tl.int64)
+    elif BASIS == 2:
+        down = tl.full([], 1, dtype=tl.int64)
     layer = coefficients + tl.load(line + 18) * COEFFICIENTS
     tiles = tl.load(line + 21)
     i = (part // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
