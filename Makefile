@@ -41,9 +41,11 @@ demo: setup data ## Run the demonstration; its last line is the report's path
 
 test: lint ## Lint, then run the quick tests
 	@$(BIN)/python -m pytest -m "not slow"
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/triton
 
 test-slow: setup ## Run the slow tests
 	@$(BIN)/python -m pytest -m slow
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow tests/triton
 
 # Built apart from the package; ASan's runtime must be loaded before Python. Python and torch leak by
 # design, and torch frees with `delete` what it allocated otherwise.

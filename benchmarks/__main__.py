@@ -13,8 +13,9 @@ from typing import NoReturn
 from benchmarks.convergence_command import add_convergence, add_demo
 from benchmarks.epoch_command import add_epoch
 from benchmarks.errors import InputError
+from benchmarks.roofline_command import add_roofline
 
-COMMANDS = (add_convergence, add_demo, add_epoch)
+COMMANDS = (add_convergence, add_demo, add_epoch, add_roofline)
 
 
 class Parser(argparse.ArgumentParser):

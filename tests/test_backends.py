@@ -10,8 +10,11 @@ from gls_fused import GLS, available_backends, reference
 from gls_fused.dispatch import resolve_backend
 from gls_fused.reference import SubspaceInverse
 
+# Triton's kernels, which take no CPU tensors, have tests of their own in tests/triton.
 BACKENDS = [
-    name for name, why in available_backends().items() if why is None and name != "reference"
+    name
+    for name, why in available_backends().items()
+    if why is None and name not in ("reference", "triton")
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -232,11 +235,25 @@ def test_native_ops_are_proper_torch_ops():
 
 
 def test_unknown_and_unavailable_backends():
-    with pytest.raises(ValueError, match=r"expected auto, native, reference, got 'cuda'"):
+    with pytest.raises(ValueError, match=r"expected auto, triton, native, reference, got 'cuda'"):
         GLS(torch.nn.Linear(2, 2), backend="cuda")
     with pytest.raises(RuntimeError, match="no kernels for cuda"):
         resolve_backend("native", ["cuda"]) if "native" in BACKENDS else pytest.skip()
-    assert resolve_backend("auto", ["cuda"]) is reference
+    if available_backends()["triton"] is not None:
+        assert resolve_backend("auto", ["cuda"]) is reference
+
+
+def test_triton_without_a_gpu_raises_with_the_reason(monkeypatch):
+    from gls_fused import dispatch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch._load.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="'triton' is not available: there is no CUDA dev"):
+            GLS(torch.nn.Linear(2, 2), backend="triton")
+    finally:
+        dispatch._load.cache_clear()
 
 
 def test_missing_native_backend_raises_with_its_cause(monkeypatch):
@@ -246,7 +263,7 @@ def test_missing_native_backend_raises_with_its_cause(monkeypatch):
     monkeypatch.setattr(
         dispatch, "_load", lambda name: (None, cause) if name == "native" else (reference, None)
     )
-    assert dispatch.available_backends() == {"native": str(cause), "reference": None}
+    assert dispatch.available_backends()["native"] == str(cause)
     with pytest.raises(RuntimeError, match=r"'native' is not available: no C\+\+ comp") as error:
         GLS(torch.nn.Linear(2, 2), backend="native")
     assert error.value.__cause__ is cause
