@@ -14,8 +14,9 @@ from benchmarks.convergence_command import add_convergence, add_demo
 from benchmarks.epoch_command import add_epoch
 from benchmarks.errors import InputError
 from benchmarks.roofline_command import add_roofline
+from benchmarks.time_to_loss_command import add_time_to_loss
 
-COMMANDS = (add_convergence, add_demo, add_epoch, add_roofline)
+COMMANDS = (add_convergence, add_demo, add_epoch, add_roofline, add_time_to_loss)
 
 
 class Parser(argparse.ArgumentParser):

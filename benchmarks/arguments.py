@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.errors import InputError
+from benchmarks.optimizers import OPTIMIZERS
 
 
 def positive(text: str) -> int:
@@ -38,6 +40,34 @@ def positive_number(text: str) -> float:
     if not (value > 0 and math.isfinite(value)):
         raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
     return value
+
+
+def rate(text: str) -> tuple[str, float]:
+    """NAME=VALUE: an optimizer and its learning rate."""
+    name, _, value = text.partition("=")
+    if name not in OPTIMIZERS:
+        raise argparse.ArgumentTypeError(
+            f"expected NAME=VALUE with a NAME among {', '.join(OPTIMIZERS)}, got {text!r}"
+        )
+    return name, positive_number(value)
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """KEY=VALUE: an option and a number, a word or a truth value."""
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals and value):
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    try:
+        parsed = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        parsed = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+    if not (parsed is None or isinstance(parsed, (bool, int, float, str))):
+        raise argparse.ArgumentTypeError(
+            f"expected a number, a word or a truth value, got {text!r}"
+        )
+    if isinstance(parsed, float) and not math.isfinite(parsed):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return name, parsed
 
 
 def device(text: str) -> torch.device:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.data import Dataset
+from benchmarks.heap import minor_faults
 from benchmarks.optimizers import OPTIMIZERS, Together
 from benchmarks.tasks import Task
-from benchmarks.training import Steps
+from benchmarks.training import Steps, draw_batches
 from gls_fused import GLS
 
 # Seconds do not depend on it, and at this one no task diverges.
@@ -37,8 +38,12 @@ class Contender:
 class Trainer:
     """A model in training that can be asked for some steps at a time.
 
-    Every trainer of a task, data set and batch size starts at the same weights and goes through
-    the same batches.
+    The seed alone decides the initial weights and the batches, in a new order each time the data
+    are through; they are those of `benchmarks.training.train`.
+
+    Attributes:
+        loss: the last batch's.
+        faults: minor page faults per step, of each call of `run`.
     """
 
     def __init__(
@@ -47,31 +52,37 @@ class Trainer:
         dataset: Dataset,
         build: Callable[[nn.Module], Steps],
         batch_size: int,
+        seed: int = SEED,
     ) -> None:
         self.task = task
         self.dataset = dataset
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed)
         self.model = task.build(dataset.shape).to(dataset.images.device, dataset.images.dtype)
         self.optimizer = build(self.model)
         self.loss = torch.zeros(())
-        count = len(dataset.images)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
-        batches = order[: count - count % batch_size].view(-1, batch_size)
-        self._batches = batches.to(dataset.images.device)
+        self.faults: list[float] = []
+        self._batch_size = batch_size
+        self._order = torch.Generator().manual_seed(seed)
+        self._batches = draw_batches(dataset, batch_size, self._order)
         self._position = 0
 
     def run(self, steps: int) -> float:
         """Take so many steps, and return their seconds."""
         device = self.dataset.images.device
         synchronise(device)
-        start = time.perf_counter()
+        faults, start = minor_faults(), time.perf_counter()
         self.next_steps(steps)
         synchronise(device)
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.faults.append((minor_faults() - faults) / steps)
+        return seconds
 
     def step(self) -> None:
         """Forward, backward and step on the next batch."""
-        batch = self._batches[self._position % len(self._batches)]
+        if self._position == len(self._batches):
+            self._batches = draw_batches(self.dataset, self._batch_size, self._order)
+            self._position = 0
+        batch = self._batches[self._position]
         self._position += 1
         images = self.dataset.images[batch]
         labels = None if self.dataset.labels is None else self.dataset.labels[batch]

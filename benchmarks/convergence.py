@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,22 +138,15 @@ class Experiment:
             return grid[0]
         if not grid:
             return self._sgd_rate(rates) if name == "gls-sgd" else OPTIMIZERS[name].rate
-        losses: dict[float, float] = {}
 
-        def evaluate(lr: float) -> None:
+        def evaluate(lr: float) -> float:
             seed, epochs = self.options.seeds[0], self.options.grid_epochs
+            if lr not in grid:
+                reporter.expect(epochs)
             loss = last_loss(self._train(RunKey("search", task, name, lr, seed, epochs), reporter))
-            losses[lr] = math.inf if loss is None else loss
+            return math.inf if loss is None else loss
 
-        for lr in grid:
-            evaluate(lr)
-        for _ in range(MOST_EXTENSIONS):
-            best = min(losses, key=lambda lr: (losses[lr], lr))
-            if min(losses) < best < max(losses):
-                break
-            reporter.expect(self.options.grid_epochs)
-            evaluate(next_half_decade(best, up=best == max(losses)))
-        return min(losses, key=lambda lr: (losses[lr], lr))
+        return search_rate(grid, evaluate)
 
     def _sgd_rate(self, rates: Mapping[str, float]) -> float:
         return rates["sgd"] if "sgd" in rates else self.options.rates["sgd"]
@@ -274,6 +267,22 @@ class Experiment:
             "settings": settings,
             "invocations": [invocation],
         }
+
+
+def search_rate(grid: Sequence[float], evaluate: Callable[[float], float]) -> float:
+    """The rate of the lowest loss, the grid being extended where its best is an edge.
+
+    Args:
+        evaluate: learning rate -> loss, infinite when it diverged.
+    """
+    losses = {lr: evaluate(lr) for lr in grid}
+    for _ in range(MOST_EXTENSIONS):
+        best = min(losses, key=lambda lr: (losses[lr], lr))
+        if min(losses) < best < max(losses):
+            break
+        further = next_half_decade(best, up=best == max(losses))
+        losses[further] = evaluate(further)
+    return min(losses, key=lambda lr: (losses[lr], lr))
 
 
 def next_half_decade(value: float, *, up: bool) -> float:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import functools
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from benchmarks.arguments import positive_number, rate, setting
 from benchmarks.convergence import Experiment, Options
 from benchmarks.data import DATASETS, LOCAL_DATA
 from benchmarks.download import download_cifar10
@@ -121,7 +120,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--gls",
         nargs="+",
         action="extend",
-        type=_setting,
+        type=setting,
         default=[],
         metavar="KEY=VALUE",
         help="options for GLS, such as damping=.1 rank=64",
@@ -145,7 +144,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--lr",
         nargs="+",
         action="extend",
-        type=_rate,
+        type=rate,
         default=[],
         metavar="NAME=VALUE",
         help="fix an optimizer's learning rate instead of searching",
@@ -238,7 +237,7 @@ def _parse_grids(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
                 f"--lr-grid: unknown optimizer {name!r}, one of {', '.join(OPTIMIZERS)}"
             )
         try:
-            grids[name] = tuple(sorted({_positive_number(value) for value in values.split(",")}))
+            grids[name] = tuple(sorted({positive_number(value) for value in values.split(",")}))
         except argparse.ArgumentTypeError as error:
             raise InputError(f"--lr-grid {text}: {error}") from error
     return grids
@@ -266,34 +265,8 @@ def _split(text: str, option: str) -> tuple[str, str]:
     return name, value
 
 
-def _rate(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    if name not in OPTIMIZERS:
-        raise argparse.ArgumentTypeError(
-            f"expected NAME=VALUE with a NAME among {', '.join(OPTIMIZERS)}, got {text!r}"
-        )
-    return name, _positive_number(value)
-
-
 def _rate_of(name: str, text: str) -> tuple[str, float]:
-    return name, _positive_number(text)
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not (name.isidentifier() and equals and value):
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
-    try:
-        parsed = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        parsed = {"true": True, "false": False, "none": None}.get(value.lower(), value)
-    if not (parsed is None or isinstance(parsed, (bool, int, float, str))):
-        raise argparse.ArgumentTypeError(
-            f"expected a number, a word or a truth value, got {text!r}"
-        )
-    if isinstance(parsed, float) and not math.isfinite(parsed):
-        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
-    return name, parsed
+    return name, positive_number(text)
 
 
 def _device(text: str) -> torch.device:
@@ -326,13 +299,3 @@ def _positive(text: str) -> int:
 
 def _natural(text: str) -> int:
     return _integer(text, 0)
-
-
-def _positive_number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
-    return value

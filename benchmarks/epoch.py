@@ -19,6 +19,7 @@ from benchmarks.contenders import BASELINE, CONTENDERS, Trainer, state_bytes
 from benchmarks.data import Dataset
 from benchmarks.environment import command_line, describe_environment, git_commit
 from benchmarks.gate import GateError, check_gls
+from benchmarks.heap import describe_heap
 from benchmarks.interleave import calibrate, choose_steps, pair_ratios, quartiles, run_rounds
 from benchmarks.memory import measure_memory
 from benchmarks.records import write_atomically
@@ -98,6 +99,8 @@ def _measure_cell(
         contender: calibrate(trainer, periods[contender]) for contender, trainer in trainers.items()
     }
     steps = choose_steps(seconds, periods, BASELINE, options.seconds)
+    for trainer in trainers.values():
+        trainer.faults.clear()
     say(f"{label}: gate passed, {steps[BASELINE]} steps a slice, {options.rounds} rounds")
     rounds = run_rounds(trainers, steps, options.rounds)
     for contender, trainer in trainers.items():
@@ -118,6 +121,7 @@ def _measure_cell(
         "gate": gates,
         "steps_per_slice": steps,
         "seconds_per_step": rounds,
+        "minor_faults_per_step": {name: trainer.faults for name, trainer in trainers.items()},
         "state_bytes": {
             contender: state_bytes(trainer.optimizer) for contender, trainer in trainers.items()
         },
@@ -131,7 +135,7 @@ def describe_run(device: torch.device) -> dict[str, Any]:
         "started": _now(),
         "git_commit": git_commit(),
         "platform": platform.platform(terse=True),
-        "environment": describe_environment(device),
+        "environment": {**describe_environment(device), "heap": describe_heap()},
         "load_average_before": os.getloadavg()[0],
     }
 

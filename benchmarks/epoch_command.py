@@ -22,6 +22,7 @@ from benchmarks.epoch import EpochOptions, measure_epochs
 from benchmarks.epoch_report import make_tables, render_report
 from benchmarks.errors import InputError
 from benchmarks.gate import GateError
+from benchmarks.heap import hold_freed_memory
 from benchmarks.records import REPORT_FILE, write_atomically
 from benchmarks.shapes import IMAGES, SHAPES
 from benchmarks.tasks import TASKS
@@ -74,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(
             f"--batch-sizes: {max(arguments.batch_sizes)} is more than the {IMAGES} images timed"
         )
+    hold_freed_memory()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     options = EpochOptions(

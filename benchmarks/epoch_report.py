@@ -61,6 +61,7 @@ def describe_machine(results: Mapping[str, Any]) -> list[str]:
         f"threads of {environment['cores']} cores, OMP_WAIT_POLICY {policy}",
         f"- Versions: torch {environment['torch']}, gls_fused {environment['gls_fused']}, "
         f"Python {environment['python']}; {results['platform']}",
+        f"- Heap: {environment['heap']}",
         f"- Load average, of the machine, in the minute before: "
         f"{results['load_average_before']:.1f}; in the last minute: "
         f"{results['load_average_after']:.1f}",
@@ -160,6 +161,7 @@ def _seconds_table(cells: Sequence[Mapping[str, Any]]) -> Table:
             bound = bound_of(cell["shape"], cell["task"], cell["batch_size"], name)
             found = _ratios(cell, name)
             step = quartiles(seconds).median
+            faults = quartiles(cell["minor_faults_per_step"][name]).median
             rows.append(
                 (
                     *_labels(cell),
@@ -168,12 +170,14 @@ def _seconds_table(cells: Sequence[Mapping[str, Any]]) -> Table:
                     f"{step * cell['steps_per_epoch']:.2f}",
                     NOTHING if name == BASELINE else spread_cell(found),
                     NOTHING if bound is None else f"{bound:.2f}",
+                    f"{faults:.0f}",
                 )
             )
     return Table(
         "Seconds per epoch",
         "Forward, backward and step. The ratio is taken pair by pair within each round: median "
-        "[lower quartile, upper quartile].",
+        "[lower quartile, upper quartile]. Faults are the minor page faults of a step, the rounds' "
+        "median.",
         (
             "data",
             "task",
@@ -183,6 +187,7 @@ def _seconds_table(cells: Sequence[Mapping[str, Any]]) -> Table:
             "s per epoch",
             "ratio to Adam, fused",
             "bound",
+            "faults",
         ),
         tuple(rows),
         labels=4,

@@ -81,7 +81,7 @@ def train(
         _warm_up(task, dataset, model, make_optimizer, batch_size)
     optimizer = make_optimizer(model)
     for epoch in range(1, epochs + 1):
-        batches = _draw_batches(dataset, batch_size, order)
+        batches = draw_batches(dataset, batch_size, order)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         _synchronise(device)
@@ -138,7 +138,7 @@ def peak_memory_kind(device: torch.device) -> str:
     return "max_memory_allocated" if device.type == "cuda" else "ru_maxrss"
 
 
-def _draw_batches(dataset: Dataset, batch_size: int, order: torch.Generator) -> Tensor:
+def draw_batches(dataset: Dataset, batch_size: int, order: torch.Generator) -> Tensor:
     """[batches, batch_size] int64 indices of a fresh permutation, on the data's device."""
     count = len(dataset.images)
     permutation = torch.randperm(count, generator=order)[: count - count % batch_size]

@@ -10,7 +10,13 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.records import EpochRecord, Run  # noqa: E402  (needs the path set above)
+from tiny import TINY  # noqa: E402  (needs the path set above)
+
+from benchmarks import heap  # noqa: E402
+from benchmarks.__main__ import main  # noqa: E402
+from benchmarks.records import EpochRecord, Run  # noqa: E402
+from benchmarks.shapes import synthesise  # noqa: E402
+from benchmarks.tasks import TASKS  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +108,22 @@ def _config(epochs: int, seeds: Sequence[int], optimizers: Sequence[str]) -> dic
 @pytest.fixture
 def config_of() -> Callable[..., dict[str, object]]:
     return _config
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """(status, standard output, standard error) of a run in this process, with a tiny task."""
+    monkeypatch.setitem(TASKS, "tiny", TINY)
+    monkeypatch.setattr("benchmarks.epoch.images_of", lambda shape: synthesise(shape.shape, 256))
+    # The tests' process keeps malloc's own settings.
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(heap, "_state", heap.describe_heap())
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        return status, *capsys.readouterr()
+
+    return run

@@ -1,15 +1,12 @@
 """The epoch experiment: its arithmetic on fabricated rounds, its gate, its command line."""
 
-import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny import TINY, read_strictly
 from torch import nn
 
-from benchmarks.__main__ import main
 from benchmarks.contenders import CONTENDERS, Trainer, state_bytes
 from benchmarks.epoch_report import bound_of, make_tables, render_report, verdict
 from benchmarks.gate import GateError, check_gls
@@ -17,51 +14,12 @@ from benchmarks.interleave import choose_steps, pair_ratios, quartiles, run_roun
 from benchmarks.memory import measure_memory
 from benchmarks.shapes import synthesise
 from benchmarks.stages import measure_overhead, profile_stages
-from benchmarks.tasks import CLASSES, Task
 from gls_fused.dispatch import resolve_backend
 
 RUN = (
     "epoch", "--tasks", "tiny", "--shapes", "cifar10", "--batch-sizes", "32", "--threads", "1",
     "--rounds", "3", "--seconds", "0.001",
 )  # fmt: skip
-
-
-def build_tiny(shape: tuple[int, int, int]) -> nn.Module:
-    channels, _, _ = shape
-    return nn.Sequential(
-        nn.Conv2d(channels, 2, 3, stride=4),
-        nn.Flatten(),
-        nn.Linear(2 * 8 * 8, 16),
-        nn.ReLU(),
-        nn.Linear(16, CLASSES),
-    )
-
-
-TINY = Task("tiny", "Tiny", True, build_tiny)
-
-
-def read_strictly(path: Path) -> Any:
-    def refuse(name: str) -> None:
-        raise ValueError(name)
-
-    return json.loads(path.read_text(), parse_constant=refuse)
-
-
-@pytest.fixture
-def run_main(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """(status, standard output, standard error) of a run in this process, with a tiny task."""
-    for module in ("epoch", "epoch_command"):
-        monkeypatch.setitem(__import__(f"benchmarks.{module}").tasks.TASKS, "tiny", TINY)
-    monkeypatch.setattr("benchmarks.epoch.images_of", lambda shape: synthesise(shape.shape, 256))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return status, *capsys.readouterr()
-
-    return run
 
 
 class Clock:
@@ -138,6 +96,7 @@ def fabricated() -> dict[str, Any]:
             "threads": 4,
             "vector_instructions": "AVX2",
             "device": "cpu",
+            "heap": "freed memory is kept (glibc 9.9)",
             "torch": "2.99",
             "python": "3.12",
             "gls_fused": "0.9",
@@ -154,6 +113,7 @@ def fabricated() -> dict[str, Any]:
                 "gate": {"gls": {"double": 1e-14, "single": 1e-3, "allowed": 1e-2}},
                 "steps_per_slice": {"gls": 10, "adam": 10},
                 "seconds_per_step": {"gls": [0.010, 0.030], "adam": [0.010, 0.020]},
+                "minor_faults_per_step": {"gls": [3.0, 5.0], "adam": [0.0, 0.0]},
                 "state_bytes": {"gls": 4400, "adam": 8000},
             }
         ],
@@ -167,7 +127,10 @@ def test_the_report_of_fabricated_rounds():
     )
     assert "| mlp, batch 128 | GLS | state | 0.550 | 0.60 | met by 8.3% |" in report
     # 20 ms times 390 steps.
-    assert "| CIFAR-10 | mlp | 128 | GLS | 20.000 | 7.80 | 1.250 [1.125, 1.375] | 1.05 |" in report
+    assert "| CIFAR-10 | mlp | 128 | GLS | 20.000 | 7.80 | 1.250 [1.125, 1.375] | 1.05 | 4 |" in (
+        report
+    )
+    assert "- Heap: freed memory is kept (glibc 9.9)" in report
     assert "Some Processor" in report
     assert "4 threads of 8 cores" in report
     assert "`python -m benchmarks epoch`" in report
@@ -245,6 +208,8 @@ def test_the_command_writes_strict_json_and_a_report(tmp_path, run_main):
     assert all(len(rounds) == 3 for rounds in cell["seconds_per_step"].values())
     assert all(min(rounds) > 0 for rounds in cell["seconds_per_step"].values())
     assert cell["steps_per_slice"]["gls"] % 10 == 0
+    assert {len(faults) for faults in cell["minor_faults_per_step"].values()} == {3}
+    assert results["environment"]["heap"] == "as the system has it (no glibc)"
     assert cell["state_bytes"]["adam"] >= 8 * cell["parameters"]
     assert cell["state_bytes"]["sgd"] == 0
     assert cell["data"] == "synthetic"
