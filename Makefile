@@ -11,7 +11,7 @@ STAMP := .venv/.stamp
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: help setup data demo test test-slow lint format bench-kernels readme clean
+.PHONY: help setup data demo test test-slow sanitize lint format bench-kernels readme clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 14
@@ -41,9 +41,20 @@ demo: setup data ## Run the demonstration; its last line is the report's path
 
 test: lint ## Lint, then run the quick tests
 	@$(BIN)/python -m pytest -m "not slow"
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/triton
 
 test-slow: setup ## Run the slow tests
 	@$(BIN)/python -m pytest -m slow
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow tests/triton
+
+# Built apart from the package; ASan's runtime must be loaded before Python. Python and torch leak by
+# design, and torch frees with `delete` what it allocated otherwise.
+sanitize: setup ## Run the kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer
+	@GLS_FUSED_NATIVE=1 GLS_FUSED_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize \
+	  --build-lib build/sanitize/lib >build/sanitize.log 2>&1 || { tail -n 30 build/sanitize.log; exit 1; }
+	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 \
+	  $(BIN)/python -m pytest -p no:cacheprovider -o pythonpath=build/sanitize/lib tests/test_backends.py
 
 lint: setup ## Check style, format and types
 	@$(BIN)/ruff check --quiet

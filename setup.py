@@ -3,6 +3,7 @@
 GLS_FUSED_NATIVE=auto  the default: build it; if that fails, install without it and record why
 GLS_FUSED_NATIVE=0     install without it
 GLS_FUSED_NATIVE=1     a failure to build it is an error
+GLS_FUSED_SANITIZE=1   build it for AddressSanitizer and UndefinedBehaviorSanitizer
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ except ImportError as error:
 # own -g makes the library many times larger. -fopenmp: at::parallel_for is a template in torch's
 # headers, and runs on one thread in code that is compiled without it.
 CXX_FLAGS = ["-O3", "-g0"] + (["-fopenmp"] if sys.platform == "linux" else [])
-LINK_FLAGS = ["-fopenmp"] if "-fopenmp" in CXX_FLAGS else []
+if os.environ.get("GLS_FUSED_SANITIZE") == "1":
+    # torch's own libraries carry no type information for `vptr`.
+    CXX_FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+LINK_FLAGS = [flag for flag in CXX_FLAGS if flag == "-fopenmp" or "sanitize" in flag]
 
 
 class BuildNative(BuildExtension):

@@ -15,6 +15,7 @@ from benchmarks.epoch_command import add_epoch
 from benchmarks.errors import InputError
 from benchmarks.kernels_command import add_kernels
 from benchmarks.readme import add_readme
+from benchmarks.roofline_command import add_roofline
 from benchmarks.scaling_command import add_scaling
 from benchmarks.time_to_loss_command import add_time_to_loss
 
@@ -25,6 +26,7 @@ COMMANDS = (
     add_time_to_loss,
     add_scaling,
     add_kernels,
+    add_roofline,
     add_readme,
 )
 

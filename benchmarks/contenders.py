@@ -26,7 +26,7 @@ class Contender:
     """One optimizer of the comparison of seconds.
 
     Attributes:
-        period: steps after which its work repeats; GLS gathers every 5 and refreshes every 10.
+        period: steps after which its work repeats; GLS gathers and refreshes every 10.
     """
 
     name: str

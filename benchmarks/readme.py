@@ -22,7 +22,6 @@ from benchmarks.time_to_loss_report import make_ratio_table
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = Path(__file__).with_name("published")
-NOT_PUBLISHED = "No results are published yet."
 
 
 def add_readme(subparsers: Any) -> None:
@@ -60,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def fill(text: str, published: Path) -> str:
-    """README with every block made anew.
+    """README with every block made anew; one without published results is empty.
 
     Raises:
         InputError: a block that is missing or there twice, or damaged results.
@@ -74,7 +73,7 @@ def fill(text: str, published: Path) -> str:
             content = make(published)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{published}: the results of {name} are damaged") from error
-        text = f"{begin}\n{content}\n{end}".join(parts)
+        text = f"{begin}\n{content}{end}".join(parts)
     return text
 
 
@@ -82,25 +81,31 @@ def _convergence(published: Path) -> str:
     directory = published / "convergence"
     config = _read(directory / CONFIG_FILE)
     if config is None:
-        return NOT_PUBLISHED
+        return ""
     table = make_summary_table(config, read_epochs(directory / EPOCHS_FILE))
     environment = config["settings"]["environment"]
-    return _block(config["invocations"][-1]["command"], environment, table)
+    return _block("Training loss", config["invocations"][-1]["command"], environment, table)
 
 
 def _epoch(published: Path) -> str:
     results = _read(published / epoch.JSON_FILE)
     if results is None:
-        return NOT_PUBLISHED
+        return ""
     table = make_target_table(results["cells"])
-    return _block(results["command"], results["environment"], table)
+    return _block(
+        "Seconds per epoch, and bytes of state, against `torch.optim.Adam(fused=True)`",
+        results["command"],
+        results["environment"],
+        table,
+    )
 
 
 def _time_to_loss(published: Path) -> str:
     results = _read(published / time_to_loss.JSON_FILE)
     if results is None:
-        return NOT_PUBLISHED
-    return _block(results["command"], results["environment"], make_ratio_table(results))
+        return ""
+    table = make_ratio_table(results)
+    return _block(table.title, results["command"], results["environment"], table)
 
 
 # By marker.
@@ -122,12 +127,14 @@ def _read(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _block(command: str, environment: Mapping[str, Any], table: Table) -> str:
-    """The command, the hardware, what the table shows, the table."""
+def _block(title: str, command: str, environment: Mapping[str, Any], table: Table) -> str:
+    """What is shown, the command, the hardware, how to read the table, the table."""
     device, cpu = environment["device"], environment["cpu"]
     hardware = cpu if device == "cpu" else f"{device}, host {cpu}"
     return "\n".join(
         [
+            f"{title}:",
+            "",
             f"    {command}",
             "",
             f"{hardware} ({environment.get('vector_instructions') or NOTHING}), "
@@ -135,5 +142,6 @@ def _block(command: str, environment: Mapping[str, Any], table: Table) -> str:
             f"{environment['torch']}. {table.note}",
             "",
             table.grid(),
+            "",
         ]
     )

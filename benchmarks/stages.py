@@ -24,17 +24,16 @@ from benchmarks.tasks import CLASSES, Shape, Task
 from gls_fused.dispatch import resolve_backend
 
 PERIOD = CONTENDERS["gls"].period
-GATHER_EVERY = 5
+GATHER_EVERY = 10
 # Backward nodes of linear layers and convolutions, captured or not: what their names contain.
 LAYER_NODES = ("CapturedLinear", "_LinearBackward", "_Conv2dBackward", "Addmm", "ConvolutionBack")
 NODE = "autograd::engine::evaluate_function: "
 STEPS = ("Optimizer.step#GLS.step", "Optimizer.step#SGD.step")
 PREFIX = "stage: "
 OPS = {
-    "precondition_gradient": "P at the step site",
     "refresh_subspace": "refresh",
     "invert_core": "core inverse",
-    "update_layers_": "update",
+    "update_layers_": "update, with P at the step site",
 }
 
 

@@ -4,18 +4,44 @@
 #include "capture.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <cmath>
+#include <tuple>
 #include <utility>
-
-#include "composite.h"
 
 namespace gls_fused {
 
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+
+namespace {
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+std::tuple<Tensor, Tensor> precondition_rows(const Tensor& rows, const Tensor& basis,
+                                             const LinearCapture& capture, bool ones) {
+  static const auto op = find_op<std::tuple<Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool)>(
+      "gls_fused::precondition_rows");
+  return op.call(rows, basis, capture.core_inverse, capture.shift, ones);
+}
+
+std::tuple<Tensor, Tensor> precondition_gradient(const Tensor& weight_gradient,
+                                                 const std::optional<Tensor>& bias_gradient,
+                                                 const Tensor& basis,
+                                                 const LinearCapture& capture) {
+  static const auto op = find_op<std::tuple<Tensor, Tensor>(
+      const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&)>(
+      "gls_fused::precondition_gradient");
+  return op.call(weight_gradient, bias_gradient, basis, capture.core_inverse, capture.shift);
+}
+
+}  // namespace
 
 void LinearCapture::expect(const std::optional<Tensor>& new_basis,
                            const std::optional<Tensor>& new_core_inverse,
@@ -33,24 +59,15 @@ std::optional<Tensor> LinearCapture::take_sums() {
   return std::exchange(sums, Tensor());
 }
 
-// Rows with a NaN or an infinity, and rows that are all zero, say nothing of the inputs.
 void LinearCapture::gather(const Tensor& rows) {
   if (rows.numel() == 0) return;
   const at::NoGradGuard no_grad;
-  const int64_t rank = basis.size(1), square = rank * rank;
-  Tensor fresh = at::empty({2 + square + basis.numel()}, basis.options());
-  Tensor trace = fresh[1];
-  Tensor core = fresh.narrow(0, 2, square).view({rank, rank});
-  Tensor sketch = fresh.narrow(0, 2 + square, basis.numel()).view(basis.sizes());
-  fresh[0].fill_(rows.size(0));
-  sketch_rows_out(rows, basis, ones, core, sketch, trace);
-  const bool usable = std::isfinite(fresh.sum().item<double>()) && trace.item<double>() > 0;
-  if (!usable) fresh.zero_();
-  if (sums.defined()) {
-    sums.add_(fresh);
-  } else {
-    sums = fresh;
+  static const auto op =
+      find_op<void(const Tensor&, const Tensor&, bool, Tensor&)>("gls_fused::add_sketch_");
+  if (!sums.defined()) {
+    sums = at::zeros({2 + basis.size(1) * basis.size(1) + basis.numel()}, basis.options());
   }
+  op.call(rows, basis, ones, sums);
 }
 
 namespace {
@@ -100,8 +117,7 @@ struct CapturedLinear : torch::autograd::Function<CapturedLinear> {
     const Tensor basis =
         ones ? capture->basis : capture->basis.narrow(0, 0, weight.size(1));
     if (rows.size(0) <= weight.size(0)) {
-      const auto [product, last] =
-          precondition_rows(rows, basis, capture->core_inverse, capture->shift, ones);
+      const auto [product, last] = precondition_rows(rows, basis, *capture, ones);
       weight_gradient = at::mm(gradient.t(), product);
       if (ones) bias_gradient = at::mv(gradient.t(), last);
     } else {
@@ -109,8 +125,7 @@ struct CapturedLinear : torch::autograd::Function<CapturedLinear> {
       std::optional<Tensor> plain;
       if (ones) plain = gradient.sum(0);
       std::tie(weight_gradient, bias_gradient) =
-          precondition_gradient(at::mm(gradient.t(), rows), plain, basis, capture->core_inverse,
-                                capture->shift);
+          precondition_gradient(at::mm(gradient.t(), rows), plain, basis, *capture);
     }
     if (!ones) bias_gradient = needs_bias ? gradient.sum(0) : Tensor();
     return {input_gradient, weight_gradient, bias_gradient, Tensor()};

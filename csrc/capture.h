@@ -17,7 +17,7 @@ struct LinearCapture : torch::CustomClassHolder {
   at::Tensor basis;          // U, or the test matrix before there is an inverse
   at::Tensor core_inverse;   // undefined before there is an inverse
   at::Tensor shift;
-  at::Tensor sums;  // [n, ||A||_F^2, Y'Y, A'Y] of this step; undefined before the first rows
+  at::Tensor sums;  // [n, ||A||_F^2, Y'Y, (A'Y)'] of this step; undefined before the first rows
 
   // What the coming step asks of the layer.
   void expect(const std::optional<at::Tensor>& basis, const std::optional<at::Tensor>& core_inverse,

@@ -14,10 +14,13 @@ TORCH_LIBRARY(gls_fused, m) {
   m.def("sketch_rows(Tensor rows, Tensor basis, bool ones) -> (Tensor, Tensor, Tensor)");
   m.def("refresh_subspace(Tensor core, Tensor sketch) -> (Tensor, Tensor, Tensor)");
   m.def("invert_core(Tensor core, Tensor trace, int dim, float damping) -> (Tensor, Tensor)");
-  // layer_sizes[i] consecutive params, directions and exp_avgs belong to layer i.
+  // [n, ||A||_F^2, Y'Y, (A'Y)'] of some rows, added to the sums of a step where they are usable.
+  m.def("add_sketch_(Tensor rows, Tensor basis, bool ones, Tensor(a!) sums) -> ()");
+  // layer_sizes[i] consecutive params, gradients and exp_avgs belong to layer i, whose inverse is
+  // the i-th of bases, core_inverses and shifts; None where gradients holds the directions.
   m.def(
-      "update_layers_(Tensor(a!)[] params, Tensor[] directions, Tensor(b!)[] exp_avgs,"
-      " Tensor(c!)[] exp_avg_sqs, Tensor[] steps, Tensor[] gradient_norms, int[] layer_sizes,"
-      " str normalize, float lr, float momentum, float beta2, float eps, float weight_decay)"
-      " -> ()");
+      "update_layers_(Tensor(a!)[] params, Tensor[] gradients, Tensor(b!)[] exp_avgs,"
+      " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor?[] bases, Tensor?[] core_inverses,"
+      " Tensor?[] shifts, int[] layer_sizes, str normalize, float lr, float momentum, float beta2,"
+      " float eps, float weight_decay) -> ()");
 }

@@ -21,8 +21,8 @@ def attach(
     beta: float = 0.9,
     curvature: Literal["subspace", "dense"] = "subspace",
     rank: int = 32,
-    curvature_every: int = 5,
-    refresh_every: int = 2,
+    curvature_every: int = 10,
+    refresh_every: int = 1,
     backend: str = "auto",
 ) -> Attachment:
     """From here on the model's backward leaves D = D0 P in p.grad, for any optimizer to step on.

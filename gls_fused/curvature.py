@@ -7,7 +7,8 @@ A layer's estimate lives in a plain dict, so that an optimizer can keep it in it
     both        commits (int)                                    letters: see gls_fused.reference
 
 Sums arrive as one flat tensor, [n, ||A||_F^2, moments...], so that they can be guarded, and
-all-reduced, at once. The moments are A'A, or Y'Y and A'Y.
+all-reduced, at once. The moments are A'A, or Y'Y and A'Y. Basis and sketch are kept by columns, as
+products with rows want them: as [r, d] in memory.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Subspace:
         generator = torch.Generator().manual_seed(TEST_MATRIX_SEED)
         gaussian = torch.randn(self.dim, self.rank, generator=generator, dtype=torch.float64)
         basis: Tensor = torch.linalg.qr(gaussian)[0]
-        return basis.to(device, dtype)
+        return _by_columns(basis.to(device, dtype))
 
     def start(self, state: State, sums: Tensor) -> None:
         trace, core, sketch = self._moments(sums / sums[0])
@@ -109,7 +110,7 @@ class Subspace:
 
     def refresh(self, state: State) -> None:
         basis, core, sketch = self.backend.refresh_subspace(state["core"], state["sketch"])
-        _store(state, basis=basis, core=core, sketch=sketch)
+        _store(state, basis=_by_columns(basis), core=core, sketch=sketch)
 
     def solve(self, state: State, damping: float) -> None:
         core_inverse, shift = self.backend.invert_core(
@@ -124,7 +125,7 @@ class Subspace:
         """Trace (0-d), core [r, r] and sketch [d, r]."""
         split = 2 + self.rank * self.rank
         core = means[2:split].view(self.rank, self.rank)
-        return means[1], core, means[split:].view(self.dim, self.rank)
+        return means[1], core, means[split:].view(self.rank, self.dim).T
 
 
 def make_curvature(kind: str, dim: int, rank: int, backend: ModuleType) -> Curvature:
@@ -139,7 +140,7 @@ def add_sums(sums: Tensor | None, count: int, trace: Tensor, moments: tuple[Tens
     sums over them add nothing, which is decided on the device.
     """
     head = torch.stack([torch.full_like(trace, count), trace])
-    new = torch.cat([head, *(moment.flatten() for moment in moments)])
+    new = torch.cat([head, *(moment.T.flatten() for moment in moments)])
     usable = new.sum().isfinite() & (trace > 0)
     new = torch.where(usable, new, torch.zeros((), dtype=new.dtype, device=new.device))
     return new if sums is None else sums + new
@@ -149,6 +150,11 @@ def _means(sums: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Sums over n, and the weight with which they blend in: 1 - beta, or 0 where n is 0."""
     count = sums[0]
     return sums / count.clamp(min=1), (count > 0) * torch.full_like(count, 1 - beta)
+
+
+def _by_columns(matrix: Tensor) -> Tensor:
+    """The same matrix, its columns contiguous."""
+    return matrix.T.contiguous().T
 
 
 def _store(state: State, **tensors: Tensor) -> None:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Iterable
 from types import ModuleType
 
+import torch
+
 # In the order in which `auto` prefers them.
-_MODULES = {"native": "gls_fused.backends.native", "reference": "gls_fused.reference"}
-# The devices a backend has kernels for, where that is not every device torch has.
-_DEVICES = {"native": {"cpu"}}
+_MODULES = {
+    "triton": "gls_fused.backends.triton",
+    "native": "gls_fused.backends.native",
+    "reference": "gls_fused.reference",
+}
+# The devices a backend has kernels for, where that is not every device torch has. Triton's
+# interpreter also takes tensors on the CPU, but only who asks for it by name gets that.
+_DEVICES = {"triton": {"cuda"}, "native": {"cpu"}}
 
 
 def available_backends() -> dict[str, str | None]:
@@ -33,12 +41,16 @@ def resolve_backend(name: str, devices: Iterable[str]) -> ModuleType:
         raise ValueError(f"backend: expected auto, {', '.join(_MODULES)}, got {name!r}")
     needed = set(devices)
     if name == "auto":
-        usable = (known for known in _MODULES if needed <= _DEVICES.get(known, needed))
+        # Without a layer there is nothing to be fast at.
+        known = [name for name in _MODULES if needed or name != "triton"]
+        usable = (name for name in known if needed <= _DEVICES.get(name, needed))
         return next(module for module, _ in map(_load, usable) if module is not None)
     module, error = _load(name)
     if module is None:
         raise RuntimeError(f"backend {name!r} is not available: {error}") from error
     missing = needed - _DEVICES.get(name, needed)
+    if name == "triton" and _interprets():
+        missing -= {"cpu"}
     if missing:
         raise RuntimeError(f"backend {name!r} has no kernels for {min(missing)}, use 'auto'")
     return module
@@ -52,6 +64,15 @@ def backend_name(backend: ModuleType) -> str:
 @functools.cache
 def _load(name: str) -> tuple[ModuleType | None, Exception | None]:
     try:
+        if name == "triton" and not (torch.cuda.is_available() or _interprets()):
+            raise ImportError(
+                "there is no CUDA device; on a CPU it runs only in Triton's interpreter, for tests "
+                "(TRITON_INTERPRET=1, set before Python starts)"
+            )
         return importlib.import_module(_MODULES[name]), None
     except (ImportError, OSError) as error:
         return None, error
+
+
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -82,8 +82,8 @@ class GLS(torch.optim.Optimizer):
         normalize: Normalize = "rms",
         curvature: Literal["subspace", "dense"] = "subspace",
         rank: int = 32,
-        curvature_every: int = 5,
-        refresh_every: int = 2,
+        curvature_every: int = 10,
+        refresh_every: int = 1,
         site: Literal["auto", "step", "backward"] = "auto",
         backend: str = "auto",
     ) -> None:

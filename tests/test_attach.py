@@ -9,7 +9,7 @@ from tolerances import SAME_STEPS, assert_near
 
 from gls_fused import GLS, attach
 
-OPTIONS = {"damping": 0.4, "rank": 3, "curvature_every": 2}
+OPTIONS = {"damping": 0.4, "rank": 3, "curvature_every": 2, "refresh_every": 2}
 
 
 def adam(model):
@@ -55,9 +55,7 @@ def test_gradients_are_directions(kind):
     model = make_net(kind)
     twin = copy.deepcopy(model)
     handle = attach(model, **OPTIONS)
-    optimizer = GLS(
-        twin, lr=1.0, momentum=0.0, normalize="none", site="step", refresh_every=2, **OPTIONS
-    )
+    optimizer = GLS(twin, lr=1.0, momentum=0.0, normalize="none", site="step", **OPTIONS)
     for step in range(7):
         before = [p.detach().clone() for p in twin.parameters()]
         for net in (model, twin):

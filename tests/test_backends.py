@@ -10,8 +10,11 @@ from gls_fused import GLS, available_backends, reference
 from gls_fused.dispatch import resolve_backend
 from gls_fused.reference import SubspaceInverse
 
+# Triton's kernels, which take no CPU tensors, have tests of their own in tests/triton.
 BACKENDS = [
-    name for name, why in available_backends().items() if why is None and name != "reference"
+    name
+    for name, why in available_backends().items()
+    if why is None and name not in ("reference", "triton")
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -146,11 +149,12 @@ def make_update(dtype, normalize, momentum, strided):
     }
 
 
+LISTS = ("params", "gradients", "exp_avgs", "exp_avg_sqs", "steps", "inverses")
+
+
 def run_update(backend, options):
-    lists = ("params", "gradients", "exp_avgs", "exp_avg_sqs", "steps", "inverses")
-    backend.update_layers_(
-        *(options[key] for key in lists), **{k: v for k, v in options.items() if k not in lists}
-    )
+    named = {key: value for key, value in options.items() if key not in LISTS}
+    backend.update_layers_(*(options[key] for key in LISTS), **named)
 
 
 @pytest.mark.parametrize("strided", [False, True])
@@ -190,7 +194,9 @@ def test_number_of_threads_changes_nothing(backend, normalize):
         ({"exp_avgs": []}, "exp_avgs exactly with momentum"),
         ({"exp_avg_sqs": []}, "expected 3 exp_avg_sqs for normalize rms, got 0"),
         ({"normalize": "max"}, "expected normalize rms, adam, sgd or none, got max"),
-        ({"layer_sizes": [2, 2, 2]}, "layer_sizes sum past 5"),
+        ({"layer_sizes": [2, 2, 2]}, "layer_sizes to sum to 5, got 6"),
+        ({"steps": []}, "expected 3 steps, got 0"),
+        ({"inverses": [make_inverse(7, 3, torch.float32), None, None]}, r"basis \[1002, r\]"),
     ],
     ids=str,
 )
@@ -221,15 +227,33 @@ def test_native_ops_are_proper_torch_ops():
     check(ops.sketch_rows.default, (rows, basis, True), test_utils=tests)
     check(ops.refresh_subspace.default, (core, sketch), test_utils=tests)
     check(ops.invert_core.default, (core, trace, 8, 0.3), test_utils=tests)
-    check(ops.update_layers_.default, tuple(update.values()), test_utils=tests)
+    check(ops.add_sketch_.default, (rows, basis, True, torch.zeros(2 + 9 + 24)), test_utils=tests)
+    *tensors, inverses = (update.pop(key) for key in LISTS)
+    parts = zip(*(inverse or (None,) * 3 for inverse in inverses), strict=True)
+    arguments = (*tensors, *map(list, parts), *update.values())
+    check(ops.update_layers_.default, arguments, test_utils=tests)
 
 
 def test_unknown_and_unavailable_backends():
-    with pytest.raises(ValueError, match=r"expected auto, native, reference, got 'cuda'"):
+    with pytest.raises(ValueError, match=r"expected auto, triton, native, reference, got 'cuda'"):
         GLS(torch.nn.Linear(2, 2), backend="cuda")
     with pytest.raises(RuntimeError, match="no kernels for cuda"):
         resolve_backend("native", ["cuda"]) if "native" in BACKENDS else pytest.skip()
-    assert resolve_backend("auto", ["cuda"]) is reference
+    if available_backends()["triton"] is not None:
+        assert resolve_backend("auto", ["cuda"]) is reference
+
+
+def test_triton_without_a_gpu_raises_with_the_reason(monkeypatch):
+    from gls_fused import dispatch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch._load.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="'triton' is not available: there is no CUDA dev"):
+            GLS(torch.nn.Linear(2, 2), backend="triton")
+    finally:
+        dispatch._load.cache_clear()
 
 
 def test_missing_native_backend_raises_with_its_cause(monkeypatch):
@@ -239,7 +263,7 @@ def test_missing_native_backend_raises_with_its_cause(monkeypatch):
     monkeypatch.setattr(
         dispatch, "_load", lambda name: (None, cause) if name == "native" else (reference, None)
     )
-    assert dispatch.available_backends() == {"native": str(cause), "reference": None}
+    assert dispatch.available_backends()["native"] == str(cause)
     with pytest.raises(RuntimeError, match=r"'native' is not available: no C\+\+ comp") as error:
         GLS(torch.nn.Linear(2, 2), backend="native")
     assert error.value.__cause__ is cause

@@ -195,7 +195,7 @@ def test_parameters_of_any_dtype(backend, kind, dtype, site, curvature, momentum
     for chosen in (torch.float64, dtype):
         model = make_net(kind).to(dtype).to(chosen)
         start = snapshot(model)
-        optimizer = GLS(model, curvature_every=1, **options)
+        optimizer = GLS(model, curvature_every=1, refresh_every=2, **options)
         for step in range(3):
             inputs, targets = (x.to(dtype).to(chosen) for x in make_batch(kind, 5, step))
             loss_of(model, (inputs, targets)).backward()

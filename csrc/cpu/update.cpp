@@ -1,5 +1,6 @@
 // The update of all layers in one call, on the CPU:
 //
+//   D = D0 P where the backward has not applied P,
 //   m <- momentum m + (1 - momentum) D,   v <- beta2 v + (1 - beta2) mean(D^2)
 //   W <- W (1 - lr weight_decay) - lr update
 //
@@ -16,16 +17,21 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <cmath>
 #include <vector>
 
+#include "products.h"
+#include "rows.h"
+
 namespace gls_fused {
+inline namespace CPU_CAPABILITY {
 namespace {
 
-// 128 KiB of float32: long enough to hide a thread's start, short enough to share small models.
+// 128 KiB of float32: short enough to share, and whatever is no longer is not worth a thread.
 constexpr int64_t kChunk = 32768;
 
 enum class Normalize { kRms, kAdam, kSgd, kNone };
@@ -57,41 +63,62 @@ struct Slice {
   size_t layer;
 };
 
+// Flat memory that belongs to a layer.
+template <typename param_t>
+struct Span {
+  const param_t* data;
+  int64_t numel;
+  size_t layer;
+};
+
 struct Chunk {
   size_t slice;
   int64_t begin;
   int64_t end;
 };
 
-template <typename param_t, typename state_t>
-double sum_squares(const param_t* x, int64_t n) {
-  using Vec = at::vec::Vectorized<state_t>;
-  double total = 0;
-  // Partial sums of 4096 elements keep float32's rounding below that of the elements.
-  for (int64_t begin = 0; begin < n; begin += 4096) {
-    const int64_t end = std::min(n, begin + 4096);
-    state_t sum = 0;
-    int64_t i = begin;
-    if constexpr (std::is_same_v<param_t, state_t>) {
-      Vec a(0), b(0), c(0), d(0);
-      for (; i + 4 * Vec::size() <= end; i += 4 * Vec::size()) {
-        const Vec x0 = Vec::loadu(x + i), x1 = Vec::loadu(x + i + Vec::size());
-        const Vec x2 = Vec::loadu(x + i + 2 * Vec::size());
-        const Vec x3 = Vec::loadu(x + i + 3 * Vec::size());
-        a = at::vec::fmadd(x0, x0, a);
-        b = at::vec::fmadd(x1, x1, b);
-        c = at::vec::fmadd(x2, x2, c);
-        d = at::vec::fmadd(x3, x3, d);
-      }
-      sum = at::vec::vec_reduce_all([](Vec& p, Vec& q) { return p + q; }, (a + b) + (c + d));
+template <typename Slices>
+std::vector<Chunk> cut(const Slices& slices) {
+  std::vector<Chunk> chunks;
+  for (size_t i = 0; i < slices.size(); ++i) {
+    for (int64_t begin = 0; begin < slices[i].numel; begin += kChunk) {
+      chunks.push_back({i, begin, std::min(slices[i].numel, begin + kChunk)});
     }
-    for (; i < end; ++i) {
-      const state_t value = static_cast<state_t>(x[i]);
-      sum += value * value;
-    }
-    total += sum;
   }
-  return total;
+  return chunks;
+}
+
+// Another thread is woken for a second chunk that is whole, not for a handful of biases.
+int64_t grain(int64_t chunks) { return chunks < 8 ? std::max<int64_t>(chunks, 1) : 1; }
+
+// In the state's dtype, whatever the parameters are stored in.
+template <typename state_t, typename param_t>
+double sum_squares_as(const param_t* x, int64_t n) {
+  if constexpr (std::is_same_v<param_t, state_t>) {
+    return sum_squares(x, n);
+  } else {
+    double total = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double value = static_cast<state_t>(x[i]);
+      total += value * value;
+    }
+    return total;
+  }
+}
+
+// Per layer, over all its slices; in parallel, and the same for any number of threads.
+template <typename state_t, typename param_t>
+std::vector<double> sum_layers(const std::vector<Span<param_t>>& spans, size_t layers) {
+  std::vector<Chunk> chunks = cut(spans);
+  std::vector<double> partial(chunks.size()), totals(layers, 0);
+  at::parallel_for(0, chunks.size(), grain(chunks.size()), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      partial[i] = sum_squares_as<state_t>(spans[chunks[i].slice].data + chunks[i].begin,
+                                           chunks[i].end - chunks[i].begin);
+    }
+  });
+  for (size_t i = 0; i < chunks.size(); ++i) totals[spans[chunks[i].slice].layer] += partial[i];
+  return totals;
 }
 
 // One element of a chunk. `rate` is lr times the layer's scale over the bias correction.
@@ -150,32 +177,17 @@ void update_chunk(const Slice<param_t, state_t>& slice, int64_t begin, int64_t e
 
 template <typename param_t, typename state_t>
 void update_flat(const std::vector<Slice<param_t, state_t>>& slices, at::TensorList exp_avg_sqs,
-                 at::TensorList steps, at::TensorList gradient_norms, Normalize normalize,
-                 double lr, const Scalars& scalars) {
-  std::vector<Chunk> chunks;
-  for (size_t i = 0; i < slices.size(); ++i) {
-    for (int64_t begin = 0; begin < slices[i].numel; begin += kChunk) {
-      chunks.push_back({i, begin, std::min(slices[i].numel, begin + kChunk)});
-    }
-  }
-  const int64_t count = chunks.size();
+                 at::TensorList steps, const std::vector<double>& gradient_squares,
+                 Normalize normalize, double lr, const Scalars& scalars) {
   const size_t layers = steps.size();
-
-  std::vector<double> squares(layers, 0), numels(layers, 0);
+  std::vector<double> squares, numels(layers, 0);
   if (normalize == Normalize::kRms || normalize == Normalize::kSgd) {
-    std::vector<double> partial(count);
-    at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        const auto& slice = slices[chunks[i].slice];
-        partial[i] = sum_squares<param_t, state_t>(slice.direction + chunks[i].begin,
-                                                   chunks[i].end - chunks[i].begin);
-      }
-    });
-    for (int64_t i = 0; i < count; ++i) {
-      const size_t layer = slices[chunks[i].slice].layer;
-      squares[layer] += partial[i];
-      numels[layer] += chunks[i].end - chunks[i].begin;
+    std::vector<Span<param_t>> spans;
+    for (const auto& slice : slices) {
+      spans.push_back({slice.direction, slice.numel, slice.layer});
+      numels[slice.layer] += slice.numel;
     }
+    squares = sum_layers<state_t>(spans, layers);
   }
 
   std::vector<double> rates(layers), corrections(layers, 1);
@@ -192,15 +204,17 @@ void update_flat(const std::vector<Slice<param_t, state_t>>& slices, at::TensorL
     } else if (normalize == Normalize::kSgd) {
       const double norm = std::sqrt(squares[layer]);
       // Not `norm > 0`: a norm that is not a number must reach the parameters.
-      scale = norm == 0 ? 1 : gradient_norms[layer].item<double>() / norm;
+      scale = norm == 0 ? 1 : std::sqrt(gradient_squares[layer]) / norm;
     }
-    const double correction =
-        scalars.momentum > 0 ? 1 - std::pow(scalars.momentum, step) : 1;
+    const double correction = scalars.momentum > 0 ? 1 - std::pow(scalars.momentum, step) : 1;
     rates[layer] = lr * scale / correction;
   }
 
-  at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
+  // Backwards: the directions whose squares were summed last are the ones still in cache.
+  const std::vector<Chunk> chunks = cut(slices);
+  const int64_t count = chunks.size();
+  at::parallel_for(0, count, grain(count), [&](int64_t first, int64_t last) {
+    for (int64_t i = last - 1; i >= first; --i) {
       const auto& slice = slices[chunks[i].slice];
       const auto update = [&](auto momentum, auto elementwise) {
         update_chunk<decltype(momentum)::value, decltype(elementwise)::value>(
@@ -225,18 +239,40 @@ at::Tensor in_layout_of(const at::Tensor& tensor, const at::Tensor& like, at::Sc
   return copy;
 }
 
-void update_layers_(at::TensorList params, at::TensorList directions, at::TensorList exp_avgs,
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+
+// D = D0 P of a layer's weight, and bias if it has one, in the gradients' dtype.
+void precondition_layer(std::vector<at::Tensor>& gradients, size_t first, bool has_bias,
+                        const at::Tensor& basis, const at::Tensor& core_inverse,
+                        const at::Tensor& shift) {
+  const at::Tensor weight = gradients[first].flatten(1);
+  check_inverse("update_layers_", weight.size(1) + has_bias, basis, core_inverse, shift);
+  const at::ScalarType type = weight.scalar_type(), wide = basis.scalar_type();
+  std::optional<at::Tensor> bias;
+  if (has_bias) bias = gradients[first + 1].to(wide);
+  at::Tensor product = at::empty(weight.sizes(), basis.options());
+  at::Tensor last = at::empty({has_bias ? weight.size(0) : 0}, basis.options());
+  multiply_inverse(weight.to(wide), bias, basis, core_inverse, shift, product, last);
+  gradients[first] = product.to(type).view(gradients[first].sizes());
+  if (has_bias) gradients[first + 1] = last.to(type);
+}
+
+void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorList exp_avgs,
                     at::TensorList exp_avg_sqs, at::TensorList steps,
-                    at::TensorList gradient_norms, at::IntArrayRef layer_sizes,
+                    const OptionalTensors& bases, const OptionalTensors& core_inverses,
+                    const OptionalTensors& shifts, at::IntArrayRef layer_sizes,
                     c10::string_view normalize_name, double lr, double momentum, double beta2,
                     double eps, double weight_decay) {
   if (params.empty()) return;
   const Normalize normalize = parse_normalize(normalize_name);
   const size_t layers = layer_sizes.size();
-  TORCH_CHECK(directions.size() == params.size(), "update_layers_: expected ", params.size(),
-              " directions, got ", directions.size());
+  TORCH_CHECK(gradients.size() == params.size(), "update_layers_: expected ", params.size(),
+              " gradients, got ", gradients.size());
   TORCH_CHECK(steps.size() == layers, "update_layers_: expected ", layers, " steps, got ",
               steps.size());
+  TORCH_CHECK(bases.size() == layers && core_inverses.size() == layers && shifts.size() == layers,
+              "update_layers_: expected ", layers, " bases, core_inverses and shifts, got ",
+              bases.size(), ", ", core_inverses.size(), " and ", shifts.size());
   TORCH_CHECK(exp_avgs.size() == (momentum > 0 ? params.size() : 0),
               "update_layers_: expected exp_avgs exactly with momentum, got ", exp_avgs.size(),
               " for momentum ", momentum);
@@ -245,14 +281,27 @@ void update_layers_(at::TensorList params, at::TensorList directions, at::Tensor
                                                          : 0;
   TORCH_CHECK(exp_avg_sqs.size() == squares, "update_layers_: expected ", squares,
               " exp_avg_sqs for normalize ", normalize_name, ", got ", exp_avg_sqs.size());
-  TORCH_CHECK(gradient_norms.size() == (normalize == Normalize::kSgd ? layers : 0),
-              "update_layers_: expected gradient_norms exactly for normalize sgd, got ",
-              gradient_norms.size());
   const at::ScalarType type = params[0].scalar_type();
   const at::ScalarType state_type = at::toOpMathType(type);
+  std::vector<size_t> layer_of;
+  for (size_t layer = 0; layer < layers; ++layer) {
+    layer_of.insert(layer_of.end(), layer_sizes[layer], layer);
+  }
+  TORCH_CHECK(layer_of.size() == params.size(), "update_layers_: expected layer_sizes to sum to ",
+              params.size(), ", got ", layer_of.size());
+
+  std::vector<at::Tensor> directions(gradients.begin(), gradients.end());
+  for (size_t i = 0; i < params.size();) {
+    const size_t layer = layer_of[i];
+    if (const std::optional<at::Tensor> basis = bases[layer]) {
+      precondition_layer(directions, i, layer_sizes[layer] == 2, *basis, *core_inverses[layer],
+                         *shifts[layer]);
+    }
+    i += layer_sizes[layer];
+  }
 
   // Flat memory for every array, with copies standing in for layouts that are not.
-  std::vector<at::Tensor> flat_params, flat_directions, flat_averages, flat_squares;
+  std::vector<at::Tensor> flat_params, flat_directions, flat_gradients, flat_averages, flat_squares;
   for (size_t i = 0; i < params.size(); ++i) {
     TORCH_CHECK(params[i].scalar_type() == type && params[i].device().is_cpu(),
                 "update_layers_: expected CPU parameters of dtype ", type, ", got ",
@@ -261,31 +310,35 @@ void update_layers_(at::TensorList params, at::TensorList directions, at::Tensor
     flat_params.push_back(dense ? params[i] : params[i].contiguous());
     const at::Tensor& like = flat_params.back();
     flat_directions.push_back(in_layout_of(directions[i], like, type));
+    if (normalize == Normalize::kSgd) {
+      flat_gradients.push_back(in_layout_of(gradients[i], like, type));
+    }
     if (momentum > 0) flat_averages.push_back(in_layout_of(exp_avgs[i], like, state_type));
     if (normalize == Normalize::kAdam) {
       flat_squares.push_back(in_layout_of(exp_avg_sqs[i], like, state_type));
     }
   }
 
+  for (const at::Tensor& step : steps) step.add_(1);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "update_layers_", [&] {
     using param_t = scalar_t;
     using state_t = at::opmath_type<scalar_t>;
     std::vector<Slice<param_t, state_t>> slices;
-    size_t i = 0;
-    for (size_t layer = 0; layer < layers; ++layer) {
-      for (int64_t j = 0; j < layer_sizes[layer]; ++j, ++i) {
-        TORCH_CHECK(i < params.size(), "update_layers_: layer_sizes sum past ", params.size());
-        slices.push_back(
-            {flat_params[i].data_ptr<param_t>(), flat_directions[i].const_data_ptr<param_t>(),
-             momentum > 0 ? flat_averages[i].data_ptr<state_t>() : nullptr,
-             normalize == Normalize::kAdam ? flat_squares[i].data_ptr<state_t>() : nullptr,
-             flat_params[i].numel(), layer});
+    std::vector<Span<param_t>> spans;
+    for (size_t i = 0; i < params.size(); ++i) {
+      slices.push_back(
+          {flat_params[i].data_ptr<param_t>(), flat_directions[i].const_data_ptr<param_t>(),
+           momentum > 0 ? flat_averages[i].data_ptr<state_t>() : nullptr,
+           normalize == Normalize::kAdam ? flat_squares[i].data_ptr<state_t>() : nullptr,
+           flat_params[i].numel(), layer_of[i]});
+      if (normalize == Normalize::kSgd) {
+        spans.push_back({flat_gradients[i].const_data_ptr<param_t>(), flat_params[i].numel(),
+                         layer_of[i]});
       }
     }
-    TORCH_CHECK(i == params.size(), "update_layers_: expected layer_sizes to sum to ",
-                params.size(), ", got ", i);
+    const std::vector<double> gradient_squares = sum_layers<state_t>(spans, layers);
     const Scalars scalars{1 - lr * weight_decay, momentum, beta2, eps};
-    update_flat(slices, exp_avg_sqs, steps, gradient_norms, normalize, lr, scalars);
+    update_flat(slices, exp_avg_sqs, steps, gradient_squares, normalize, lr, scalars);
   });
 
   for (size_t i = 0; i < params.size(); ++i) {
@@ -300,6 +353,7 @@ void update_layers_(at::TensorList params, at::TensorList directions, at::Tensor
 }
 
 }  // namespace
+}  // namespace CPU_CAPABILITY
 
 TORCH_LIBRARY_IMPL(gls_fused, CPU, m) { m.impl("update_layers_", &update_layers_); }
 

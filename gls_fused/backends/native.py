@@ -122,27 +122,21 @@ def update_layers_(
     weight_decay: float,
 ) -> None:
     """See `gls_fused.reference.update_layers_`."""
-    directions: list[Tensor] = []
-    norms = []
-    for inverse, size in zip(inverses, layer_sizes, strict=True):
-        mine = gradients[len(directions) : len(directions) + size]
-        if normalize == "sgd":
-            norms.append(reference.layer_norm(mine))
-        if inverse is None:
-            directions += mine
-            continue
-        weight, *bias = mine
-        parts = precondition_gradient(weight.flatten(1), bias[0] if bias else None, inverse)
-        shaped = zip(parts, mine, strict=False)
-        directions += [part.view_as(like) for part, like in shaped if part is not None]
-    torch._foreach_add_(steps, 1)
+    if any(isinstance(inverse, DenseInverse) for inverse in inverses):
+        reference.update_layers_(
+            params, gradients, exp_avgs, exp_avg_sqs, steps, inverses, layer_sizes=layer_sizes,
+            normalize=normalize, lr=lr, momentum=momentum, beta2=beta2, eps=eps,
+            weight_decay=weight_decay,
+        )  # fmt: skip
+        return
+    parts = zip(*(inverse or (None, None, None) for inverse in inverses), strict=True)
     _ops.update_layers_(
         params,
-        directions,
+        gradients,
         exp_avgs,
         exp_avg_sqs,
         steps,
-        norms,
+        *(list(part) for part in parts),
         layer_sizes,
         normalize,
         float(lr),
@@ -174,22 +168,28 @@ def _(
 
 @torch.library.register_fake("gls_fused::sketch_rows")
 def _(rows: Tensor, basis: Tensor, ones: bool) -> tuple[Tensor, Tensor, Tensor]:
-    rank = basis.shape[1]
-    return basis.new_empty(rank, rank), basis.new_empty(basis.shape), basis.new_empty(())
+    dim, rank = basis.shape
+    return basis.new_empty(rank, rank), basis.new_empty(rank, dim).T, basis.new_empty(())
 
 
 @torch.library.register_fake("gls_fused::refresh_subspace")
 def _(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    transposed = sketch.shape[::-1]
     return (
-        sketch.new_empty(sketch.shape),
+        sketch.new_empty(transposed).T,
         core.new_empty(core.shape),
-        sketch.new_empty(sketch.shape),
+        sketch.new_empty(transposed).T,
     )
 
 
 @torch.library.register_fake("gls_fused::invert_core")
 def _(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[Tensor, Tensor]:
     return core.new_empty(core.shape), core.new_empty(())
+
+
+@torch.library.register_fake("gls_fused::add_sketch_")
+def _(rows: Tensor, basis: Tensor, ones: bool, sums: Tensor) -> None:
+    return None
 
 
 @torch.library.register_fake("gls_fused::update_layers_")

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# On a machine with a GPU: tests, compute-sanitizer where present, kernel and epoch benchmarks, CUDA
+# graph replay. Needs torch, triton, pytest and no network; leaves results/device/*.json and report.md.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON=${PYTHON:-python3}
+export PYTHONPATH=.
+"$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null || {
+  echo "device_check: there is no GPU that torch can use" >&2
+  exit 1
+}
+mkdir -p results/device
+timeout 150 "$PYTHON" -m pytest -q -p no:cacheprovider tests/triton/device
+if command -v compute-sanitizer >/dev/null; then
+  timeout 90 compute-sanitizer --error-exitcode 1 "$PYTHON" -m benchmarks.device --sanitize
+else
+  echo "device_check: no compute-sanitizer, so memory accesses were not checked"
+fi
+timeout 120 "$PYTHON" -m benchmarks.device --out results/device
+# The epoch benchmark checks itself against the reference before it takes any time.
+if "$PYTHON" -c 'import matplotlib, rich, sklearn' 2>/dev/null; then
+  timeout 90 "$PYTHON" -m benchmarks epoch --device cuda --tasks mlp --shapes cifar10 \
+    --batch-sizes 128 --optimizers adam gls --rounds 5 --out results/device/epoch
+else
+  echo "device_check: without matplotlib, rich and scikit-learn there is no epoch benchmark"
+fi
+echo results/device/report.md

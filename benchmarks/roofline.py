@@ -1,0 +1,187 @@
+"""What a step must move and compute on a GPU: a model from data sheets, nothing of it measured.
+
+Bytes count each operand once per pass over it; a basis and small matrices stay in L2. Launches are
+those of the Triton backend. A floor is the longer of bytes over the memory's bandwidth and flops
+over the peak of float32 without tensor cores, which the kernels' "ieee" products use.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FLOAT = 4
+RANK = 32
+GATHER_EVERY = 10
+BATCH = 128
+# torch's fused Adam: p, g, m and v read, p, m and v written; launches of at most 320 blocks of
+# 65,536 elements (ATen/native/cuda/MultiTensorApply.cuh), and one for the step counters.
+ADAM_BYTES, ADAM_ELEMENTS_PER_LAUNCH = 28, 320 * 65536
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU's data-sheet figures: bytes per second, and float32 flops per second."""
+
+    name: str
+    bandwidth: float
+    flops: float
+    source: str
+
+
+TARGETS = (
+    Target("A100 SXM 80 GB", 2.039e12, 19.5e12, "NVIDIA A100 data sheet, 2021"),
+    Target("H100 SXM", 3.35e12, 67e12, "NVIDIA H100 data sheet, 2023"),
+    Target("B200 (of HGX B200)", 8e12, 75e12, "NVIDIA HGX B200 data sheet, 2025"),
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one or several launches."""
+
+    bytes: float
+    flops: float
+    launches: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.bytes + other.bytes, self.flops + other.flops, self.launches + other.launches
+        )
+
+    def __mul__(self, share: float) -> Cost:
+        return Cost(self.bytes * share, self.flops * share, self.launches * share)
+
+    def floor(self, target: Target) -> float:
+        """Seconds, at the least."""
+        return max(self.bytes / target.bandwidth, self.flops / target.flops)
+
+
+NOTHING = Cost(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight [outputs, inputs] with a bias, its rows, and those that the sketch takes."""
+
+    outputs: int
+    inputs: int
+    rows: int
+    sketched: int
+    convolution: bool = False
+
+    @property
+    def parameters(self) -> int:
+        return self.outputs * (self.inputs + 1)
+
+    @property
+    def at_backward(self) -> bool:
+        """As site="auto" decides."""
+        return not self.convolution and self.rows < self.outputs
+
+
+@dataclass(frozen=True)
+class Model:
+    """Layers that GLS covers, and the parameters that take Adam's update."""
+
+    title: str
+    layers: tuple[Layer, ...]
+    others: int = 0
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers) + self.others
+
+
+def precondition(rows: int, inputs: int, rank: int = RANK) -> Cost:
+    """X P of [rows, inputs]: X read in two walks, the product written."""
+    return Cost(12 * rows * inputs, 4 * rows * inputs * rank + 2 * rows * rank**2, 1)
+
+
+def sketch(rows: int, inputs: int, rank: int = RANK) -> Cost:
+    """Y'Y, A'Y, ||A||^2: A read twice, Y written and read, A'Y written; a sum of the parts."""
+    moved = 2 * rows * inputs + 2 * rows * rank + inputs * rank
+    return Cost(FLOAT * moved, 4 * rows * inputs * rank + 2 * rows * rank**2, 3)
+
+
+def refresh(inputs: int, rank: int = RANK) -> Cost:
+    """Five launches over Z, in float64 between, and C of all layers, counted with each."""
+    return Cost(FLOAT * 7 * inputs * rank, 10 * inputs * rank**2, 5)
+
+
+def update(parameters: int, *, formed: bool, momentum: bool = True) -> Cost:
+    """normalize="rms": a norm pass, then the update; T first where D is formed there."""
+    words = 4 + (2 if momentum else 0) + (1 if formed else 0)
+    flops = 12 * parameters + (6 * parameters * RANK if formed else 0)
+    return Cost(FLOAT * words * parameters, flops, 3 if formed else 2)
+
+
+def adam(parameters: int) -> Cost:
+    """torch's fused Adam."""
+    launches = 1 + math.ceil(parameters / ADAM_ELEMENTS_PER_LAUNCH)
+    return Cost(ADAM_BYTES * parameters, 12 * parameters, launches)
+
+
+def gls_step(model: Model, *, momentum: bool = True) -> dict[str, Cost]:
+    """The pieces of GLS's step with its defaults, statistics spread over the steps between."""
+    pieces = dict.fromkeys(("rows", "statistics", "update", "others"), NOTHING)
+    for layer in model.layers:
+        if layer.at_backward:
+            pieces["rows"] += precondition(layer.rows, layer.inputs)
+        gathered = sketch(layer.sketched, layer.inputs) + refresh(layer.inputs)
+        pieces["statistics"] += (gathered + Cost(0, 0, 1)) * (1 / GATHER_EVERY)
+    for formed in (False, True):
+        chosen = [layer for layer in model.layers if layer.at_backward != formed]
+        if chosen:
+            count = sum(layer.parameters for layer in chosen)
+            pieces["update"] += update(count, formed=formed, momentum=momentum)
+    # The coefficients of all layers, a program each.
+    pieces["update"] += Cost(0, 0, 1)
+    if model.others:
+        pieces["others"] = adam(model.others)
+    return pieces
+
+
+def total(pieces: Sequence[Cost]) -> Cost:
+    """All of them."""
+    return sum(pieces, NOTHING)
+
+
+def _mlp(title: str, widths: Sequence[int], rows: int = BATCH) -> Model:
+    pairs = itertools.pairwise(widths)
+    return Model(title, tuple(Layer(after, before, rows, rows) for before, after in pairs))
+
+
+def _cnn() -> Model:
+    """3x32x32 images; the sketch takes 16 of them."""
+    return Model(
+        "CNN, 2 convolutions and 2 linear layers",
+        (
+            Layer(16, 75, BATCH * 1024, 16 * 1024, convolution=True),
+            Layer(32, 400, BATCH * 256, 16 * 256, convolution=True),
+            Layer(128, 2048, BATCH, BATCH),
+            Layer(10, 128, BATCH, BATCH),
+        ),
+    )
+
+
+def _transformer() -> Model:
+    """GPT-2's smallest shape: 12 blocks of width 768, vocabulary 50,257 and 1,024 positions.
+
+    One GPU's step of 8 sequences of 1,024 tokens holds more rows than outputs, so P applies at the
+    step, and all rows are sketched; the embedding, tied to the head, and the norms take Adam's.
+    """
+    width, rows = 768, 8 * 1024
+    shapes = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
+    layers = tuple(Layer(m, k, rows, rows) for _ in range(12) for m, k in shapes)
+    return Model("Transformer, 124M parameters", layers, (50257 + 1024) * width + 25 * 2 * width)
+
+
+MODELS = (
+    _mlp("MLP, 3 linear layers", (3072, 1024, 512, 10)),
+    _cnn(),
+    _mlp("Autoencoder, 4 linear layers", (3072, 1024, 128, 1024, 3072)),
+    _transformer(),
+)

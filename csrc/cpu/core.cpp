@@ -1,0 +1,272 @@
+// The small dense work of the subspace, on the CPU: its orthonormal basis and its damped inverse.
+//
+// Everything [r, r] is done in float64 by plain loops, as r is some tens: LAPACK's calls, and the
+// waking of threads, took ten times as long at r = 32.
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/linalg_qr.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "products.h"
+
+namespace gls_fused {
+inline namespace CPU_CAPABILITY {
+
+using at::Tensor;
+
+namespace {
+
+// [r, r], row-major.
+using Matrix = std::vector<double>;
+
+// S = L L', in the lower triangle; false where a pivot is at most `least` of its diagonal entry.
+bool factor(Matrix& s, int64_t r, double least) {
+  for (int64_t i = 0; i < r; ++i) {
+    const double diagonal = s[i * r + i];
+    for (int64_t j = 0; j <= i; ++j) {
+      double sum = s[i * r + j];
+      for (int64_t k = 0; k < j; ++k) sum -= s[i * r + k] * s[j * r + k];
+      if (j < i) {
+        s[i * r + j] = sum / s[j * r + j];
+      } else {
+        // Written so that a NaN fails.
+        if (!(sum > least * diagonal) || !std::isfinite(sum)) return false;
+        s[i * r + i] = std::sqrt(sum);
+      }
+    }
+  }
+  return true;
+}
+
+// L^-1 of a lower triangle; the upper triangle is zero.
+Matrix invert_triangle(const Matrix& l, int64_t r) {
+  Matrix inverse(r * r, 0);
+  for (int64_t i = 0; i < r; ++i) {
+    double* row = &inverse[i * r];
+    for (int64_t k = 0; k < i; ++k) {
+      const double weight = l[i * r + k];
+      for (int64_t j = 0; j <= k; ++j) row[j] -= weight * inverse[k * r + j];
+    }
+    row[i] = 1;
+    for (int64_t j = 0; j <= i; ++j) row[j] /= l[i * r + i];
+  }
+  return inverse;
+}
+
+// A' A for lower triangular A.
+Matrix square_triangle(const Matrix& a, int64_t r) {
+  Matrix product(r * r, 0);
+  for (int64_t k = 0; k < r; ++k) {
+    for (int64_t i = 0; i <= k; ++i) {
+      const double weight = a[k * r + i];
+      for (int64_t j = 0; j <= k; ++j) product[i * r + j] += weight * a[k * r + j];
+    }
+  }
+  return product;
+}
+
+Matrix multiply(const Matrix& a, const Matrix& b, int64_t r) {
+  Matrix product(r * r, 0);
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t k = 0; k < r; ++k) {
+      const double weight = a[i * r + k];
+      for (int64_t j = 0; j < r; ++j) product[i * r + j] += weight * b[k * r + j];
+    }
+  }
+  return product;
+}
+
+template <typename T>
+Matrix to_matrix(const Tensor& x) {
+  const int64_t r = x.size(0);
+  const T* data = x.const_data_ptr<T>();
+  Matrix result(r * r);
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < r; ++j) result[i * r + j] = data[i * x.stride(0) + j * x.stride(1)];
+  }
+  return result;
+}
+
+template <typename T>
+void store(const Matrix& matrix, T* to) {
+  for (size_t i = 0; i < matrix.size(); ++i) to[i] = static_cast<T>(matrix[i]);
+}
+
+double trace_of(const Matrix& x, int64_t r) {
+  double total = 0;
+  for (int64_t i = 0; i < r; ++i) total += x[i * r + i];
+  return total;
+}
+
+// Columns that one thread takes at a time; sums are taken over them in order, so that the result
+// does not depend on the number of threads.
+constexpr int64_t kPanel = 512;
+
+template <typename Body>
+void for_panels(int64_t d, const Body& body) {
+  const int64_t panels = (d + kPanel - 1) / kPanel;
+  // Below four panels waking another thread takes longer than it saves.
+  at::parallel_for(0, panels, panels < 4 ? 4 : 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      body(panel, panel * kPanel, std::min(kPanel, d - panel * kPanel));
+    }
+  });
+}
+
+// rows rows' for `rows` [r, d], multiplied and added up in `Wide`.
+template <typename Wide, typename T>
+Matrix gram_of(const T* rows, int64_t r, int64_t d) {
+  const int64_t panels = (d + kPanel - 1) / kPanel;
+  std::vector<Wide> partial(panels * r * r, 0);
+  for_panels(d, [&](int64_t panel, int64_t first, int64_t size) {
+    // By columns: a product then adds up whole rows, with nothing to sum across a vector. Sixteen
+    // at a time, so that what is read in lines is written within the first-level cache.
+    std::vector<Wide> columns(size * r);
+    for (int64_t block = 0; block < size; block += 16) {
+      const int64_t end = std::min(block + 16, size);
+      for (int64_t i = 0; i < r; ++i) {
+        const T* row = rows + i * d + first;
+        for (int64_t k = block; k < end; ++k) columns[k * r + i] = row[k];
+      }
+    }
+    sum_rows<Wide>(nullptr, 0, 0, {columns.data(), 1, r}, r, columns.data(), r, size, r,
+                   &partial[panel * r * r], r);
+  });
+  Matrix gram(r * r, 0);
+  for (int64_t i = 0; i < panels * r * r; ++i) gram[i % (r * r)] += partial[i];
+  return gram;
+}
+
+// to [r, d] = weights from, `from` [r, d]; weights are rounded to the rows' dtype.
+template <typename T>
+void combine(const Matrix& weights, const T* from, int64_t r, int64_t d, T* to) {
+  std::vector<T> rounded(r * r);
+  store(weights, rounded.data());
+  for_panels(d, [&](int64_t, int64_t first, int64_t size) {
+    sum_rows<T>(nullptr, 0, 0, {rounded.data(), r, 1}, r, from + first, d, r, size, to + first, d);
+  });
+}
+
+// U' [r, d] orthonormal and lower triangular T' with Z' = T' U', by a Cholesky factor of the Gram
+// matrix, twice: the first leaves U orthonormal up to the condition number's square, the second
+// up to rounding. False where Z is so close to rank deficient that the first says nothing.
+template <typename T>
+bool orthonormalise(const T* sketch, int64_t r, int64_t d, T* basis, Matrix& triangle) {
+  // In float64, where products of float32 are exact: the condition number is squared.
+  Matrix once = gram_of<double>(sketch, r, d);
+  // Pivots relative to the diagonal are the squares of sines; float64's rounding is at 1e-16.
+  if (!factor(once, r, 1e-10)) return false;
+  std::vector<T> rough(r * d);
+  combine(invert_triangle(once, r), sketch, r, d, rough.data());
+  Matrix twice = gram_of<T>(rough.data(), r, d);
+  if (!factor(twice, r, 0.25)) return false;
+  combine(invert_triangle(twice, r), rough.data(), r, d, basis);
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = i + 1; j < r; ++j) once[i * r + j] = twice[i * r + j] = 0;
+  }
+  triangle = multiply(once, twice, r);
+  return true;
+}
+
+// M+ = T (M + nu I)^-1 T', for T given as T' (lower triangular, or of any form after LAPACK's QR).
+Matrix move_core(Matrix core, const Matrix& triangle, int64_t r, double eps, double tiny) {
+  const double nu = trace_of(core, r) * r * eps + tiny;
+  for (int64_t i = 0; i < r; ++i) core[i * r + i] += nu;
+  if (!factor(core, r, 0)) return Matrix(r * r, std::numeric_limits<double>::quiet_NaN());
+  // M+ = (L^-1 T')' (L^-1 T').
+  const Matrix root = multiply(invert_triangle(core, r), triangle, r);
+  Matrix moved(r * r, 0);
+  for (int64_t k = 0; k < r; ++k) {
+    for (int64_t i = 0; i < r; ++i) {
+      const double weight = root[k * r + i];
+      for (int64_t j = 0; j < r; ++j) moved[i * r + j] += weight * root[k * r + j];
+    }
+  }
+  return moved;
+}
+
+// U+ T = Z,  M+ = T (M + nu I)^-1 T',  Z+ = U+ M+
+std::tuple<Tensor, Tensor, Tensor> refresh_subspace(const Tensor& core, const Tensor& sketch) {
+  TORCH_CHECK(sketch.dim() == 2 && core.dim() == 2 && core.size(0) == sketch.size(1) &&
+                  core.size(1) == sketch.size(1) && core.scalar_type() == sketch.scalar_type(),
+              "refresh_subspace: expected core [r, r] and sketch [d, r] of one dtype, got ",
+              core.sizes(), " and ", sketch.sizes());
+  const int64_t d = sketch.size(0), r = sketch.size(1);
+  Tensor basis = at::empty({r, d}, sketch.options()), moved = at::empty({r, r}, core.options());
+  Tensor moved_sketch = at::empty({r, d}, sketch.options());
+  AT_DISPATCH_FLOATING_TYPES(sketch.scalar_type(), "refresh_subspace", [&] {
+    const double eps = std::numeric_limits<scalar_t>::epsilon();
+    const double tiny = std::numeric_limits<scalar_t>::min();
+    using Vec = at::vec::Vectorized<scalar_t>;
+    const Tensor rows = sketch.t().contiguous();
+    const double largest = at::vec::map_reduce_all<scalar_t>(
+        [](Vec x) { return x.abs(); }, [](Vec x, Vec y) { return at::vec::maximum(x, y); },
+        rows.const_data_ptr<scalar_t>(), rows.numel());
+    const double scale = std::max(largest, tiny);
+    // At order one, so that no square or reciprocal leaves the dtype's range.
+    const Tensor unit = rows / scale;
+    Matrix unit_core = to_matrix<scalar_t>(core);
+    for (double& value : unit_core) value /= scale;
+    Matrix triangle(r * r);
+    if (!orthonormalise(unit.const_data_ptr<scalar_t>(), r, d, basis.data_ptr<scalar_t>(),
+                        triangle)) {
+      const auto [columns, upper] = at::linalg_qr(unit.t());
+      basis.copy_(columns.t());
+      triangle = to_matrix<scalar_t>(upper.t());
+    }
+    Matrix next = move_core(std::move(unit_core), triangle, r, eps, tiny);
+    for (double& value : next) value *= scale;
+    store(next, moved.data_ptr<scalar_t>());
+    combine(next, basis.const_data_ptr<scalar_t>(), r, d, moved_sketch.data_ptr<scalar_t>());
+  });
+  return {basis.t(), moved, moved_sketch.t()};
+}
+
+// lambda = damping t / d,  lambda' = lambda + rho,  C = (M + lambda I)^-1 - I / lambda'
+std::tuple<Tensor, Tensor> invert_core(const Tensor& core, const Tensor& trace, int64_t dim,
+                                       double damping) {
+  const int64_t r = core.size(0);
+  TORCH_CHECK(core.dim() == 2 && core.size(1) == r && r <= dim,
+              "invert_core: expected core [r, r] with r at most ", dim, ", got ", core.sizes());
+  Tensor inverse = at::empty({r, r}, core.options()), shift = at::empty({}, core.options());
+  AT_DISPATCH_FLOATING_TYPES(core.scalar_type(), "invert_core", [&] {
+    const double eps = std::numeric_limits<scalar_t>::epsilon();
+    const double t = trace.item<double>(), damp = t * std::max(damping / dim, 32 * eps);
+    const Matrix m = to_matrix<scalar_t>(core);
+    const double total = trace_of(m, r);
+    const double rest = dim > r ? std::max(t - total, 0.0) / (dim - r) : 0.0;
+    Matrix unit = m;
+    for (double& value : unit) value /= damp;
+    for (int64_t i = 0; i < r; ++i) unit[i * r + i] += 1;
+    if (factor(unit, r, 0)) {
+      unit = square_triangle(invert_triangle(unit, r), r);
+      for (double& value : unit) value /= damp;
+    } else {
+      // Rounding has left M + lambda I not positive definite.
+      unit.assign(r * r, 0);
+      for (int64_t i = 0; i < r; ++i) unit[i * r + i] = 1 / (damp + total / r);
+    }
+    for (int64_t i = 0; i < r; ++i) unit[i * r + i] -= 1 / (damp + rest);
+    store(unit, inverse.data_ptr<scalar_t>());
+    *shift.data_ptr<scalar_t>() = static_cast<scalar_t>(damp + rest);
+  });
+  return {inverse, shift};
+}
+
+}  // namespace
+}  // namespace CPU_CAPABILITY
+
+TORCH_LIBRARY_IMPL(gls_fused, CPU, m) {
+  m.impl("refresh_subspace", &refresh_subspace);
+  m.impl("invert_core", &invert_core);
+}
+
+}  // namespace gls_fused

@@ -1,0 +1,244 @@
+// Rows times P, and the sketch of rows, on the CPU:
+//
+//   X P = X / lambda' + ((X U) C) U'          Y = A U,  Y'Y,  A'Y,  ||A||_F^2
+//
+// A block of rows goes through all three products while it is in the second-level cache, so X is
+// read and X P written once: 8 bytes per float32 element, 4 r flops. A column of ones, or a bias's
+// gradient, is carried as numbers beside the rows.
+
+#include "rows.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "products.h"
+
+namespace gls_fused {
+inline namespace CPU_CAPABILITY {
+
+using at::Tensor;
+
+namespace {
+
+// 16 rows of 3072 float32 take 192 KiB and U' of rank 32 takes 384 KiB: within 1 MiB.
+constexpr int64_t kBlockRows = 16;
+// Flops below which waking another thread takes longer than it saves, about 20 microseconds.
+constexpr int64_t kSerialFlops = 1 << 20;
+
+int64_t grain(int64_t count, int64_t flops) {
+  return flops < kSerialFlops ? std::max<int64_t>(count, 1) : 1;
+}
+
+Tensor in_rows(const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) < 2 ? x : x.contiguous(); }
+
+template <typename T>
+struct Columns {
+  const T* data;  // null: ones
+  int64_t stride;
+
+  T operator()(int64_t i) const { return data ? data[i * stride] : T(1); }
+};
+
+// coefficients[i, :] = (X U)[i, :], for `rows` rows from `first` on.
+template <typename T>
+void project_block(const T* x, int64_t x_row, int64_t first, int64_t rows, int64_t size,
+                   const T* basis, int64_t basis_row, int64_t rank, bool extended,
+                   Columns<T> extra, T* coefficients) {
+  dot_rows<T>(x + first * x_row, x_row, rows, basis, basis_row, rank, size, coefficients, rank);
+  if (!extended) return;
+  for (int64_t i = 0; i < rows; ++i) {
+    const T value = extra(first + i);
+    for (int64_t j = 0; j < rank; ++j) {
+      coefficients[i * rank + j] += value * basis[j * basis_row + size];
+    }
+  }
+}
+
+}  // namespace
+
+void check_inverse(const char* op, int64_t dim, const Tensor& basis, const Tensor& core_inverse,
+                   const Tensor& shift) {
+  TORCH_CHECK(basis.dim() == 2 && basis.size(0) == dim, op, ": expected basis [", dim,
+              ", r], got ", basis.sizes());
+  TORCH_CHECK(core_inverse.dim() == 2 && core_inverse.size(0) == basis.size(1) &&
+                  core_inverse.size(1) == basis.size(1),
+              op, ": expected core_inverse [", basis.size(1), ", ", basis.size(1), "], got ",
+              core_inverse.sizes());
+  TORCH_CHECK(core_inverse.scalar_type() == basis.scalar_type() &&
+                  shift.scalar_type() == basis.scalar_type(),
+              op, ": expected core_inverse and shift of ", basis.scalar_type(), ", got ",
+              core_inverse.scalar_type(), " and ", shift.scalar_type());
+}
+
+void multiply_inverse(const Tensor& x, const std::optional<Tensor>& extra, const Tensor& basis,
+                      const Tensor& core_inverse, const Tensor& shift, Tensor& product,
+                      Tensor& last) {
+  const int64_t n = x.size(0), size = x.size(1), rank = basis.size(1);
+  const bool extended = basis.size(0) > size;
+  if (n == 0) return;
+  const Tensor inputs = in_rows(x), transposed = in_rows(basis.t()), core = in_rows(core_inverse);
+  AT_DISPATCH_FLOATING_TYPES(basis.scalar_type(), "multiply_inverse", [&] {
+    const scalar_t* from = inputs.const_data_ptr<scalar_t>();
+    const scalar_t* u = transposed.const_data_ptr<scalar_t>();
+    const scalar_t* c = core.const_data_ptr<scalar_t>();
+    scalar_t* to = product.data_ptr<scalar_t>();
+    scalar_t* to_last = extended ? last.data_ptr<scalar_t>() : nullptr;
+    const int64_t from_row = inputs.stride(0), u_row = transposed.stride(0);
+    const int64_t c_row = core.stride(0);
+    const Columns<scalar_t> column{extra ? extra->const_data_ptr<scalar_t>() : nullptr,
+                                   extra ? extra->stride(0) : 0};
+    const scalar_t reciprocal = scalar_t(1) / *shift.const_data_ptr<scalar_t>();
+    const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
+    at::parallel_for(0, blocks, grain(blocks, 4 * n * size * rank), [&](int64_t begin, int64_t end) {
+      std::vector<scalar_t> y(kBlockRows * rank), yc(kBlockRows * rank);
+      for (int64_t first = begin * kBlockRows; first < std::min(n, end * kBlockRows);
+           first += kBlockRows) {
+        const int64_t rows = std::min(kBlockRows, n - first);
+        project_block<scalar_t>(from, from_row, first, rows, size, u, u_row, rank, extended, column,
+                                y.data());
+        sum_rows<scalar_t>(nullptr, 0, 0, {y.data(), rank, 1}, rows, c, c_row, rank, rank,
+                           yc.data(), rank);
+        const Strided<scalar_t> weights{yc.data(), rank, 1};
+        sum_rows<scalar_t>(from + first * from_row, from_row, reciprocal, weights, rows, u, u_row,
+                           rank, size, to + first * size, size);
+        if (!extended) continue;
+        for (int64_t i = 0; i < rows; ++i) {
+          scalar_t total = column(first + i) * reciprocal;
+          for (int64_t j = 0; j < rank; ++j) total += weights(i, j) * u[j * u_row + size];
+          to_last[first + i] = total;
+        }
+      }
+    });
+  });
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> precondition(const Tensor& x, const std::optional<Tensor>& extra,
+                                        bool extended, const Tensor& basis,
+                                        const Tensor& core_inverse, const Tensor& shift) {
+  const at::ScalarType type = x.scalar_type(), wide = basis.scalar_type();
+  Tensor product = at::empty(x.sizes(), basis.options());
+  Tensor last = at::empty({extended ? x.size(0) : 0}, basis.options());
+  std::optional<Tensor> column;
+  if (extra) column = extra->to(wide);
+  multiply_inverse(x.to(wide), column, basis, core_inverse, shift, product, last);
+  return {product.to(type), last.to(type)};
+}
+
+std::tuple<Tensor, Tensor> precondition_rows(const Tensor& rows, const Tensor& basis,
+                                             const Tensor& core_inverse, const Tensor& shift,
+                                             bool ones) {
+  TORCH_CHECK(rows.dim() == 2, "precondition_rows: expected rows [n, k], got ", rows.sizes());
+  check_inverse("precondition_rows", rows.size(1) + ones, basis, core_inverse, shift);
+  return precondition(rows, std::nullopt, ones, basis, core_inverse, shift);
+}
+
+std::tuple<Tensor, Tensor> precondition_gradient(const Tensor& weight_gradient,
+                                                 const std::optional<Tensor>& bias_gradient,
+                                                 const Tensor& basis, const Tensor& core_inverse,
+                                                 const Tensor& shift) {
+  TORCH_CHECK(weight_gradient.dim() == 2,
+              "precondition_gradient: expected weight_gradient [m, k], got ",
+              weight_gradient.sizes());
+  const bool extended = bias_gradient.has_value();
+  check_inverse("precondition_gradient", weight_gradient.size(1) + extended, basis, core_inverse,
+                shift);
+  TORCH_CHECK(!extended || (bias_gradient->dim() == 1 &&
+                            bias_gradient->size(0) == weight_gradient.size(0)),
+              "precondition_gradient: expected bias_gradient [", weight_gradient.size(0),
+              "], got ", bias_gradient->sizes());
+  return precondition(weight_gradient, bias_gradient, extended, basis, core_inverse, shift);
+}
+
+// One flat tensor, [Y'Y, (A'Y)', ||A||_F^2], is made and handed out in parts.
+void sketch_into(const Tensor& rows, const Tensor& basis, bool ones, Tensor& core, Tensor& sketch,
+                 Tensor& trace) {
+  const int64_t n = rows.size(0), size = rows.size(1), rank = basis.size(1), dim = size + ones;
+  const Tensor inputs = in_rows(rows.to(basis.scalar_type())), transposed = in_rows(basis.t());
+  const Tensor projected = at::empty({n, rank}, basis.options());
+  AT_DISPATCH_FLOATING_TYPES(basis.scalar_type(), "sketch_rows", [&] {
+    const scalar_t* a = inputs.const_data_ptr<scalar_t>();
+    const scalar_t* u = transposed.const_data_ptr<scalar_t>();
+    scalar_t* y = projected.data_ptr<scalar_t>();
+    scalar_t* z = sketch.data_ptr<scalar_t>();
+    const int64_t a_row = inputs.stride(0), u_row = transposed.stride(0);
+    const int64_t flops = 2 * n * size * rank;
+    const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
+    std::vector<double> squares(blocks);
+    at::parallel_for(0, blocks, grain(blocks, flops), [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = block * kBlockRows, rows_here = std::min(kBlockRows, n - first);
+        project_block<scalar_t>(a, a_row, first, rows_here, size, u, u_row, rank, ones,
+                                {nullptr, 0}, y + first * rank);
+        for (int64_t i = first; i < first + rows_here; ++i) {
+          squares[block] += sum_squares(a + i * a_row, size);
+        }
+      }
+    });
+    // Panels of 256 columns: 128 rows of them take 128 KiB.
+    const int64_t panels = (size + 255) / 256;
+    const Strided<scalar_t> y_transposed{y, 1, rank};
+    at::parallel_for(0, panels, grain(panels, flops), [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t first = panel * 256, columns = std::min<int64_t>(256, size - first);
+        sum_rows<scalar_t>(nullptr, 0, 0, y_transposed, rank, a + first, a_row, n, columns,
+                           z + first, dim);
+      }
+    });
+    sum_rows<scalar_t>(nullptr, 0, 0, y_transposed, rank, y, rank, n, rank,
+                       core.data_ptr<scalar_t>(), rank);
+    double total = ones ? n : 0;
+    for (const double square : squares) total += square;
+    *trace.data_ptr<scalar_t>() = static_cast<scalar_t>(total);
+    if (!ones) return;
+    for (int64_t j = 0; j < rank; ++j) {
+      double sum = 0;
+      for (int64_t i = 0; i < n; ++i) sum += y[i * rank + j];
+      z[j * dim + size] = static_cast<scalar_t>(sum);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> sketch_rows(const Tensor& rows, const Tensor& basis,
+                                               bool ones) {
+  TORCH_CHECK(rows.dim() == 2, "sketch_rows: expected rows [n, k], got ", rows.sizes());
+  TORCH_CHECK(basis.dim() == 2 && basis.size(0) == rows.size(1) + ones,
+              "sketch_rows: expected basis [", rows.size(1) + ones, ", r], got ", basis.sizes());
+  const int64_t rank = basis.size(1);
+  Tensor core = at::empty({rank, rank}, basis.options());
+  Tensor transposed = at::empty({rank, basis.size(0)}, basis.options());
+  Tensor trace = at::empty({}, basis.options());
+  sketch_into(rows, basis, ones, core, transposed, trace);
+  return {core, transposed.t(), trace};
+}
+
+// sums [2 + r r + r d] += [n, ||A||_F^2, Y'Y, (A'Y)'], unless these are not finite or all zero.
+void add_sketch_(const Tensor& rows, const Tensor& basis, bool ones, Tensor& sums) {
+  const int64_t rank = basis.size(1), square = rank * rank;
+  Tensor fresh = at::empty(sums.sizes(), sums.options());
+  Tensor trace = fresh[1];
+  Tensor core = fresh.narrow(0, 2, square).view({rank, rank});
+  Tensor sketch = fresh.narrow(0, 2 + square, basis.numel()).view({rank, basis.size(0)});
+  sketch_into(rows, basis, ones, core, sketch, trace);
+  fresh[0].fill_(rows.size(0));
+  const bool usable = std::isfinite(fresh.sum().item<double>()) && trace.item<double>() > 0;
+  if (usable) sums.add_(fresh);
+}
+
+}  // namespace
+}  // namespace CPU_CAPABILITY
+
+TORCH_LIBRARY_IMPL(gls_fused, CPU, m) {
+  m.impl("precondition_rows", &precondition_rows);
+  m.impl("precondition_gradient", &precondition_gradient);
+  m.impl("sketch_rows", &sketch_rows);
+  m.impl("add_sketch_", &add_sketch_);
+}
+
+}  // namespace gls_fused

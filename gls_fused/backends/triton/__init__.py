@@ -1,0 +1,34 @@
+"""Backend `triton`: the ops of gls_fused.reference as Triton kernels, for CUDA devices.
+
+    rows.py            X P for rows and gradients, in one kernel
+    sketch.py          Y'Y, A'Y and ||A||_F^2, added up in a fixed order
+    core.py            C and lambda', all layers in one launch
+    subspace.py        the basis moves: Cholesky QR, twice
+    update.py          the update of all layers at once; its kernels are in update_kernels.py
+    configs.py         block sizes, a table
+    launch.py          launches, and tables of addresses
+
+Convolutions' sketches and dense curvature are the reference's: torch's own convolutions and
+products. On a CPU the kernels run in Triton's interpreter only (TRITON_INTERPRET=1), for tests.
+"""
+
+from gls_fused.backends.triton.core import invert_core, invert_cores
+from gls_fused.backends.triton.rows import precondition_gradient, precondition_rows
+from gls_fused.backends.triton.sketch import sketch_rows
+from gls_fused.backends.triton.subspace import refresh_subspace
+from gls_fused.backends.triton.update import update_layers_
+from gls_fused.reference import invert_gram, sketch_images, sum_gram, unfold_images
+
+__all__ = [
+    "invert_core",
+    "invert_cores",
+    "invert_gram",
+    "precondition_gradient",
+    "precondition_rows",
+    "refresh_subspace",
+    "sketch_images",
+    "sketch_rows",
+    "sum_gram",
+    "unfold_images",
+    "update_layers_",
+]

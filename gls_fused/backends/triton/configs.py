@@ -1,0 +1,93 @@
+"""Block sizes by op, rank and dtype: a table, with the reason of each line.
+
+Nothing is autotuned: the update kernels work in place, so a trial run would be a step taken. The
+table is the same for sm_80, sm_90 and sm_100: what binds are registers (65,536 per SM on all three)
+and not shared memory (163, 227 and 227 KiB per program, of which no kernel uses half).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Ranks are padded to a power of two. Beyond 64 the products X U take longer than moving X, their
+# unrolled tiles spill, and torch's own matrix products are the better kernels.
+MAX_RANK = 64
+# Of the kernels that move the basis, in float64: wider ones spill.
+MAX_REFRESH_RANK = 32
+# M alone fits in a program's registers up to this, in float32; in float64 up to MAX_RANK.
+MAX_CORE_RANK = 128
+# tl.dot's operands have at least 16 rows and columns.
+MIN_RANK = 16
+
+# How float32 products are formed. "ieee" is float32's own rounding; "tf32x3" would come near it on
+# the tensor cores, "tf32" keeps 10 bits. With r = 32 all kernels but the sketch are bound by memory
+# on "ieee" already, so nothing is given away.
+PRECISION = "ieee"
+
+# Elements of one program of the flat update: 16 per thread at 128 threads, so that each of at most
+# five streams has four 16-byte accesses in flight per thread.
+UPDATE_BLOCK = 2048
+UPDATE_WARPS = 4
+
+# Rows whose products one program of the sketch sums up: partial sums are then r / 256 of the rows.
+ROWS_PER_SPLIT = 512
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a program's tile, and how it is run."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def pad_rank(rank: int) -> int:
+    """The width of the tiles that hold `rank` columns."""
+    return max(MIN_RANK, 1 << (rank - 1).bit_length())
+
+
+def row_tile(padded_rank: int) -> Tile:
+    """Of the kernels that walk d for a block of rows, twice.
+
+    16 rows, as the number of programs is what hides latency (batch 128 gives 8) and as more make
+    the compiler spill the unrolled "ieee" product. 64 columns are at least 8 bytes a thread of each
+    access, also for 16-bit rows.
+    """
+    return Tile(16, 64, 8 if padded_rank > 32 else 4, 2)
+
+
+def sketch_tile() -> Tile:
+    """Of A'Y: 32 columns of A to a program, so that d = 3072 gives 96 of them."""
+    return Tile(32, 32, 4, 2)
+
+
+def update_tile(padded_rank: int) -> Tile:
+    """Of the update that forms D itself: rows of 64 elements are two full 128-byte lines.
+
+    Eight warps, as T U' is unrolled over the rank: on 4 it spills.
+    """
+    return Tile(32 if padded_rank <= 32 else 16, 64, 8, 1)
+
+
+def basis_tile(padded_rank: int) -> Tile:
+    """Of the kernels that move the basis, in float64: d = 3072 makes 48 programs."""
+    return Tile(64, padded_rank, 4, 1)
+
+
+def core_warps(padded_rank: int, dtype: torch.dtype) -> int:
+    """Warps that hold a [rank, rank] tile with 16 registers per thread, 8 in float64 to rank 32.
+
+    Two such tiles and their temporaries are alive where M is inverted, six where the basis moves.
+    """
+    elements = padded_rank * padded_rank
+    if dtype == torch.float64:
+        return min(16, max(1, elements // 128))
+    return min(32, max(1, elements // 512))
+
+
+def sketch_splits(n: int) -> int:
+    """Parts into which the rows are cut for A'Y; a function of n alone, so sums repeat exactly."""
+    return min(64, max(1, n // ROWS_PER_SPLIT))

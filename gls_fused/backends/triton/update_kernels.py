@@ -1,0 +1,340 @@
+"""The kernels of the update; `update.py` says which are launched, and what they cost.
+
+A block is a program's part of one layer. `blocks` says for each which entry of the table it belongs
+to, which part of it is meant, and where its sums of squares go, so that one launch serves all
+layers. Coefficients of a layer, float64, by `_finish_layers_kernel`:
+
+    1 - lr weight_decay,   lr * scale / (1 - momentum^step),   1 - momentum,   1 - beta2,
+    1 / (1 - beta2^step),   eps
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Words per line of the tables, and coefficients per layer.
+FLAT_LINE, TILE_LINE, LAYER_LINE, COEFFICIENTS = 7, 22, 5, 6
+# How the bases of a launch's layers lie in memory.
+STRIDED, BY_ROWS, BY_COLUMNS = 0, 1, 2
+
+
+@triton.jit
+def _address(word, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer in a table's word; to 16 bytes where ALIGNED says that all are."""
+    address = tl.load(word).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address
+
+
+@triton.jit
+def _step_elements(
+    param, exp_avg, exp_avg_sq, d, at, mask, coefficients,
+    MOMENTUM: tl.constexpr, ADAM: tl.constexpr,
+):  # fmt: skip
+    """The parameters' step along d, in place, in the dtype of d.
+
+    Masked elements are undefined, and stay unwritten.
+    """
+    decay = tl.load(coefficients).to(d.dtype)
+    rate = tl.load(coefficients + 1).to(d.dtype)
+    average = d
+    if MOMENTUM:
+        m = tl.load(exp_avg + at, mask=mask).to(d.dtype)
+        average = m + (d - m) * tl.load(coefficients + 2).to(d.dtype)
+        tl.store(exp_avg + at, average.to(exp_avg.dtype.element_ty), mask=mask)
+    if ADAM:
+        v = tl.load(exp_avg_sq + at, mask=mask).to(d.dtype)
+        v += (d * d - v) * tl.load(coefficients + 3).to(d.dtype)
+        tl.store(exp_avg_sq + at, v.to(exp_avg_sq.dtype.element_ty), mask=mask)
+        root = tl.sqrt(v * tl.load(coefficients + 4).to(d.dtype))
+        average = average / (root + tl.load(coefficients + 5).to(d.dtype))
+    w = tl.load(param + at, mask=mask).to(d.dtype)
+    w = w * decay - rate * average
+    tl.store(param + at, w.to(param.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _flat_update_kernel(
+    table,  # int64 [entries, 7]: param, D, D0, m, v (addresses), elements, layer
+    blocks,  # int64 [programs, 3]
+    coefficients,  # float64 [layers, 6]
+    PARAM: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    STATE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    ADAM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LINE: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+):
+    block = blocks + tl.program_id(0).to(tl.int64) * 3
+    line = table + tl.load(block) * LINE
+    first = tl.load(block + 1) * BLOCK
+    at = first + tl.arange(0, BLOCK)
+    param = _address(line, PARAM, ALIGNED)
+    gradient = _address(line + 1, GRADIENT, ALIGNED)
+    exp_avg = _address(line + 3, STATE, ALIGNED)
+    exp_avg_sq = _address(line + 4, STATE, ALIGNED)
+    count = tl.load(line + 5)
+    layer = coefficients + tl.load(line + 6) * COEFFICIENTS
+    if EVEN:
+        # Then the mask is the same for every 16 elements, and accesses stay 16 bytes wide.
+        count = tl.multiple_of(count, 16)
+        mask = at < count
+        d = tl.load(gradient + at, mask=mask, other=0.0).to(COMPUTE)
+        _step_elements(param, exp_avg, exp_avg_sq, d, at, mask, layer, MOMENTUM, ADAM)
+    elif first + BLOCK <= count:
+        d = tl.load(gradient + at).to(COMPUTE)
+        _step_elements(param, exp_avg, exp_avg_sq, d, at, None, layer, MOMENTUM, ADAM)
+    else:
+        mask = at < count
+        d = tl.load(gradient + at, mask=mask, other=0.0).to(COMPUTE)
+        _step_elements(param, exp_avg, exp_avg_sq, d, at, mask, layer, MOMENTUM, ADAM)
+
+
+@triton.jit
+def _flat_squares_kernel(
+    table,
+    blocks,
+    squares,  # float64 [slots, 2]: sums of D^2 and of D0^2
+    GRADIENT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BOTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    block = blocks + tl.program_id(0).to(tl.int64) * 3
+    line = table + tl.load(block) * LINE
+    at = tl.load(block + 1) * BLOCK + tl.arange(0, BLOCK)
+    count = tl.load(line + 5)
+    if EVEN:
+        count = tl.multiple_of(count, 16)
+    mask = at < count
+    out = squares + tl.load(block + 2) * 2
+    d = tl.load(_address(line + 1, GRADIENT, ALIGNED) + at, mask=mask, other=0.0).to(COMPUTE)
+    tl.store(out, tl.sum(d * d, axis=0))
+    if BOTH:
+        g = tl.load(_address(line + 2, GRADIENT, ALIGNED) + at, mask=mask, other=0.0).to(COMPUTE)
+        tl.store(out + 1, tl.sum(g * g, axis=0))
+
+
+@triton.jit
+def _project_gradients_kernel(
+    table,  # int64 [layers, 22], see `update._tile_line`
+    blocks,
+    projections,  # [rows of all layers, RANK]
+    GRADIENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BASIS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LINE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """T = D0 U C of every layer's gradients."""
+    block = blocks + tl.program_id(0).to(tl.int64) * 3
+    line = table + tl.load(block) * LINE
+    i = tl.load(block + 1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.arange(0, RANK)
+    gradient = _address(line + 1, GRADIENT, ALIGNED)
+    basis = _address(line + 8, tl.float32, ALIGNED)
+    n, size, rank = tl.load(line + 11), tl.load(line + 12), tl.load(line + 13)
+    if EVEN:
+        size, rank = tl.multiple_of(size, 16), tl.multiple_of(rank, 16)
+    down, across = tl.load(line + 14), tl.load(line + 15)
+    # Contiguity must be known when this is compiled for neighbours to share an access.
+    if BASIS == 1:
+        down, across = tl.multiple_of(down, 16), tl.full([], 1, dtype=tl.int64)
+    elif BASIS == 2:
+        down = tl.full([], 1, dtype=tl.int64)
+    in_rows, in_rank = i < n, c < rank
+    y = tl.zeros([BLOCK_N, RANK], dtype=tl.float32)
+    for start in range(0, size.to(tl.int32), BLOCK_D):
+        j = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
+        g = tl.load(
+            gradient + i[:, None] * size + j[None, :],
+            mask=in_rows[:, None] & (j < size)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        u = tl.load(
+            basis + j[:, None] * down + c[None, :] * across,
+            mask=(j < size)[:, None] & in_rank[None, :],
+            other=0.0,
+        )
+        y = tl.dot(g, u, acc=y, input_precision=PRECISION)
+    with_bias = tl.load(line + 20) != 0
+    bias = tl.load(line + 5).to(tl.pointer_type(GRADIENT))
+    b = tl.load(bias + i, mask=in_rows & with_bias, other=0.0).to(tl.float32)
+    u_last = tl.load(basis + size * down + c * across, mask=in_rank & with_bias, other=0.0)
+    y += b[:, None] * u_last[None, :]
+    core = tl.load(
+        tl.load(line + 9).to(tl.pointer_type(tl.float32))
+        + c[:, None] * tl.load(line + 16)
+        + c[None, :] * tl.load(line + 17),
+        mask=in_rank[:, None] & in_rank[None, :],
+        other=0.0,
+    )
+    t = tl.dot(y, core, input_precision=PRECISION)
+    row = tl.load(line + 19) + i
+    tl.store(projections + row[:, None] * RANK + c[None, :], t, mask=in_rows[:, None])
+
+
+@triton.jit
+def _tile_update_kernel(
+    table,
+    blocks,
+    projections,
+    coefficients,
+    squares,
+    PARAM: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    STATE: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    ADAM: tl.constexpr,
+    SUMS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BASIS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LINE: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile of D = D0 / lambda' + T U': with SUMS its squares' sum, else the step along it."""
+    block = blocks + tl.program_id(0).to(tl.int64) * 3
+    line = table + tl.load(block) * LINE
+    part = tl.load(block + 1)
+    n, size, rank = tl.load(line + 11), tl.load(line + 12), tl.load(line + 13)
+    if EVEN:
+        size, rank = tl.multiple_of(size, 16), tl.multiple_of(rank, 16)
+    down, across = tl.load(line + 14), tl.load(line + 15)
+    # Contiguity must be known when this is compiled for neighbours to share an access.
+    if BASIS == 1:
+        down, across = tl.multiple_of(down, 16), tl.full([], 1, dtype=tl.int64)
+    elif BASIS == 2:
+        down = tl.full([], 1, dtype=tl.int64)
+    layer = coefficients + tl.load(line + 18) * COEFFICIENTS
+    tiles = tl.load(line + 21)
+    i = (part // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = (part % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
+    c = tl.arange(0, RANK)
+    in_rows, in_rank = i < n, c < rank
+    mask = in_rows[:, None] & (j < size)[None, :]
+    at = i[:, None] * size + j[None, :]
+
+    gradient = _address(line + 1, GRADIENT, ALIGNED)
+    basis = _address(line + 8, tl.float32, ALIGNED)
+    scale = 1.0 / tl.load(tl.load(line + 10).to(tl.pointer_type(tl.float32)))
+    t = tl.load(
+        projections + (tl.load(line + 19) + i)[:, None] * RANK + c[None, :],
+        mask=in_rows[:, None],
+        other=0.0,
+    )
+    u = tl.load(
+        basis + j[:, None] * down + c[None, :] * across,
+        mask=(j < size)[:, None] & in_rank[None, :],
+        other=0.0,
+    )
+    g = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
+    d = tl.dot(t, tl.trans(u), acc=g * scale, input_precision=PRECISION)
+
+    # The bias goes with the first tile of its rows.
+    in_bias = in_rows & (tl.load(line + 20) != 0) & (part % tiles == 0)
+    bias_gradient = tl.load(line + 5).to(tl.pointer_type(GRADIENT))
+    u_last = tl.load(
+        basis + size * down + c * across, mask=in_rank & (tl.load(line + 20) != 0), other=0.0
+    )
+    b = tl.load(bias_gradient + i, mask=in_bias, other=0.0).to(tl.float32)
+    e = b * scale + tl.sum(t * u_last[None, :], axis=1)
+    if SUMS:
+        # Beyond the edge D is not zero by itself: T U' has rows of its own.
+        d, e = tl.where(mask, d, 0.0), tl.where(in_bias, e, 0.0)
+        out = squares + tl.load(block + 2) * 2
+        tl.store(out, tl.sum(tl.sum(d * d, axis=1) + e * e, axis=0))
+        tl.store(out + 1, tl.sum(tl.sum(g * g, axis=1) + b * b, axis=0))
+    else:
+        param = _address(line, PARAM, ALIGNED)
+        exp_avg = _address(line + 2, STATE, ALIGNED)
+        exp_avg_sq = _address(line + 3, STATE, ALIGNED)
+        _step_elements(param, exp_avg, exp_avg_sq, d, at, mask, layer, MOMENTUM, ADAM)
+        param = tl.load(line + 4).to(tl.pointer_type(PARAM))
+        exp_avg = tl.load(line + 6).to(tl.pointer_type(STATE))
+        exp_avg_sq = tl.load(line + 7).to(tl.pointer_type(STATE))
+        _step_elements(param, exp_avg, exp_avg_sq, e, i, in_bias, layer, MOMENTUM, ADAM)
+
+
+@triton.jit
+def _finish_layers_kernel(
+    table,  # int64 [layers, 5]: step, v (addresses), first slot, slots, elements
+    options,  # int64 [7], float64 bits: lr, weight_decay, momentum, ln(momentum), beta2, ln, eps
+    lr,  # [1], read where LR_TENSOR
+    squares,
+    coefficients,
+    STEP: tl.constexpr,
+    STATE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    LR_TENSOR: tl.constexpr,
+    LINE: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A layer counts its step, blends its mean square in, and gets its coefficients."""
+    layer = tl.program_id(0).to(tl.int64)
+    line = table + layer * LINE
+    weight_decay = tl.load(options + 1).to(tl.float64, bitcast=True)
+    momentum = tl.load(options + 2).to(tl.float64, bitcast=True)
+    beta2 = tl.load(options + 4).to(tl.float64, bitcast=True)
+    eps = tl.load(options + 6).to(tl.float64, bitcast=True)
+    rate = tl.load(options).to(tl.float64, bitcast=True)
+    if LR_TENSOR:
+        rate = tl.load(lr).to(tl.float64)
+    counter = tl.load(line).to(tl.pointer_type(STEP))
+    step = tl.load(counter).to(tl.float64) + 1.0
+    tl.store(counter, step.to(STEP))
+
+    out = coefficients + layer * COEFFICIENTS
+    tl.store(out, 1.0 - rate * weight_decay)
+    tl.store(out + 2, 1.0 - momentum)
+    tl.store(out + 3, 1.0 - beta2)
+    tl.store(out + 5, eps)
+    if MOMENTUM:
+        log_momentum = tl.load(options + 3).to(tl.float64, bitcast=True)
+        rate = rate / (1.0 - tl.exp(step * log_momentum))
+    correction = step * 0.0 + 1.0
+    if NORMALIZE == "rms" or NORMALIZE == "adam":
+        log_beta2 = tl.load(options + 5).to(tl.float64, bitcast=True)
+        correction = 1.0 / (1.0 - tl.exp(step * log_beta2))
+    tl.store(out + 4, correction)
+    if NORMALIZE == "rms" or NORMALIZE == "sgd":
+        first, count = tl.load(line + 2), tl.load(line + 3)
+        direction = tl.zeros([BLOCK], dtype=tl.float64)
+        gradient = tl.zeros([BLOCK], dtype=tl.float64)
+        for start in range(0, count.to(tl.int32), BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            at = squares + (first + i) * 2
+            direction += tl.load(at, mask=i < count, other=0.0)
+            if NORMALIZE == "sgd":
+                gradient += tl.load(at + 1, mask=i < count, other=0.0)
+        norm = tl.sum(direction, axis=0)
+        if NORMALIZE == "rms":
+            average = tl.load(line + 1).to(tl.pointer_type(STATE))
+            v = tl.load(average).to(tl.float64)
+            v += (norm / tl.maximum(tl.load(line + 4), 1).to(tl.float64) - v) * (1.0 - beta2)
+            tl.store(average, v.to(STATE))
+            rate = rate / (tl.sqrt(v * correction) + eps)
+        else:
+            ratio = tl.sqrt(tl.sum(gradient, axis=0)) / tl.sqrt(tl.where(norm > 0, norm, 1.0))
+            rate = tl.where(norm > 0, rate * ratio, rate)
+    tl.store(out + 1, rate)

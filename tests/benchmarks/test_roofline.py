@@ -1,0 +1,68 @@
+"""The model of a step on GPUs: its bytes, and that it never passes for a measurement."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main
+from benchmarks.roofline import MODELS, TARGETS, Cost, adam, gls_step, total, update
+from benchmarks.roofline_command import MODELLED, make_tables
+from benchmarks.tasks import TASKS
+
+
+def test_report_says_on_every_table_that_it_is_a_model(tmp_path, capsys):
+    assert main(["roofline", "--out", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    report = (tmp_path / "report.md").read_text()
+    tables = len(make_tables())
+    assert report.count("## ") == tables
+    assert report.count(MODELLED) == tables + 1
+    assert output.count(MODELLED) >= tables
+    assert output.splitlines()[-1] == str(tmp_path / "report.md")
+    content = json.loads((tmp_path / "roofline.json").read_text())
+    assert content["modelled"] is True
+    assert len(content["steps"]) == len(MODELS)
+
+
+def test_out_that_is_a_file_is_refused(tmp_path, capsys):
+    path = tmp_path / "file"
+    path.touch()
+    assert main(["roofline", "--out", str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_bytes_per_parameter():
+    """The table of gls_fused/backends/triton/update.py, and Adam's seven words."""
+    found = [
+        update(1, formed=formed, momentum=momentum).bytes
+        for formed in (False, True)
+        for momentum in (False, True)
+    ]
+    assert found == [16, 24, 20, 28]
+    assert adam(1).bytes == 28
+    assert adam(1).launches == 2
+    assert adam(320 * 65536 + 1).launches == 3
+
+
+@pytest.mark.parametrize(("index", "task"), [(0, "mlp"), (1, "cnn"), (2, "autoencoder")])
+def test_models_are_the_tasks(index, task):
+    with torch.device("meta"):
+        model = TASKS[task].build((3, 32, 32))
+    assert MODELS[index].parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_transformer_has_124_million_parameters():
+    assert round(MODELS[3].parameters / 1e6) == 124
+
+
+def test_floor_is_the_longer_of_bytes_and_flops():
+    target = TARGETS[0]
+    assert Cost(target.bandwidth, 0, 1).floor(target) == 1
+    assert Cost(target.bandwidth, 3 * target.flops, 1).floor(target) == 3
+
+
+def test_mlp_moves_fewer_bytes_than_adam():
+    pieces = gls_step(MODELS[0])
+    assert total(list(pieces.values())).bytes < adam(MODELS[0].parameters).bytes
+    assert pieces["rows"].launches == 2

@@ -1,0 +1,17 @@
+"""Two sets that exclude each other, as Triton decides when it is imported whether it interprets.
+
+TRITON_INTERPRET=1 pytest tests/triton    the kernels on the CPU, against the reference
+pytest tests                              the kernels compiled for GPUs, none of which is needed
+"""
+
+import os
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = ["test_compiled*"] if INTERPRETED else ["test_interpreted*"]
+if not torch.cuda.is_available():
+    collect_ignore_glob.append("device*")

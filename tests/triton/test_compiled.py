@@ -1,0 +1,184 @@
+"""Every kernel, dtype and configuration compiled for GPUs that need not be there."""
+
+import collections
+
+import aot
+import pytest
+import torch
+
+from gls_fused.backends import triton as backend
+from gls_fused.backends.triton import configs
+from gls_fused.reference import SubspaceInverse
+
+RANK = 32
+# Sizes are multiples of 16, so that contiguous data is aligned. 8192 rows are cut in parts.
+FEW, MANY, SIZE = 128, 8192, 1024
+# 32-bit or narrower accesses that are not of a stream: (loads, stores) at most.
+#   rows: lambda'.  sketch: 1'Y and ||A||_F^2 of a block; a sum over parts has a lane per column.
+#   tiles: the bias, its averages and U's last row, for which stores alone are counted.
+NARROW = {
+    "_precondition_kernel": (1, 0),
+    "_project_rows_kernel": (0, 2),
+    "_sketch_kernel": (0, 0),
+    "_sum_parts_kernel": (0, 1),
+    "_flat_update_kernel": (0, 0),
+    "_flat_squares_kernel": (0, 0),
+    "_tile_update_kernel": (None, 3),
+}
+
+
+def make_inverse(dim, rank, by_columns=False):
+    basis = torch.zeros(rank, dim).T if by_columns else torch.zeros(dim, rank)
+    return SubspaceInverse(basis, torch.zeros(rank, rank), torch.ones(()))
+
+
+def launch_products(dtype, rank, ones, by_columns=False):
+    inverse = make_inverse(SIZE + ones, rank, by_columns)
+    for n in (FEW, MANY):
+        rows = torch.zeros(n, SIZE, dtype=dtype)
+        backend.precondition_rows(rows, inverse, ones=ones)
+        backend.sketch_rows(rows, inverse.basis, ones=ones)
+    if ones:
+        backend.precondition_gradient(rows, rows[:, 0].clone(), inverse)
+
+
+def launch_statistics(rank):
+    backend.invert_core(torch.eye(rank), torch.ones(()), SIZE, 0.3)
+    if rank <= configs.MAX_RANK:
+        backend.invert_core(torch.eye(rank).double(), torch.ones(()).double(), SIZE, 0.3)
+        backend.refresh_subspace(torch.eye(rank), torch.zeros(SIZE, rank))
+
+
+def launch_updates(dtype, rank, *, momentum=0.9, odd=False, by_columns=False):
+    state = torch.promote_types(dtype, torch.float32)
+    shapes = [(SIZE, SIZE - odd), (SIZE,)]
+    for normalize in ("none", "adam", "rms", "sgd"):
+        params = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+        averages = [torch.zeros(shape, dtype=state) for shape in shapes]
+        squares = [torch.zeros((), dtype=state)] if normalize == "rms" else []
+        for inverse in (None, make_inverse(SIZE - odd + 1, rank, by_columns)):
+            backend.update_layers_(
+                params,
+                params,
+                averages if momentum else [],
+                averages if normalize == "adam" else squares,
+                [torch.zeros(())],
+                [inverse],
+                layer_sizes=[2],
+                normalize=normalize,
+                lr=0.1,
+                momentum=momentum,
+                beta2=0.9,
+                eps=1e-8,
+                weight_decay=0.1,
+            )
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    with aot.recorded(monkeypatch) as found:
+        yield found
+
+
+def check(launches, target, folder, *, streams=False):
+    """No spill, no more shared memory than there is; with `streams`, wide accesses alone."""
+    seen = set()
+    for launch in launches:
+        key = launch.key
+        if key in seen:
+            continue
+        seen.add(key)
+        compiled = aot.compile_launch(launch, aot.TARGETS[target])
+        code = aot.read_hip(compiled) if target == "gfx942" else aot.read_cuda(compiled, folder)
+        where = f"{launch.name} {launch.constants} on {target}"
+        assert code.spills == 0, where
+        assert code.shared <= aot.SHARED_LIMIT[target], where
+        assert 0 < code.registers <= (512 if target == "gfx942" else 255), where
+        if streams and launch.name in NARROW:
+            check_widths(code, launch, where)
+    return seen
+
+
+def check_widths(code, launch, where):
+    loads, stores = NARROW[launch.name]
+    found = {name: collections.Counter(bits) for name, bits in code.widths.items()}
+    narrow_stores = sum(n for bits, n in found["STG"].items() if bits <= 32)
+    assert narrow_stores <= stores, (where, found)
+    read = found.get("LDG", collections.Counter()) + found.get("LDGSTS", collections.Counter())
+    # The reduction's tiles and 16-bit rows of 64 columns may have 8 bytes to a thread.
+    assert read[128] + read[64] > 0, (where, found)
+    if loads is not None:
+        assert sum(n for bits, n in read.items() if bits <= 32) <= loads, (where, found)
+
+
+cuda = pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+
+
+@cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streams_are_16_bytes_wide(launches, target, dtype, tmp_path):
+    """Layers without a bias, whose rows are contiguous and aligned throughout."""
+    launch_products(dtype, RANK, ones=False)
+    launch_updates(dtype, RANK)
+    names = {launch.name for launch in launches}
+    assert names >= NARROW.keys()
+    check(launches, target, tmp_path, streams=True)
+
+
+@cuda
+def test_statistics_fit(launches, target, tmp_path):
+    launch_statistics(RANK)
+    check(launches, target, tmp_path)
+
+
+@cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_configuration(launches, target, dtype, rank, tmp_path):
+    for by_columns in (False, True):
+        launch_products(dtype, rank, True, by_columns)
+    for momentum in (0.0, 0.9):
+        for odd in (False, True):
+            launch_updates(dtype, rank, momentum=momentum, odd=odd, by_columns=not odd)
+    launch_statistics(rank)
+    check(launches, target, tmp_path)
+
+
+@cuda
+@pytest.mark.slow
+def test_the_rest(launches, target, tmp_path):
+    """The largest core, float64, float16 at the usual rank, and layers with a bias."""
+    launch_statistics(configs.MAX_CORE_RANK)
+    launch_updates(torch.float64, RANK)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for by_columns in (False, True):
+            launch_products(dtype, RANK, True, by_columns)
+        launch_updates(dtype, RANK, odd=True)
+        launch_updates(dtype, RANK, momentum=0.0, by_columns=True)
+    check(launches, target, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_amd(launches, dtype, tmp_path):
+    launch_products(dtype, RANK, ones=True)
+    launch_updates(dtype, RANK)
+    launch_statistics(RANK)
+    check(launches, "gfx942", tmp_path)
+
+
+def test_a_kernel_that_spills_is_seen(launches, tmp_path, monkeypatch):
+    """The reading of the machine code itself: too few warps for the tile."""
+    monkeypatch.setattr(backend.core, "core_warps", lambda *_: 1)
+    backend.invert_core(torch.eye(64), torch.ones(()), SIZE, 0.3)
+    with pytest.raises(AssertionError, match="_invert_core_kernel"):
+        check(launches, "sm_90", tmp_path)
+
+
+def test_narrow_accesses_are_seen(launches, tmp_path):
+    """Rows that begin at an odd element cannot be read 16 bytes at a time."""
+    rows = torch.zeros(FEW, SIZE + 1)[:, 1:]
+    backend.precondition_rows(rows, make_inverse(SIZE, RANK), ones=False)
+    with pytest.raises(AssertionError, match="_precondition_kernel"):
+        check(launches, "sm_90", tmp_path, streams=True)

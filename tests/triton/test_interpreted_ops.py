@@ -1,0 +1,278 @@
+"""Every kernel against the reference, in Triton's interpreter."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_backends import assert_same, draw, make_inverse, make_update, run_update
+from tolerances import PRODUCT, SOLVE, assert_near
+
+from gls_fused import reference
+from gls_fused.backends import triton as backend
+from gls_fused.backends.triton import configs
+from gls_fused.reference import DenseInverse, SubspaceInverse
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+shapes = st.tuples(
+    st.integers(0, 40),  # rows
+    st.integers(1, 140),  # columns
+    st.integers(1, 40),  # rank, at most d
+    st.booleans(),  # a column of ones
+    st.booleans(),  # strided rows
+    st.booleans(),  # the basis by columns
+)
+
+
+def make_problem(shape, dtype):
+    n, size, rank, ones, strided, by_columns = shape
+    inverse = make_inverse(size + ones, min(rank, size + ones), dtype)
+    if by_columns:
+        inverse = inverse._replace(basis=inverse.basis.T.contiguous().T)
+    return draw(n, size, dtype=dtype, strided=strided), inverse, ones
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@given(shape=shapes)
+def test_rows(dtype, shape):
+    rows, inverse, ones = make_problem(shape, dtype)
+    actual = backend.precondition_rows(rows, inverse, ones=ones)
+    assert_same(actual, reference.precondition_rows(rows, inverse, ones=ones), PRODUCT, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@given(shape=shapes)
+def test_gradient(dtype, shape):
+    weight, inverse, ones = make_problem(shape, dtype)
+    bias = draw(len(weight), dtype=dtype, strided=True) if ones else None
+    actual = backend.precondition_gradient(weight, bias, inverse)
+    expected = reference.precondition_gradient(weight, bias, inverse)
+    assert_same(actual, expected, PRODUCT, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@given(shape=shapes)
+def test_sketch(dtype, shape):
+    rows, inverse, ones = make_problem(shape, dtype)
+    actual = backend.sketch_rows(rows, inverse.basis, ones=ones)
+    exact = reference.sketch_rows(rows, inverse.basis.double(), ones=ones)
+    assert_same(actual, [x.float() for x in exact], PRODUCT, torch.float32)
+
+
+@pytest.mark.parametrize("ones", [False, True])
+def test_sketch_of_many_rows_is_cut_in_parts(ones):
+    n = 2 * configs.ROWS_PER_SPLIT + 3
+    rows, basis = draw(n, 33, dtype=torch.float32), make_inverse(33 + ones, 5, torch.float32).basis
+    assert configs.sketch_splits(n) == 2
+    actual = backend.sketch_rows(rows, basis, ones=ones)
+    exact = reference.sketch_rows(rows, basis.double(), ones=ones)
+    assert_same(actual, [x.float() for x in exact], PRODUCT, torch.float32)
+    for one, two in zip(actual, backend.sketch_rows(rows, basis, ones=ones), strict=True):
+        assert torch.equal(one, two)
+
+
+# The interpreter computes with numpy, which warns of what a GPU does silently.
+not_finite = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide):RuntimeWarning")
+
+
+@not_finite
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_row_stays_alone(value):
+    rows, inverse = draw(20, 9, dtype=torch.float32), make_inverse(10, 4, torch.float32)
+    rows[3, 2] = value
+    product, last = backend.precondition_rows(rows, inverse, ones=True)
+    good = torch.arange(20) != 3
+    assert not product[3].isfinite().all()
+    assert not last[3].isfinite()
+    assert product[good].isfinite().all()
+    assert last[good].isfinite().all()
+    core, sketch, trace = backend.sketch_rows(rows, inverse.basis, ones=True)
+    assert not any(x.isfinite().all() for x in (core, sketch, trace))
+
+
+def test_all_zero_inputs_give_zeros():
+    inverse = make_inverse(8, 3, torch.float32)
+    product, last = backend.precondition_rows(torch.zeros(5, 8), inverse, ones=False)
+    assert last is None
+    assert torch.equal(product, torch.zeros(5, 8))
+    for result in backend.sketch_rows(torch.zeros(5, 8), inverse.basis, ones=False):
+        assert not result.any()
+
+
+@given(dim=st.integers(1, 90), rank=st.integers(1, 40), scale=st.sampled_from([1e-25, 1.0, 1e25]))
+def test_refresh(dim, rank, scale):
+    rank = min(rank, dim)
+    rows = draw(3 * dim, dim, dtype=torch.float32)
+    basis = make_inverse(dim, rank, torch.float32).basis
+    core, sketch, _ = (x * scale for x in reference.sketch_rows(rows, basis, ones=False))
+    check_refresh(core, sketch, scale)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 20), (1, 7, 7), (10, 32, 32), (4, 100, 5)])
+def test_refresh_with_fewer_rows_than_directions(shape):
+    """The sketch is rank deficient, as it is at the first step of a small batch."""
+    n, dim, rank = shape
+    rows = draw(n, dim, dtype=torch.float32)
+    basis = make_inverse(dim, rank, torch.float32).basis
+    core, sketch, _ = reference.sketch_rows(rows, basis, ones=False)
+    check_refresh(core, sketch, 1.0)
+
+
+def test_refresh_of_columns_that_repeat_and_vanish():
+    rows = draw(50, 12, dtype=torch.float32)
+    basis = torch.zeros(12, 6)
+    basis[[0, 0, 1, 2, 2], [0, 1, 2, 3, 4]] = 1.0  # columns 0 = 1 and 3 = 4, the last one zero
+    core, sketch, _ = reference.sketch_rows(rows, basis, ones=False)
+    check_refresh(core, sketch, 1.0)
+
+
+def test_refresh_of_nothing():
+    found = backend.refresh_subspace(torch.zeros(3, 3), torch.zeros(8, 3))
+    assert_near(found[0].T @ found[0], torch.eye(3), SOLVE[torch.float32])
+    assert not found[1].any()
+    assert not found[2].any()
+
+
+def check_refresh(core, sketch, scale):
+    """U+ is unique up to a rotation among equals, U+ M+ U+' is unique."""
+    found = basis, moved, rotated = backend.refresh_subspace(core, sketch)
+    assert_near(basis.T @ basis, torch.eye(len(core)), PRODUCT[torch.float32])
+    assert torch.equal(moved, moved.T)
+    assert_near(rotated, basis @ moved, PRODUCT[torch.float32])
+    expected = reference.refresh_subspace(core, sketch)
+    products = [u @ (m / scale) @ u.T for u, m, _ in (found, expected)]
+    assert_near(*products, SOLVE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(rank=st.integers(1, 40), extra=st.integers(0, 30), damping=st.sampled_from([1e-3, 0.3, 10]))
+def test_core(dtype, rank, extra, damping):
+    root = draw(rank, rank, dtype=dtype)
+    core, dim = root @ root.T, rank + extra
+    trace = core.trace() * (1 if extra == 0 else 1.5)
+    actual = backend.invert_core(core.T, trace, dim, damping)
+    assert_same(actual, reference.invert_core(core, trace, dim, damping), SOLVE, dtype)
+
+
+def test_cores_of_all_layers_at_once(monkeypatch):
+    """One launch per padded rank, the same numbers as one by one."""
+    launches = []
+    monkeypatch.setattr(
+        backend.core, "launch", lambda *a, **k: (launches.append(a), original(*a, **k))
+    )
+    cores, traces, dims = [], [], []
+    for rank in (1, 7, 16, 33):
+        root = draw(rank, rank, dtype=torch.float32)
+        cores.append(root @ root.T)
+        traces.append(2 * cores[-1].trace())
+        dims.append(50)
+    found = backend.invert_cores(cores, traces, dims, 0.3)
+    assert len(launches) == 2
+    for pair, *arguments in zip(found, cores, traces, dims, strict=True):
+        assert_same(pair, reference.invert_core(*arguments, 0.3), SOLVE, torch.float32)
+
+
+original = backend.core.launch
+
+
+def test_core_that_is_not_positive_definite_falls_back():
+    core = torch.diag(torch.tensor([1.0, -5.0]))
+    actual = backend.invert_core(core, torch.tensor(6.0), 4, 0.3)
+    expected = reference.invert_core(core, torch.tensor(6.0), 4, 0.3)
+    assert_same(actual, expected, SOLVE, torch.float32)
+
+
+@pytest.mark.parametrize("damping", [1e-30, 0.3])
+def test_core_of_nearly_nothing(damping):
+    """Singular, and tiny: the damping's floor and the scale keep it finite."""
+    core = torch.full((3, 3), 1e-30)
+    actual = backend.invert_core(core, core.trace(), 3, damping)
+    expected = reference.invert_core(core, core.trace(), 3, damping)
+    for found, sought in zip(actual, expected, strict=True):
+        assert found.isfinite().all()
+        assert_near(found * 1e-30, sought * 1e-30, 1e-2 if damping < 0.1 else SOLVE[torch.float32])
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, *FLOATS])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+def test_update(normalize, momentum, dtype, strided):
+    found = make_update(dtype, normalize, momentum, strided)
+    sought = make_update(dtype, normalize, momentum, strided)
+    run_update(backend, found)
+    run_update(reference, sought)
+    compare_updates(found, sought, dtype)
+
+
+def compare_updates(found, sought, dtype):
+    for key in ("params", "exp_avgs", "exp_avg_sqs", "steps"):
+        for actual, expected in zip(found[key], sought[key], strict=True):
+            assert_near(actual, expected, PRODUCT[dtype])
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "mixed"])
+@pytest.mark.parametrize("normalize", ["rms", "sgd"])
+def test_update_that_forms_its_directions(normalize, layout):
+    """Several layers of different sizes and ranks, with and without a bias, in one launch."""
+    options = [make_update(torch.float32, normalize, 0.9, strided=False) for _ in range(2)]
+    for option in options:
+        found = [make_inverse(1002, 16, torch.float32), make_inverse(3, 2, torch.float32)]
+        for index, inverse in enumerate(found):
+            if layout == "columns" or (layout == "mixed" and index):
+                found[index] = inverse._replace(basis=inverse.basis.T.contiguous().T)
+        option["inverses"] = [*found, None]
+        option["lr"] = torch.tensor(0.1)
+    run_update(backend, options[0])
+    run_update(reference, options[1])
+    compare_updates(*options, torch.float32)
+
+
+def test_update_through_a_dense_inverse_and_channels_last():
+    results = []
+    for ops in (backend, reference):
+        option = make_update(torch.float32, "rms", 0.9, strided=False)
+        matrix = torch.eye(1002) + 0.1 * draw(1002, 1002, dtype=torch.float32)
+        option["inverses"] = [DenseInverse(matrix), None, None]
+        shape = (4, 3, 2, 2)
+        for key in ("params", "gradients", "exp_avgs"):
+            tensor = draw(*shape, dtype=torch.float32, seed=len(key))
+            option[key][2] = tensor.to(memory_format=torch.channels_last)
+        run_update(ops, option)
+        results.append(option)
+    compare_updates(*results, torch.float32)
+    assert results[0]["params"][2].is_contiguous(memory_format=torch.channels_last)
+
+
+@not_finite
+def test_update_of_a_bad_gradient_spoils_its_layer_alone():
+    option = make_update(torch.float32, "rms", 0.9, strided=False)
+    option["gradients"][0][1, 1] = torch.nan
+    run_update(backend, option)
+    assert option["params"][0].isnan().all()
+    assert option["params"][1].isnan().all()
+    assert option["params"][2].isfinite().all()
+
+
+def test_update_of_zero_gradients_only_decays():
+    option = make_update(torch.float32, "sgd", 0.0, strided=False)
+    before = option["params"][2].clone()
+    option["gradients"] = [torch.zeros_like(g) for g in option["gradients"]]
+    run_update(backend, option)
+    assert_near(option["params"][2], before * (1 - 0.1 * 0.2), PRODUCT[torch.float32])
+
+
+def test_update_refuses_averages_without_momentum():
+    option = make_update(torch.float32, "rms", 0.9, strided=False)
+    option["momentum"] = 0.0
+    with pytest.raises(ValueError, match="expected exactly with momentum, got momentum 0"):
+        run_update(backend, option)
+
+
+def test_wide_ranks_and_double_take_the_reference():
+    rank = configs.MAX_RANK + 1
+    for dtype, r in ((torch.float32, rank), (torch.float64, 3)):
+        rows, inverse = draw(3, rank, dtype=dtype), make_inverse(rank, r, dtype)
+        actual = backend.precondition_rows(rows, inverse, ones=False)
+        expected = reference.precondition_rows(rows, inverse, ones=False)
+        assert torch.equal(actual[0], expected[0])
+        assert isinstance(inverse, SubspaceInverse)
