@@ -84,7 +84,7 @@ def _convergence(published: Path) -> str:
         return ""
     table = make_summary_table(config, read_epochs(directory / EPOCHS_FILE))
     environment = config["settings"]["environment"]
-    return _block("Training loss", config["invocations"][-1]["command"], environment, table)
+    return _block("Training loss", config["invocations"][0]["command"], environment, table)
 
 
 def _epoch(published: Path) -> str:
