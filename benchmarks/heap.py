@@ -12,7 +12,7 @@ import platform
 import resource
 
 # malloc.h: trim the top of the heap above this size, -1 for never; how many blocks may be mapped.
-# M_MMAP_THRESHOLD would not do, as glibc refuses one above 32 MiB.
+# With M_MMAP_THRESHOLD at 1 GiB instead, blocks above 64 MiB were still mapped.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 _state = "as the system has it"

@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor> precondition_gradient(const Tensor& weight_gradient,
   return precondition(weight_gradient, bias_gradient, extended, basis, core_inverse, shift);
 }
 
-// One flat tensor, [Y'Y, (A'Y)', ||A||_F^2], is made and handed out in parts.
+// Y'Y [r, r], (A'Y)' [r, d] and ||A||_F^2, each contiguous.
 void sketch_into(const Tensor& rows, const Tensor& basis, bool ones, Tensor& core, Tensor& sketch,
                  Tensor& trace) {
   const int64_t n = rows.size(0), size = rows.size(1), rank = basis.size(1), dim = size + ones;
