@@ -13,6 +13,7 @@ from typing import NoReturn
 from benchmarks.convergence_command import add_convergence, add_demo
 from benchmarks.epoch_command import add_epoch
 from benchmarks.errors import InputError
+from benchmarks.gate import GateError
 from benchmarks.kernels_command import add_kernels
 from benchmarks.readme import add_readme
 from benchmarks.roofline_command import add_roofline
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except GateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from benchmarks.arguments import positive_number, rate, setting
 from benchmarks.convergence import Experiment, Options
@@ -19,11 +18,11 @@ from benchmarks.download import download_cifar10
 from benchmarks.environment import command_line
 from benchmarks.errors import InputError
 from benchmarks.optimizers import OPTIMIZERS
+from benchmarks.present import show
 from benchmarks.progress import make_reporter
 from benchmarks.report import make_tables
 from benchmarks.tasks import TASKS
 
-TABLE_WIDTH = 140
 INTERRUPTED = 130
 DEFAULT_OPTIMIZERS = ("sgd", "adam", "gls", "gls-sgd")
 # Together about five minutes of one core, so that the demonstration ends in time on a busy machine.
@@ -85,11 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         again = command_line([*given, "--resume"])
         print(f"interrupted; complete runs are kept, continue with: {again}", file=sys.stderr)
         return INTERRUPTED
-    # A table that is not for a screen need not fit one.
-    console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
-    for table in make_tables(experiment.config, experiment.records()):
-        console.print(table.terminal())
-    print(report)
+    show(make_tables(experiment.config, experiment.records()), report)
     return 0
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from benchmarks.arguments import (
     add_choices,
@@ -21,13 +19,10 @@ from benchmarks.contenders import BASELINE, CONTENDERS
 from benchmarks.epoch import EpochOptions, measure_epochs
 from benchmarks.epoch_report import make_tables, render_report
 from benchmarks.errors import InputError
-from benchmarks.gate import GateError
 from benchmarks.heap import hold_freed_memory
-from benchmarks.records import REPORT_FILE, write_atomically
+from benchmarks.present import publish
 from benchmarks.shapes import IMAGES, SHAPES
 from benchmarks.tasks import TASKS
-
-TABLE_WIDTH = 140
 
 
 def add_epoch(subparsers: Any) -> None:
@@ -89,15 +84,6 @@ def run(arguments: argparse.Namespace) -> int:
         memory=arguments.memory,
         profile=arguments.profile,
     )
-    try:
-        results = measure_epochs(options, prepare_out(arguments.out))
-    except GateError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    path = arguments.out / REPORT_FILE
-    write_atomically(path, render_report(results).encode())
-    console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
-    for table in make_tables(results):
-        console.print(table.terminal())
-    print(path)
+    results = measure_epochs(options, prepare_out(arguments.out))
+    publish(arguments.out, render_report(results), make_tables(results))
     return 0

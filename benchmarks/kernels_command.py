@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from benchmarks.arguments import positive, positive_number, prepare_out
 from benchmarks.epoch import describe_run, finish_run, write_json
-from benchmarks.epoch_command import TABLE_WIDTH
 from benchmarks.errors import InputError
 from benchmarks.heap import hold_freed_memory
 from benchmarks.kernels.report import make_table, pick_cases, render_report
-from benchmarks.records import REPORT_FILE, write_atomically
+from benchmarks.present import publish
 
 JSON_FILE = "kernels.json"
 ROOT = Path(__file__).parents[1]
@@ -92,9 +90,5 @@ def run(arguments: argparse.Namespace) -> int:
         results["cases"] = pick_cases(json.loads(recorded.read_text()))
     finish_run(results)
     write_json(out / JSON_FILE, results)
-    path = out / REPORT_FILE
-    write_atomically(path, render_report(results).encode())
-    console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
-    console.print(make_table(results).terminal())
-    print(path)
+    publish(out, render_report(results), [make_table(results)])
     return 0

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from benchmarks.arguments import (
     add_choices,
@@ -17,10 +15,8 @@ from benchmarks.arguments import (
     prepare_out,
     refuse_twice,
 )
-from benchmarks.epoch_command import TABLE_WIDTH
-from benchmarks.gate import GateError
 from benchmarks.heap import hold_freed_memory
-from benchmarks.records import REPORT_FILE, write_atomically
+from benchmarks.present import publish
 from benchmarks.scaling import SWEEPS, Point, ScalingOptions, measure_scaling
 from benchmarks.scaling_report import make_tables, render_report
 
@@ -70,15 +66,6 @@ def run(arguments: argparse.Namespace) -> int:
         seconds=arguments.seconds,
         device=arguments.device,
     )
-    try:
-        results = measure_scaling(options, prepare_out(arguments.out))
-    except GateError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    path = arguments.out / REPORT_FILE
-    write_atomically(path, render_report(results).encode())
-    console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
-    for table in make_tables(results):
-        console.print(table.terminal())
-    print(path)
+    results = measure_scaling(options, prepare_out(arguments.out))
+    publish(arguments.out, render_report(results), make_tables(results))
     return 0

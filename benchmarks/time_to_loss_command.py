@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from benchmarks.arguments import (
     add_choices,
@@ -21,11 +19,9 @@ from benchmarks.arguments import (
     setting,
 )
 from benchmarks.data import DATASETS, LOCAL_DATA
-from benchmarks.epoch_command import TABLE_WIDTH
 from benchmarks.errors import InputError
-from benchmarks.gate import GateError
 from benchmarks.heap import hold_freed_memory
-from benchmarks.records import REPORT_FILE, write_atomically
+from benchmarks.present import publish
 from benchmarks.tasks import TASKS
 from benchmarks.time_to_loss import BASELINE, CHALLENGER, TimeOptions, measure_time_to_loss
 from benchmarks.time_to_loss_report import make_tables, render_report
@@ -100,15 +96,6 @@ def run(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         train_images=arguments.train_images,
     )
-    try:
-        results = measure_time_to_loss(options, prepare_out(arguments.out))
-    except GateError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    path = arguments.out / REPORT_FILE
-    write_atomically(path, render_report(results).encode())
-    console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
-    for table in make_tables(results):
-        console.print(table.terminal())
-    print(path)
+    results = measure_time_to_loss(options, prepare_out(arguments.out))
+    publish(arguments.out, render_report(results), make_tables(results))
     return 0
