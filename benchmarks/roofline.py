@@ -108,7 +108,7 @@ def sketch(rows: int, inputs: int, rank: int = RANK) -> Cost:
 
 def refresh(inputs: int, rank: int = RANK) -> Cost:
     """Five launches over Z, in float64 between, and C of all layers, counted with each."""
-    return Cost(FLOAT * 7 * inputs * rank, 10 * inputs * rank**2, 5)
+    return Cost(FLOAT * 5 * inputs * rank, 8 * inputs * rank**2, 5)
 
 
 def update(parameters: int, *, formed: bool, momentum: bool = True) -> Cost:
@@ -128,9 +128,10 @@ def gls_step(model: Model, *, momentum: bool = True) -> dict[str, Cost]:
     """The pieces of GLS's step with its defaults, statistics spread over the steps between."""
     pieces = dict.fromkeys(("rows", "statistics", "update", "others"), NOTHING)
     for layer in model.layers:
+        rank = min(RANK, layer.outputs)
         if layer.at_backward:
-            pieces["rows"] += precondition(layer.rows, layer.inputs)
-        gathered = sketch(layer.sketched, layer.inputs) + refresh(layer.inputs)
+            pieces["rows"] += precondition(layer.rows, layer.inputs, rank)
+        gathered = sketch(layer.sketched, layer.inputs, rank) + refresh(layer.inputs, rank)
         pieces["statistics"] += (gathered + Cost(0, 0, 1)) * (1 / GATHER_EVERY)
     for formed in (False, True):
         chosen = [layer for layer in model.layers if layer.at_backward != formed]

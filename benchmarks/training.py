@@ -18,7 +18,7 @@ from benchmarks.data import Dataset
 from benchmarks.tasks import Task
 
 VALIDATION_BATCH = 1000
-# Long enough for two commits of the optimizer's statistics with a refresh of the basis between.
+# Long enough for two commits of the optimizer's statistics.
 WARM_UP_STEPS = 12
 
 

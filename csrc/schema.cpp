@@ -12,7 +12,7 @@ TORCH_LIBRARY(gls_fused, m) {
       "precondition_gradient(Tensor weight_gradient, Tensor? bias_gradient, Tensor basis,"
       " Tensor core_inverse, Tensor shift) -> (Tensor, Tensor)");
   m.def("sketch_rows(Tensor rows, Tensor basis, bool ones) -> (Tensor, Tensor, Tensor)");
-  m.def("refresh_subspace(Tensor core, Tensor sketch) -> (Tensor, Tensor, Tensor)");
+  m.def("refresh_subspace(Tensor core, Tensor sketch) -> (Tensor, Tensor)");
   m.def("invert_core(Tensor core, Tensor trace, int dim, float damping) -> (Tensor, Tensor)");
   // [n, ||A||_F^2, Y'Y, (A'Y)'] of some rows, added to the sums of a step where they are usable.
   m.def("add_sketch_(Tensor rows, Tensor basis, bool ones, Tensor(a!) sums) -> ()");

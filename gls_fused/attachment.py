@@ -20,9 +20,8 @@ def attach(
     damping: float = 0.3,
     beta: float = 0.9,
     curvature: Literal["subspace", "dense"] = "subspace",
-    rank: int = 32,
+    rank: int | Literal["auto"] = "auto",
     curvature_every: int = 10,
-    refresh_every: int = 1,
     backend: str = "auto",
 ) -> Attachment:
     """From here on the model's backward leaves D = D0 P in p.grad, for any optimizer to step on.
@@ -43,7 +42,6 @@ def attach(
         "curvature": curvature,
         "rank": rank,
         "curvature_every": curvature_every,
-        "refresh_every": refresh_every,
     }
     check_options(options)
     layers, reasons = find_layers([("", model)])

@@ -3,19 +3,18 @@
 A layer's estimate lives in a plain dict, so that an optimizer can keep it in its own state:
 
     dense       gram [d, d]                                      inverse: matrix [d, d]
-    subspace    basis [d, r], core [r, r], sketch [d, r], trace  inverse: core_inverse [r, r], shift
-    both        commits (int)                                    letters: see gls_fused.reference
+    subspace    basis [d, r], core [r, r], trace                 inverse: core_inverse [r, r], shift
 
-Sums arrive as one flat tensor, [n, ||A||_F^2, moments...], so that they can be guarded, and
-all-reduced, at once. The moments are A'A, or Y'Y and A'Y. Basis and sketch are kept by columns, as
-products with rows want them: as [r, d] in memory.
+Letters: see gls_fused.reference. Sums arrive as one flat tensor, [n, ||A||_F^2, moments...], so
+that they can be guarded, and all-reduced, at once. The moments are A'A, or Y'Y and A'Y. The basis
+is kept by columns, as products with rows want it: as [r, d] in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +25,8 @@ State: TypeAlias = dict[str, Any]
 
 # The test matrix is the same in every process, whatever the user's own seed.
 TEST_MATRIX_SEED = 2147483647
+
+AUTO_RANK = 32
 
 
 class Curvature(Protocol):
@@ -40,10 +41,7 @@ class Curvature(Protocol):
         """Fill `state` from the first sums, which must count at least one row."""
 
     def blend(self, state: State, sums: Tensor, beta: float) -> None:
-        """Blend new sums in, in place; sums that count no row change nothing."""
-
-    def refresh(self, state: State) -> None:
-        """Move the basis, in place."""
+        """Blend new sums in, in place; sums that count no row do not change the estimate."""
 
     def solve(self, state: State, damping: float) -> None:
         """Make the damped inverse anew, in place where it exists."""
@@ -68,9 +66,6 @@ class Dense:
     def blend(self, state: State, sums: Tensor, beta: float) -> None:
         means, weight = _means(sums, beta)
         state["gram"].lerp_(self._gram(means), weight)
-
-    def refresh(self, state: State) -> None:
-        """There is no basis to move."""
 
     def solve(self, state: State, damping: float) -> None:
         _store(state, matrix=self.backend.invert_gram(state["gram"], damping))
@@ -98,19 +93,16 @@ class Subspace:
 
     def start(self, state: State, sums: Tensor) -> None:
         trace, core, sketch = self._moments(sums / sums[0])
-        state.update(trace=trace.clone(), core=core.clone(), sketch=sketch.clone())
-        self.refresh(state)
+        state["trace"] = trace.clone()
+        self._move(state, core, sketch)
 
     def blend(self, state: State, sums: Tensor, beta: float) -> None:
         means, weight = _means(sums, beta)
         trace, core, sketch = self._moments(means)
         state["trace"].lerp_(trace, weight)
-        state["core"].lerp_(core, weight)
-        state["sketch"].lerp_(sketch, weight)
-
-    def refresh(self, state: State) -> None:
-        basis, core, sketch = self.backend.refresh_subspace(state["core"], state["sketch"])
-        _store(state, basis=_by_columns(basis), core=core, sketch=sketch)
+        # The basis moves with every commit, so the estimate is U M U', and its sketch is U M.
+        earlier = (state["core"] @ state["basis"].T).T
+        self._move(state, state["core"].lerp(core, weight), earlier.lerp(sketch, weight))
 
     def solve(self, state: State, damping: float) -> None:
         core_inverse, shift = self.backend.invert_core(
@@ -121,6 +113,10 @@ class Subspace:
     def inverse(self, state: Mapping[str, Any]) -> Inverse:
         return SubspaceInverse(state["basis"], state["core_inverse"], state["shift"])
 
+    def _move(self, state: State, core: Tensor, sketch: Tensor) -> None:
+        basis, core = self.backend.refresh_subspace(core, sketch)
+        _store(state, basis=_by_columns(basis), core=core)
+
     def _moments(self, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Trace (0-d), core [r, r] and sketch [d, r]."""
         split = 2 + self.rank * self.rank
@@ -128,9 +124,16 @@ class Subspace:
         return means[1], core, means[split:].view(self.rank, self.dim).T
 
 
-def make_curvature(kind: str, dim: int, rank: int, backend: ModuleType) -> Curvature:
-    """The curvature of a name the optimizers accept: "dense" or "subspace"."""
-    return Dense(dim, backend) if kind == "dense" else Subspace(dim, rank, backend)
+def make_curvature(
+    kind: str, dim: int, outputs: int, rank: int | Literal["auto"], backend: ModuleType
+) -> Curvature:
+    """The curvature of a name the optimizers accept, "dense" or "subspace", for a weight [m, d].
+
+    A rank of "auto" is `AUTO_RANK`, but no more than m: so U is never larger than the weight.
+    """
+    if kind == "dense":
+        return Dense(dim, backend)
+    return Subspace(dim, min(AUTO_RANK, outputs) if rank == "auto" else rank, backend)
 
 
 def add_sums(sums: Tensor | None, count: int, trace: Tensor, moments: tuple[Tensor, ...]) -> Tensor:

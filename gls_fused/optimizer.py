@@ -52,9 +52,8 @@ class GLS(torch.optim.Optimizer):
         normalize: what the step is divided by: "rms", one root mean square per layer; "adam",
             one per element; "sgd", scaled to the gradient's norm; "none", the plain step.
         curvature: "subspace", `rank` directions of A'A/n; "dense", all of it ([d, d] per layer).
-        rank: >= 1; directions of the subspace, at most d.
+        rank: >= 1; directions of the subspace, at most d; "auto", 32 but at most m per layer.
         curvature_every: >= 1; steps between two that gather statistics.
-        refresh_every: >= 1; gathered statistics between two moves of the subspace.
         site: where P applies: "step", to the gradient; "backward", to the rows, so that p.grad
             holds the direction; "auto", where it is cheaper for each layer.
         backend: a name of `gls_fused.available_backends()`, or "auto".
@@ -81,9 +80,8 @@ class GLS(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         normalize: Normalize = "rms",
         curvature: Literal["subspace", "dense"] = "subspace",
-        rank: int = 32,
+        rank: int | Literal["auto"] = "auto",
         curvature_every: int = 10,
-        refresh_every: int = 1,
         site: Literal["auto", "step", "backward"] = "auto",
         backend: str = "auto",
     ) -> None:
@@ -103,7 +101,6 @@ class GLS(torch.optim.Optimizer):
             "curvature": curvature,
             "rank": rank,
             "curvature_every": curvature_every,
-            "refresh_every": refresh_every,
         }
         _check_options(defaults, site)
         groups = [{"params": model}] if isinstance(model, nn.Module) else list(model)

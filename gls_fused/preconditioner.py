@@ -29,19 +29,19 @@ def check_number(
         raise ValueError(f"{name}: expected a value in {bracket}{low}, {high}), got {value}")
 
 
-def check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any, otherwise: str = "") -> None:
     """Raises ValueError unless `value` is a whole number, at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected a whole number, at least 1, got {value!r}")
+        raise ValueError(f"{name}: expected a whole number, at least 1{otherwise}, got {value!r}")
 
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raises ValueError naming the first option of the statistics that is out of range."""
     check_number("damping", options["damping"], 0)
     check_number("beta", options["beta"], 0, 1, closed=True)
-    check_count("rank", options["rank"])
+    if options["rank"] != "auto":
+        check_count("rank", options["rank"], " or 'auto'")
     check_count("curvature_every", options["curvature_every"])
-    check_count("refresh_every", options["refresh_every"])
     check_choice("curvature", options["curvature"], CURVATURES)
 
 
@@ -71,9 +71,8 @@ class Preconditioner:
         self._settled = self._gathers = False
         self.backend = resolve_backend(backend, {layer.weight.device.type for layer in layers})
         for layer in layers:
-            layer.assign(
-                make_curvature(options["curvature"], layer.dim, options["rank"], self.backend)
-            )
+            kind, rank = options["curvature"], options["rank"]
+            layer.assign(make_curvature(kind, layer.dim, layer.outputs, rank, self.backend))
             layer.capture()
 
     def check_captured(self) -> None:
@@ -107,7 +106,6 @@ class Preconditioner:
         layer.curvature.start(state, sums)
         layer.curvature.solve(state, options["damping"])
         state["rows"] = int(sums[0])
-        state["commits"] = 0
         layer.inverse = layer.curvature.inverse(state)
         self._settled = False
         return True
@@ -122,9 +120,6 @@ class Preconditioner:
             return
         state = self.state_of(layer)
         layer.curvature.blend(state, sums, options["beta"])
-        state["commits"] += 1
-        if state["commits"] % options["refresh_every"] == 0:
-            layer.curvature.refresh(state)
         layer.curvature.solve(state, options["damping"])
 
     def expect(self, step: int, options: Mapping[str, Any]) -> None:

@@ -118,10 +118,10 @@ def sketch_images(
 # ---- curvature: the streaming subspace ----------------------------------------------------------
 
 
-def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
     """The basis moves one step towards the leading eigenvectors of Sigma.
 
-        U+ T = Z,   M+ = T (M + nu I)^-1 T',   Z+ = U+ M+
+        U+ T = Z,   M+ = T (M + nu I)^-1 T'
 
     T M^-1 T' = U+' Z M^-1 Z' U+ is Nystrom's approximation of Sigma in the new basis. Nothing else
     keeps M positive semi-definite; nu, at the rounding error of M, lets M be singular.
@@ -130,7 +130,7 @@ def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor, Tens
         core: M = U' Sigma U [r, r], positive semi-definite up to rounding.
         sketch: Z = Sigma U [d, r], of any rank, finite.
     Returns:
-        U+ [d, r] orthonormal, M+ [r, r] symmetric positive semi-definite, Z+ [d, r].
+        U+ [d, r] orthonormal, M+ [r, r] symmetric positive semi-definite.
     Numerics: the sketch is scaled to order one first, so that every scale whose squares are finite
         in the dtype gives a finite result. All of Sigma is kept when r = d.
     Source: block power iteration; Tropp et al., 2017, "Fixed-rank approximation of a positive-
@@ -143,8 +143,7 @@ def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor, Tens
     shift = unit.trace() * precision.eps * len(core) + precision.tiny
     factor, _ = torch.linalg.cholesky_ex(unit + shift * torch.eye(len(core)).to(unit))
     root = torch.linalg.solve_triangular(factor, triangle.T, upper=False)
-    core = root.T @ root * scale
-    return basis, core, basis @ core
+    return basis, root.T @ root * scale
 
 
 # ---- solve: damped least squares ----------------------------------------------------------------

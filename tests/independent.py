@@ -29,37 +29,32 @@ class DenseSigma:
     def commit(self, a, beta):
         self.sigma = beta * self.sigma + (1 - beta) * a.T @ a / len(a)
 
-    def refresh(self):
-        pass
-
     def inverse(self, damping):
         eye = torch.eye(len(self.sigma), dtype=self.sigma.dtype)
         return torch.linalg.inv(self.sigma + damping * self.sigma.trace() / len(eye) * eye)
 
 
 class SubspaceSigma:
-    """U, M, Z and t; P inverts U M U' + rho (I - U U') + lambda I as a d x d matrix."""
+    """U, M and t; P inverts U M U' + rho (I - U U') + lambda I as a d x d matrix."""
 
     def __init__(self, test_matrix):
         self.omega = test_matrix
 
     def start(self, a):
         sigma = a.T @ a / len(a)
-        self.u, self.m, self.z = self.omega, self.omega.T @ sigma @ self.omega, sigma @ self.omega
         self.t = sigma.trace()
-        self.refresh()
+        self.move(self.omega.T @ sigma @ self.omega, sigma @ self.omega)
 
     def commit(self, a, beta):
         sigma = a.T @ a / len(a)
-        self.m = beta * self.m + (1 - beta) * self.u.T @ sigma @ self.u
-        self.z = beta * self.z + (1 - beta) * sigma @ self.u
         self.t = beta * self.t + (1 - beta) * sigma.trace()
+        blended = beta * self.u @ self.m @ self.u.T + (1 - beta) * sigma
+        self.move(self.u.T @ blended @ self.u, blended @ self.u)
 
-    def refresh(self):
-        nystrom = self.z @ torch.linalg.pinv(self.m, hermitian=True) @ self.z.T
-        self.u = orth(self.z)
+    def move(self, m, z):
+        nystrom = z @ torch.linalg.pinv(m, hermitian=True) @ z.T
+        self.u = orth(z)
         self.m = self.u.T @ nystrom @ self.u
-        self.z = self.u @ self.m
 
     def inverse(self, damping):
         d, r = self.u.shape
@@ -90,7 +85,6 @@ class IndependentGLS:
         weight_decay,
         normalize,
         curvature_every,
-        refresh_every,
         test_matrix=None,
     ):
         self.lr, self.damping, self.momentum, self.beta = lr, damping, momentum, beta
@@ -100,11 +94,10 @@ class IndependentGLS:
             weight_decay,
             normalize,
         )
-        self.curvature_every, self.refresh_every = curvature_every, refresh_every
+        self.curvature_every = curvature_every
         self.layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
         self.seen = {layer: [] for layer in self.layers}  # (A, G) of every call in this step
         self.sigma, self.p, self.moment, self.square = {}, {}, {}, {}
-        self.commits = dict.fromkeys(self.layers, 0)
         self.step_count = 0
         for layer in self.layers:
             d = layer.in_features + (layer.bias is not None)
@@ -136,9 +129,6 @@ class IndependentGLS:
             self.move(layer, g.T @ a, self.p[layer], step + 1)
             if step > 0 and step % self.curvature_every == 0:
                 self.sigma[layer].commit(a, self.beta)
-                self.commits[layer] += 1
-                if self.commits[layer] % self.refresh_every == 0:
-                    self.sigma[layer].refresh()
                 self.p[layer] = self.sigma[layer].inverse(self.damping)
 
     @torch.no_grad()

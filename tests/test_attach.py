@@ -9,7 +9,7 @@ from tolerances import SAME_STEPS, assert_near
 
 from gls_fused import GLS, attach
 
-OPTIONS = {"damping": 0.4, "rank": 3, "curvature_every": 2, "refresh_every": 2}
+OPTIONS = {"damping": 0.4, "rank": 3, "curvature_every": 2}
 
 
 def adam(model):

@@ -114,9 +114,7 @@ def test_refresh_and_inverse(name, dtype, dim, rank, scale):
     moved = reference.refresh_subspace(core, sketch)
     found = backend.refresh_subspace(core, sketch)
     # U+ and M+ are unique up to the signs that QR chooses, U+ M+ U+' is unique.
-    for basis, core, sketch in (moved, found):
-        assert_near(basis @ core, sketch, SOLVE[dtype])
-    products = [(u @ (m / scale) @ u.T) for u, m, _ in (found, moved)]
+    products = [(u @ (m / scale) @ u.T) for u, m in (found, moved)]
     assert_near(*products, SOLVE[dtype])
     inverse = backend.invert_core(moved[1], trace, dim, 0.3)
     assert_same(inverse, reference.invert_core(moved[1], trace, dim, 0.3), SOLVE, dtype)

@@ -277,7 +277,7 @@ def test_captured_convolution_computes_the_same(options, layout):
     for expected, actual in zip(*results, strict=True):
         assert_near(actual, expected, PRODUCT[torch.float64])
     optimizer.step()
-    assert optimizer.state[captured.weight]["commits"] == 0
+    assert optimizer.state[captured.weight]["rows"] > 0
 
 
 @pytest.mark.parametrize("leading", [(), (7,), (2, 3), (2, 1, 3)])

@@ -11,7 +11,7 @@ from gls_fused import GLS
 STEPS = 20
 # Every option of the schedule at work; a batch of 5 rows is fewer than WIDTH and more than 3
 # outputs, so that the backward site takes both of its ways.
-OPTIONS = {"lr": 0.02, "rank": 4, "curvature_every": 2, "refresh_every": 2}
+OPTIONS = {"lr": 0.02, "rank": 4, "curvature_every": 2}
 
 
 def train_step(model, optimizer, kind, step):
@@ -155,7 +155,7 @@ OPTION_SETS = {
     "adam": {"normalize": "adam", "lr": 0.005},
     "none": {"normalize": "none", "lr": 0.1},
     "weight decay": {"weight_decay": 0.3},
-    "every step": {"curvature_every": 1, "refresh_every": 1},
+    "every step": {"curvature_every": 1},
 }
 
 

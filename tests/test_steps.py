@@ -9,7 +9,7 @@ from tolerances import SAME_STEPS, assert_near
 
 from gls_fused import GLS
 
-EVERY_STEP = {"rank": 4, "curvature_every": 1, "refresh_every": 1}
+EVERY_STEP = {"rank": 4, "curvature_every": 1}
 
 
 def train(model, optimizer, steps, start=0, kind="mlp"):

@@ -193,15 +193,14 @@ Matrix move_core(Matrix core, const Matrix& triangle, int64_t r, double eps, dou
   return moved;
 }
 
-// U+ T = Z,  M+ = T (M + nu I)^-1 T',  Z+ = U+ M+
-std::tuple<Tensor, Tensor, Tensor> refresh_subspace(const Tensor& core, const Tensor& sketch) {
+// U+ T = Z,  M+ = T (M + nu I)^-1 T'
+std::tuple<Tensor, Tensor> refresh_subspace(const Tensor& core, const Tensor& sketch) {
   TORCH_CHECK(sketch.dim() == 2 && core.dim() == 2 && core.size(0) == sketch.size(1) &&
                   core.size(1) == sketch.size(1) && core.scalar_type() == sketch.scalar_type(),
               "refresh_subspace: expected core [r, r] and sketch [d, r] of one dtype, got ",
               core.sizes(), " and ", sketch.sizes());
   const int64_t d = sketch.size(0), r = sketch.size(1);
   Tensor basis = at::empty({r, d}, sketch.options()), moved = at::empty({r, r}, core.options());
-  Tensor moved_sketch = at::empty({r, d}, sketch.options());
   AT_DISPATCH_FLOATING_TYPES(sketch.scalar_type(), "refresh_subspace", [&] {
     const double eps = std::numeric_limits<scalar_t>::epsilon();
     const double tiny = std::numeric_limits<scalar_t>::min();
@@ -225,9 +224,8 @@ std::tuple<Tensor, Tensor, Tensor> refresh_subspace(const Tensor& core, const Te
     Matrix next = move_core(std::move(unit_core), triangle, r, eps, tiny);
     for (double& value : next) value *= scale;
     store(next, moved.data_ptr<scalar_t>());
-    combine(next, basis.const_data_ptr<scalar_t>(), r, d, moved_sketch.data_ptr<scalar_t>());
   });
-  return {basis.t(), moved, moved_sketch.t()};
+  return {basis.t(), moved};
 }
 
 // lambda = damping t / d,  lambda' = lambda + rho,  C = (M + lambda I)^-1 - I / lambda'

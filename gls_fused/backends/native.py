@@ -93,10 +93,10 @@ def sketch_rows(rows: Tensor, basis: Tensor, *, ones: bool) -> tuple[Tensor, Ten
     return core, sketch, trace
 
 
-def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
     """See `gls_fused.reference.refresh_subspace`."""
-    basis, core, sketch = _ops.refresh_subspace(core, sketch)
-    return basis, core, sketch
+    basis, core = _ops.refresh_subspace(core, sketch)
+    return basis, core
 
 
 def invert_core(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[Tensor, Tensor]:
@@ -173,13 +173,8 @@ def _(rows: Tensor, basis: Tensor, ones: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("gls_fused::refresh_subspace")
-def _(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    transposed = sketch.shape[::-1]
-    return (
-        sketch.new_empty(transposed).T,
-        core.new_empty(core.shape),
-        sketch.new_empty(transposed).T,
-    )
+def _(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
+    return sketch.new_empty(sketch.shape[::-1]).T, core.new_empty(core.shape)
 
 
 @torch.library.register_fake("gls_fused::invert_core")

@@ -13,9 +13,7 @@ STEPS = 10
 
 def train(kind, backend, dtype=torch.float32, **options):
     model = make_net(kind).to(dtype)
-    optimizer = GLS(
-        model, lr=1e-2, rank=4, curvature_every=2, refresh_every=2, backend=backend, **options
-    )
+    optimizer = GLS(model, lr=1e-2, rank=4, curvature_every=2, backend=backend, **options)
     for step in range(STEPS):
         batch = [x.to(dtype) for x in make_batch(kind, 12, seed=step)]
         optimizer.zero_grad()

@@ -5,7 +5,7 @@
                      zero row in R, which is decided on the device
     _rotate_kernel   Q = Z R^-1, random columns in place of dependent ones, and parts of Q'Q
     _factor_kernel   again, of Q'Q; then T = R2 R1 and M+
-    _rotate_kernel   again: U+ = Q R2^-1, and Z+ = U+ M+
+    _rotate_kernel   again: U+ = Q R2^-1
 
 Z = Q R holds whatever stands in a column of Q whose row in R is zero, so the second round completes
 the basis without changing what it spans. float64, because the Gram matrix squares the condition:
@@ -120,8 +120,6 @@ def _rotate_kernel(
     inverse,  # float64 [RANK, RANK]
     basis,  # [dim, rank], written
     parts,  # float64 [programs, RANK, RANK], written in the first round
-    core,  # [rank, rank], read in the second round
-    moved,  # [dim, rank], basis core, written in the second round
     dim,
     rank,
     row_stride,
@@ -150,18 +148,13 @@ def _rotate_kernel(
     q = tl.where(mask, q, 0.0).to(basis.dtype.element_ty)
     out = basis + i[:, None] * basis_row_stride + c[None, :] * basis_column_stride
     tl.store(out, q, mask=mask)
-    if SECOND:
-        inside = (c < rank)[:, None] & (c < rank)[None, :]
-        m = tl.load(core + c[:, None] * rank + c[None, :], mask=inside, other=0.0)
-        product = tl.dot(q, m, input_precision="ieee")
-        tl.store(moved + i[:, None] * rank + c[None, :], product, mask=mask)
-    else:
+    if not SECOND:
         wide = q.to(tl.float64)
         gram = tl.dot(tl.trans(wide), wide, out_dtype=tl.float64)
         tl.store(parts + block * RANK * RANK + c[:, None] * RANK + c[None, :], gram)
 
 
-def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
     """See `gls_fused.reference.refresh_subspace`: the same U+ M+ U+' in five launches.
 
     Numerics: float32 in and out, float64 between; ranks to 32. float64 statistics and larger ranks
@@ -175,7 +168,7 @@ def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor, Tens
     programs = triton.cdiv(dim, tile.rows)
     parts = sketch.new_empty(programs, padded, padded, dtype=torch.float64)
     triangle, inverse = (parts.new_empty(padded, padded) for _ in range(2))
-    turned, basis, moved = (torch.empty_like(sketch).contiguous() for _ in range(3))
+    turned, basis = (torch.empty_like(sketch).contiguous() for _ in range(2))
     core_out = core.new_empty(rank, rank)
     shared = {"rank": rank, "RANK": padded}
     launch(
@@ -218,8 +211,6 @@ def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor, Tens
             inverse=inverse,
             basis=target,
             parts=parts,
-            core=core_out,
-            moved=moved,
             dim=dim,
             row_stride=source.stride(0),
             column_stride=source.stride(1),
@@ -231,4 +222,4 @@ def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor, Tens
             num_warps=tile.warps,
             **shared,
         )
-    return basis, core_out, moved
+    return basis, core_out
