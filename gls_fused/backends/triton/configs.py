@@ -73,8 +73,8 @@ def update_tile(padded_rank: int) -> Tile:
 
 
 def basis_tile(padded_rank: int) -> Tile:
-    """Of the kernels that move the basis, in float64: d = 3072 makes 48 programs."""
-    return Tile(64, padded_rank, 4, 1)
+    """Of the kernels that move the basis, in float64: d = 3072 makes 96 programs."""
+    return Tile(32, padded_rank, 4, 1)
 
 
 def core_warps(padded_rank: int, dtype: torch.dtype) -> int:
