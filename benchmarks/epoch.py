@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.ceilings import measure_ceilings
 from benchmarks.contenders import BASELINE, CONTENDERS, Trainer, state_bytes
 from benchmarks.data import Dataset
 from benchmarks.environment import command_line, describe_environment, git_commit
@@ -56,6 +57,8 @@ def measure_epochs(options: EpochOptions, out: Path) -> dict[str, Any]:
         GateError: GLS does something else than the reference; the cell is not timed.
     """
     results = {**describe_run(options.device), "settings": _settings(options), "cells": []}
+    if options.device.type == "cpu":
+        results["ceilings"] = asdict(measure_ceilings())
     cells: list[dict[str, Any]] = results["cells"]
     for shape in options.shapes:
         dataset = images_of(SHAPES[shape]).to(options.device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.contenders import BASELINE, CONTENDERS
+from benchmarks.contenders import BASELINE, CONTENDERS, RATE
+from benchmarks.floor import make_floor_table
 from benchmarks.gate import HEADROOM, LEAST_ALLOWED, STEPS, TOLERANCE
 from benchmarks.interleave import Quartiles, pair_ratios, quartiles
 from benchmarks.report import NOTHING, Table
@@ -36,6 +37,8 @@ def make_tables(results: Mapping[str, Any]) -> list[Table]:
     tables = [make_target_table(cells), _seconds_table(cells), _state_table(cells)]
     if any("memory" in cell for cell in cells):
         tables.append(_memory_table(cells))
+    if "ceilings" in results:
+        tables.append(make_floor_table(cells, results["ceilings"]))
     if any("stages" in cell for cell in cells):
         tables.append(make_stage_table(cells))
     if "overhead" in results:
@@ -88,7 +91,8 @@ def _setting(results: Mapping[str, Any]) -> str:
         f"- Each round runs a slice of an epoch of every optimizer, in an order that turns and "
         f"reverses: the same number of steps, a multiple of 10, about {settings['slice_seconds']:g}"
         f" s of Adam's. {settings['rounds']} rounds. An optimizer more than three times slower "
-        "than Adam takes fewer steps."
+        f"than Adam takes fewer steps. lr {RATE:g}, so that all keep the same weights: how long max "
+        "pooling takes depends on what it pools."
     )
     for shape in dict.fromkeys(cell["shape"] for cell in results["cells"]):
         found = {cell["data"] for cell in results["cells"] if cell["shape"] == shape}

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from gls_fused.layers import SKETCH_IMAGES
 
 FLOAT = 4
 RANK = 32
@@ -77,6 +79,11 @@ class Layer:
         return self.outputs * (self.inputs + 1)
 
     @property
+    def rank(self) -> int:
+        """As rank="auto" decides."""
+        return min(RANK, self.outputs)
+
+    @property
     def at_backward(self) -> bool:
         """As site="auto" decides."""
         return not self.convolution and self.rows < self.outputs
@@ -128,7 +135,7 @@ def gls_step(model: Model, *, momentum: bool = True) -> dict[str, Cost]:
     """The pieces of GLS's step with its defaults, statistics spread over the steps between."""
     pieces = dict.fromkeys(("rows", "statistics", "update", "others"), NOTHING)
     for layer in model.layers:
-        rank = min(RANK, layer.outputs)
+        rank = layer.rank
         if layer.at_backward:
             pieces["rows"] += precondition(layer.rows, layer.inputs, rank)
         gathered = sketch(layer.sketched, layer.inputs, rank) + refresh(layer.inputs, rank)
@@ -150,20 +157,21 @@ def total(pieces: Sequence[Cost]) -> Cost:
     return sum(pieces, NOTHING)
 
 
-def _mlp(title: str, widths: Sequence[int], rows: int = BATCH) -> Model:
+def _mlp(title: str, widths: Sequence[int], rows: int) -> Model:
     pairs = itertools.pairwise(widths)
     return Model(title, tuple(Layer(after, before, rows, rows) for before, after in pairs))
 
 
-def _cnn() -> Model:
+def _cnn(batch: int) -> Model:
     """3x32x32 images; the sketch takes 16 of them."""
+    few = min(batch, SKETCH_IMAGES)
     return Model(
         "CNN, 2 convolutions and 2 linear layers",
         (
-            Layer(16, 75, BATCH * 1024, 16 * 1024, convolution=True),
-            Layer(32, 400, BATCH * 256, 16 * 256, convolution=True),
-            Layer(128, 2048, BATCH, BATCH),
-            Layer(10, 128, BATCH, BATCH),
+            Layer(16, 75, batch * 1024, few * 1024, convolution=True),
+            Layer(32, 400, batch * 256, few * 256, convolution=True),
+            Layer(128, 2048, batch, batch),
+            Layer(10, 128, batch, batch),
         ),
     )
 
@@ -180,9 +188,12 @@ def _transformer() -> Model:
     return Model("Transformer, 124M parameters", layers, (50257 + 1024) * width + 25 * 2 * width)
 
 
-MODELS = (
-    _mlp("MLP, 3 linear layers", (3072, 1024, 512, 10)),
-    _cnn(),
-    _mlp("Autoencoder, 4 linear layers", (3072, 1024, 128, 1024, 3072)),
-    _transformer(),
-)
+# The tasks at CIFAR-10's shape, by name, as functions of the batch size.
+TASK_MODELS: Mapping[str, Callable[[int], Model]] = {
+    "mlp": lambda batch: _mlp("MLP, 3 linear layers", (3072, 1024, 512, 10), batch),
+    "cnn": _cnn,
+    "autoencoder": lambda batch: _mlp(
+        "Autoencoder, 4 linear layers", (3072, 1024, 128, 1024, 3072), batch
+    ),
+}
+MODELS = (*(model(BATCH) for model in TASK_MODELS.values()), _transformer())

@@ -125,9 +125,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator).double()
 
 
-def make_inverse(dim: int, dtype: torch.dtype) -> SubspaceInverse:
+def make_inverse(dim: int, dtype: torch.dtype, rank: int = RANK) -> SubspaceInverse:
     """P of a random Sigma."""
-    rank = min(RANK, dim)
+    rank = min(rank, dim)
     basis = torch.linalg.qr(normal(dim, rank))[0].float()
     core, trace = _core(rank)
     inverse, shift = reference.invert_core(core.double(), trace.double(), dim, DAMPING)
@@ -170,11 +170,11 @@ def _sketch_images(layer: Layer) -> Case:
     assert window is not None
     shape = (SKETCH_IMAGES, *layer.inputs[1:])
     d = layer.size + 1
-    r = min(RANK, d)
+    r = min(RANK, d, layer.outputs)
     n = len(reference.unfold_images(torch.zeros(1, *shape[1:]), window)) * SKETCH_IMAGES
 
     def make(dtype: torch.dtype) -> Call:
-        images, basis = normal(*shape, seed=2).to(dtype), make_inverse(d, dtype).basis
+        images, basis = normal(*shape, seed=2).to(dtype), make_inverse(d, dtype, r).basis
         return lambda backend: backend.sketch_images(images, basis, window, ones=True)
 
     return Case(

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
+from benchmarks.ceilings import Ceilings
 from benchmarks.epoch_report import describe_machine
 from benchmarks.report import Table
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """Bytes per second of a large copy, and flops per second of a large float32 GEMM."""
-
-    copy: float
-    gemm: float
 
 
 def describe_case(

@@ -7,8 +7,10 @@ import torch
 from tiny import TINY, read_strictly
 from torch import nn
 
+from benchmarks.ceilings import Ceilings
 from benchmarks.contenders import CONTENDERS, Trainer, state_bytes
 from benchmarks.epoch_report import bound_of, make_tables, render_report, verdict
+from benchmarks.floor import Work, work_of
 from benchmarks.gate import GateError, check_gls
 from benchmarks.interleave import choose_steps, pair_ratios, quartiles, run_rounds, turn
 from benchmarks.memory import measure_memory
@@ -275,3 +277,25 @@ def test_an_unusable_directory_gives_one_line(tmp_path, run_main):
     status, _, errors = run_main(*RUN, "--out", tmp_path / "file")
     assert (status, errors.count("\n")) == (2, 1)
     assert "--out" in errors
+
+
+def test_the_floor_counts_what_the_equations_need():
+    parameters, batch = 3073 * 1024 + 1025 * 512 + 513 * 10, 128
+    adam, gls, plain = (work_of(name, "mlp", batch) for name in ("adam", "gls", "gls-momentum0"))
+    assert adam == Work(0, 28 * parameters)
+    # The classifier has fewer outputs than rows: P on its gradient, of rank 10.
+    assert gls.bytes == 24 * parameters + 12 * 513 * 10
+    assert plain.bytes == 16 * parameters + 12 * 513 * 10
+    rows = 4 * batch * 32 * (3073 + 1025)
+    sketch = (rows + 4 * batch * 10 * 513) / 10
+    assert gls.flops == pytest.approx(rows + 4 * 10 * 10 * 513 + sketch)
+    assert gls.seconds(Ceilings(copy=1.0, gemm=2.0)) == gls.bytes + gls.flops / 2
+
+
+def test_the_floor_is_in_the_report_with_its_ceilings():
+    results = {**fabricated(), "ceilings": {"copy": 1e10, "gemm": 1e11}}
+    extra = work_of("gls", "mlp", 128).seconds(Ceilings(1e10, 1e11))
+    extra -= work_of("adam", "mlp", 128).seconds(Ceilings(1e10, 1e11))
+    report = render_report(results)
+    assert "A model, not a measurement" in report
+    assert f"| {1e3 * extra:+.2f} | {1 + extra / 0.015:.3f} |" in report

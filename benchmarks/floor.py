@@ -1,0 +1,100 @@
+"""The arithmetic of a step on the CPU: what GLS and Adam must move and multiply, at full rate.
+
+rows        4 n d r flops, for layers whose P applies at the backward
+gradient    4 m d r flops and 12 m d bytes, for the others: D0 read, D written (and its line read)
+sketch      4 n d r flops every `GATHER_EVERY` steps, n of `SKETCH_IMAGES` images for a convolution
+update      24 bytes a parameter with momentum and normalize="rms", 16 without; Adam's 28
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.ceilings import Ceilings
+from benchmarks.contenders import BASELINE, CONTENDERS
+from benchmarks.interleave import quartiles
+from benchmarks.report import Table
+from benchmarks.roofline import ADAM_BYTES, FLOAT, GATHER_EVERY, TASK_MODELS
+from benchmarks.shapes import SHAPES
+
+SHAPE = "cifar10"
+UPDATE_BYTES: Mapping[str, int] = {"gls": 24, "gls-momentum0": 16, BASELINE: ADAM_BYTES}
+WRITTEN = 3 * FLOAT
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one step, beyond the forward and the backward: flops, and bytes to and from memory."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        """One after the other, each at its ceiling."""
+        return self.flops / ceilings.gemm + self.bytes / ceilings.copy
+
+
+def work_of(optimizer: str, task: str, batch_size: int) -> Work:
+    """Of a contender in `UPDATE_BYTES`, on the task at CIFAR-10's shape."""
+    model = TASK_MODELS[task](batch_size)
+    moved = UPDATE_BYTES[optimizer] * model.parameters
+    if optimizer == BASELINE:
+        return Work(0, moved)
+    flops = 0.0
+    for layer in model.layers:
+        dim = layer.inputs + 1
+        per_row = 4 * dim * layer.rank
+        flops += per_row * (layer.rows if layer.at_backward else layer.outputs)
+        flops += per_row * layer.sketched / GATHER_EVERY
+        moved += 0 if layer.at_backward else WRITTEN * layer.parameters
+    return Work(flops, moved)
+
+
+def make_floor_table(cells: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float]) -> Table:
+    """One row per cell and kind of GLS, at CIFAR-10's shape."""
+    machine = Ceilings(**ceilings)
+    rows = []
+    for cell in cells:
+        seconds = cell["seconds_per_step"]
+        for name in UPDATE_BYTES:
+            if cell["shape"] != SHAPE or name == BASELINE or name not in seconds:
+                continue
+            ours, adam = (work_of(n, cell["task"], cell["batch_size"]) for n in (name, BASELINE))
+            extra = ours.seconds(machine) - adam.seconds(machine)
+            rows.append(
+                (
+                    SHAPES[SHAPE].title,
+                    cell["task"],
+                    str(cell["batch_size"]),
+                    CONTENDERS[name].title,
+                    f"{ours.flops / 1e6:.0f}",
+                    f"{ours.bytes / 1e6:.1f}",
+                    f"{adam.bytes / 1e6:.1f}",
+                    f"{1e3 * extra:+.2f}",
+                    f"{1 + extra / quartiles(seconds[BASELINE]).median:.3f}",
+                )
+            )
+    return Table(
+        "What the arithmetic allows",
+        "A model, not a measurement: the flops of P and of a tenth of a sketch and the bytes of the "
+        f"update, at this machine's ceilings, a copy's {machine.copy / 1e9:.1f} GB/s (read and "
+        f"written) and a GEMM's {machine.gemm / 1e9:.0f} GFLOP/s, measured before the rounds; how "
+        "much longer than Adam's step that takes, and the ratio to Adam's measured step it would "
+        "give. What a measured ratio has above it are kernels below these ceilings, small layers, "
+        "Python, and noise.",
+        (
+            "data",
+            "task",
+            "batch",
+            "optimizer",
+            "MFLOP",
+            "MB",
+            "Adam's MB",
+            "ms more than Adam",
+            "ratio",
+        ),
+        tuple(rows),
+        labels=4,
+    )
