@@ -4,6 +4,7 @@
     gradient    4 m d r flops and 12 m d bytes, for the others: D0 read, D's lines read and written
     sketch      4 n d r flops every `GATHER_EVERY` steps, n of 16 images for a convolution
     update      24 bytes a parameter with momentum and normalize="rms", 16 without; Adam's 28
+    state       U [d, r], M and C [r, r] per layer, 4 bytes a parameter with momentum; Adam's 8
 
 Letters: see gls_fused.reference.
 """
@@ -54,6 +55,14 @@ def work_of(optimizer: str, task: str, batch_size: int) -> Work:
     return Work(flops, moved)
 
 
+def state_share(optimizer: str, task: str) -> float:
+    """Bytes of GLS's state over Adam's."""
+    model = TASK_MODELS[task](1)
+    kept = sum(layer.rank * (layer.inputs + 1 + 2 * layer.rank) for layer in model.layers)
+    kept += model.parameters if optimizer == "gls" else 0
+    return kept / (2 * model.parameters)
+
+
 def make_floor_table(cells: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float]) -> Table:
     """One row per cell and kind of GLS, at CIFAR-10's shape."""
     machine = Ceilings(**ceilings)
@@ -78,6 +87,7 @@ def make_floor_table(cells: Sequence[Mapping[str, Any]], ceilings: Mapping[str, 
                     f"{adam.bytes / 1e6:.1f}",
                     f"{1e3 * extra:+.2f}",
                     f"{1 + extra / quartiles(seconds[BASELINE]).median:.3f}",
+                    f"{state_share(name, cell['task']):.3f}",
                 )
             )
     return Table(
@@ -87,7 +97,8 @@ def make_floor_table(cells: Sequence[Mapping[str, Any]], ceilings: Mapping[str, 
         f"written) and a GEMM's {machine.gemm / 1e9:.0f} GFLOP/s, measured before the rounds; how "
         "much longer than Adam's step that takes, and the ratio to Adam's measured step it would "
         "give. What a measured ratio has above it are kernels below these ceilings, small layers, "
-        "Python, and noise.",
+        "Python, and noise. The state is U [d, r], M and C [r, r] of every layer, and the "
+        "momentum: a layer's U is r / m of its weight.",
         (
             "data",
             "task",
@@ -97,7 +108,8 @@ def make_floor_table(cells: Sequence[Mapping[str, Any]], ceilings: Mapping[str, 
             "MB",
             "Adam's MB",
             "ms more than Adam",
-            "ratio",
+            "seconds, of Adam's",
+            "state, of Adam's",
         ),
         tuple(rows),
         labels=4,

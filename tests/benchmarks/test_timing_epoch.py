@@ -10,12 +10,13 @@ from torch import nn
 from benchmarks.ceilings import Ceilings
 from benchmarks.contenders import CONTENDERS, Trainer, state_bytes
 from benchmarks.epoch_report import bound_of, make_tables, render_report, verdict
-from benchmarks.floor import Work, work_of
+from benchmarks.floor import Work, state_share, work_of
 from benchmarks.gate import GateError, check_gls
 from benchmarks.interleave import choose_steps, pair_ratios, quartiles, run_rounds, turn
 from benchmarks.memory import measure_memory
 from benchmarks.shapes import synthesise
 from benchmarks.stages import measure_overhead, profile_stages
+from benchmarks.tasks import TASKS
 from gls_fused.dispatch import resolve_backend
 
 RUN = (
@@ -298,4 +299,17 @@ def test_the_floor_is_in_the_report_with_its_ceilings():
     extra -= work_of("adam", "mlp", 128).seconds(Ceilings(1e10, 1e11))
     report = render_report(results)
     assert "A model, not a measurement" in report
-    assert f"| {1e3 * extra:+.2f} | {1 + extra / 0.015:.3f} |" in report
+    assert f"| {1e3 * extra:+.2f} | {1 + extra / 0.015:.3f} | 0.519 |" in report
+
+
+@pytest.mark.parametrize("task", ["mlp", "cnn", "autoencoder"])
+@pytest.mark.parametrize("name", ["gls", "gls-momentum0"])
+def test_the_state_is_as_large_as_the_floor_says(name, task):
+    data = synthesise((3, 32, 32), 16)
+    sizes = {}
+    for contender in (name, "adam"):
+        trainer = Trainer(TASKS[task], data, CONTENDERS[contender].build, 8)
+        trainer.next_steps(1)
+        sizes[contender] = state_bytes(trainer.optimizer)
+    # Scalars: steps, traces, shifts.
+    assert sizes[name] / sizes["adam"] == pytest.approx(state_share(name, task), abs=1e-3)
