@@ -32,7 +32,7 @@ STEPS = ("Optimizer.step#GLS.step", "Optimizer.step#SGD.step")
 PREFIX = "stage: "
 OPS = {
     "refresh_subspace": "refresh",
-    "invert_core": "core inverse",
+    "invert_cores": "core inverse",
     "update_layers_": "update, with P at the step site",
 }
 

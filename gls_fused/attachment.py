@@ -95,8 +95,7 @@ class Attachment:
     @torch.no_grad()
     def commit(self) -> None:
         """After the optimizer's step: the rows of the step enter the statistics."""
-        for layer in self._preconditioner.layers:
-            self._preconditioner.commit(layer, self._options)
+        self._preconditioner.commit(self._options)
         self._step += 1
         self._preconditioner.expect(self._step, self._options)
 

@@ -12,7 +12,7 @@ is kept by columns, as products with rows want it: as [r, d] in memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -43,9 +43,6 @@ class Curvature(Protocol):
     def blend(self, state: State, sums: Tensor, beta: float) -> None:
         """Blend new sums in, in place; sums that count no row do not change the estimate."""
 
-    def solve(self, state: State, damping: float) -> None:
-        """Make the damped inverse anew, in place where it exists."""
-
     def inverse(self, state: Mapping[str, Any]) -> Inverse:
         """P, as views on `state`."""
 
@@ -66,9 +63,6 @@ class Dense:
     def blend(self, state: State, sums: Tensor, beta: float) -> None:
         means, weight = _means(sums, beta)
         state["gram"].lerp_(self._gram(means), weight)
-
-    def solve(self, state: State, damping: float) -> None:
-        _store(state, matrix=self.backend.invert_gram(state["gram"], damping))
 
     def inverse(self, state: Mapping[str, Any]) -> Inverse:
         return DenseInverse(state["matrix"])
@@ -104,12 +98,6 @@ class Subspace:
         earlier = (state["core"] @ state["basis"].T).T
         self._move(state, state["core"].lerp(core, weight), earlier.lerp(sketch, weight))
 
-    def solve(self, state: State, damping: float) -> None:
-        core_inverse, shift = self.backend.invert_core(
-            state["core"], state["trace"], self.dim, damping
-        )
-        _store(state, core_inverse=core_inverse, shift=shift)
-
     def inverse(self, state: Mapping[str, Any]) -> Inverse:
         return SubspaceInverse(state["basis"], state["core_inverse"], state["shift"])
 
@@ -134,6 +122,23 @@ def make_curvature(
     if kind == "dense":
         return Dense(dim, backend)
     return Subspace(dim, min(AUTO_RANK, outputs) if rank == "auto" else rank, backend)
+
+
+def solve(layers: Sequence[tuple[Curvature, State]], damping: float) -> None:
+    """Make the damped inverses anew, in place where they exist; all subspaces' in one call."""
+    subspaces = [
+        (curvature, state) for curvature, state in layers if isinstance(curvature, Subspace)
+    ]
+    if subspaces:
+        cores = [state["core"] for _, state in subspaces]
+        traces = [state["trace"] for _, state in subspaces]
+        dims = [curvature.dim for curvature, _ in subspaces]
+        inverses = subspaces[0][0].backend.invert_cores(cores, traces, dims, damping)
+        for (_, state), (core_inverse, shift) in zip(subspaces, inverses, strict=True):
+            _store(state, core_inverse=core_inverse, shift=shift)
+    for curvature, state in layers:
+        if isinstance(curvature, Dense):
+            _store(state, matrix=curvature.backend.invert_gram(state["gram"], damping))
 
 
 def add_sums(sums: Tensor | None, count: int, trace: Tensor, moments: tuple[Tensor, ...]) -> Tensor:

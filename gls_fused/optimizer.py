@@ -171,8 +171,7 @@ class GLS(torch.optim.Optimizer):
             ]
             self._update(preconditioner, ready, group)
             self._update_others(group, owned={p for layer in ready for p in layer.params})
-            for layer in preconditioner.layers:
-                preconditioner.commit(layer, group)
+            preconditioner.commit(group)
             group["step"] += 1
             preconditioner.expect(group["step"], group)
         return loss

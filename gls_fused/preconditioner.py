@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gls_fused.curvature import State, make_curvature
+from gls_fused.curvature import State, make_curvature, solve
 from gls_fused.dispatch import backend_name, resolve_backend
 from gls_fused.layers import Layer
 
@@ -104,23 +104,25 @@ class Preconditioner:
             return False
         state = self.state_of(layer)
         layer.curvature.start(state, sums)
-        layer.curvature.solve(state, options["damping"])
+        solve([(layer.curvature, state)], options["damping"])
         state["rows"] = int(sums[0])
         layer.inverse = layer.curvature.inverse(state)
         self._settled = False
         return True
 
-    def commit(self, layer: Layer, options: Mapping[str, Any]) -> None:
-        """Blend the sums of this step into the statistics, and make the inverse anew."""
-        if layer.inverse is None:
-            self.start(layer, options)
-            return
-        sums = layer.take_sums()
-        if sums is None:
-            return
-        state = self.state_of(layer)
-        layer.curvature.blend(state, sums, options["beta"])
-        layer.curvature.solve(state, options["damping"])
+    def commit(self, options: Mapping[str, Any]) -> None:
+        """Blend the sums of this step into the statistics, and make the inverses anew."""
+        blended = []
+        for layer in self.layers:
+            if layer.inverse is None:
+                self.start(layer, options)
+                continue
+            sums = layer.take_sums()
+            if sums is not None:
+                state = self.state_of(layer)
+                layer.curvature.blend(state, sums, options["beta"])
+                blended.append((layer.curvature, state))
+        solve(blended, options["damping"])
 
     def expect(self, step: int, options: Mapping[str, Any]) -> None:
         """Tell the layers what the coming step asks of them: to gather, and where P applies."""

@@ -171,6 +171,13 @@ def invert_core(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[
     return invert_damped(core, damp) - torch.eye(rank).to(core) / shift, shift
 
 
+def invert_cores(
+    cores: Sequence[Tensor], traces: Sequence[Tensor], dims: Sequence[int], damping: float
+) -> list[tuple[Tensor, Tensor]]:
+    """`invert_core` of some layers."""
+    return [invert_core(*layer, damping) for layer in zip(cores, traces, dims, strict=True)]
+
+
 def invert_gram(gram: Tensor, damping: float) -> Tensor:
     """P = (Sigma + lambda I)^-1 [d, d], lambda = damping tr(Sigma) / d.
 

@@ -120,6 +120,19 @@ def test_refresh_and_inverse(name, dtype, dim, rank, scale):
     assert_same(inverse, reference.invert_core(moved[1], trace, dim, 0.3), SOLVE, dtype)
 
 
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_invert_cores_of_some_layers(name, dtype):
+    cores, dims = [], [3, 40, 32]
+    for rank, dim in zip((1, 5, 32), dims, strict=True):
+        root = draw(rank, dim, dtype=dtype)
+        cores.append(root @ root.T)
+    traces = [2 * core.trace() for core in cores]
+    found = resolve_backend(name, ["cpu"]).invert_cores(cores, traces, dims, 0.3)
+    for actual, *layer in zip(found, cores, traces, dims, strict=True):
+        assert_same(actual, reference.invert_core(*layer, 0.3), SOLVE, dtype)
+
+
 def make_update(dtype, normalize, momentum, strided):
     """Arguments of update_layers_ for three layers, one larger than a chunk, one empty."""
     state = torch.promote_types(dtype, torch.float32)

@@ -27,6 +27,7 @@ __all__ = [
     "LinearCapture",
     "captured_linear",
     "invert_core",
+    "invert_cores",
     "invert_gram",
     "precondition_gradient",
     "precondition_rows",
@@ -145,6 +146,13 @@ def update_layers_(
         eps,
         weight_decay,
     )
+
+
+def invert_cores(
+    cores: Sequence[Tensor], traces: Sequence[Tensor], dims: Sequence[int], damping: float
+) -> list[tuple[Tensor, Tensor]]:
+    """See `gls_fused.reference.invert_cores`."""
+    return [_ops.invert_core(*layer, damping) for layer in zip(cores, traces, dims, strict=True)]
 
 
 @torch.library.register_fake("gls_fused::precondition_rows")

@@ -79,13 +79,7 @@ def _invert_core_kernel(
 def invert_cores(
     cores: Sequence[Tensor], traces: Sequence[Tensor], dims: Sequence[int], damping: float
 ) -> list[tuple[Tensor, Tensor]]:
-    """`invert_core` of all layers, in one launch for those of one dtype and padded rank.
-
-    Args:
-        cores, traces, dims: per layer, as `gls_fused.reference.invert_core` takes them.
-    Returns:
-        C [r, r] and lambda' (0-d) per layer.
-    """
+    """See `gls_fused.reference.invert_cores`: one launch for those of one dtype and padded rank."""
     results: list[tuple[Tensor, Tensor]] = []
     tables: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
     for core, trace, dim in zip(cores, traces, dims, strict=True):
