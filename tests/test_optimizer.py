@@ -154,7 +154,7 @@ def test_report_says_what_falls_back_and_why():
         optimizer.step()
     report = repr(optimizer)
     for line in [
-        "covered: GLS (Linear 9 -> 8, 12 rows, rank 9, site step, backend native)",
+        "covered: GLS (Linear 9 -> 8, 12 rows, rank 8, site step, backend native)",
         "embed.weight: Adam (shared by embed, unembed: Embedding is not covered)",
         "norm.weight: Adam (LayerNorm is not covered)",
         "attend.in_proj_weight: Adam (MultiheadAttention is not covered)",
