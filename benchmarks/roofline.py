@@ -114,8 +114,8 @@ def sketch(rows: int, inputs: int, rank: int = RANK) -> Cost:
 
 
 def refresh(inputs: int, rank: int = RANK) -> Cost:
-    """Five launches over Z, in float64 between, and C of all layers, counted with each."""
-    return Cost(FLOAT * 5 * inputs * rank, 8 * inputs * rank**2, 5)
+    """Over Z, in float64 between; the launches are those of all layers, counted once."""
+    return Cost(FLOAT * 5 * inputs * rank, 8 * inputs * rank**2, 0)
 
 
 def update(parameters: int, *, formed: bool, momentum: bool = True) -> Cost:
@@ -139,7 +139,10 @@ def gls_step(model: Model, *, momentum: bool = True) -> dict[str, Cost]:
         if layer.at_backward:
             pieces["rows"] += precondition(layer.rows, layer.inputs, rank)
         gathered = sketch(layer.sketched, layer.inputs, rank) + refresh(layer.inputs, rank)
-        pieces["statistics"] += (gathered + Cost(0, 0, 1)) * (1 / GATHER_EVERY)
+        pieces["statistics"] += gathered * (1 / GATHER_EVERY)
+    # The bases of all layers in five launches, and C in one, for ranks padded to 16 and to 32.
+    padded = {layer.rank > 16 for layer in model.layers}
+    pieces["statistics"] += Cost(0, 0, 6 * len(padded)) * (1 / GATHER_EVERY)
     for formed in (False, True):
         chosen = [layer for layer in model.layers if layer.at_backward != formed]
         if chosen:

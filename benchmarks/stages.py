@@ -31,7 +31,7 @@ NODE = "autograd::engine::evaluate_function: "
 STEPS = ("Optimizer.step#GLS.step", "Optimizer.step#SGD.step")
 PREFIX = "stage: "
 OPS = {
-    "refresh_subspace": "refresh",
+    "refresh_subspaces": "refresh",
     "invert_cores": "core inverse",
     "update_layers_": "update, with P at the step site",
 }

@@ -37,11 +37,19 @@ class Curvature(Protocol):
     def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """What the rows are sketched with in place of U before there is an estimate."""
 
-    def start(self, state: State, sums: Tensor) -> None:
-        """Fill `state` from the first sums, which must count at least one row."""
+    def start(self, state: State, sums: Tensor) -> Tensor | None:
+        """Fill `state` from the first sums, which must count at least one row.
 
-    def blend(self, state: State, sums: Tensor, beta: float) -> None:
-        """Blend new sums in, in place; sums that count no row do not change the estimate."""
+        Returns:
+            Of a subspace, Z [d, r]; `settle` has to follow.
+        """
+
+    def blend(self, state: State, sums: Tensor, beta: float) -> Tensor | None:
+        """Blend new sums in, in place; sums that count no row do not change the estimate.
+
+        Returns:
+            As `start`.
+        """
 
     def inverse(self, state: Mapping[str, Any]) -> Inverse:
         """P, as views on `state`."""
@@ -57,12 +65,14 @@ class Dense:
     def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         return None
 
-    def start(self, state: State, sums: Tensor) -> None:
+    def start(self, state: State, sums: Tensor) -> Tensor | None:
         state["gram"] = self._gram(sums / sums[0])
+        return None
 
-    def blend(self, state: State, sums: Tensor, beta: float) -> None:
+    def blend(self, state: State, sums: Tensor, beta: float) -> Tensor | None:
         means, weight = _means(sums, beta)
         state["gram"].lerp_(self._gram(means), weight)
+        return None
 
     def inverse(self, state: Mapping[str, Any]) -> Inverse:
         return DenseInverse(state["matrix"])
@@ -85,25 +95,23 @@ class Subspace:
         basis: Tensor = torch.linalg.qr(gaussian)[0]
         return _by_columns(basis.to(device, dtype))
 
-    def start(self, state: State, sums: Tensor) -> None:
+    def start(self, state: State, sums: Tensor) -> Tensor:
         trace, core, sketch = self._moments(sums / sums[0])
-        state["trace"] = trace.clone()
-        self._move(state, core, sketch)
+        state.update(trace=trace.clone(), core=core.clone())
+        return sketch
 
-    def blend(self, state: State, sums: Tensor, beta: float) -> None:
+    def blend(self, state: State, sums: Tensor, beta: float) -> Tensor:
         means, weight = _means(sums, beta)
         trace, core, sketch = self._moments(means)
         state["trace"].lerp_(trace, weight)
-        # The basis moves with every commit, so the estimate is U M U', and its sketch is U M.
+        # The basis moved with the last commit, so the estimate is U M U', and its sketch is U M.
         earlier = (state["core"] @ state["basis"].T).T
-        self._move(state, state["core"].lerp(core, weight), earlier.lerp(sketch, weight))
+        state["core"].lerp_(core, weight)
+        blended: Tensor = earlier.lerp(sketch, weight)
+        return blended
 
     def inverse(self, state: Mapping[str, Any]) -> Inverse:
         return SubspaceInverse(state["basis"], state["core_inverse"], state["shift"])
-
-    def _move(self, state: State, core: Tensor, sketch: Tensor) -> None:
-        basis, core = self.backend.refresh_subspace(core, sketch)
-        _store(state, basis=_by_columns(basis), core=core)
 
     def _moments(self, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Trace (0-d), core [r, r] and sketch [d, r]."""
@@ -124,21 +132,28 @@ def make_curvature(
     return Subspace(dim, min(AUTO_RANK, outputs) if rank == "auto" else rank, backend)
 
 
-def solve(layers: Sequence[tuple[Curvature, State]], damping: float) -> None:
-    """Make the damped inverses anew, in place where they exist; all subspaces' in one call."""
-    subspaces = [
-        (curvature, state) for curvature, state in layers if isinstance(curvature, Subspace)
-    ]
-    if subspaces:
-        cores = [state["core"] for _, state in subspaces]
-        traces = [state["trace"] for _, state in subspaces]
-        dims = [curvature.dim for curvature, _ in subspaces]
-        inverses = subspaces[0][0].backend.invert_cores(cores, traces, dims, damping)
-        for (_, state), (core_inverse, shift) in zip(subspaces, inverses, strict=True):
+def settle(layers: Sequence[tuple[Curvature, State, Tensor | None]], damping: float) -> None:
+    """Move the bases and make the damped inverses anew, in place where they exist.
+
+    All subspaces' in one call each, so that a backend can make it as many launches.
+
+    Args:
+        layers: with what `start` or `blend` gave.
+    """
+    moving = [(kind, state, z) for kind, state, z in layers if isinstance(kind, Subspace)]
+    if moving:
+        kinds, states, sketches = zip(*moving, strict=True)
+        backend, dims = kinds[0].backend, [kind.dim for kind in kinds]
+        moved = backend.refresh_subspaces([state["core"] for state in states], sketches)
+        for state, (basis, core) in zip(states, moved, strict=True):
+            _store(state, basis=_by_columns(basis), core=core)
+        cores, traces = ([state[key] for state in states] for key in ("core", "trace"))
+        inverses = backend.invert_cores(cores, traces, dims, damping)
+        for state, (core_inverse, shift) in zip(states, inverses, strict=True):
             _store(state, core_inverse=core_inverse, shift=shift)
-    for curvature, state in layers:
-        if isinstance(curvature, Dense):
-            _store(state, matrix=curvature.backend.invert_gram(state["gram"], damping))
+    for kind, state, _ in layers:
+        if isinstance(kind, Dense):
+            _store(state, matrix=kind.backend.invert_gram(state["gram"], damping))
 
 
 def add_sums(sums: Tensor | None, count: int, trace: Tensor, moments: tuple[Tensor, ...]) -> Tensor:

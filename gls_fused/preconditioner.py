@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gls_fused.curvature import State, make_curvature, solve
+from gls_fused.curvature import State, make_curvature, settle
 from gls_fused.dispatch import backend_name, resolve_backend
 from gls_fused.layers import Layer
 
@@ -103,8 +103,8 @@ class Preconditioner:
         if sums is None or not sums[0] > 0:
             return False
         state = self.state_of(layer)
-        layer.curvature.start(state, sums)
-        solve([(layer.curvature, state)], options["damping"])
+        sketch = layer.curvature.start(state, sums)
+        settle([(layer.curvature, state, sketch)], options["damping"])
         state["rows"] = int(sums[0])
         layer.inverse = layer.curvature.inverse(state)
         self._settled = False
@@ -120,9 +120,9 @@ class Preconditioner:
             sums = layer.take_sums()
             if sums is not None:
                 state = self.state_of(layer)
-                layer.curvature.blend(state, sums, options["beta"])
-                blended.append((layer.curvature, state))
-        solve(blended, options["damping"])
+                sketch = layer.curvature.blend(state, sums, options["beta"])
+                blended.append((layer.curvature, state, sketch))
+        settle(blended, options["damping"])
 
     def expect(self, step: int, options: Mapping[str, Any]) -> None:
         """Tell the layers what the coming step asks of them: to gather, and where P applies."""

@@ -146,6 +146,13 @@ def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
     return basis, root.T @ root * scale
 
 
+def refresh_subspaces(
+    cores: Sequence[Tensor], sketches: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """`refresh_subspace` of some layers."""
+    return [refresh_subspace(*layer) for layer in zip(cores, sketches, strict=True)]
+
+
 # ---- solve: damped least squares ----------------------------------------------------------------
 
 

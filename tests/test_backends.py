@@ -122,14 +122,20 @@ def test_refresh_and_inverse(name, dtype, dim, rank, scale):
 
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_invert_cores_of_some_layers(name, dtype):
-    cores, dims = [], [3, 40, 32]
+def test_some_layers_at_once(name, dtype):
+    backend, dims = resolve_backend(name, ["cpu"]), [3, 40, 32]
+    moments = []
     for rank, dim in zip((1, 5, 32), dims, strict=True):
-        root = draw(rank, dim, dtype=dtype)
-        cores.append(root @ root.T)
-    traces = [2 * core.trace() for core in cores]
-    found = resolve_backend(name, ["cpu"]).invert_cores(cores, traces, dims, 0.3)
-    for actual, *layer in zip(found, cores, traces, dims, strict=True):
+        basis = make_inverse(dim, rank, dtype).basis
+        moments.append(reference.sketch_rows(draw(9, dim, dtype=dtype), basis, ones=False))
+    cores, sketches, traces = zip(*moments, strict=True)
+    moved = backend.refresh_subspaces(cores, sketches)
+    for (basis, core), *layer in zip(moved, cores, sketches, strict=True):
+        expected_basis, expected = reference.refresh_subspace(*layer)
+        products = (basis @ core @ basis.T, expected_basis @ expected @ expected_basis.T)
+        assert_near(*products, SOLVE[dtype])
+    inverted = backend.invert_cores(cores, traces, dims, 0.3)
+    for actual, *layer in zip(inverted, cores, traces, dims, strict=True):
         assert_same(actual, reference.invert_core(*layer, 0.3), SOLVE, dtype)
 
 

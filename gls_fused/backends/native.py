@@ -32,6 +32,7 @@ __all__ = [
     "precondition_gradient",
     "precondition_rows",
     "refresh_subspace",
+    "refresh_subspaces",
     "sketch_images",
     "sketch_rows",
     "sum_gram",
@@ -98,6 +99,13 @@ def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
     """See `gls_fused.reference.refresh_subspace`."""
     basis, core = _ops.refresh_subspace(core, sketch)
     return basis, core
+
+
+def refresh_subspaces(
+    cores: Sequence[Tensor], sketches: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """See `gls_fused.reference.refresh_subspaces`."""
+    return [_ops.refresh_subspace(*layer) for layer in zip(cores, sketches, strict=True)]
 
 
 def invert_core(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[Tensor, Tensor]:

@@ -181,7 +181,10 @@ def test_the_gate_passes_and_refuses_a_corrupted_op(monkeypatch):
     for op, corrupt in (
         ("update_layers_", lambda update: lambda *a, **k: update(*a, **{**k, "lr": 1.0001e-3})),
         ("invert_cores", lambda invert: lambda *a: [(1.01 * c, s) for c, s in invert(*a)]),
-        ("refresh_subspace", lambda _: lambda core, sketch: (sketch, core)),
+        (
+            "refresh_subspaces",
+            lambda _: lambda cores, sketches: list(zip(sketches, cores, strict=True)),
+        ),
         ("update_layers_", lambda update: lambda *a, **k: update(*a[:5], [None] * len(a[4]), **k)),
         ("update_layers_", lambda _: lambda params, *a, **k: params[0].fill_(float("nan"))),
     ):

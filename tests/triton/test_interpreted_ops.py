@@ -131,6 +131,26 @@ def test_refresh_of_nothing():
     assert not found[1].any()
 
 
+def test_bases_of_all_layers_at_once(monkeypatch):
+    """Five launches per padded rank, the same numbers as one by one."""
+    launches = []
+    original = backend.subspace.launch
+    monkeypatch.setattr(
+        backend.subspace, "launch", lambda *a, **k: (launches.append(a), original(*a, **k))
+    )
+    layers = []
+    for dim, rank in ((90, 5), (33, 16), (70, 32), (64, 20), (40, 40)):
+        rows = draw(50, dim, dtype=torch.float32)
+        basis = make_inverse(dim, rank, torch.float32).basis
+        layers.append(reference.sketch_rows(rows, basis, ones=False)[:2])
+    found = backend.refresh_subspaces(*zip(*layers, strict=True))
+    assert len(launches) == 10
+    for layer, (basis, core) in zip(layers, found, strict=True):
+        expected_basis, expected = reference.refresh_subspace(*layer)
+        products = (basis @ core @ basis.T, expected_basis @ expected @ expected_basis.T)
+        assert_near(*products, SOLVE[torch.float32])
+
+
 def check_refresh(core, sketch, scale):
     """U+ is unique up to a rotation among equals, U+ M+ U+' is unique."""
     found = basis, moved = backend.refresh_subspace(core, sketch)

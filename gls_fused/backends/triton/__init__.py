@@ -3,7 +3,7 @@
     rows.py            X P for rows and gradients, in one kernel
     sketch.py          Y'Y, A'Y and ||A||_F^2, added up in a fixed order
     core.py            C and lambda', all layers in one launch
-    subspace.py        the basis moves: Cholesky QR, twice
+    subspace.py        the bases move: Cholesky QR, twice, all layers in five launches
     update.py          the update of all layers at once; its kernels are in update_kernels.py
     configs.py         block sizes, a table
     launch.py          launches, and tables of addresses
@@ -15,7 +15,7 @@ products. On a CPU the kernels run in Triton's interpreter only (TRITON_INTERPRE
 from gls_fused.backends.triton.core import invert_core, invert_cores
 from gls_fused.backends.triton.rows import precondition_gradient, precondition_rows
 from gls_fused.backends.triton.sketch import sketch_rows
-from gls_fused.backends.triton.subspace import refresh_subspace
+from gls_fused.backends.triton.subspace import refresh_subspace, refresh_subspaces
 from gls_fused.backends.triton.update import update_layers_
 from gls_fused.reference import invert_gram, sketch_images, sum_gram, unfold_images
 
@@ -26,6 +26,7 @@ __all__ = [
     "precondition_gradient",
     "precondition_rows",
     "refresh_subspace",
+    "refresh_subspaces",
     "sketch_images",
     "sketch_rows",
     "sum_gram",
