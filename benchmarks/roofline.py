@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from gls_fused.layers import SKETCH_IMAGES
+from gls_fused.layers import SKETCH_IMAGES, SKETCH_ROWS
 
 FLOAT = 4
 RANK = 32
@@ -162,7 +162,8 @@ def total(pieces: Sequence[Cost]) -> Cost:
 
 def _mlp(title: str, widths: Sequence[int], rows: int) -> Model:
     pairs = itertools.pairwise(widths)
-    return Model(title, tuple(Layer(after, before, rows, rows) for before, after in pairs))
+    few = min(rows, SKETCH_ROWS)
+    return Model(title, tuple(Layer(after, before, rows, few) for before, after in pairs))
 
 
 def _cnn(batch: int) -> Model:
@@ -183,11 +184,11 @@ def _transformer() -> Model:
     """GPT-2's smallest shape: 12 blocks of width 768, vocabulary 50,257 and 1,024 positions.
 
     One GPU's step of 8 sequences of 1,024 tokens holds more rows than outputs, so P applies at the
-    step, and all rows are sketched; the embedding, tied to the head, and the norms take Adam's.
+    step, and 1,024 rows are sketched; the embedding, tied to the head, and the norms take Adam's.
     """
     width, rows = 768, 8 * 1024
     shapes = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
-    layers = tuple(Layer(m, k, rows, rows) for _ in range(12) for m, k in shapes)
+    layers = tuple(Layer(m, k, rows, SKETCH_ROWS) for _ in range(12) for m, k in shapes)
     return Model("Transformer, 124M parameters", layers, (50257 + 1024) * width + 25 * 2 * width)
 
 

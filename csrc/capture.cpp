@@ -59,6 +59,9 @@ std::optional<Tensor> LinearCapture::take_sums() {
   return std::exchange(sums, Tensor());
 }
 
+// SKETCH_ROWS of gls_fused/layers.py.
+constexpr int64_t kSketchRows = 1024;
+
 void LinearCapture::gather(const Tensor& rows) {
   if (rows.numel() == 0) return;
   const at::NoGradGuard no_grad;
@@ -67,7 +70,14 @@ void LinearCapture::gather(const Tensor& rows) {
   if (!sums.defined()) {
     sums = at::zeros({2 + basis.size(1) * basis.size(1) + basis.numel()}, basis.options());
   }
-  op.call(rows, basis, ones, sums);
+  const int64_t n = rows.size(0), every = (n + kSketchRows - 1) / kSketchRows;
+  if (every == 1) {
+    op.call(rows, basis, ones, sums);
+    return;
+  }
+  Tensor part = at::zeros_like(sums);
+  op.call(rows.slice(0, 0, n, every), basis, ones, part);
+  sums.add_(part, every);
 }
 
 namespace {

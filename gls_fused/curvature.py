@@ -156,14 +156,16 @@ def settle(layers: Sequence[tuple[Curvature, State, Tensor | None]], damping: fl
             _store(state, matrix=kind.backend.invert_gram(state["gram"], damping))
 
 
-def add_sums(sums: Tensor | None, count: int, trace: Tensor, moments: tuple[Tensor, ...]) -> Tensor:
-    """Add the sums over `count` rows to those already there.
+def add_sums(
+    sums: Tensor | None, count: int, trace: Tensor, moments: tuple[Tensor, ...], *, weight: int
+) -> Tensor:
+    """Add the sums over `count` rows, each of which stands for `weight`, to those already there.
 
     Rows that hold a NaN or an infinity, and rows that are all zero, say nothing of the inputs:
     sums over them add nothing, which is decided on the device.
     """
     head = torch.stack([torch.full_like(trace, count), trace])
-    new = torch.cat([head, *(moment.T.flatten() for moment in moments)])
+    new = torch.cat([head, *(moment.T.flatten() for moment in moments)]) * weight
     usable = new.sum().isfinite() & (trace > 0)
     new = torch.where(usable, new, torch.zeros((), dtype=new.dtype, device=new.device))
     return new if sums is None else sums + new

@@ -22,8 +22,9 @@ from torch.nn.parameter import UninitializedParameter
 from gls_fused.curvature import Curvature, Subspace, add_sums
 from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse, Window
 
-# A convolution has many rows per image, and a few images span them: see docs/method.md.
-SKETCH_IMAGES = 16
+# Of more rows in one backward pass, or images of a convolution, so many stand for all: some tens of
+# directions are known from them, and the sketch's cost does not grow with the batch.
+SKETCH_ROWS, SKETCH_IMAGES = 1024, 16
 
 
 class Layer(abc.ABC):
@@ -116,7 +117,7 @@ class Layer(abc.ABC):
     @torch.no_grad()
     def gather(self, inputs: Tensor) -> None:
         """Add the rows of these inputs to the sums of the step."""
-        inputs = self.sample(inputs)
+        inputs, every = self.sample(inputs)
         if not inputs.numel():
             return
         basis = self.test_matrix
@@ -126,7 +127,7 @@ class Layer(abc.ABC):
             count, trace, *moments = self.sum_gram(inputs)
         else:
             count, trace, *moments = self.sketch(inputs, basis)
-        self.sums = add_sums(self.sums, count, trace, tuple(moments))
+        self.sums = add_sums(self.sums, count, trace, tuple(moments), weight=every)
 
     def direction(self, gradients: list[Tensor]) -> list[Tensor]:
         """D = D0 P, in the parameters' shapes; of the weight alone where the bias is frozen."""
@@ -140,9 +141,9 @@ class Layer(abc.ABC):
         direction = direction.view_as(gradients[0])
         return [direction] if bias_direction is None else [direction, bias_direction]
 
-    def sample(self, inputs: Tensor) -> Tensor:
-        """The part of the inputs that the sums are taken over."""
-        return inputs
+    @abc.abstractmethod
+    def sample(self, inputs: Tensor) -> tuple[Tensor, int]:
+        """Every so-manyth of the inputs, which the sums are taken over, and of how many each is."""
 
     @abc.abstractmethod
     def sum_gram(self, inputs: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -189,15 +190,16 @@ class LinearLayer(Layer):
             return self.native.take_sums()  # type: ignore[no-any-return]
         return super().take_sums()
 
-    def sum_gram(self, inputs: Tensor) -> tuple[int, Tensor, Tensor]:
-        rows = inputs.reshape(-1, self.size)
+    def sample(self, inputs: Tensor) -> tuple[Tensor, int]:
+        return _every(inputs.reshape(-1, self.size), SKETCH_ROWS)
+
+    def sum_gram(self, rows: Tensor) -> tuple[int, Tensor, Tensor]:
         gram, trace = self.backend.sum_gram(
             rows, dtype=self.statistics_dtype, ones=self.bias is not None
         )
         return len(rows), trace, gram
 
-    def sketch(self, inputs: Tensor, basis: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
-        rows = inputs.reshape(-1, self.size)
+    def sketch(self, rows: Tensor, basis: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
         core, sketch, trace = self.backend.sketch_rows(rows, basis, ones=self.bias is not None)
         return len(rows), trace, core, sketch
 
@@ -243,10 +245,8 @@ class Conv2dLayer(Layer):
         assert isinstance(module, nn.Conv2d)
         self.window, self.padding_before = _window(module)
 
-    def sample(self, inputs: Tensor) -> Tensor:
-        """Some images spread over the batch."""
-        images = inputs if inputs.ndim == 4 else inputs[None]
-        return images[:: max(1, len(images) // SKETCH_IMAGES)][:SKETCH_IMAGES]
+    def sample(self, inputs: Tensor) -> tuple[Tensor, int]:
+        return _every(inputs if inputs.ndim == 4 else inputs[None], SKETCH_IMAGES)
 
     def sum_gram(self, inputs: Tensor) -> tuple[int, Tensor, Tensor]:
         rows = self.backend.unfold_images(inputs, self.window)
@@ -344,6 +344,12 @@ class _Conv2d(torch.autograd.Function):
             )
             weight_gradient, bias_gradient = (*directions, bias_gradient)[:2]
         return image_gradient, weight_gradient, bias_gradient, None
+
+
+def _every(inputs: Tensor, most: int) -> tuple[Tensor, int]:
+    """At most `most` of the inputs, spread over all of them, and of how many each is one."""
+    every = max(1, -(-len(inputs) // most))
+    return inputs[::every], every
 
 
 def _show_rows(layer: Layer, inputs: Tensor) -> None:

@@ -255,7 +255,7 @@ def test_rows_count_once_under_checkpointing(backend, recompute):
     assert rows_of_first_step(optimizer, model) == [5] * 4
 
 
-@pytest.mark.parametrize(("images", "counted"), [(3, 3), (16, 16), (17, 16), (40, 16), (100, 16)])
+@pytest.mark.parametrize(("images", "counted"), [(3, 3), (16, 16), (17, 18), (40, 42)])
 @pytest.mark.parametrize("curvature", ["dense", "subspace"])
 def test_few_images_of_a_batch_count(backend, curvature, images, counted):
     model = nn.Conv2d(2, 3, 3)
@@ -263,6 +263,28 @@ def test_few_images_of_a_batch_count(backend, curvature, images, counted):
     model(torch.randn(images, 2, 5, 6)).sum().backward()
     optimizer.step()
     assert optimizer.state[model.weight]["rows"] == counted * 3 * 4
+
+
+@pytest.mark.parametrize(("count", "every"), [(1024, 1), (1025, 2), (3000, 3)])
+@pytest.mark.parametrize("curvature", ["dense", "subspace"])
+def test_some_rows_stand_for_all(backend, curvature, count, every):
+    """Weighted by how many each stands for, beside a backward pass in which all count."""
+    model = nn.Linear(3, 4).double()
+    optimizer = GLS(model, rank=4, curvature=curvature, backend=backend)
+    many, few = (torch.randn(n, 3, dtype=torch.float64) * n for n in (count, 7))
+    for rows in (many, few):
+        model(rows).sum().backward()
+    optimizer.step()
+    weights = torch.tensor([every] * len(many[::every]) + [1] * len(few)).double()
+    rows = torch.cat([torch.cat([many[::every], few]), torch.ones(len(weights), 1)], 1)
+    sigma = rows.T @ (rows * weights[:, None]) / weights.sum()
+    state = optimizer.state[model.weight]
+    assert state["rows"] == weights.sum()
+    if curvature == "subspace":
+        found = state["basis"] @ state["core"] @ state["basis"].T
+    else:
+        found = state["gram"]
+    assert_near(found, sigma, SOLVE[torch.float64])
 
 
 def test_rows_do_not_count_in_inference_mode(backend):
