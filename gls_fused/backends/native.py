@@ -39,8 +39,8 @@ __all__ = [
 ]
 
 
-def _load() -> None:
-    """Load the schema, then the CPU kernels compiled for what torch found of this CPU."""
+def _load() -> str:
+    """Load the schema, then the CPU kernels compiled for what torch found of this CPU: its name."""
     if _build_info.native_failure is not None:
         raise ImportError(_build_info.native_failure)
     running = torch.__version__.split("+")[0]
@@ -52,14 +52,16 @@ def _load() -> None:
     from gls_fused import _C
 
     folder = Path(_C.__file__).parent
-    names = (f"_cpu_{torch.backends.cpu.get_cpu_capability().lower()}", "_cpu_default")
-    found = [path for name in names for path in folder.glob(f"{name}.*")]
+    names = (torch.backends.cpu.get_cpu_capability(), "DEFAULT")
+    found = [(path, name) for name in names for path in folder.glob(f"_cpu_{name.lower()}.*")]
     if not found:
-        raise ImportError(f"no library {names[0]} beside {_C.__file__}")
-    torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
+        raise ImportError(f"no library _cpu_{names[0].lower()} beside {_C.__file__}")
+    path, capability = found[0]
+    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    return capability
 
 
-_load()
+cpu_capability = _load()
 
 # They exist once the extension is loaded.
 from gls_fused._C import LinearCapture, captured_linear  # noqa: E402
