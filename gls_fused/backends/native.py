@@ -6,8 +6,10 @@ the reference's.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,10 +151,18 @@ def update_layers_(
     )
 
 
+def _check_device(op: str, *tensors: Tensor | None) -> None:
+    """Where one tensor is on `meta` or fake, torch runs the fake op for all of them."""
+    devices = sorted({tensor.device.type for tensor in tensors if tensor is not None})
+    if len(devices) > 1:
+        raise RuntimeError(f"{op}: expected tensors on one device, got {' and '.join(devices)}")
+
+
 @torch.library.register_fake("gls_fused::precondition_rows")
 def _(
     rows: Tensor, basis: Tensor, core_inverse: Tensor, shift: Tensor, ones: bool
 ) -> tuple[Tensor, Tensor]:
+    _check_device("precondition_rows", rows, basis, core_inverse, shift)
     return rows.new_empty(rows.shape), rows.new_empty(rows.shape[0] if ones else 0)
 
 
@@ -164,12 +174,15 @@ def _(
     core_inverse: Tensor,
     shift: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    parts = (basis, core_inverse, shift)
+    _check_device("precondition_gradient", weight_gradient, bias_gradient, *parts)
     outputs = 0 if bias_gradient is None else bias_gradient.shape[0]
     return weight_gradient.new_empty(weight_gradient.shape), weight_gradient.new_empty(outputs)
 
 
 @torch.library.register_fake("gls_fused::sketch_rows")
 def _(rows: Tensor, basis: Tensor, ones: bool) -> tuple[Tensor, Tensor, Tensor]:
+    _check_device("sketch_rows", rows, basis)
     dim, rank = basis.shape
     return basis.new_empty(rank, rank), basis.new_empty(rank, dim).T, basis.new_empty(())
 
@@ -186,14 +199,16 @@ def _(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("gls_fused::invert_core")
 def _(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[Tensor, Tensor]:
+    _check_device("invert_core", core, trace)
     return core.new_empty(core.shape), core.new_empty(())
 
 
 @torch.library.register_fake("gls_fused::add_sketch_")
 def _(rows: Tensor, basis: Tensor, ones: bool, sums: Tensor) -> None:
-    return None
+    _check_device("add_sketch_", rows, basis, sums)
 
 
 @torch.library.register_fake("gls_fused::update_layers_")
-def _(*args: object) -> None:
-    return None
+def _(*args: Any) -> None:
+    # params to shifts.
+    _check_device("update_layers_", *itertools.chain(*args[:8]))
