@@ -54,7 +54,8 @@ sanitize: setup ## Run the kernels' tests with AddressSanitizer and UndefinedBeh
 	  --build-lib build/sanitize/lib >build/sanitize.log 2>&1 || { tail -n 30 build/sanitize.log; exit 1; }
 	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 \
-	  $(BIN)/python -m pytest -p no:cacheprovider -o pythonpath=build/sanitize/lib tests/test_backends.py
+	  $(BIN)/python -m pytest -p no:cacheprovider -o pythonpath=build/sanitize/lib \
+	  -m "not slow" tests/test_backends.py tests/test_native.py tests/test_native_arguments.py
 
 lint: setup ## Check style, format and types
 	@$(BIN)/ruff check --quiet

@@ -101,10 +101,10 @@ class BuildNative(BuildExtension):
         )
 
 
-def cpu_kernels(name: str, capability: str, flags: list[str]) -> CppExtension:
+def cpu_kernels(capability: str, flags: list[str]) -> CppExtension:
     """csrc/cpu compiled for one of torch's CPU capabilities; the package loads the right one."""
     return CppExtension(
-        f"gls_fused.{name}",
+        f"gls_fused._cpu_{capability.lower()}",
         sources=sorted(glob("csrc/cpu/*.cpp")),
         depends=sorted(glob("csrc/cpu/*.h")),
         define_macros=[("CPU_CAPABILITY", capability), (f"CPU_CAPABILITY_{capability}", None)],
@@ -115,12 +115,9 @@ def cpu_kernels(name: str, capability: str, flags: list[str]) -> CppExtension:
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"]
-KERNELS = [cpu_kernels("_cpu_default", "DEFAULT", [])]
+CAPABILITIES = {"DEFAULT": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    KERNELS += [
-        cpu_kernels("_cpu_avx2", "AVX2", AVX2),
-        cpu_kernels("_cpu_avx512", "AVX512", AVX512),
-    ]
+    CAPABILITIES |= {"AVX2": AVX2, "AVX512": AVX512}
 
 setuptools.setup(
     ext_modules=[
@@ -128,11 +125,14 @@ setuptools.setup(
             "gls_fused._C",
             sources=sorted(glob("csrc/*.cpp")),
             depends=sorted(glob("csrc/*.h")),
-            define_macros=[("GLS_FUSED_CXX_FLAGS", f'"{" ".join(CXX_FLAGS)}"')],
+            define_macros=[
+                ("GLS_FUSED_CXX_FLAGS", f'"{" ".join(CXX_FLAGS)}"'),
+                ("GLS_FUSED_CPU_CAPABILITIES", ",".join(f'"{name}"' for name in CAPABILITIES)),
+            ],
             extra_compile_args={"cxx": CXX_FLAGS},
             extra_link_args=LINK_FLAGS,
         ),
-        *KERNELS,
+        *(cpu_kernels(name, flags) for name, flags in CAPABILITIES.items()),
     ],
     cmdclass={"build_ext": BuildNative},
 )

@@ -3,6 +3,9 @@
 #include <torch/extension.h>
 #include <torch/version.h>
 
+#include <string>
+#include <vector>
+
 #include "capture.h"
 
 namespace py = pybind11;
@@ -22,7 +25,10 @@ py::dict build_info() {
   info["torch"] = TORCH_VERSION;
   info["compiler"] = kCompiler;
   info["flags"] = GLS_FUSED_CXX_FLAGS;
+  info["cpu_capabilities"] = std::vector<std::string>{GLS_FUSED_CPU_CAPABILITIES};
+  // No CUDA kernel is built yet.
   info["cuda"] = py::none();
+  info["cuda_architectures"] = py::list();
   return info;
 }
 
@@ -31,7 +37,7 @@ py::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using gls_fused::LinearCapture;
   m.doc() = "Native kernels of gls_fused.";
-  m.def("build_info", &build_info, "How this module was built: torch, compiler, flags and cuda.");
+  m.def("build_info", &build_info, "How this module was built; see _C.pyi.");
   m.def("captured_linear", &gls_fused::captured_linear,
         "torch.nn.functional.linear whose backward shows the capture its rows.");
   py::class_<LinearCapture, c10::intrusive_ptr<LinearCapture>>(m, "LinearCapture")

@@ -6,7 +6,15 @@
 from gls_fused import reference
 from gls_fused._version import __version__
 from gls_fused.attachment import Attachment, attach
-from gls_fused.dispatch import available_backends
+from gls_fused.dispatch import available_backends, build_info
 from gls_fused.optimizer import GLS
 
-__all__ = ["GLS", "Attachment", "__version__", "attach", "available_backends", "reference"]
+__all__ = [
+    "GLS",
+    "Attachment",
+    "__version__",
+    "attach",
+    "available_backends",
+    "build_info",
+    "reference",
+]

@@ -56,6 +56,18 @@ def resolve_backend(name: str, devices: Iterable[str]) -> ModuleType:
     return module
 
 
+def build_info() -> dict[str, object]:
+    """How the native backend was built, `_C.BuildInfo`, and "running", the CPU capability it uses.
+
+    Raises:
+        RuntimeError: it is not available, with the build's or import's error as its cause.
+    """
+    native = resolve_backend("native", ())
+    from gls_fused import _C
+
+    return {**_C.build_info(), "running": native.cpu_capability}
+
+
 def backend_name(backend: ModuleType) -> str:
     """The name under which `resolve_backend` gives this module."""
     return backend.__name__.rpartition(".")[2]

@@ -204,30 +204,6 @@ def test_number_of_threads_changes_nothing(backend, normalize):
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"gradients": []}, "expected 5 gradients, got 0"),
-        ({"exp_avgs": []}, "exp_avgs exactly with momentum"),
-        ({"exp_avg_sqs": []}, "expected 3 exp_avg_sqs for normalize rms, got 0"),
-        ({"normalize": "max"}, "expected normalize rms, adam, sgd or none, got max"),
-        ({"layer_sizes": [2, 2, 2]}, "layer_sizes to sum to 5, got 6"),
-        ({"steps": []}, "expected 3 steps, got 0"),
-        ({"inverses": [make_inverse(7, 3, torch.float32), None, None]}, r"basis \[1002, r\]"),
-    ],
-    ids=str,
-)
-def test_native_refuses_what_does_not_fit(change, message):
-    if "native" not in BACKENDS:
-        pytest.skip(available_backends()["native"])
-    options = {**make_update(torch.float32, "rms", 0.9, strided=False), **change}
-    before = [param.clone() for param in options["params"]]
-    with pytest.raises(RuntimeError, match=message):
-        run_update(resolve_backend("native", ["cpu"]), options)
-    for param, old in zip(options["params"], before, strict=True):
-        assert torch.equal(param, old)
-
-
 def test_native_ops_are_proper_torch_ops():
     if "native" not in BACKENDS:
         pytest.skip(available_backends()["native"])

@@ -1,5 +1,6 @@
 """Installing gls_fused: with and without a compiler, and what a user is told when it goes wrong."""
 
+import json
 import os
 import re
 import shutil
@@ -74,12 +75,28 @@ def test_missing_torch_is_one_clear_line():
 def test_build_info_names_this_torch():
     native = pytest.importorskip("gls_fused._C", reason="the native extension is not built")
     info = native.build_info()
-    assert info.keys() == {"torch", "compiler", "flags", "cuda"}
     assert info["torch"] == torch.__version__.split("+")[0]
     assert re.match(r"(gcc|clang) \d+", info["compiler"])
     assert "-O3" in info["flags"]
-    assert info["cuda"] is None
+    assert (info["cuda"], info["cuda_architectures"]) == (None, [])
+    libraries = (path.name.split(".")[0] for path in (ROOT / "gls_fused").glob("_cpu_*.so"))
+    assert {f"_cpu_{name.lower()}" for name in info["cpu_capabilities"]} == set(libraries)
     assert native_failure(ROOT / "gls_fused") is None
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_build_info_names_the_running_kernels(capability):
+    native = pytest.importorskip("gls_fused._C", reason="the native extension is not built")
+    report = "import gls_fused, json; print(json.dumps(gls_fused.build_info()))"
+    done = run_python("-c", report, ATEN_CPU_CAPABILITY=capability)
+    assert done.returncode == 0, done.stderr
+    info = json.loads(done.stdout)
+    running = info.pop("running")
+    assert info == native.build_info()
+    assert running in info["cpu_capabilities"]
+    # torch takes less where the CPU has less.
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        assert running == capability.upper()
 
 
 def test_build_requirements_are_listed_alike():

@@ -231,9 +231,15 @@ std::tuple<Tensor, Tensor> refresh_subspace(const Tensor& core, const Tensor& sk
 // lambda = damping t / d,  lambda' = lambda + rho,  C = (M + lambda I)^-1 - I / lambda'
 std::tuple<Tensor, Tensor> invert_core(const Tensor& core, const Tensor& trace, int64_t dim,
                                        double damping) {
-  const int64_t r = core.size(0);
-  TORCH_CHECK(core.dim() == 2 && core.size(1) == r && r <= dim,
+  const at::ScalarType type = core.scalar_type();
+  TORCH_CHECK(dim > 0, "invert_core: expected dim at least 1, got ", dim);
+  TORCH_CHECK(core.dim() == 2 && core.size(0) == core.size(1) && core.size(0) <= dim,
               "invert_core: expected core [r, r] with r at most ", dim, ", got ", core.sizes());
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble,
+              "invert_core: expected core of Float or Double, got ", type);
+  TORCH_CHECK(trace.dim() == 0 && trace.scalar_type() == type, "invert_core: expected trace [] of ",
+              type, ", got ", trace.sizes(), " of ", trace.scalar_type());
+  const int64_t r = core.size(0);
   Tensor inverse = at::empty({r, r}, core.options()), shift = at::empty({}, core.options());
   AT_DISPATCH_FLOATING_TYPES(core.scalar_type(), "invert_core", [&] {
     const double eps = std::numeric_limits<scalar_t>::epsilon();

@@ -12,6 +12,7 @@
 // chunk order, so that the result does not depend on the number of threads.
 
 #include <ATen/Dispatch.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -231,12 +232,19 @@ void update_flat(const std::vector<Slice<param_t, state_t>>& slices, at::TensorL
 
 // `tensor` itself where its memory is laid out as `like`'s and of this dtype, else a copy that is.
 at::Tensor in_layout_of(const at::Tensor& tensor, const at::Tensor& like, at::ScalarType type) {
-  TORCH_CHECK(tensor.sizes() == like.sizes(), "update_layers_: expected shape ", like.sizes(),
-              ", got ", tensor.sizes());
   if (tensor.strides() == like.strides() && tensor.scalar_type() == type) return tensor;
   at::Tensor copy = at::empty_like(like, like.options().dtype(type));
   copy.copy_(tensor);
   return copy;
+}
+
+// Raises for a tensor that cannot be written to element by element.
+void check_written(const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) {
+  TORCH_CHECK(tensor.sizes() == sizes, "update_layers_: expected ", name, " ", sizes, ", got ",
+              tensor.sizes());
+  TORCH_CHECK(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, "update_layers_: expected ",
+              name, " whose elements do not share memory, got strides ", tensor.strides(), " for ",
+              sizes);
 }
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
@@ -245,7 +253,13 @@ using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 void precondition_layer(std::vector<at::Tensor>& gradients, size_t first, bool has_bias,
                         const at::Tensor& basis, const at::Tensor& core_inverse,
                         const at::Tensor& shift) {
+  TORCH_CHECK(gradients[first].dim() >= 2,
+              "update_layers_: expected weight [m, ...] beside an inverse, got ",
+              gradients[first].sizes());
   const at::Tensor weight = gradients[first].flatten(1);
+  TORCH_CHECK(!has_bias || gradients[first + 1].sizes() == at::IntArrayRef(weight.size(0)),
+              "update_layers_: expected bias [", weight.size(0), "], got ",
+              gradients[first + 1].sizes());
   check_inverse("update_layers_", weight.size(1) + has_bias, basis, core_inverse, shift);
   const at::ScalarType type = weight.scalar_type(), wide = basis.scalar_type();
   std::optional<at::Tensor> bias;
@@ -282,20 +296,48 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
   TORCH_CHECK(exp_avg_sqs.size() == squares, "update_layers_: expected ", squares,
               " exp_avg_sqs for normalize ", normalize_name, ", got ", exp_avg_sqs.size());
   const at::ScalarType type = params[0].scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 ||
+                  type == at::kHalf,
+              "update_layers_: expected parameters of Float, Double, BFloat16 or Half, got ", type);
   const at::ScalarType state_type = at::toOpMathType(type);
   std::vector<size_t> layer_of;
   for (size_t layer = 0; layer < layers; ++layer) {
+    TORCH_CHECK(layer_sizes[layer] == 1 || layer_sizes[layer] == 2,
+                "update_layers_: expected layer_sizes of 1 or 2, got ", layer_sizes[layer]);
+    TORCH_CHECK(steps[layer].dim() == 0, "update_layers_: expected steps [], got ",
+                steps[layer].sizes());
+    if (normalize == Normalize::kRms) {
+      TORCH_CHECK(exp_avg_sqs[layer].dim() == 0 && exp_avg_sqs[layer].scalar_type() == state_type,
+                  "update_layers_: expected exp_avg_sqs [] of ", state_type, ", got ",
+                  exp_avg_sqs[layer].sizes(), " of ", exp_avg_sqs[layer].scalar_type());
+    }
     layer_of.insert(layer_of.end(), layer_sizes[layer], layer);
   }
   TORCH_CHECK(layer_of.size() == params.size(), "update_layers_: expected layer_sizes to sum to ",
               params.size(), ", got ", layer_of.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    const at::IntArrayRef sizes = params[i].sizes();
+    TORCH_CHECK(params[i].scalar_type() == type, "update_layers_: expected parameters of ", type,
+                ", got ", params[i].scalar_type());
+    TORCH_CHECK(gradients[i].sizes() == sizes && at::isFloatingType(gradients[i].scalar_type()),
+                "update_layers_: expected gradients ", sizes, " of a floating-point dtype, got ",
+                gradients[i].sizes(), " of ", gradients[i].scalar_type());
+    check_written("params", params[i], sizes);
+    if (momentum > 0) check_written("exp_avgs", exp_avgs[i], sizes);
+    if (normalize == Normalize::kAdam) check_written("exp_avg_sqs", exp_avg_sqs[i], sizes);
+  }
 
   std::vector<at::Tensor> directions(gradients.begin(), gradients.end());
   for (size_t i = 0; i < params.size();) {
     const size_t layer = layer_of[i];
-    if (const std::optional<at::Tensor> basis = bases[layer]) {
-      precondition_layer(directions, i, layer_sizes[layer] == 2, *basis, *core_inverses[layer],
-                         *shifts[layer]);
+    const std::optional<at::Tensor> basis = bases[layer], shift = shifts[layer];
+    const std::optional<at::Tensor> core_inverse = core_inverses[layer];
+    TORCH_CHECK(basis.has_value() == core_inverse.has_value() &&
+                    basis.has_value() == shift.has_value(),
+                "update_layers_: expected basis, core_inverse and shift of a layer together, got ",
+                basis.has_value(), ", ", core_inverse.has_value(), " and ", shift.has_value());
+    if (basis) {
+      precondition_layer(directions, i, layer_sizes[layer] == 2, *basis, *core_inverse, *shift);
     }
     i += layer_sizes[layer];
   }
@@ -303,9 +345,6 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
   // Flat memory for every array, with copies standing in for layouts that are not.
   std::vector<at::Tensor> flat_params, flat_directions, flat_gradients, flat_averages, flat_squares;
   for (size_t i = 0; i < params.size(); ++i) {
-    TORCH_CHECK(params[i].scalar_type() == type && params[i].device().is_cpu(),
-                "update_layers_: expected CPU parameters of dtype ", type, ", got ",
-                params[i].scalar_type(), " on ", params[i].device());
     const bool dense = params[i].is_non_overlapping_and_dense();
     flat_params.push_back(dense ? params[i] : params[i].contiguous());
     const at::Tensor& like = flat_params.back();

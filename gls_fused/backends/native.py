@@ -6,8 +6,10 @@ the reference's.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +43,8 @@ __all__ = [
 ]
 
 
-def _load() -> None:
-    """Load the schema, then the CPU kernels compiled for what torch found of this CPU."""
+def _load() -> str:
+    """Load the schema, then the CPU kernels compiled for what torch found of this CPU: its name."""
     if _build_info.native_failure is not None:
         raise ImportError(_build_info.native_failure)
     running = torch.__version__.split("+")[0]
@@ -54,14 +56,16 @@ def _load() -> None:
     from gls_fused import _C
 
     folder = Path(_C.__file__).parent
-    names = (f"_cpu_{torch.backends.cpu.get_cpu_capability().lower()}", "_cpu_default")
-    found = [path for name in names for path in folder.glob(f"{name}.*")]
+    names = (torch.backends.cpu.get_cpu_capability(), "DEFAULT")
+    found = [(path, name) for name in names for path in folder.glob(f"_cpu_{name.lower()}.*")]
     if not found:
-        raise ImportError(f"no library {names[0]} beside {_C.__file__}")
-    torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
+        raise ImportError(f"no library _cpu_{names[0].lower()} beside {_C.__file__}")
+    path, capability = found[0]
+    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    return capability
 
 
-_load()
+cpu_capability = _load()
 
 # They exist once the extension is loaded.
 from gls_fused._C import LinearCapture, captured_linear  # noqa: E402
@@ -163,10 +167,18 @@ def invert_cores(
     return [_ops.invert_core(*layer, damping) for layer in zip(cores, traces, dims, strict=True)]
 
 
+def _check_device(op: str, *tensors: Tensor | None) -> None:
+    """Where one tensor is on `meta` or fake, torch runs the fake op for all of them."""
+    devices = sorted({tensor.device.type for tensor in tensors if tensor is not None})
+    if len(devices) > 1:
+        raise RuntimeError(f"{op}: expected tensors on one device, got {' and '.join(devices)}")
+
+
 @torch.library.register_fake("gls_fused::precondition_rows")
 def _(
     rows: Tensor, basis: Tensor, core_inverse: Tensor, shift: Tensor, ones: bool
 ) -> tuple[Tensor, Tensor]:
+    _check_device("precondition_rows", rows, basis, core_inverse, shift)
     return rows.new_empty(rows.shape), rows.new_empty(rows.shape[0] if ones else 0)
 
 
@@ -178,12 +190,15 @@ def _(
     core_inverse: Tensor,
     shift: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    parts = (basis, core_inverse, shift)
+    _check_device("precondition_gradient", weight_gradient, bias_gradient, *parts)
     outputs = 0 if bias_gradient is None else bias_gradient.shape[0]
     return weight_gradient.new_empty(weight_gradient.shape), weight_gradient.new_empty(outputs)
 
 
 @torch.library.register_fake("gls_fused::sketch_rows")
 def _(rows: Tensor, basis: Tensor, ones: bool) -> tuple[Tensor, Tensor, Tensor]:
+    _check_device("sketch_rows", rows, basis)
     dim, rank = basis.shape
     return basis.new_empty(rank, rank), basis.new_empty(rank, dim).T, basis.new_empty(())
 
@@ -195,14 +210,16 @@ def _(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("gls_fused::invert_core")
 def _(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[Tensor, Tensor]:
+    _check_device("invert_core", core, trace)
     return core.new_empty(core.shape), core.new_empty(())
 
 
 @torch.library.register_fake("gls_fused::add_sketch_")
 def _(rows: Tensor, basis: Tensor, ones: bool, sums: Tensor) -> None:
-    return None
+    _check_device("add_sketch_", rows, basis, sums)
 
 
 @torch.library.register_fake("gls_fused::update_layers_")
-def _(*args: object) -> None:
-    return None
+def _(*args: Any) -> None:
+    # params to shifts.
+    _check_device("update_layers_", *itertools.chain(*args[:8]))

@@ -1,0 +1,55 @@
+"""Arguments that the native ops take, shared by their tests."""
+
+import torch
+
+
+def ones(*shape, dtype=torch.float32, device="cpu"):
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+def update_options(**changes):
+    """Arguments of update_layers_ for one layer [2, 3] with a bias, but layer_sizes."""
+    options = {
+        "params": [ones(2, 3), ones(2)],
+        "gradients": [ones(2, 3), ones(2)],
+        "exp_avgs": [],
+        "exp_avg_sqs": [],
+        "steps": [torch.zeros(())],
+        "bases": [None],
+        "core_inverses": [None],
+        "shifts": [None],
+        "normalize": "none",
+        "lr": 0.1,
+        "momentum": 0.0,
+        "beta2": 0.9,
+        "eps": 0.0,
+        "weight_decay": 0.0,
+    }
+    return {**options, **changes}
+
+
+def inverse_options():
+    return {"basis": ones(4, 2), "core_inverse": ones(2, 2), "shift": ones()}
+
+
+def valid_arguments(op):
+    return {
+        "precondition_rows": {"rows": ones(5, 3), **inverse_options(), "ones": True},
+        "precondition_gradient": {
+            "weight_gradient": ones(5, 3), "bias_gradient": ones(5), **inverse_options(),
+        },
+        "sketch_rows": {"rows": ones(5, 3), "basis": ones(4, 2), "ones": True},
+        "add_sketch_": {"rows": ones(5, 3), "basis": ones(4, 2), "ones": True, "sums": ones(14)},
+        "refresh_subspace": {"core": torch.eye(2), "sketch": torch.eye(4)[:, :2]},
+        "invert_core": {"core": torch.eye(2), "trace": ones(), "dim": 4, "damping": 0.1},
+        "update_layers_": update_options(
+            exp_avgs=[ones(2, 3), ones(2)],
+            exp_avg_sqs=[ones()],
+            bases=[ones(4, 2)],
+            core_inverses=[ones(2, 2)],
+            shifts=[ones()],
+            layer_sizes=[2],
+            normalize="rms",
+            momentum=0.9,
+        ),
+    }[op]  # fmt: skip
