@@ -154,7 +154,7 @@ def _step_table() -> Table:
     note = (
         f"{MODELLED} Defaults; statistics every {GATHER_EVERY} steps, spread over them. Floors "
         "leave launch latency out: launches stand beside them. Images of CIFAR-10's shape, batch "
-        "128; 8,192 tokens to a step of the transformer, all of which are sketched, in float32."
+        "128; 8,192 tokens to a step of the transformer, 1,024 of which are sketched, in float32."
     )
     names = tuple(f"{target.name}, µs" for target in TARGETS)
     header = ("model", "step", "MB", "Mflop", "launches", "bytes to Adam's", *names)
