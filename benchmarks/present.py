@@ -14,17 +14,23 @@ from benchmarks.report import Table
 TABLE_WIDTH = 140
 
 
-def publish(out: Path, report: str, tables: Iterable[Table]) -> None:
+def publish(
+    out: Path, report: str, tables: Iterable[Table], *, footer: str = "", width: int = TABLE_WIDTH
+) -> None:
     """Write report.md, then show it."""
     path = out / REPORT_FILE
     write_atomically(path, report.encode())
-    show(tables, path)
+    show(tables, path, footer=footer, width=width)
 
 
-def show(tables: Iterable[Table], report: Path) -> None:
-    """Print the tables and the report's path."""
+def show(
+    tables: Iterable[Table], report: Path, *, footer: str = "", width: int = TABLE_WIDTH
+) -> None:
+    """Print the tables, each with the footer if there is one, and the report's path."""
     # A table that is not for a screen need not fit one.
-    console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
+    console = Console() if sys.stdout.isatty() else Console(width=width)
     for table in tables:
         console.print(table.terminal())
+        if footer:
+            console.print(footer)
     print(report)

@@ -12,10 +12,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from gls_fused.curvature import AUTO_RANK, auto_rank
 from gls_fused.layers import SKETCH_IMAGES, SKETCH_ROWS
 
 FLOAT = 4
-RANK = 32
+RANK = AUTO_RANK
 GATHER_EVERY = 10
 BATCH = 128
 # torch's fused Adam: p, g, m and v read, p, m and v written; launches of at most 320 blocks of
@@ -81,7 +82,7 @@ class Layer:
     @property
     def rank(self) -> int:
         """As rank="auto" decides."""
-        return min(RANK, self.outputs)
+        return auto_rank(self.outputs)
 
     @property
     def at_backward(self) -> bool:

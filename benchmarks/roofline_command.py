@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks.arguments import prepare_out
 from benchmarks.environment import command_line, git_commit
-from benchmarks.records import REPORT_FILE, write_atomically
+from benchmarks.present import publish
+from benchmarks.records import write_atomically
 from benchmarks.report import Table
 from benchmarks.roofline import (
     GATHER_EVERY,
@@ -60,15 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
     content = {"modelled": True, "command": command_line(), "git_commit": git_commit()}
     text = json.dumps({**content, **describe()}, indent=2, allow_nan=False) + "\n"
     write_atomically(out / "roofline.json", text.encode())
-    path = out / REPORT_FILE
     sections = ["# Roofline: a model of GLS's step on GPUs", MODELLED, f"`{command_line()}`"]
     sections += [table.markdown() for table in tables]
-    write_atomically(path, ("\n\n".join(sections) + "\n").encode())
-    console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
-    for table in tables:
-        console.print(table.terminal())
-        console.print(MODELLED)
-    print(path)
+    report = "\n\n".join(sections) + "\n"
+    publish(out, report, tables, footer=MODELLED, width=TABLE_WIDTH)
     return 0
 
 

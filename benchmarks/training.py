@@ -18,7 +18,7 @@ from benchmarks.data import Dataset
 from benchmarks.tasks import Task
 
 VALIDATION_BATCH = 1000
-# Long enough for two commits of the optimizer's statistics.
+# Long enough for the optimizer's statistics to start and be committed to once.
 WARM_UP_STEPS = 12
 
 

@@ -41,10 +41,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("captured_linear", &gls_fused::captured_linear,
         "torch.nn.functional.linear whose backward shows the capture its rows.");
   py::class_<LinearCapture, c10::intrusive_ptr<LinearCapture>>(m, "LinearCapture")
-      .def(py::init([](std::string name, bool ones) {
+      .def(py::init([](std::string name, bool ones, int64_t most_rows) {
         auto capture = c10::make_intrusive<LinearCapture>();
         capture->name = std::move(name);
         capture->ones = ones;
+        capture->most_rows = most_rows;
         return capture;
       }))
       .def("expect", &LinearCapture::expect, py::arg("basis"), py::arg("core_inverse"),

@@ -59,9 +59,6 @@ std::optional<Tensor> LinearCapture::take_sums() {
   return std::exchange(sums, Tensor());
 }
 
-// SKETCH_ROWS of gls_fused/layers.py.
-constexpr int64_t kSketchRows = 1024;
-
 void LinearCapture::gather(const Tensor& rows) {
   if (rows.numel() == 0) return;
   const at::NoGradGuard no_grad;
@@ -70,7 +67,7 @@ void LinearCapture::gather(const Tensor& rows) {
   if (!sums.defined()) {
     sums = at::zeros({2 + basis.size(1) * basis.size(1) + basis.numel()}, basis.options());
   }
-  const int64_t n = rows.size(0), every = (n + kSketchRows - 1) / kSketchRows;
+  const int64_t n = rows.size(0), every = (n + most_rows - 1) / most_rows;
   if (every == 1) {
     op.call(rows, basis, ones, sums);
     return;

@@ -12,6 +12,7 @@ namespace gls_fused {
 struct LinearCapture : torch::CustomClassHolder {
   std::string name;
   bool ones = false;         // the layer has a bias, so a one belongs to every row
+  int64_t most_rows = 1;     // of one backward pass that are sketched; each then stands for several
   bool gathers = false;      // the rows of this step enter the sums
   bool at_backward = false;  // P applies in the backward
   at::Tensor basis;          // U, or the test matrix before there is an inverse

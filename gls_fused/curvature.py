@@ -120,16 +120,18 @@ class Subspace:
         return means[1], core, means[split:].view(self.rank, self.dim).T
 
 
+def auto_rank(outputs: int) -> int:
+    """The rank of a layer with m outputs that "auto" stands for: U is never larger than W."""
+    return min(AUTO_RANK, outputs)
+
+
 def make_curvature(
     kind: str, dim: int, outputs: int, rank: int | Literal["auto"], backend: ModuleType
 ) -> Curvature:
-    """The curvature of a name the optimizers accept, "dense" or "subspace", for a weight [m, d].
-
-    A rank of "auto" is `AUTO_RANK`, but no more than m: so U is never larger than the weight.
-    """
+    """The curvature of a name the optimizers accept, "dense" or "subspace", for a weight [m, d]."""
     if kind == "dense":
         return Dense(dim, backend)
-    return Subspace(dim, min(AUTO_RANK, outputs) if rank == "auto" else rank, backend)
+    return Subspace(dim, auto_rank(outputs) if rank == "auto" else rank, backend)
 
 
 def settle(layers: Sequence[tuple[Curvature, State, Tensor | None]], damping: float) -> None:

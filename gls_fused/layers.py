@@ -177,7 +177,7 @@ class LinearLayer(Layer):
         # Backends may have an autograd function of their own, for the subspace.
         self.native = None
         if hasattr(self.backend, "LinearCapture") and isinstance(curvature, Subspace):
-            self.native = self.backend.LinearCapture(self.name, self.bias is not None)
+            self.native = self.backend.LinearCapture(self.name, self.bias is not None, SKETCH_ROWS)
 
     def expect(self, inverse: Inverse | None, *, gathers: bool, at_backward: bool) -> None:
         super().expect(inverse, gathers=gathers, at_backward=at_backward)

@@ -70,8 +70,8 @@ class Preconditioner:
         # Whether the layers know of the inverses in force, and whether they were told to gather.
         self._settled = self._gathers = False
         self.backend = resolve_backend(backend, {layer.weight.device.type for layer in layers})
+        kind, rank = options["curvature"], options["rank"]
         for layer in layers:
-            kind, rank = options["curvature"], options["rank"]
             layer.assign(make_curvature(kind, layer.dim, layer.outputs, rank, self.backend))
             layer.capture()
 

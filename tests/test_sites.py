@@ -9,7 +9,7 @@ from torch import nn
 from gls_fused import GLS
 
 STEPS = 20
-# Every option of the schedule at work; a batch of 5 rows is fewer than WIDTH and more than 3
+# Steps with and without a commit; a batch of 5 rows is fewer than WIDTH and more than 3
 # outputs, so that the backward site takes both of its ways.
 OPTIONS = {"lr": 0.02, "rank": 4, "curvature_every": 2}
 

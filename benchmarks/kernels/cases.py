@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from benchmarks.shapes import SHAPES
 from benchmarks.tasks import TASKS
 from gls_fused import reference
+from gls_fused.curvature import AUTO_RANK, auto_rank
 from gls_fused.layers import SKETCH_IMAGES
 from gls_fused.reference import SubspaceInverse, Window
 from tests.tolerances import PRODUCT, SOLVE, assert_near
 
 BATCH = 128
-RANK = 32
+RANK = AUTO_RANK
 DAMPING = 1.0
 FLOAT = 4
 OPTIONS = {"normalize": "rms", "lr": 1e-3, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
@@ -170,7 +171,7 @@ def _sketch_images(layer: Layer) -> Case:
     assert window is not None
     shape = (SKETCH_IMAGES, *layer.inputs[1:])
     d = layer.size + 1
-    r = min(RANK, d, layer.outputs)
+    r = min(auto_rank(layer.outputs), d)
     n = len(reference.unfold_images(torch.zeros(1, *shape[1:]), window)) * SKETCH_IMAGES
 
     def make(dtype: torch.dtype) -> Call:

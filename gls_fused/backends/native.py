@@ -109,13 +109,20 @@ def refresh_subspaces(
     cores: Sequence[Tensor], sketches: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     """See `gls_fused.reference.refresh_subspaces`."""
-    return [_ops.refresh_subspace(*layer) for layer in zip(cores, sketches, strict=True)]
+    return [refresh_subspace(*layer) for layer in zip(cores, sketches, strict=True)]
 
 
 def invert_core(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[Tensor, Tensor]:
     """See `gls_fused.reference.invert_core`."""
     core_inverse, shift = _ops.invert_core(core, trace, dim, damping)
     return core_inverse, shift
+
+
+def invert_cores(
+    cores: Sequence[Tensor], traces: Sequence[Tensor], dims: Sequence[int], damping: float
+) -> list[tuple[Tensor, Tensor]]:
+    """See `gls_fused.reference.invert_cores`."""
+    return [invert_core(*layer, damping) for layer in zip(cores, traces, dims, strict=True)]
 
 
 def update_layers_(
@@ -158,13 +165,6 @@ def update_layers_(
         eps,
         weight_decay,
     )
-
-
-def invert_cores(
-    cores: Sequence[Tensor], traces: Sequence[Tensor], dims: Sequence[int], damping: float
-) -> list[tuple[Tensor, Tensor]]:
-    """See `gls_fused.reference.invert_cores`."""
-    return [_ops.invert_core(*layer, damping) for layer in zip(cores, traces, dims, strict=True)]
 
 
 def _check_device(op: str, *tensors: Tensor | None) -> None:

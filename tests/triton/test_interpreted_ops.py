@@ -4,7 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_backends import assert_same, draw, make_inverse, make_update, run_update
+from test_backends import (
+    assert_same,
+    assert_same_estimate,
+    draw,
+    make_inverse,
+    make_update,
+    run_update,
+)
 from tolerances import PRODUCT, SOLVE, assert_near
 
 from gls_fused import reference
@@ -131,13 +138,16 @@ def test_refresh_of_nothing():
     assert not found[1].any()
 
 
+def record_launches(monkeypatch, module):
+    """The launches that a module of the backend makes from here on, which still run."""
+    launches, original = [], module.launch
+    monkeypatch.setattr(module, "launch", lambda *a, **k: (launches.append(a), original(*a, **k)))
+    return launches
+
+
 def test_bases_of_all_layers_at_once(monkeypatch):
     """Five launches per padded rank, the same numbers as one by one."""
-    launches = []
-    original = backend.subspace.launch
-    monkeypatch.setattr(
-        backend.subspace, "launch", lambda *a, **k: (launches.append(a), original(*a, **k))
-    )
+    launches = record_launches(monkeypatch, backend.subspace)
     layers = []
     for dim, rank in ((90, 5), (33, 16), (70, 32), (64, 20), (40, 40)):
         rows = draw(50, dim, dtype=torch.float32)
@@ -145,20 +155,15 @@ def test_bases_of_all_layers_at_once(monkeypatch):
         layers.append(reference.sketch_rows(rows, basis, ones=False)[:2])
     found = backend.refresh_subspaces(*zip(*layers, strict=True))
     assert len(launches) == 10
-    for layer, (basis, core) in zip(layers, found, strict=True):
-        expected_basis, expected = reference.refresh_subspace(*layer)
-        products = (basis @ core @ basis.T, expected_basis @ expected @ expected_basis.T)
-        assert_near(*products, SOLVE[torch.float32])
+    for layer, actual in zip(layers, found, strict=True):
+        assert_same_estimate(actual, reference.refresh_subspace(*layer))
 
 
 def check_refresh(core, sketch, scale):
-    """U+ is unique up to a rotation among equals, U+ M+ U+' is unique."""
     found = basis, moved = backend.refresh_subspace(core, sketch)
     assert_near(basis.T @ basis, torch.eye(len(core)), PRODUCT[torch.float32])
     assert torch.equal(moved, moved.T)
-    expected = reference.refresh_subspace(core, sketch)
-    products = [u @ (m / scale) @ u.T for u, m in (found, expected)]
-    assert_near(*products, SOLVE[torch.float32])
+    assert_same_estimate(found, reference.refresh_subspace(core, sketch), scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -173,10 +178,7 @@ def test_core(dtype, rank, extra, damping):
 
 def test_cores_of_all_layers_at_once(monkeypatch):
     """One launch per padded rank, the same numbers as one by one."""
-    launches = []
-    monkeypatch.setattr(
-        backend.core, "launch", lambda *a, **k: (launches.append(a), original(*a, **k))
-    )
+    launches = record_launches(monkeypatch, backend.core)
     cores, traces, dims = [], [], []
     for rank in (1, 7, 16, 33):
         root = draw(rank, rank, dtype=torch.float32)
@@ -187,9 +189,6 @@ def test_cores_of_all_layers_at_once(monkeypatch):
     assert len(launches) == 2
     for pair, *arguments in zip(found, cores, traces, dims, strict=True):
         assert_same(pair, reference.invert_core(*arguments, 0.3), SOLVE, torch.float32)
-
-
-original = backend.core.launch
 
 
 def test_core_that_is_not_positive_definite_falls_back():
