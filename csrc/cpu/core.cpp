@@ -195,13 +195,19 @@ Matrix move_core(Matrix core, const Matrix& triangle, int64_t r, double eps, dou
 
 // U+ T = Z,  M+ = T (M + nu I)^-1 T'
 std::tuple<Tensor, Tensor> refresh_subspace(const Tensor& core, const Tensor& sketch) {
-  TORCH_CHECK(sketch.dim() == 2 && core.dim() == 2 && core.size(0) == sketch.size(1) &&
-                  core.size(1) == sketch.size(1) && core.scalar_type() == sketch.scalar_type(),
-              "refresh_subspace: expected core [r, r] and sketch [d, r] of one dtype, got ",
-              core.sizes(), " and ", sketch.sizes());
+  const at::ScalarType type = core.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble,
+              "refresh_subspace: expected core of Float or Double, got ", type);
+  TORCH_CHECK(sketch.dim() == 2 && sketch.size(0) >= sketch.size(1) &&
+                  sketch.scalar_type() == type,
+              "refresh_subspace: expected sketch [d, r] of ", type, " with r at most d, got ",
+              sketch.sizes(), " of ", sketch.scalar_type());
+  TORCH_CHECK(core.dim() == 2 && core.size(0) == sketch.size(1) && core.size(1) == sketch.size(1),
+              "refresh_subspace: expected core [", sketch.size(1), ", ", sketch.size(1), "], got ",
+              core.sizes());
   const int64_t d = sketch.size(0), r = sketch.size(1);
   Tensor basis = at::empty({r, d}, sketch.options()), moved = at::empty({r, r}, core.options());
-  AT_DISPATCH_FLOATING_TYPES(sketch.scalar_type(), "refresh_subspace", [&] {
+  AT_DISPATCH_FLOATING_TYPES(type, "refresh_subspace", [&] {
     const double eps = std::numeric_limits<scalar_t>::epsilon();
     const double tiny = std::numeric_limits<scalar_t>::min();
     using Vec = at::vec::Vectorized<scalar_t>;
@@ -241,7 +247,7 @@ std::tuple<Tensor, Tensor> invert_core(const Tensor& core, const Tensor& trace, 
               type, ", got ", trace.sizes(), " of ", trace.scalar_type());
   const int64_t r = core.size(0);
   Tensor inverse = at::empty({r, r}, core.options()), shift = at::empty({}, core.options());
-  AT_DISPATCH_FLOATING_TYPES(core.scalar_type(), "invert_core", [&] {
+  AT_DISPATCH_FLOATING_TYPES(type, "invert_core", [&] {
     const double eps = std::numeric_limits<scalar_t>::epsilon();
     const double t = trace.item<double>(), damp = t * std::max(damping / dim, 32 * eps);
     const Matrix m = to_matrix<scalar_t>(core);

@@ -205,6 +205,7 @@ def _(rows: Tensor, basis: Tensor, ones: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("gls_fused::refresh_subspace")
 def _(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
+    _check_device("refresh_subspace", core, sketch)
     return sketch.new_empty(sketch.shape[::-1]).T, core.new_empty(core.shape)
 
 
