@@ -30,7 +30,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "gls_fused": gls_fused.__version__,
-        "backends": list(gls_fused.available_backends()),
+        "backends": [name for name, why in gls_fused.available_backends().items() if why is None],
     }
 
 

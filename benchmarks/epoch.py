@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.ceilings import measure_ceilings
-from benchmarks.contenders import BASELINE, CONTENDERS, Trainer, state_bytes
+from benchmarks.contenders import BASELINE, CONTENDERS, RATE, Trainer, state_bytes
 from benchmarks.data import Dataset
 from benchmarks.environment import command_line, describe_environment, git_commit
 from benchmarks.gate import GateError, check_gls
@@ -163,6 +163,7 @@ def _settings(options: EpochOptions) -> dict[str, Any]:
     return {
         "rounds": options.rounds,
         "slice_seconds": options.seconds,
+        "lr": RATE,
         "optimizers": list(options.optimizers),
     }
 

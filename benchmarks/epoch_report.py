@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.contenders import BASELINE, CONTENDERS, RATE
+from benchmarks.contenders import BASELINE, CONTENDERS
 from benchmarks.floor import make_floor_table
 from benchmarks.gate import HEADROOM, LEAST_ALLOWED, STEPS, TOLERANCE
 from benchmarks.interleave import Quartiles, pair_ratios, quartiles
@@ -91,8 +91,8 @@ def _setting(results: Mapping[str, Any]) -> str:
         f"- Each round runs a slice of an epoch of every optimizer, in an order that turns and "
         f"reverses: the same number of steps, a multiple of 10, about {settings['slice_seconds']:g}"
         f" s of Adam's. {settings['rounds']} rounds. An optimizer more than three times slower "
-        f"than Adam takes fewer steps. lr {RATE:g}, so that all keep the same weights: how long "
-        "max pooling takes depends on what it pools."
+        f"than Adam takes fewer steps. lr {settings['lr']:g}, so that all keep the same "
+        "weights: how long max pooling takes depends on what it pools."
     )
     for shape in dict.fromkeys(cell["shape"] for cell in results["cells"]):
         found = {cell["data"] for cell in results["cells"] if cell["shape"] == shape}

@@ -95,6 +95,7 @@ def measure_scaling(options: ScalingOptions, out: Path) -> dict[str, Any]:
             "base": asdict(options.base),
             "rounds": options.rounds,
             "slice_seconds": options.seconds,
+            "lr": RATE,
         },
         "points": [],
     }

@@ -26,7 +26,8 @@ def render_report(results: Mapping[str, Any]) -> str:
         f"batch {base['batch']}, rank {base['rank']}; each sweep varies one of the four.",
         f"- Each round runs a slice of GLS, Adam and SGD, about {settings['slice_seconds']:g} s of "
         f"Adam's, in an order that turns and reverses; {settings['rounds']} rounds. Before a point "
-        "is timed, GLS's weights after some steps are compared with its reference's.",
+        f"is timed, GLS's weights after some steps are compared with its reference's. lr "
+        f"{settings['lr']:g}.",
     ]
     tables = [table.markdown() for table in make_tables(results)]
     return "\n\n".join(["# What GLS adds to a step", "\n".join(lines), *tables]) + "\n"

@@ -104,7 +104,7 @@ def fabricated() -> dict[str, Any]:
             "python": "3.12",
             "gls_fused": "0.9",
         },
-        "settings": {"rounds": 2, "slice_seconds": 0.4, "optimizers": ["gls", "adam"]},
+        "settings": {"rounds": 2, "slice_seconds": 0.4, "lr": 1e-8, "optimizers": ["gls", "adam"]},
         "cells": [
             {
                 "shape": "cifar10",

@@ -39,7 +39,7 @@ def fabricated(environment: dict[str, Any]) -> dict[str, Any]:
         "load_average_after": 1.0,
         "environment": {**environment, "vector_instructions": "AVX2", "heap": "kept"},
         "settings": {"base": {"batch": 1, "width": 2, "depth": 3, "rank": 4}, "rounds": 2,
-                     "slice_seconds": 0.1},
+                     "slice_seconds": 0.1, "lr": 1e-8},
         # What is added grows as the square: .25, 1, 4, and one point where nothing is.
         "points": [point(1, 0.5), point(2, 1.25), point(4, 4.25), point(8, 0.2)],
     }  # fmt: skip
