@@ -159,6 +159,48 @@ def make_target_table(cells: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
+def make_short_table(cells: Sequence[Mapping[str, Any]]) -> Table:
+    """A row per task and batch size: seconds and state over Adam's, with the bounds."""
+    timed = [name for name in ("gls", "gls-momentum0", "sgd", "muon") if _in_all(cells, name)]
+    kept = [name for name in STATE_BOUNDS if name in timed]
+    rows = []
+    for cell in cells:
+        sizes, row = cell["state_bytes"], [cell["task"], str(cell["batch_size"])]
+        row.append(f"{1e3 * quartiles(cell['seconds_per_step'][BASELINE]).median:.2f}")
+        for name in timed:
+            found = _ratios(cell, name)
+            bound = bound_of(cell["shape"], cell["task"], cell["batch_size"], name)
+            row.append(_against(spread_cell(found), found.median, bound))
+        for name in kept:
+            share = sizes[name] / sizes[BASELINE]
+            row.append(_against(f"{share:.3f}", share, STATE_BOUNDS[name]))
+        rows.append(tuple(row))
+    return Table(
+        "Seconds per epoch and bytes of state over Adam's",
+        "Ratios to Adam (fused), pair by pair: median [quartiles]; after it the bound aimed at, "
+        "and > where it is missed.",
+        (
+            "task",
+            "batch",
+            "Adam, ms a step",
+            *(CONTENDERS[name].title for name in timed),
+            *(f"state of {CONTENDERS[name].title}" for name in kept),
+        ),
+        tuple(rows),
+        labels=2,
+    )
+
+
+def _in_all(cells: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return all(name in cell["seconds_per_step"] for cell in cells)
+
+
+def _against(text: str, value: float, bound: float | None) -> str:
+    if bound is None:
+        return text
+    return f"{text} {'≤' if value <= bound else '>'} {bound:.2f}"
+
+
 def _seconds_table(cells: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for cell in cells:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import epoch, time_to_loss
-from benchmarks.epoch_report import make_target_table
+from benchmarks.epoch_report import make_short_table
 from benchmarks.errors import InputError
 from benchmarks.records import CONFIG_FILE, EPOCHS_FILE, read_epochs, write_atomically
 from benchmarks.report import NOTHING, Table, make_summary_table
@@ -91,7 +91,7 @@ def _epoch(published: Path) -> str:
     results = _read(published / epoch.JSON_FILE)
     if results is None:
         return ""
-    table = make_target_table(results["cells"])
+    table = make_short_table(results["cells"])
     return _block(
         "Seconds per epoch, and bytes of state, against `torch.optim.Adam(fused=True)`",
         results["command"],

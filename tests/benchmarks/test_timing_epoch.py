@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.ceilings import Ceilings
 from benchmarks.contenders import CONTENDERS, Trainer, state_bytes
-from benchmarks.epoch_report import bound_of, make_tables, render_report, verdict
+from benchmarks.epoch_report import bound_of, make_short_table, make_tables, render_report, verdict
 from benchmarks.floor import Work, state_share, work_of
 from benchmarks.gate import GateError, check_gls
 from benchmarks.interleave import choose_steps, pair_ratios, quartiles, run_rounds, turn
@@ -144,6 +144,11 @@ def test_the_report_of_fabricated_rounds():
         "Optimizer state",
         "Correctness gate",
     ]
+
+
+def test_the_short_table_says_where_a_bound_is_missed():
+    (row,) = make_short_table(fabricated()["cells"]).rows
+    assert row == ("mlp", "128", "15.00", "1.250 [1.125, 1.375] > 1.05", "0.550 ≤ 0.60")
 
 
 def test_state_is_counted_by_memory_once():
