@@ -221,7 +221,8 @@ def _store(state: State, skip: Tensor | None, **tensors: Tensor) -> None:
     """In place where the tensor exists, so that views on the state stay valid."""
     for name, tensor in tensors.items():
         if name not in state:
-            state[name] = tensor
+            # Not the strides a solver left: a saved state is read into those of `empty_state`.
+            state[name] = tensor if name == "basis" else tensor.contiguous()
             continue
         kept = state[name]
         kept.copy_(tensor if skip is None else torch.where(skip, kept, tensor))

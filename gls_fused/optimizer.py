@@ -278,6 +278,11 @@ class GLS(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             group.update(upgrade_group(group, index, self._options))
         if layers is None:
+            if "_preconditioners" not in vars(self):
+                raise ValueError(
+                    "pickle: expected one with layers, got an optimizer of an earlier version; "
+                    "load its state_dict() instead"
+                )
             return
         self._preconditioners = []
         pairs = zip(self.param_groups, layers, captured, strict=True)

@@ -154,25 +154,29 @@ def _check_layer(layer: Layer, param: Tensor, state: Mapping[str, Any]) -> None:
     if "rows" in state and missing:
         raise ValueError(
             f"layer {layer.name!r}: expected {_describe(layer.curvature.shapes())}, "
-            f"got {_describe({k: v.shape for k, v in state.items() if isinstance(v, Tensor)})}"
+            f"got {_describe(_tensor_shapes(state))}"
         )
 
 
 def _check_shapes(
     owner: str, state: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
 ) -> None:
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            continue
+    found = _tensor_shapes(state)
+    for key in found:
         if key not in shapes:
-            raise ValueError(f"{owner}: expected {_describe(shapes)}, got {key} {[*value.shape]}")
-        if tuple(value.shape) != tuple(shapes[key]):
-            raise ValueError(f"{owner}: expected {key} {[*shapes[key]]}, got {[*value.shape]}")
+            raise ValueError(f"{owner}: expected {_describe(shapes)}, got {key} {[*found[key]]}")
+    for key, shape in shapes.items():
+        if key in found and tuple(found[key]) != tuple(shape):
+            raise ValueError(f"{owner}: expected {key} {[*shape]}, got {[*found[key]]}")
 
 
 def _check_count(what: str, expected: int, found: int) -> None:
     if expected != found:
         raise ValueError(f"state_dict: expected {expected} {what}, got {found}")
+
+
+def _tensor_shapes(state: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    return {key: value.shape for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def _describe(shapes: Mapping[str, Sequence[int]]) -> str:
