@@ -7,12 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gls_fused.low_precision import POLICIES
+from gls_fused.low_precision import MOST_SEEDS, POLICIES
 from gls_fused.preconditioner import check_choice, check_number, check_options
 
 NORMALIZATIONS = ("rms", "adam", "sgd", "none")
-# Beyond that the seed and the number of the step would not fit into a generator's seed.
-MOST_SEEDS = 1 << 23
 
 
 def check_group_options(options: Mapping[str, Any], site: str) -> None:

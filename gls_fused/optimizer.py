@@ -62,7 +62,7 @@ class GLS(torch.optim.Optimizer):
         backend: a name of `gls_fused.available_backends()`, or "auto".
         low_precision: how parameters of 16 bits take their step, see `gls_fused.low_precision`:
             "nearest", "stochastic" or "master". Averages and curvature are float32 in any case.
-        seed: in [0, 2**23); of the bits that round stochastically, the same on every rank.
+        seed: in [0, 2**32); of the bits that round stochastically, the same on every rank.
     Raises:
         ValueError: an option out of its range, a model or module without parameters, an unknown
             key in a group.
@@ -93,7 +93,7 @@ class GLS(torch.optim.Optimizer):
         curvature_every: int = 10,
         site: Literal["auto", "step", "backward"] = "auto",
         backend: str = "auto",
-        low_precision: Literal["nearest", "stochastic", "master"] = "nearest",
+        low_precision: Literal["nearest", "stochastic", "master"] = "stochastic",
         seed: int = 0,
     ) -> None:
         check_choice("site", site, SITES)
