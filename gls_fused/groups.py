@@ -15,7 +15,10 @@ NORMALIZATIONS = ("rms", "adam", "sgd", "none")
 
 def check_group_options(options: Mapping[str, Any], site: str) -> None:
     """Raises ValueError naming the first option that is out of range."""
-    check_number("lr", options["lr"], 0)
+    lr = options["lr"]
+    if isinstance(lr, Tensor) and lr.ndim:
+        raise ValueError(f"lr: expected a number or a tensor of no dimension, got {[*lr.shape]}")
+    check_number("lr", lr, 0)
     check_number("momentum", options["momentum"], 0, 1, closed=True)
     check_number("beta2", options["beta2"], 0, 1, closed=True)
     check_number("eps", options["eps"], 0)
