@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from gls_fused import GLS, attach
-from gls_fused.dispatch import resolve_backend
 from gls_fused.preconditioner import Preconditioner
 
 OPTIONS = {"rank": 4, "curvature_every": 2, "lr": 0.01}
@@ -236,35 +235,6 @@ def start_without_values(optimizer):
         optimizer.state[layer.weight]["rows"] = 9
     optimizer._restart()
     assert all(layer.inverse is not None for layer in preconditioner.layers)
-
-
-@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
-@pytest.mark.parametrize("skips", [True, False])
-def test_backend_skips_on_the_device(backend, normalize, skips):
-    """`update_layers_` with a flag: nothing is written, or all is as without it."""
-    ops = resolve_backend(backend, {"cpu"})
-    found = []
-    for flag in (torch.tensor(skips), None):
-        torch.manual_seed(0)
-        params = [torch.randn(5, 4), torch.randn(5)]
-        grads = [torch.randn(5, 4), torch.randn(5)]
-        averages = [torch.rand(5, 4), torch.rand(5)]
-        squares = {"rms": [torch.rand(())], "adam": [torch.rand(5, 4), torch.rand(5)]}
-        squares = squares.get(normalize, [])
-        steps = [torch.tensor(3.0)]
-        written = [*params, *averages, *squares, *steps]
-        before = [tensor.clone() for tensor in written]
-        if skips and flag is not None:
-            grads[0][1, 1] = torch.nan
-        ops.update_layers_(
-            params, grads, averages, squares, steps, [None], layer_sizes=[2], normalize=normalize,
-            lr=0.1, momentum=0.9, beta2=0.9, eps=1e-8, weight_decay=0.1, skip=flag,
-        )  # fmt: skip
-        found.append(written)
-    if skips:
-        assert_equal(found[0], before)
-    else:
-        assert_equal(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
