@@ -6,11 +6,14 @@ from types import TracebackType
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
+from gls_fused.curvature import State
 from gls_fused.layers import Layer, find_layers
 from gls_fused.preconditioner import Preconditioner, check_options, describe_layers
+from gls_fused.scaling import take_flag
+from gls_fused.state import VERSION, check_curvature, check_version, copy_tensors
 
 
 def attach(
@@ -64,10 +67,12 @@ class Attachment:
         self._states: dict[str, dict[str, Any]] = {layer.name: {} for layer in layers}
         self._options = options
         self._reasons = reasons
+        self._optimizer = optimizer
+        self._backend = backend
         self._step = 0
         self._preconditioner = Preconditioner(
             layers,
-            lambda layer: self._states[layer.name],
+            self._state_of,
             options,
             site="backward",
             backend=backend,
@@ -76,52 +81,61 @@ class Attachment:
         self._hooks = []
         if optimizer is not None:
             self._hooks = [
-                optimizer.register_step_pre_hook(lambda *_: self.pre_step()),
-                optimizer.register_step_post_hook(lambda *_: self.commit()),
+                optimizer.register_step_pre_hook(lambda own, *_: self.pre_step(take_flag(own))),
+                optimizer.register_step_post_hook(lambda own, *_: self.commit(take_flag(own))),
             ]
 
     @torch.no_grad()
-    def pre_step(self) -> None:
-        """Before the optimizer's step: layers that start their statistics get D into p.grad."""
+    def pre_step(self, skip: Tensor | None = None) -> None:
+        """Before the optimizer's step: layers that start their statistics get D into p.grad.
+
+        Args:
+            skip: 0-d bool; where it is true the rows of the step do not start any.
+        """
         self._preconditioner.check_captured()
         for layer in self._preconditioner.layers:
             if layer.inverse is None and layer.weight.grad is not None:
-                if not self._preconditioner.start(layer, self._options):
+                if not self._preconditioner.start(layer, self._options, skip):
                     continue
                 gradients = [param.grad for param in layer.params if param.grad is not None]
                 for gradient, sought in zip(gradients, layer.direction(gradients), strict=True):
                     gradient.copy_(sought)
 
     @torch.no_grad()
-    def commit(self) -> None:
-        """After the optimizer's step: the rows of the step enter the statistics."""
-        self._preconditioner.commit(self._options)
+    def commit(self, skip: Tensor | None = None) -> None:
+        """After the optimizer's step: the rows of the step enter the statistics.
+
+        Args:
+            skip: 0-d bool; where it is true they are forgotten, without the host knowing.
+        """
+        self._preconditioner.commit(self._options, skip)
         self._step += 1
         self._preconditioner.expect(self._step, self._options)
 
     def state_dict(self) -> dict[str, Any]:
-        """The statistics by layer, and the step: tensors and plain numbers only."""
-        return {"step": self._step, "layers": {k: dict(v) for k, v in self._states.items()}}
+        """The statistics by layer, the step and the version: tensors and plain numbers only."""
+        layers = {name: dict(state) for name, state in self._states.items()}
+        return {"version": VERSION, "step": self._step, "layers": layers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave.
 
         Raises:
-            ValueError: the layers are not those of this model.
+            ValueError: the state is of other layers, another rank or a later version; nothing
+                changes.
         """
+        check_version(state_dict)
         if set(state_dict["layers"]) != set(self._states):
             raise ValueError(
                 f"state_dict: expected the layers {sorted(self._states)}, "
                 f"got {sorted(state_dict['layers'])}"
             )
+        for layer in self._preconditioner.layers:
+            check_curvature(layer, state_dict["layers"][layer.name])
         self._step = state_dict["step"]
         for layer in self._preconditioner.layers:
-            self._states[layer.name] = {
-                key: value.to(layer.weight.device, copy=True)
-                if isinstance(value, torch.Tensor)
-                else value
-                for key, value in state_dict["layers"][layer.name].items()
-            }
+            saved = state_dict["layers"][layer.name]
+            self._states[layer.name] = copy_tensors(saved, layer.weight)
         self._preconditioner.restart(self._step, self._options)
 
     def detach(self) -> None:
@@ -129,6 +143,26 @@ class Attachment:
         self._preconditioner.release()
         for hook in self._hooks:
             hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "layers": self._preconditioner.layers,
+            "captured": all(layer.captured for layer in self._preconditioner.layers),
+            "arguments": (self._reasons, self._optimizer, self._options, self._backend),
+            "states": self._states,
+            "step": self._step,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For a copy or a pickle, which follows the copied model and optimizer."""
+        Attachment.__init__(self, state["layers"], *state["arguments"])
+        self._states, self._step = state["states"], state["step"]
+        self._preconditioner.restart(self._step, self._options)
+        if not state["captured"]:
+            self.detach()
+
+    def _state_of(self, layer: Layer, keep: bool) -> State:
+        return self._states[layer.name]
 
     def __enter__(self) -> Self:
         return self

@@ -34,6 +34,9 @@ class Curvature(Protocol):
 
     backend: ModuleType
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors in a state."""
+
     def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """What the rows are sketched with in place of U before there is an estimate."""
 
@@ -62,6 +65,10 @@ class Dense:
         self.dim = dim
         self.backend = backend
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        square = (self.dim, self.dim)
+        return {"gram": square, "matrix": square}
+
     def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         return None
 
@@ -88,6 +95,16 @@ class Subspace:
         self.dim = dim
         self.rank = min(rank, dim)
         self.backend = backend
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        square = (self.rank, self.rank)
+        return {
+            "basis": (self.dim, self.rank),
+            "core": square,
+            "core_inverse": square,
+            "trace": (),
+            "shift": (),
+        }
 
     def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         generator = torch.Generator().manual_seed(TEST_MATRIX_SEED)
@@ -134,13 +151,29 @@ def make_curvature(
     return Subspace(dim, auto_rank(outputs) if rank == "auto" else rank, backend)
 
 
-def settle(layers: Sequence[tuple[Curvature, State, Tensor | None]], damping: float) -> None:
+def empty_state(curvature: Curvature, dtype: torch.dtype, device: torch.device) -> State:
+    """A state of the right shapes and strides for a saved one to be read into."""
+    state: State = {
+        name: torch.zeros(shape, dtype=dtype, device=device)
+        for name, shape in curvature.shapes().items()
+    }
+    if "basis" in state:
+        state["basis"] = _by_columns(state["basis"])
+    return state
+
+
+def settle(
+    layers: Sequence[tuple[Curvature, State, Tensor | None]],
+    damping: float,
+    skip: Tensor | None = None,
+) -> None:
     """Move the bases and make the damped inverses anew, in place where they exist.
 
     All subspaces' in one call each, so that a backend can make it as many launches.
 
     Args:
         layers: with what `start` or `blend` gave.
+        skip: 0-d bool; where it is true the states stay as they are.
     """
     moving = [(kind, state, z) for kind, state, z in layers if isinstance(kind, Subspace)]
     if moving:
@@ -148,14 +181,14 @@ def settle(layers: Sequence[tuple[Curvature, State, Tensor | None]], damping: fl
         backend, dims = kinds[0].backend, [kind.dim for kind in kinds]
         moved = backend.refresh_subspaces([state["core"] for state in states], sketches)
         for state, (basis, core) in zip(states, moved, strict=True):
-            _store(state, basis=_by_columns(basis), core=core)
+            _store(state, skip, basis=_by_columns(basis), core=core)
         cores, traces = ([state[key] for state in states] for key in ("core", "trace"))
         inverses = backend.invert_cores(cores, traces, dims, damping)
         for state, (core_inverse, shift) in zip(states, inverses, strict=True):
-            _store(state, core_inverse=core_inverse, shift=shift)
+            _store(state, skip, core_inverse=core_inverse, shift=shift)
     for kind, state, _ in layers:
         if isinstance(kind, Dense):
-            _store(state, matrix=kind.backend.invert_gram(state["gram"], damping))
+            _store(state, skip, matrix=kind.backend.invert_gram(state["gram"], damping))
 
 
 def add_sums(
@@ -184,10 +217,12 @@ def _by_columns(matrix: Tensor) -> Tensor:
     return matrix.T.contiguous().T
 
 
-def _store(state: State, **tensors: Tensor) -> None:
+def _store(state: State, skip: Tensor | None, **tensors: Tensor) -> None:
     """In place where the tensor exists, so that views on the state stay valid."""
     for name, tensor in tensors.items():
-        if name in state:
-            state[name].copy_(tensor)
-        else:
-            state[name] = tensor
+        if name not in state:
+            # Not the strides a solver left: a saved state is read into those of `empty_state`.
+            state[name] = tensor if name == "basis" else tensor.contiguous()
+            continue
+        kept = state[name]
+        kept.copy_(tensor if skip is None else torch.where(skip, kept, tensor))

@@ -9,38 +9,54 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from gls_fused.low_precision import close_copies, open_copies
+
+
+def start_adam(param: Tensor, state: dict[str, Any]) -> None:
+    """Fill a state with step, exp_avg and exp_avg_sq, unless it has them."""
+    # A bias whose weight was frozen since has averages, but no step of its own.
+    if "step" in state:
+        return
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+    state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
+    state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+
 
 def adam_(
-    params: Sequence[Tensor], states: Sequence[dict[str, Any]], options: Mapping[str, Any]
+    params: Sequence[Tensor],
+    states: Sequence[dict[str, Any]],
+    options: Mapping[str, Any],
+    generator: torch.Generator | None = None,
+    skip: Tensor | None = None,
 ) -> None:
     """One Adam step with decoupled weight decay, in place, for parameters that have a gradient.
 
     Args:
         params: any shapes, floating point, dense gradients.
         states: of the same length; filled at the first step with step, exp_avg and exp_avg_sq.
-        options: lr, momentum (Adam's beta1), beta2, eps, weight_decay.
-    Raises:
-        RuntimeError: a gradient is sparse.
+        options: lr, momentum (Adam's beta1), beta2, eps, weight_decay, low_precision.
+        generator: of the bits that round stochastically.
+        skip: 0-d bool; where it is true nothing changes.
     """
     if not params:
         return
     for param, state in zip(params, states, strict=True):
-        assert param.grad is not None
-        if param.grad.is_sparse:
-            raise RuntimeError("GLS does not take sparse gradients; use torch.optim.SparseAdam")
-        # A bias whose weight was frozen since has averages, but no step of its own.
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = torch.zeros_like(param)
-            state["exp_avg_sq"] = torch.zeros_like(param)
+        start_adam(param, state)
+    copies = open_copies(params, states, options)
     adamw(
-        list(params),
-        [param.grad for param in params if param.grad is not None],
+        copies,
+        [
+            p.grad.to(copy.dtype)
+            for p, copy in zip(params, copies, strict=True)
+            if p.grad is not None
+        ],
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         [],
         [state["step"] for state in states],
         fused=True,
+        found_inf=None if skip is None else skip.float(),
         amsgrad=False,
         beta1=options["momentum"],
         beta2=options["beta2"],
@@ -49,3 +65,4 @@ def adam_(
         eps=options["eps"],
         maximize=False,
     )
+    close_copies(params, copies, options, generator)

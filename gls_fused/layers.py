@@ -62,6 +62,10 @@ class Layer(abc.ABC):
         self.sums: Tensor | None = None
         self.captured = False
 
+    def __reduce__(self) -> tuple[type[Layer], tuple[Any, ...]]:
+        # A copy has statistics of its own, and captures nothing until it is told to.
+        return type(self), (self.name, self.modules, self.bias)
+
     def assign(self, curvature: Curvature) -> None:
         """Choose the kind of running estimate."""
         self.curvature = curvature

@@ -10,23 +10,26 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from gls_fused.fallback import adam_
+from gls_fused.fallback import adam_, start_adam
+from gls_fused.groups import check_group_options, name_params, split_group
 from gls_fused.layers import Layer, find_layers
-from gls_fused.preconditioner import (
-    SITES,
-    Preconditioner,
-    check_choice,
-    check_number,
-    check_options,
-    describe_layers,
-)
+from gls_fused.low_precision import close_copies, is_low, make_generator, open_copies
+from gls_fused.preconditioner import SITES, Preconditioner, check_choice, describe_layers
 from gls_fused.reference import Inverse, Normalize
+from gls_fused.scaling import take_flag, unscale_
+from gls_fused.state import (
+    VERSION,
+    check_states,
+    copy_tensors,
+    fill_layer_states,
+    prime_layer_state,
+    upgrade_group,
+)
 
 Groups: TypeAlias = nn.Module | Iterable[dict[str, Any]]
 
-NORMALIZATIONS = ("rms", "adam", "sgd", "none")
 # Keys that a group may have besides the options of GLS.
-FREE_KEYS = {"params", "param_names", "name", "initial_lr", "step"}
+FREE_KEYS = {"params", "param_names", "name", "initial_lr", "step", "version"}
 
 
 class GLS(torch.optim.Optimizer):
@@ -57,6 +60,9 @@ class GLS(torch.optim.Optimizer):
         site: where P applies: "step", to the gradient; "backward", to the rows, so that p.grad
             holds the direction; "auto", where it is cheaper for each layer.
         backend: a name of `gls_fused.available_backends()`, or "auto".
+        low_precision: how parameters of 16 bits take their step, see `gls_fused.low_precision`:
+            "nearest", "stochastic" or "master". Averages and curvature are float32 in any case.
+        seed: in [0, 2**32); of the bits that round stochastically, the same on every rank.
     Raises:
         ValueError: an option out of its range, a model or module without parameters, an unknown
             key in a group.
@@ -66,6 +72,9 @@ class GLS(torch.optim.Optimizer):
         statistics; a gradient that is not finite does to the weights what it does with Adam.
     Source: a reconstruction of GLS by Erwan Fagnou; see docs/method.md for what is known of it.
     """
+
+    # torch.amp.GradScaler then leaves a scale and a flag here, and waits for nothing.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -84,11 +93,14 @@ class GLS(torch.optim.Optimizer):
         curvature_every: int = 10,
         site: Literal["auto", "step", "backward"] = "auto",
         backend: str = "auto",
+        low_precision: Literal["nearest", "stochastic", "master"] = "stochastic",
+        seed: int = 0,
     ) -> None:
         check_choice("site", site, SITES)
         self._site, self._backend = site, backend
         self._preconditioners: list[Preconditioner] = []
         self._reasons: dict[str, str] = {}
+        self._names: dict[Tensor, str] = {}
         defaults = {
             "lr": lr,
             "damping": damping,
@@ -101,8 +113,10 @@ class GLS(torch.optim.Optimizer):
             "curvature": curvature,
             "rank": rank,
             "curvature_every": curvature_every,
+            "low_precision": low_precision,
+            "seed": seed,
         }
-        _check_options(defaults, site)
+        check_group_options(defaults, site)
         groups = [{"params": model}] if isinstance(model, nn.Module) else list(model)
         if not groups:
             raise ValueError("model: expected a module or a non-empty list of groups, got []")
@@ -124,15 +138,16 @@ class GLS(torch.optim.Optimizer):
         if unknown:
             known = ", ".join(self.defaults)
             raise ValueError(f"group: unknown option {unknown[0]!r}, expected one of {known}")
-        _check_options(options, self._site)
-        modules, params = _split(param_group["params"])
+        check_group_options(options, self._site)
+        modules, params = split_group(param_group["params"])
         for param in params:
             if param.is_complex():
                 raise ValueError(f"params: GLS takes no complex parameters, got {param.dtype}")
         if not params:
             raise ValueError("params: got no parameters (an empty model, or one without any)")
         layers, reasons = find_layers(modules)
-        super().add_param_group({**param_group, "params": params, "step": 0})
+        new = {**param_group, "params": params, "step": 0, "version": VERSION}
+        super().add_param_group(new)
         index = len(self.param_groups) - 1
         self._preconditioners.append(
             Preconditioner(
@@ -140,6 +155,7 @@ class GLS(torch.optim.Optimizer):
             )
         )
         self._reasons.update(reasons or _bare_reasons(modules, params, index))
+        self._names.update(name_params(modules, params, index))
         self._preconditioners[-1].expect(0, options)
 
     @overload
@@ -156,6 +172,9 @@ class GLS(torch.optim.Optimizer):
             closure: evaluates the model again and returns the loss.
         Raises:
             RuntimeError: the optimizer is detached from the model, or a gradient is sparse.
+        Numerics: where a torch.amp.GradScaler found a gradient that is not finite, nothing changes,
+            and the rows of the step are forgotten; a device decides that by itself, so that there
+            the skipped step still counts for `curvature_every`.
         """
         loss = None
         for preconditioner in self._preconditioners:
@@ -163,16 +182,30 @@ class GLS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_dense()
+        unscale_(self, (param for group in self.param_groups for param in group["params"]))
+        if self._is_priming():
+            self._prime()
+            return loss
+        skip = take_flag(self)
         for group, preconditioner in zip(self.param_groups, self._preconditioners, strict=True):
             ready = [
                 layer
                 for layer in preconditioner.layers
-                if layer.weight.grad is not None and self._is_started(preconditioner, layer, group)
+                if layer.weight.grad is not None
+                and self._is_started(preconditioner, layer, group, skip)
             ]
-            self._update(preconditioner, ready, group)
-            self._update_others(group, owned={p for layer in ready for p in layer.params})
-            preconditioner.commit(group)
-            group["step"] += 1
+            generator = None
+            if group["low_precision"] == "stochastic":
+                generator = make_generator(group, group["params"][0].device)
+            for alike in _group_layers(ready, group):
+                self._update(preconditioner, alike, group, generator, skip)
+            owned = {param for layer in ready for param in layer.params}
+            others = [p for p in group["params"] if p.grad is not None and p not in owned]
+            adam_(others, [self.state[p] for p in others], group, generator, skip)
+            preconditioner.commit(group, skip)
+            if skip is None or not (skip.is_cpu and skip):
+                group["step"] += 1
             preconditioner.expect(group["step"], group)
         return loss
 
@@ -183,16 +216,85 @@ class GLS(torch.optim.Optimizer):
             preconditioner.discard_sums()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state that `state_dict` gave, of an optimizer over the same model."""
-        super().load_state_dict(state_dict)
-        self._restore_dtypes(state_dict)
-        for group, preconditioner in zip(self.param_groups, self._preconditioners, strict=True):
-            preconditioner.restart(group["step"], group)
+        """Restore a state that `state_dict` gave, of an optimizer over the same model.
+
+        Raises:
+            ValueError: it is of another model, rank, curvature or later version; nothing changes.
+        """
+        checked: dict[str, Any] = {}
+
+        def check(_: torch.optim.Optimizer, found: dict[str, Any]) -> dict[str, Any]:
+            groups = [
+                upgrade_group(group, index, self._options)
+                for index, group in enumerate(found["param_groups"])
+            ]
+            layers = [preconditioner.layers for preconditioner in self._preconditioners]
+            check_states(self.param_groups, layers, self._names, groups, found["state"])
+            checked.update(found, param_groups=groups)
+            return checked
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            # torch has cast the state to the parameters' dtypes, and shares what it had not to.
+            pairs = zip(checked["param_groups"], self.param_groups, strict=True)
+            for saved, group in pairs:
+                for key, param in zip(saved["params"], group["params"], strict=True):
+                    if key in checked["state"]:
+                        self.state[param] = copy_tensors(checked["state"][key], param)
+            self._restart()
+
+        # After the hooks that may change what is loaded, before those that see it loaded.
+        hooks = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def detach(self) -> None:
         """Leave the model exactly as it was before; `step` raises from here on."""
         for preconditioner in self._preconditioners:
             preconditioner.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        captured = [[layer.captured for layer in p.layers] for p in self._preconditioners]
+        return {
+            **super().__getstate__(),
+            "_site": self._site,
+            "_backend": self._backend,
+            "_reasons": self._reasons,
+            "_names": self._names,
+            "_layers": [preconditioner.layers for preconditioner in self._preconditioners],
+            "_captured": captured,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For a copy or a pickle, which captures the copied model; and for `load_state_dict`."""
+        own = dict(state)
+        layers, captured = own.pop("_layers", None), own.pop("_captured", None)
+        super().__setstate__(own)
+        for index, group in enumerate(self.param_groups):
+            group.update(upgrade_group(group, index, self._options))
+        if layers is None:
+            if "_preconditioners" not in vars(self):
+                raise ValueError(
+                    "pickle: expected one with layers, got an optimizer of an earlier version; "
+                    "load its state_dict() instead"
+                )
+            return
+        self._preconditioners = []
+        pairs = zip(self.param_groups, layers, captured, strict=True)
+        for group, mine, flags in pairs:
+            preconditioner = Preconditioner(
+                mine, self._state_of, group, site=self._site_for(group), backend=self._backend
+            )
+            self._preconditioners.append(preconditioner)
+            for layer, flag in zip(mine, flags, strict=True):
+                if not flag:
+                    layer.release()
+        self._restart()
 
     def __enter__(self) -> Self:
         return self
@@ -215,32 +317,91 @@ class GLS(torch.optim.Optimizer):
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{self.report()}"
 
-    def _state_of(self, layer: Layer) -> dict[str, Any]:
-        return cast(dict[str, Any], self.state[layer.weight])
+    @property
+    def _options(self) -> list[str]:
+        # torch's own mark, which it gives to the defaults of every optimizer.
+        return [option for option in self.defaults if option != "differentiable"]
+
+    def _state_of(self, layer: Layer, keep: bool) -> dict[str, Any]:
+        if keep or layer.weight in self.state:
+            return cast(dict[str, Any], self.state[layer.weight])
+        return {}
+
+    def _restart(self) -> None:
+        for group, preconditioner in zip(self.param_groups, self._preconditioners, strict=True):
+            preconditioner.restart(group["step"], group)
+
+    def _check_dense(self) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and param.grad.is_sparse:
+                    raise RuntimeError(
+                        "GLS does not take sparse gradients; use torch.optim.SparseAdam"
+                    )
+
+    def _is_priming(self) -> bool:
+        """Whether this step moves nothing, and is there to make the state that a saved one fills.
+
+        torch.distributed.checkpoint takes such a step, with gradients of zero, at lr 0.
+        """
+        if self.state or any(float(group["lr"]) for group in self.param_groups):
+            return False
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return not any(param.grad.any() for param in params)
+
+    def _prime(self) -> None:
+        for group, preconditioner in zip(self.param_groups, self._preconditioners, strict=True):
+            owned: set[Tensor] = set()
+            for layer in preconditioner.layers:
+                if layer.weight.grad is None:
+                    continue
+                mine = [param for param in layer.params if param.grad is not None]
+                owned.update(mine)
+                prime_layer_state(layer, self.state[layer.weight])
+                states = [self.state[param] for param in mine]
+                fill_layer_states(layer, mine, states, group)
+                if group["low_precision"] == "master":
+                    open_copies(mine, states, group)
+            others = [p for p in group["params"] if p.grad is not None and p not in owned]
+            for param in others:
+                start_adam(param, self.state[param])
+            open_copies(others, [self.state[param] for param in others], group)
+            preconditioner.discard_sums()
 
     def _site_for(self, options: Mapping[str, Any]) -> str:
         # The step size is the true gradient's, which the backward site does not keep.
         return "step" if options["normalize"] == "sgd" else self._site
 
     def _is_started(
-        self, preconditioner: Preconditioner, layer: Layer, group: Mapping[str, Any]
+        self,
+        preconditioner: Preconditioner,
+        layer: Layer,
+        group: Mapping[str, Any],
+        skip: Tensor | None,
     ) -> bool:
         if layer.inverse is not None:
             return True
-        if not preconditioner.start(layer, group):
-            return False
-        # What the layer got so far were Adam's updates, whose averages are of another quantity.
-        for param in layer.params:
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                self.state[param].pop(key, None)
-        return True
+        started = preconditioner.start(layer, group, skip)
+        state = self.state[layer.weight]
+        if started or "rows" in state:
+            # What the layer got so far were Adam's updates, whose averages are of another quantity;
+            # or zeros, to be filled, which Adam would take for averages.
+            for param in layer.params:
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    self.state[param].pop(key, None)
+        if not started and "rows" in state:
+            state.clear()
+        return started
 
     def _update(
-        self, preconditioner: Preconditioner, layers: list[Layer], group: Mapping[str, Any]
+        self,
+        preconditioner: Preconditioner,
+        layers: list[Layer],
+        group: Mapping[str, Any],
+        generator: torch.Generator | None,
+        skip: Tensor | None,
     ) -> None:
-        """One update of all layers, with P where the backward has not applied it."""
-        if not layers:
-            return
+        """One update of layers of one dtype, with P where the backward has not applied it."""
         params: list[Tensor] = []
         inverses: list[Inverse | None] = []
         sizes: list[int] = []
@@ -250,7 +411,7 @@ class GLS(torch.optim.Optimizer):
             sizes.append(len(mine))
             with_bias = len(mine) == len(layer.params)
             inverses.append(None if layer.at_backward else layer.inverse_for(with_bias))
-            _fill_states(layer, mine, [self.state[param] for param in mine], group)
+            fill_layer_states(layer, mine, [self.state[param] for param in mine], group)
         states = [self.state[param] for param in params]
         steps = [self.state[layer.weight]["step"] for layer in layers]
         squares: list[Tensor] = []
@@ -258,9 +419,17 @@ class GLS(torch.optim.Optimizer):
             squares = [self.state[layer.weight]["exp_avg_sq"] for layer in layers]
         elif group["normalize"] == "adam":
             squares = [state["exp_avg_sq"] for state in states]
+        # The backends round to the nearest themselves.
+        copies = params
+        if group["low_precision"] != "nearest":
+            copies = open_copies(params, states, group)
+        pairs = zip(params, copies, strict=True)
+        gradients = [
+            p.grad if copy is p else p.grad.float() for p, copy in pairs if p.grad is not None
+        ]
         preconditioner.backend.update_layers_(
-            params,
-            [param.grad for param in params],
+            copies,
+            gradients,
             [state["exp_avg"] for state in states] if group["momentum"] else [],
             squares,
             steps,
@@ -272,50 +441,21 @@ class GLS(torch.optim.Optimizer):
             beta2=group["beta2"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
+            skip=skip,
         )
-
-    def _update_others(self, group: Mapping[str, Any], owned: set[Tensor]) -> None:
-        params = [p for p in group["params"] if p.grad is not None and p not in owned]
-        adam_(params, [self.state[param] for param in params], group)
-
-    def _restore_dtypes(self, state_dict: Mapping[str, Any]) -> None:
-        """The base class casts state to the parameter's dtype; put the saved precision back."""
-        groups = zip(state_dict["param_groups"], self.param_groups, strict=True)
-        for saved_group, group in groups:
-            for index, param in zip(saved_group["params"], group["params"], strict=True):
-                for key, value in state_dict["state"].get(index, {}).items():
-                    if isinstance(value, Tensor) and value.dtype != self.state[param][key].dtype:
-                        self.state[param][key] = value.to(param.device, copy=True)
+        close_copies(params, copies, group, generator)
 
 
-def _check_options(options: Mapping[str, Any], site: str) -> None:
-    check_number("lr", options["lr"], 0)
-    check_number("momentum", options["momentum"], 0, 1, closed=True)
-    check_number("beta2", options["beta2"], 0, 1, closed=True)
-    check_number("eps", options["eps"], 0)
-    check_number("weight_decay", options["weight_decay"], 0, closed=True)
-    check_choice("normalize", options["normalize"], NORMALIZATIONS)
-    check_options(options)
-    if options["normalize"] == "sgd" and site == "backward":
-        raise ValueError(
-            "site: normalize='sgd' needs the true gradient, expected auto, step, got 'backward'"
-        )
-
-
-def _split(entry: Any) -> tuple[list[tuple[str, nn.Module]], list[Tensor]]:
-    """The modules of a group's "params", with a prefix for their names, and all its parameters."""
-    entries = [entry] if isinstance(entry, nn.Module | Tensor) else list(entry)
-    modules: list[tuple[str, nn.Module]] = []
-    params: dict[Tensor, None] = {}
-    for index, item in enumerate(entries):
-        if isinstance(item, nn.Module):
-            modules.append(("" if len(entries) == 1 else str(index), item))
-            params.update(dict.fromkeys(item.parameters()))
-        elif isinstance(item, Tensor):
-            params[item] = None
-        else:
-            raise TypeError(f"params: expected modules or parameters, got {type(item).__name__}")
-    return modules, list(params)
+def _group_layers(layers: list[Layer], options: Mapping[str, Any]) -> list[list[Layer]]:
+    """Layers that one update takes together: of one dtype and device."""
+    groups: dict[tuple[object, ...], list[Layer]] = {}
+    for layer in layers:
+        key: tuple[object, ...] = (layer.weight.dtype, layer.weight.device)
+        # One by one, so that the float32 copies of a single layer are alive at a time.
+        if options["low_precision"] == "stochastic" and is_low(layer.weight):
+            key = (*key, layer.name)
+        groups.setdefault(key, []).append(layer)
+    return list(groups.values())
 
 
 def _bare_reasons(
@@ -324,19 +464,3 @@ def _bare_reasons(
     if modules:
         return {}
     return {f"group {index}, {len(params)} parameters": "given as parameters, not as a module"}
-
-
-def _fill_states(
-    layer: Layer, params: list[Tensor], states: list[dict[str, Any]], group: Mapping[str, Any]
-) -> None:
-    """Buffers for a layer's first update: one step and, for "rms", one square on its weight."""
-    first, dtype = states[0], layer.statistics_dtype
-    if "step" not in first:
-        first["step"] = torch.zeros((), dtype=torch.float32, device=layer.weight.device)
-        if group["normalize"] == "rms":
-            first["exp_avg_sq"] = torch.zeros((), dtype=dtype, device=layer.weight.device)
-    for param, state in zip(params, states, strict=True):
-        if group["momentum"] and "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
-        if group["normalize"] == "adam" and "exp_avg_sq" not in state:
-            state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)

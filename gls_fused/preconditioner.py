@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from gls_fused.curvature import State, make_curvature, settle
 from gls_fused.dispatch import backend_name, resolve_backend
 from gls_fused.layers import Layer
@@ -51,6 +54,7 @@ class Preconditioner:
     Args:
         layers: captured from here on.
         state_of: where a layer's state is kept; asked anew each time, as a state may be replaced.
+            Asked not to keep it, an empty one where there is none.
         site: "auto", "step" or "backward".
         backend: a name that `resolve_backend` knows.
     """
@@ -58,7 +62,7 @@ class Preconditioner:
     def __init__(
         self,
         layers: list[Layer],
-        state_of: Callable[[Layer], State],
+        state_of: Callable[[Layer, bool], State],
         options: Mapping[str, Any],
         *,
         site: str,
@@ -94,35 +98,39 @@ class Preconditioner:
         for layer in self.layers:
             layer.take_sums()
 
-    def start(self, layer: Layer, options: Mapping[str, Any]) -> bool:
+    def start(self, layer: Layer, options: Mapping[str, Any], skip: Tensor | None = None) -> bool:
         """Start a layer's statistics from its first sums, if there are usable ones.
 
         This reads one number on the host, once in the layer's life.
         """
-        sums = layer.take_sums()
+        sums = _take(layer, skip)
         if sums is None or not sums[0] > 0:
             return False
-        state = self.state_of(layer)
+        state = self.state_of(layer, True)
         sketch = layer.curvature.start(state, sums)
         settle([(layer.curvature, state, sketch)], options["damping"])
-        state["rows"] = int(sums[0])
+        state.update(rows=int(sums[0]), outputs=layer.outputs)
         layer.inverse = layer.curvature.inverse(state)
         self._settled = False
         return True
 
-    def commit(self, options: Mapping[str, Any]) -> None:
-        """Blend the sums of this step into the statistics, and make the inverses anew."""
+    def commit(self, options: Mapping[str, Any], skip: Tensor | None = None) -> None:
+        """Blend the sums of this step into the statistics, and make the inverses anew.
+
+        Args:
+            skip: 0-d bool; where it is true the sums are forgotten, without the host knowing.
+        """
         blended = []
         for layer in self.layers:
             if layer.inverse is None:
-                self.start(layer, options)
+                self.start(layer, options, skip)
                 continue
-            sums = layer.take_sums()
+            sums = _take(layer, skip)
             if sums is not None:
-                state = self.state_of(layer)
+                state = self.state_of(layer, True)
                 sketch = layer.curvature.blend(state, sums, options["beta"])
                 blended.append((layer.curvature, state, sketch))
-        settle(blended, options["damping"])
+        settle(blended, options["damping"], skip)
 
     def expect(self, step: int, options: Mapping[str, Any]) -> None:
         """Tell the layers what the coming step asks of them: to gather, and where P applies."""
@@ -131,8 +139,8 @@ class Preconditioner:
             return
         self._settled, self._gathers = True, gathers
         for layer in self.layers:
-            state = self.state_of(layer)
-            if "rows" in state:
+            state = self.state_of(layer, False)
+            if state.get("rows"):
                 at_backward = self._applies_at_backward(layer, state)
                 inverse = layer.curvature.inverse(state)
                 layer.expect(inverse, gathers=gathers, at_backward=at_backward)
@@ -161,14 +169,22 @@ class Preconditioner:
         return self.site == "backward"
 
 
+def _take(layer: Layer, skip: Tensor | None) -> Tensor | None:
+    """The sums of this step, which count no row where `skip` is true."""
+    sums = layer.take_sums()
+    if sums is None or skip is None:
+        return sums
+    return torch.where(skip, torch.zeros_like(sums), sums)
+
+
 def describe_layers(preconditioners: Sequence[Preconditioner]) -> list[str]:
     """A line per layer: kind, shape, rows, rank, site and backend."""
     lines = []
     for preconditioner in preconditioners:
         for layer in preconditioner.layers:
-            state = preconditioner.state_of(layer)
+            state = preconditioner.state_of(layer, False)
             rank = f"rank {state['basis'].shape[1]}" if "basis" in state else "dense"
-            started = f"{state['rows']} rows, {rank}" if "rows" in state else "no rows yet"
+            started = f"{state['rows']} rows, {rank}" if state.get("rows") else "no rows yet"
             lines.append(
                 f"{layer.name or layer.kind}: GLS ({layer.kind} {layer.dim} -> {layer.outputs}, "
                 f"{started}, site {preconditioner.site_of(layer)}, "

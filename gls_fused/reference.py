@@ -274,6 +274,7 @@ def update_layers_(
     beta2: float,
     eps: float,
     weight_decay: float,
+    skip: Tensor | None = None,
 ) -> None:
     """The parameters of some layers take their step, in place.
 
@@ -290,8 +291,11 @@ def update_layers_(
         steps: 0-d, per layer: steps taken; advanced by one.
         inverses: P per layer, d = k (+ 1 with a bias), or None where `gradients` holds D.
         layer_sizes: how many of `params` each layer has, 1 or 2.
+        skip: 0-d bool; where it is true nothing changes, which the host need not know.
     Numerics: a gradient that is not finite makes the layer not finite, as with Adam.
     """
+    written = [*params, *exp_avgs, *exp_avg_sqs, *steps]
+    before = [] if skip is None else [tensor.clone() for tensor in written]
     options = (lr, momentum, beta2, eps, weight_decay)
     first = 0
     for layer, size in enumerate(layer_sizes):
@@ -303,6 +307,9 @@ def update_layers_(
             normalize, *options,
         )  # fmt: skip
         first += size
+    if skip is not None:
+        for tensor, old in zip(written, before, strict=True):
+            tensor.copy_(torch.where(skip, old, tensor))
 
 
 def _update_layer_(

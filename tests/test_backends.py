@@ -192,6 +192,31 @@ def test_update_layers(backend, normalize, momentum, dtype, strided):
         assert found["exp_avg_sqs"][2].isfinite()
 
 
+def run_skipping(backend, normalize, dtype, strided, skips):
+    """What an update with a flag wrote, and what it must have written."""
+    found = make_update(dtype, normalize, 0.9, strided)
+    expected = make_update(dtype, normalize, 0.9, strided)
+    if skips:
+        for gradient in found["gradients"][:2]:
+            gradient.view(-1)[1] = torch.nan
+    else:
+        run_update(backend, expected)
+    run_update(backend, {**found, "skip": torch.tensor(skips)})
+    written = ("params", "exp_avgs", "exp_avg_sqs", "steps")
+    return [[tensor for key in written for tensor in run[key]] for run in (found, expected)]
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+def test_update_that_is_skipped_writes_nothing(backend, normalize, dtype, strided, skips):
+    for actual, expected in zip(
+        *run_skipping(backend, normalize, dtype, strided, skips), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
 def test_number_of_threads_changes_nothing(backend, normalize):
     results = []

@@ -32,6 +32,11 @@ BAD_OPTIONS = [
     ("weight_decay", -0.1),
     ("normalize", "l2"),
     ("normalize", None),
+    ("low_precision", "kahan"),
+    ("seed", -1),
+    ("seed", 1.5),
+    ("seed", True),
+    ("seed", 2**32),
 ]
 BAD_STATISTICS = [
     ("damping", 0.0),

@@ -140,8 +140,12 @@ def update_layers_(
     beta2: float,
     eps: float,
     weight_decay: float,
+    skip: Tensor | None = None,
 ) -> None:
     """See `gls_fused.reference.update_layers_`."""
+    # On the CPU this waits for nothing.
+    if skip is not None and skip:
+        return
     if any(isinstance(inverse, DenseInverse) for inverse in inverses):
         reference.update_layers_(
             params, gradients, exp_avgs, exp_avg_sqs, steps, inverses, layer_sizes=layer_sizes,

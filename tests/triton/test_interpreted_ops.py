@@ -10,6 +10,7 @@ from test_backends import (
     draw,
     make_inverse,
     make_update,
+    run_skipping,
     run_update,
 )
 from tolerances import PRODUCT, SOLVE, assert_near
@@ -219,6 +220,15 @@ def test_update(normalize, momentum, dtype, strided):
     run_update(backend, found)
     run_update(reference, sought)
     compare_updates(found, sought, dtype)
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+def test_update_that_is_skipped_writes_nothing(normalize, strided, skips):
+    runs = run_skipping(backend, normalize, torch.float32, strided, skips)
+    for actual, expected in zip(*runs, strict=True):
+        assert torch.equal(actual, expected)
 
 
 def compare_updates(found, sought, dtype):

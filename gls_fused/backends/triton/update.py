@@ -95,12 +95,14 @@ def update_layers_(
     beta2: float,
     eps: float,
     weight_decay: float,
+    skip: Tensor | None = None,
 ) -> None:
     """See `gls_fused.reference.update_layers_`; without a host synchronisation.
 
     Args:
         lr: read on the device where it is a tensor there.
         steps: all of one dtype.
+        skip: read on the device, by each program that would write.
     Numerics: float32, or float64 where parameters or averages are; the direction is not rounded to
         the gradients' dtype on its way into the update. A dense P, float64 statistics, ranks above
         64 and weights that are not contiguous form D through `precondition_gradient` first;
@@ -111,7 +113,7 @@ def update_layers_(
     if bool(exp_avgs) != bool(momentum):
         raise ValueError(f"exp_avgs: expected exactly with momentum, got momentum {momentum}")
     device = params[0].device
-    plan = _Plan(momentum=bool(exp_avgs), adam=normalize == "adam")
+    plan = _Plan(momentum=bool(exp_avgs), adam=normalize == "adam", skip=skip)
     layer_lines: list[int] = []
     first = 0
     for layer, (size, inverse) in enumerate(zip(layer_sizes, inverses, strict=True)):
@@ -157,6 +159,8 @@ def update_layers_(
         lr=lr if on_device else coefficients,
         squares=squares,
         coefficients=coefficients,
+        skip=coefficients if skip is None else skip,
+        SKIPS=skip is not None,
         STEP=ELEMENTS[steps[0].dtype],
         STATE=ELEMENTS[state],
         NORMALIZE=normalize,
@@ -175,9 +179,10 @@ def update_layers_(
 class _Plan:
     """The launches of one update: its layers in groups, and what must outlive them."""
 
-    def __init__(self, *, momentum: bool, adam: bool) -> None:
+    def __init__(self, *, momentum: bool, adam: bool, skip: Tensor | None) -> None:
         self.momentum = momentum
         self.adam = adam
+        self.skip = skip
         self.slots = 0
         self.flat: dict[Dtypes, _Group] = {}
         self.tiled: dict[tuple[Dtypes, int], _Group] = {}
@@ -340,6 +345,8 @@ class _Plan:
                 table=upload(group.lines, coefficients.device),
                 blocks=_block_table(tuple(group.parts), coefficients.device),
                 coefficients=coefficients,
+                skip=coefficients if self.skip is None else self.skip,
+                SKIPS=self.skip is not None,
                 PARAM=ELEMENTS[param],
                 GRADIENT=ELEMENTS[gradient],
                 STATE=ELEMENTS[state],
@@ -368,6 +375,8 @@ class _Plan:
                 projections=self.projections[key],
                 coefficients=coefficients,
                 squares=squares,
+                skip=coefficients if self.skip is None else self.skip,
+                SKIPS=self.skip is not None,
                 PARAM=ELEMENTS[param],
                 GRADIENT=ELEMENTS[gradient],
                 STATE=ELEMENTS[state],

@@ -60,6 +60,8 @@ def _flat_update_kernel(
     table,  # int64 [entries, 7]: param, D, D0, m, v (addresses), elements, layer
     blocks,  # int64 [programs, 3]
     coefficients,  # float64 [layers, 6]
+    skip,  # where SKIPS: true where nothing is to be written
+    SKIPS: tl.constexpr,
     PARAM: tl.constexpr,
     GRADIENT: tl.constexpr,
     STATE: tl.constexpr,
@@ -72,6 +74,9 @@ def _flat_update_kernel(
     LINE: tl.constexpr,
     COEFFICIENTS: tl.constexpr,
 ):
+    if SKIPS:  # noqa: SIM102  # `and` would not leave the load out
+        if tl.load(skip):
+            return
     block = blocks + tl.program_id(0).to(tl.int64) * 3
     line = table + tl.load(block) * LINE
     first = tl.load(block + 1) * BLOCK
@@ -195,6 +200,8 @@ def _tile_update_kernel(
     projections,
     coefficients,
     squares,
+    skip,
+    SKIPS: tl.constexpr,
     PARAM: tl.constexpr,
     GRADIENT: tl.constexpr,
     STATE: tl.constexpr,
@@ -212,6 +219,9 @@ def _tile_update_kernel(
     PRECISION: tl.constexpr,
 ):
     """A tile of D = D0 / lambda' + T U': with SUMS its squares' sum, else the step along it."""
+    if SKIPS:  # noqa: SIM102  # `and` would not leave the load out
+        if tl.load(skip):
+            return
     block = blocks + tl.program_id(0).to(tl.int64) * 3
     line = table + tl.load(block) * LINE
     part = tl.load(block + 1)
@@ -281,6 +291,8 @@ def _finish_layers_kernel(
     lr,  # [1], read where LR_TENSOR
     squares,
     coefficients,
+    skip,
+    SKIPS: tl.constexpr,
     STEP: tl.constexpr,
     STATE: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -291,6 +303,9 @@ def _finish_layers_kernel(
     BLOCK: tl.constexpr,
 ):
     """A layer counts its step, blends its mean square in, and gets its coefficients."""
+    if SKIPS:  # noqa: SIM102  # `and` would not leave the load out
+        if tl.load(skip):
+            return
     layer = tl.program_id(0).to(tl.int64)
     line = table + layer * LINE
     weight_decay = tl.load(options + 1).to(tl.float64, bitcast=True)

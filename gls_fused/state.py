@@ -1,0 +1,183 @@
+"""The format of a saved state: its version, what a layer's state holds, the checks before a load.
+
+    every parameter   step (0-d), exp_avg and exp_avg_sq (shaped as it; exp_avg_sq 0-d, on a layer's
+                      weight, for "rms"), master (shaped as it, float32)
+    a layer's weight  rows and outputs (plain numbers), and the tensors of gls_fused.curvature
+    a group           its options, step and version: numbers and names
+
+All tensors are of float32, or float64 for parameters of float64; step is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gls_fused.curvature import State, empty_state
+from gls_fused.layers import Layer
+
+# 0: without a version, "low_precision", "seed" and "outputs".
+VERSION = 1
+ADDED_SINCE_0 = {"low_precision": "nearest", "seed": 0}
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+def check_version(state: Mapping[str, Any]) -> int:
+    """The version of a saved group, or of what `attach` saved.
+
+    Raises:
+        ValueError: it is a later one.
+    """
+    version = state.get("version", 0)
+    if version not in range(VERSION + 1):
+        raise ValueError(f"version: expected a state of 0 to {VERSION}, got {version!r}")
+    return int(version)
+
+
+def upgrade_group(group: Mapping[str, Any], index: int, options: Iterable[str]) -> dict[str, Any]:
+    """A saved group in the present format.
+
+    Args:
+        options: the keys that a group must have.
+    Raises:
+        ValueError: it is of a later version, or lacks an option.
+    """
+    version = check_version(group)
+    group = {**(ADDED_SINCE_0 if version == 0 else {}), **group, "version": VERSION}
+    for option in (*options, "step"):
+        if option not in group:
+            raise ValueError(
+                f"group {index}: expected the options of GLS, got none named {option!r}"
+            )
+    return group
+
+
+def check_states(
+    groups: Groups,
+    layers: Sequence[Sequence[Layer]],
+    names: Mapping[Tensor, str],
+    saved_groups: Groups,
+    saved: Mapping[Any, Mapping[str, Any]],
+) -> None:
+    """Raises ValueError, naming the layer and both shapes, unless a state fits the model."""
+    for group, mine, saved_group in zip(groups, layers, saved_groups, strict=False):
+        keys = dict(zip(group["params"], saved_group["params"], strict=False))
+        states = {param: saved.get(key, {}) for param, key in keys.items()}
+        owners = {param: layer for layer in mine for param in layer.params}
+        for param, state in states.items():
+            layer = owners.get(param)
+            if layer is None:
+                _check_shapes(f"parameter {names[param]!r}", state, _shapes(param))
+                continue
+            shapes = _shapes(param)
+            if "rows" in states.get(layer.weight, {}):
+                shapes |= _layer_shapes(layer, param, saved_group["normalize"])
+            _check_layer(layer, param, state)
+            _check_shapes(f"layer {layer.name!r}", state, shapes)
+    _check_count("groups", len(groups), len(saved_groups))
+    for index, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
+        what = f"parameters in group {index}"
+        _check_count(what, len(group["params"]), len(saved_group["params"]))
+
+
+def check_curvature(layer: Layer, state: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a state holds the layer's kind of curvature, in its shapes."""
+    _check_layer(layer, layer.weight, state)
+    _check_shapes(f"layer {layer.name!r}", state, layer.curvature.shapes())
+
+
+def copy_tensors(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+    """A state on the parameter's device; statistics of 16-bit parameters stay in float32."""
+    wide = torch.promote_types(param.dtype, torch.float32)
+    return {
+        key: value.to(param.device, torch.float32 if key == "step" else wide, copy=True)
+        if isinstance(value, Tensor)
+        else value
+        for key, value in state.items()
+    }
+
+
+def fill_layer_states(
+    layer: Layer, params: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]
+) -> None:
+    """Buffers for a layer's first update: one step and, for "rms", one square on its weight."""
+    first, dtype = states[0], layer.statistics_dtype
+    if "step" not in first:
+        first["step"] = torch.zeros((), dtype=torch.float32, device=layer.weight.device)
+        if group["normalize"] == "rms":
+            first["exp_avg_sq"] = torch.zeros((), dtype=dtype, device=layer.weight.device)
+    for state in states[1:]:
+        # A bias that took Adam's steps while its weight was frozen averaged another quantity.
+        if "step" in state:
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                del state[key]
+    for param, state in zip(params, states, strict=True):
+        if group["momentum"] and "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
+        if group["normalize"] == "adam" and "exp_avg_sq" not in state:
+            state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+
+
+def prime_layer_state(layer: Layer, state: State) -> None:
+    """Statistics of no rows, for saved ones to be read into."""
+    state.update(empty_state(layer.curvature, layer.statistics_dtype, layer.weight.device))
+    state.update(rows=0, outputs=layer.outputs)
+
+
+def _shapes(param: Tensor) -> dict[str, Sequence[int]]:
+    shape = tuple(param.shape)
+    return {"step": (), "exp_avg": shape, "exp_avg_sq": shape, "master": shape}
+
+
+def _layer_shapes(layer: Layer, param: Tensor, normalize: str) -> dict[str, Sequence[int]]:
+    if param is not layer.weight:
+        return {}
+    scalar: dict[str, Sequence[int]] = {"exp_avg_sq": ()} if normalize == "rms" else {}
+    return {**layer.curvature.shapes(), **scalar}
+
+
+def _check_layer(layer: Layer, param: Tensor, state: Mapping[str, Any]) -> None:
+    if param is not layer.weight:
+        return
+    outputs = state.get("outputs", layer.outputs)
+    if outputs != layer.outputs:
+        found = [outputs, *layer.weight.shape[1:]]
+        raise ValueError(
+            f"layer {layer.name!r}: expected a state of a weight {list(layer.weight.shape)}, "
+            f"got one of {found}"
+        )
+    missing = [key for key in layer.curvature.shapes() if key not in state]
+    if "rows" in state and missing:
+        raise ValueError(
+            f"layer {layer.name!r}: expected {_describe(layer.curvature.shapes())}, "
+            f"got {_describe(_tensor_shapes(state))}"
+        )
+
+
+def _check_shapes(
+    owner: str, state: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+) -> None:
+    found = _tensor_shapes(state)
+    for key in found:
+        if key not in shapes:
+            raise ValueError(f"{owner}: expected {_describe(shapes)}, got {key} {[*found[key]]}")
+    for key, shape in shapes.items():
+        if key in found and tuple(found[key]) != tuple(shape):
+            raise ValueError(f"{owner}: expected {key} {[*shape]}, got {[*found[key]]}")
+
+
+def _check_count(what: str, expected: int, found: int) -> None:
+    if expected != found:
+        raise ValueError(f"state_dict: expected {expected} {what}, got {found}")
+
+
+def _tensor_shapes(state: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    return {key: value.shape for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _describe(shapes: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(f"{key} {[*shape]}" for key, shape in shapes.items())

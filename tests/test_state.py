@@ -1,0 +1,438 @@
+"""A saved state: in another process, of another model, copied, pickled, in checkpoints."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from nets import loss_of, make_batch, make_net, snapshot
+from resume import CUT, SPECS, STEPS, Run
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from gls_fused import GLS, attach
+
+OPTIONS = {"rank": 4, "curvature_every": 2, "lr": 0.01}
+
+
+def train(model, optimizer, steps, kind="mlp"):
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, make_batch(kind, 9, step)).backward()
+        optimizer.step()
+    return snapshot(model)
+
+
+def make_trained(steps=4, kind="mlp", **options):
+    model = make_net(kind)
+    optimizer = GLS(model, **{**OPTIONS, **options})
+    train(model, optimizer, range(steps), kind)
+    return model, optimizer
+
+
+def assert_equal(actual, expected):
+    for p, q in zip(actual, expected, strict=True):
+        assert p.dtype == q.dtype
+        assert torch.equal(p, q)
+
+
+def assert_same_state(actual, expected):
+    """Two state dicts, bit for bit."""
+    assert actual["param_groups"] == expected["param_groups"]
+    assert actual["state"].keys() == expected["state"].keys()
+    for index, state in expected["state"].items():
+        assert actual["state"][index].keys() == state.keys()
+        for key, value in state.items():
+            found = actual["state"][index][key]
+            assert type(found) is type(value)
+            assert torch.equal(torch.as_tensor(found), torch.as_tensor(value))
+
+
+@pytest.fixture(scope="session")
+def resumed(tmp_path_factory):
+    """Of every spec, the parameters after training that was cut, and never cut."""
+    whole, cut = {}, {}
+    for name, spec in SPECS.items():
+        run = Run(spec)
+        run.train(0, CUT)
+        cut[name] = (spec, copy.deepcopy(run.state_dicts()), CUT)
+        whole[name] = run.train(CUT, STEPS)
+    path = tmp_path_factory.mktemp("state") / "cut.pt"
+    torch.save(cut, path)
+    folder = Path(__file__).parent
+    paths = os.pathsep.join([str(folder.parent), str(folder), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "error", str(folder / "resume.py"), str(path)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths})
+    return whole, torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_fresh_process_goes_on_bit_for_bit(resumed, name):
+    whole, found = (runs[name] for runs in resumed)
+    assert all(p.isfinite().all() for p in whole)
+    assert_equal(found, whole)
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp-backward-rms-0.9-float32-nearest", "mlp-step-adam-0.9-bfloat16-master"]
+)
+@pytest.mark.parametrize("cut", range(STEPS))
+def test_saved_at_any_step(name, cut):
+    run, later = Run(SPECS[name]), Run(SPECS[name])
+    run.train(0, cut)
+    later.load(copy.deepcopy(run.state_dicts()))
+    assert_equal(later.train(cut, STEPS), run.train(cut, STEPS))
+
+
+@pytest.mark.parametrize("low_precision", ["nearest", "stochastic", "master"])
+def test_state_of_a_16_bit_model_stays_float32(low_precision):
+    name = f"mlp-step-adam-0.9-bfloat16-{low_precision}"
+    run, later = Run(SPECS[name]), Run(SPECS[name])
+    run.train(0, 4)
+    later.load(run.state_dicts())
+    for optimizer in (run.optimizer, later.optimizer):
+        tensors = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+        assert {tensor.dtype for tensor in tensors} == {torch.float32}
+        masters = sum("master" in state for state in optimizer.state.values())
+        assert masters == (len(optimizer.state) if low_precision == "master" else 0)
+    assert_same_state(later.optimizer.state_dict(), run.optimizer.state_dict())
+
+
+def test_state_holds_tensors_and_plain_numbers():
+    _, optimizer = make_trained()
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        assert all(isinstance(value, torch.Tensor | int) for value in state.values())
+    for group in saved["param_groups"]:
+        assert group.pop("params") == list(range(8))
+        assert all(isinstance(value, int | float | str) for value in group.values())
+        assert group["version"] == 1
+
+
+def test_loaded_state_is_a_copy():
+    """One state loaded twice: training from it does not change it."""
+    model, optimizer = make_trained()
+    saved, weights = optimizer.state_dict(), copy.deepcopy(model.state_dict())
+    expected = copy.deepcopy(saved)
+    trajectories = []
+    later = make_net("mlp")
+    for _ in range(2):
+        later.load_state_dict(weights)
+        twin = GLS(later, **OPTIONS)
+        twin.load_state_dict(saved)
+        trajectories.append(train(later, twin, range(4, 8)))
+        assert_same_state(saved, expected)
+    assert_equal(*trajectories)
+
+
+def test_inverses_are_views_of_the_state():
+    _, optimizer = make_trained()
+    optimizer.load_state_dict(optimizer.state_dict())
+    for layer in optimizer._preconditioners[0].layers:
+        state = optimizer.state[layer.weight]
+        for name, part in zip(("basis", "core_inverse", "shift"), layer.inverse, strict=True):
+            assert part.data_ptr() == state[name].data_ptr()
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+def other_width(saved):
+    model = nn.Sequential(nn.Linear(7, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    optimizer = GLS(model, **OPTIONS)
+    model(torch.ones(4, 7)).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def other_rank(saved):
+    return make_trained(rank=3)[1].state_dict()
+
+
+def other_curvature(saved):
+    return make_trained(curvature="dense")[1].state_dict()
+
+
+def other_outputs(saved):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5))
+    optimizer = GLS(model, **OPTIONS, momentum=0.0)
+    model(torch.ones(4, 6)).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def other_normalize(saved):
+    saved["param_groups"][0]["normalize"] = "adam"
+    return saved
+
+
+def later_version(saved):
+    saved["param_groups"][0]["version"] = 2
+    return saved
+
+
+def of_adam(saved):
+    return torch.optim.Adam(make_net("mlp").parameters()).state_dict()
+
+
+def fewer_layers(saved):
+    return make_trained_on(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8)), 6).state_dict()
+
+
+def no_core(saved):
+    del saved["state"][2]["core"]
+    return saved
+
+
+def unknown_entry(saved):
+    saved["state"][2]["hessian"] = torch.ones(2, 2)
+    return saved
+
+
+def more_groups(saved):
+    saved["param_groups"] *= 2
+    return saved
+
+
+def make_trained_on(model, width):
+    optimizer = GLS(model, **OPTIONS)
+    model(torch.ones(4, width)).sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+REFUSED = {
+    other_width: r"layer 'stem': expected (exp_avg|basis) \[., .\], got \[8, .\]",
+    other_rank: r"layer 'stem': expected basis \[7, 4\], got \[7, 3\]",
+    other_curvature: r"layer 'stem': expected basis \[7, 4\], .*, got gram \[7, 7\], matrix \[7, 7",
+    other_outputs: r"layer 'head': expected a state of a weight \[3, 8\], got one of \[5, 8\]",
+    other_normalize: r"layer 'stem': expected exp_avg_sq \[8, 6\], got \[\]",
+    later_version: r"version: expected a state of 0 to 1, got 2",
+    of_adam: r"group 0: expected the options of GLS, got none named 'damping'",
+    fewer_layers: r"state_dict: expected 8 parameters in group 0, got 4",
+    no_core: r"layer 'first': expected basis .*, core \[4, 4\], .*, got trace \[\], basis",
+    unknown_entry: r"layer 'first': expected .*, got hessian \[2, 2\]",
+    more_groups: r"state_dict: expected 1 groups, got 2",
+}
+
+
+@pytest.mark.parametrize("spoil", REFUSED, ids=lambda spoil: spoil.__name__)
+def test_state_that_does_not_fit_is_refused_whole(spoil):
+    model, optimizer = make_trained()
+    before = copy.deepcopy(optimizer.state_dict())
+    twin, untouched = make_trained()
+    with pytest.raises(ValueError, match=REFUSED[spoil]):
+        optimizer.load_state_dict(spoil(copy.deepcopy(before)))
+    assert_same_state(optimizer.state_dict(), before)
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
+    assert not optimizer._optimizer_load_state_dict_post_hooks
+    # The rows gathered and the inverses are as they were too.
+    steps = range(4, 7)
+    assert_equal(train(model, optimizer, steps), train(twin, untouched, steps))
+
+
+def test_state_without_a_version_is_taken():
+    """The format before there was one."""
+    model, optimizer = make_trained()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for key in ("version", "low_precision", "seed"):
+        del saved["param_groups"][0][key]
+    for state in saved["state"].values():
+        state.pop("outputs", None)
+    later = make_net("mlp")
+    later.load_state_dict(model.state_dict())
+    twin = GLS(later, **OPTIONS)
+    twin.load_state_dict(saved)
+    assert_equal(train(later, twin, range(4, 8)), train(model, optimizer, range(4, 8)))
+    assert twin.param_groups[0]["low_precision"] == "nearest"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved.update(version=2), "version: expected a state of 0 to 1, got 2"),
+        (
+            lambda saved: saved["layers"]["first"].update(basis=torch.ones(9, 2)),
+            r"layer 'first': expected basis \[9, 4\], got \[9, 2\]",
+        ),
+        (lambda saved: saved["layers"].pop("first"), r"expected the layers \['first', .*'stem'\]"),
+    ],
+)
+def test_attachment_refuses_whole_what_does_not_fit(change, message):
+    model = make_net("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    handle = attach(model, optimizer, rank=4)
+    train(model, optimizer, range(3))
+    before = copy.deepcopy(handle.state_dict())
+    saved = copy.deepcopy(before)
+    change(saved)
+    with pytest.raises(ValueError, match=message):
+        handle.load_state_dict(saved)
+    after = handle.state_dict()
+    assert after["step"] == before["step"]
+    assert_same_state(
+        {"state": after["layers"], "param_groups": []},
+        {"state": before["layers"], "param_groups": []},
+    )
+
+
+# ---- copies and pickles --------------------------------------------------------------------------
+
+
+def through_pickle(objects):
+    return pickle.loads(pickle.dumps(objects))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, through_pickle])
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_copy_with_its_model_trains_alike_and_apart(how, order, kind):
+    model, optimizer = make_trained(kind=kind)
+    if order == "model first":
+        twin, copied = how((model, optimizer))
+    else:
+        copied, twin = how((optimizer, model))
+    before = snapshot(model)
+    found = train(twin, copied, range(4, 8), kind)
+    assert_equal(snapshot(model), before)
+    assert_equal(found, train(model, optimizer, range(4, 8), kind))
+    assert_same_state(copied.state_dict(), optimizer.state_dict())
+    copied.detach()
+    assert "forward" not in vars(twin.stem)
+    train(model, optimizer, [8], kind)
+
+
+def test_copy_of_a_detached_optimizer_is_detached():
+    _, optimizer = make_trained()
+    optimizer.detach()
+    copied = copy.deepcopy(optimizer)
+    with pytest.raises(RuntimeError, match="no longer captured"):
+        copied.step()
+
+
+def test_pickle_without_layers_is_refused():
+    """As the base class alone would have made it."""
+    _, optimizer = make_trained()
+    bare = torch.optim.Optimizer.__getstate__(optimizer)
+    with pytest.raises(ValueError, match="layers"):
+        GLS.__new__(GLS).__setstate__(bare)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, through_pickle])
+def test_copy_of_an_attachment_follows_the_copied_optimizer(how):
+    model = make_net("mlp")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    handle = attach(model, optimizer, rank=4, curvature_every=2)
+    train(model, optimizer, range(4))
+    twin, copied, twin_handle = how((model, optimizer, handle))
+    found = train(twin, copied, range(4, 8))
+    assert_equal(found, train(model, optimizer, range(4, 8)))
+    assert twin_handle.state_dict()["step"] == handle.state_dict()["step"] == 8
+    twin_handle.detach()
+    assert "forward" not in vars(twin.stem)
+
+
+# ---- torch.distributed.checkpoint ----------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """Layers, and parameters that take Adam's update."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = make_net("mlp")
+        self.norm = nn.LayerNorm(3, dtype=torch.float64)
+
+    def forward(self, inputs):
+        return self.norm(self.net(inputs))
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.0},
+        {"normalize": "adam", "site": "step"},
+        {"normalize": "none", "momentum": 0.0},
+        {"curvature": "dense"},
+        {"low_precision": "master"},
+        {"lr": torch.tensor(0.01)},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_distributed_checkpoint(tmp_path, options, flatten):
+    """In one process; a fresh optimizer makes room for a state by a step at rate 0."""
+    options = {**OPTIONS, **options}
+    dtype = torch.bfloat16 if "low_precision" in options else torch.float64
+    how = StateDictOptions(flatten_optimizer_state_dict=flatten)
+
+    def make():
+        model = Mixed().to(dtype)
+        return model, GLS(model, **options)
+
+    def go(model, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            inputs, targets = make_batch("mlp", 9, step)
+            loss_of(model, (inputs.to(dtype), targets.to(dtype))).backward()
+            optimizer.step()
+        return snapshot(model)
+
+    model, optimizer = make()
+    go(model, optimizer, range(4))
+    saved = {
+        "model": model.state_dict(),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=how),
+    }
+    dcp.save(saved, checkpoint_id=tmp_path)
+    expected = go(model, optimizer, range(4, 9))
+
+    model, optimizer = make()
+    start = snapshot(model)
+    found = {
+        "model": model.state_dict(),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=how),
+    }
+    assert_equal(snapshot(model), start)
+    dcp.load(found, checkpoint_id=tmp_path)
+    model.load_state_dict(found["model"])
+    set_optimizer_state_dict(model, optimizer, found["optimizer"], options=how)
+    assert_equal(go(model, optimizer, range(4, 9)), expected)
+
+
+def test_room_for_a_state_does_not_disturb_training():
+    """Asking a fresh optimizer for its state, as to save it, and then training."""
+    model, plain = make_net("mlp"), make_net("mlp")
+    optimizer = GLS(model, **OPTIONS)
+    get_optimizer_state_dict(model, optimizer)
+    assert "no rows yet" in optimizer.report()
+    assert_equal(train(model, optimizer, range(5)), train(plain, GLS(plain, **OPTIONS), range(5)))
+
+
+def test_room_for_a_state_does_not_disturb_a_layer_without_rows():
+    """Its weight is used without its module, so that it takes Adam's update."""
+    found = []
+    for asked in (True, False):
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 3)
+        optimizer = GLS(layer)
+        if asked:
+            get_optimizer_state_dict(layer, optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.linear(torch.ones(2, 4), layer.weight, layer.bias).sum().backward()
+            optimizer.step()
+        found.append(snapshot(layer))
+    assert_equal(*found)
