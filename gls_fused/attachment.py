@@ -6,11 +6,12 @@ from types import TracebackType
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
+from gls_fused.distributed import Ranks, unwrapped
 from gls_fused.layers import Layer, find_layers
-from gls_fused.preconditioner import Preconditioner, check_options, describe_layers
+from gls_fused.preconditioner import Preconditioner, check_options, describe_layers, take_sums
 
 
 def attach(
@@ -23,6 +24,7 @@ def attach(
     rank: int | Literal["auto"] = "auto",
     curvature_every: int = 10,
     backend: str = "auto",
+    process_group: Any = None,
 ) -> Attachment:
     """From here on the model's backward leaves D = D0 P in p.grad, for any optimizer to step on.
 
@@ -33,7 +35,8 @@ def attach(
         model: its nn.Linear and nn.Conv2d layers are covered; other gradients stay as they are.
         optimizer: a torch optimizer over the model's parameters.
     Raises:
-        ValueError: an option out of its range, or a model without a layer that GLS covers.
+        ValueError: an option out of its range, a model without a layer that GLS covers,
+            nn.DataParallel, FullyShardedDataParallel.
         RuntimeError: the backend is not available.
     """
     options = {
@@ -44,10 +47,10 @@ def attach(
         "curvature_every": curvature_every,
     }
     check_options(options)
-    layers, reasons = find_layers([("", model)])
+    layers, reasons = find_layers([("", unwrapped(model))])
     if not layers:
         raise ValueError("model: got a model without an nn.Linear or nn.Conv2d that GLS covers")
-    return Attachment(layers, reasons, optimizer, options, backend)
+    return Attachment(layers, reasons, optimizer, options, backend, Ranks(process_group))
 
 
 class Attachment:
@@ -60,6 +63,7 @@ class Attachment:
         optimizer: torch.optim.Optimizer | None,
         options: dict[str, Any],
         backend: str,
+        ranks: Ranks,
     ) -> None:
         self._states: dict[str, dict[str, Any]] = {layer.name: {} for layer in layers}
         self._options = options
@@ -71,7 +75,10 @@ class Attachment:
             options,
             site="backward",
             backend=backend,
+            ranks=ranks,
         )
+        self._ranks = ranks
+        self._started: list[Layer] = []
         self._preconditioner.expect(0, options)
         self._hooks = []
         if optimizer is not None:
@@ -84,20 +91,34 @@ class Attachment:
     def pre_step(self) -> None:
         """Before the optimizer's step: layers that start their statistics get D into p.grad."""
         self._preconditioner.check_captured()
-        for layer in self._preconditioner.layers:
-            if layer.inverse is None and layer.weight.grad is not None:
-                if not self._preconditioner.start(layer, self._options):
-                    continue
-                gradients = [param.grad for param in layer.params if param.grad is not None]
+        waiting = [layer for layer in self._preconditioner.layers if layer.inverse is None]
+        self._started = self._preconditioner.start(self._take_sums(waiting), self._options)
+        for layer in self._started:
+            gradients = [param.grad for param in layer.params if param.grad is not None]
+            if layer.weight.grad is not None:
                 for gradient, sought in zip(gradients, layer.direction(gradients), strict=True):
                     gradient.copy_(sought)
 
     @torch.no_grad()
     def commit(self) -> None:
         """After the optimizer's step: the rows of the step enter the statistics."""
-        self._preconditioner.commit(self._options)
+        # Rows that came after the start were sketched with the test matrix still.
+        for layer in self._started:
+            layer.take_sums()
+        settled = [layer for layer in self._preconditioner.layers if layer not in self._started]
+        self._started = []
+        sums = self._take_sums(settled)
+        # An optimizer that evaluates the model in its step shows layers their first rows there.
+        self._preconditioner.start(sums, self._options)
+        self._preconditioner.commit(sums, self._options)
         self._step += 1
         self._preconditioner.expect(self._step, self._options)
+
+    def _take_sums(self, layers: list[Layer]) -> dict[Layer, Tensor]:
+        if self._ranks.size > 1:
+            terms = [f"step {self._step}, {self._options}"]
+            self._ranks.agree(terms + describe_layers([self._preconditioner]))
+        return take_sums(layers, self._ranks)
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics by layer, and the step: tensors and plain numbers only."""
@@ -123,6 +144,7 @@ class Attachment:
                 for key, value in state_dict["layers"][layer.name].items()
             }
         self._preconditioner.restart(self._step, self._options)
+        self._ranks.disagree()
 
     def detach(self) -> None:
         """Leave the model and the optimizer exactly as they were."""

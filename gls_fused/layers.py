@@ -53,7 +53,7 @@ class Layer(abc.ABC):
         assert isinstance(weight, Tensor)
         self.weight = weight
         self.bias = bias
-        self.size = weight[0].numel()
+        self.size = weight.shape[1:].numel()
         self.dim = self.size + (bias is not None)
         self.inverse: Inverse | None = None
         self.test_matrix: Tensor | None = None
@@ -113,6 +113,11 @@ class Layer(abc.ABC):
         """The sums of this step, which are then forgotten."""
         sums, self.sums = self.sums, None
         return sums
+
+    def no_sums(self) -> Tensor:
+        """The sums over no row."""
+        size = self.curvature.sums_size
+        return torch.zeros(size, dtype=self.statistics_dtype, device=self.weight.device)
 
     @torch.no_grad()
     def gather(self, inputs: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from gls_fused.distributed import Ranks, unwrapped
 from gls_fused.fallback import adam_
 from gls_fused.layers import Layer, find_layers
 from gls_fused.preconditioner import (
@@ -19,6 +20,7 @@ from gls_fused.preconditioner import (
     check_number,
     check_options,
     describe_layers,
+    take_sums,
 )
 from gls_fused.reference import Inverse, Normalize
 
@@ -57,9 +59,11 @@ class GLS(torch.optim.Optimizer):
         site: where P applies: "step", to the gradient; "backward", to the rows, so that p.grad
             holds the direction; "auto", where it is cheaper for each layer.
         backend: a name of `gls_fused.available_backends()`, or "auto".
+        process_group: whose ranks share the statistics and call `step` together; None, the
+            default group where torch.distributed is initialised.
     Raises:
         ValueError: an option out of its range, a model or module without parameters, an unknown
-            key in a group.
+            key in a group, nn.DataParallel, FullyShardedDataParallel.
         TypeError: parameters where modules are expected.
         RuntimeError: the backend is not available.
     Numerics: rows with a NaN or an infinity, and rows that are all zero, do not enter the
@@ -84,9 +88,11 @@ class GLS(torch.optim.Optimizer):
         curvature_every: int = 10,
         site: Literal["auto", "step", "backward"] = "auto",
         backend: str = "auto",
+        process_group: Any = None,
     ) -> None:
         check_choice("site", site, SITES)
         self._site, self._backend = site, backend
+        self._ranks = Ranks(process_group)
         self._preconditioners: list[Preconditioner] = []
         self._reasons: dict[str, str] = {}
         defaults = {
@@ -136,9 +142,15 @@ class GLS(torch.optim.Optimizer):
         index = len(self.param_groups) - 1
         self._preconditioners.append(
             Preconditioner(
-                layers, self._state_of, options, site=self._site_for(options), backend=self._backend
+                layers,
+                self._state_of,
+                options,
+                site=self._site_for(options),
+                backend=self._backend,
+                ranks=self._ranks,
             )
         )
+        self._ranks.disagree()
         self._reasons.update(reasons or _bare_reasons(modules, params, index))
         self._preconditioners[-1].expect(0, options)
 
@@ -163,15 +175,17 @@ class GLS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        sums = self._take_sums()
         for group, preconditioner in zip(self.param_groups, self._preconditioners, strict=True):
+            self._forget_adam(preconditioner.start(sums, group))
             ready = [
                 layer
                 for layer in preconditioner.layers
-                if layer.weight.grad is not None and self._is_started(preconditioner, layer, group)
+                if layer.weight.grad is not None and layer.inverse is not None
             ]
             self._update(preconditioner, ready, group)
             self._update_others(group, owned={p for layer in ready for p in layer.params})
-            preconditioner.commit(group)
+            preconditioner.commit(sums, group)
             group["step"] += 1
             preconditioner.expect(group["step"], group)
         return loss
@@ -188,6 +202,7 @@ class GLS(torch.optim.Optimizer):
         self._restore_dtypes(state_dict)
         for group, preconditioner in zip(self.param_groups, self._preconditioners, strict=True):
             preconditioner.restart(group["step"], group)
+        self._ranks.disagree()
 
     def detach(self) -> None:
         """Leave the model exactly as it was before; `step` raises from here on."""
@@ -222,18 +237,21 @@ class GLS(torch.optim.Optimizer):
         # The step size is the true gradient's, which the backward site does not keep.
         return "step" if options["normalize"] == "sgd" else self._site
 
-    def _is_started(
-        self, preconditioner: Preconditioner, layer: Layer, group: Mapping[str, Any]
-    ) -> bool:
-        if layer.inverse is not None:
-            return True
-        if not preconditioner.start(layer, group):
-            return False
-        # What the layer got so far were Adam's updates, whose averages are of another quantity.
-        for param in layer.params:
+    def _take_sums(self) -> dict[Layer, Tensor]:
+        """The sums of this step over the rows of all ranks."""
+        if self._ranks.size > 1:
+            free = ("params", "param_names")
+            self._ranks.agree(
+                [str({k: v for k, v in g.items() if k not in free}) for g in self.param_groups]
+                + describe_layers(self._preconditioners)
+            )
+        return take_sums([layer for p in self._preconditioners for layer in p.layers], self._ranks)
+
+    def _forget_adam(self, layers: list[Layer]) -> None:
+        """What layers got before they started were Adam's updates, averages of another quantity."""
+        for param in (param for layer in layers for param in layer.params):
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 self.state[param].pop(key, None)
-        return True
 
     def _update(
         self, preconditioner: Preconditioner, layers: list[Layer], group: Mapping[str, Any]
@@ -309,6 +327,7 @@ def _split(entry: Any) -> tuple[list[tuple[str, nn.Module]], list[Tensor]]:
     params: dict[Tensor, None] = {}
     for index, item in enumerate(entries):
         if isinstance(item, nn.Module):
+            item = unwrapped(item)
             modules.append(("" if len(entries) == 1 else str(index), item))
             params.update(dict.fromkeys(item.parameters()))
         elif isinstance(item, Tensor):

@@ -6,8 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from gls_fused.curvature import State, make_curvature, settle
 from gls_fused.dispatch import backend_name, resolve_backend
+from gls_fused.distributed import Ranks
 from gls_fused.layers import Layer
 
 CURVATURES = ("subspace", "dense")
@@ -53,6 +56,7 @@ class Preconditioner:
         state_of: where a layer's state is kept; asked anew each time, as a state may be replaced.
         site: "auto", "step" or "backward".
         backend: a name that `resolve_backend` knows.
+        ranks: who share the statistics.
     """
 
     def __init__(
@@ -63,8 +67,10 @@ class Preconditioner:
         *,
         site: str,
         backend: str,
+        ranks: Ranks,
     ) -> None:
         self.layers = layers
+        self.ranks = ranks
         self.state_of = state_of
         self.site = site
         # Whether the layers know of the inverses in force, and whether they were told to gather.
@@ -94,33 +100,43 @@ class Preconditioner:
         for layer in self.layers:
             layer.take_sums()
 
-    def start(self, layer: Layer, options: Mapping[str, Any]) -> bool:
-        """Start a layer's statistics from its first sums, if there are usable ones.
+    def start(self, sums: dict[Layer, Tensor], options: Mapping[str, Any]) -> list[Layer]:
+        """Start the statistics of the layers that have none yet, from their first sums.
 
-        This reads one number on the host, once in the layer's life.
+        This reads one number per layer on the host, once in its life; with several ranks, at each
+        step until the layer has seen a row on one of them.
+
+        Args:
+            sums: of `take_sums`; those of layers without statistics are taken out.
+        Returns:
+            The layers that have a P from here on.
         """
-        sums = layer.take_sums()
-        if sums is None or not sums[0] > 0:
-            return False
-        state = self.state_of(layer)
-        sketch = layer.curvature.start(state, sums)
-        settle([(layer.curvature, state, sketch)], options["damping"])
-        state["rows"] = int(sums[0])
-        layer.inverse = layer.curvature.inverse(state)
-        self._settled = False
-        return True
+        started = []
+        for layer in self.layers:
+            if layer.inverse is None and layer in sums:
+                mine = sums.pop(layer)
+                rows = int(mine[0])
+                if rows > 0:
+                    state = self.state_of(layer)
+                    state["rows"] = rows
+                    started.append((layer, state, layer.curvature.start(state, mine)))
+        if started:
+            settle(
+                [(layer.curvature, state, sketch) for layer, state, sketch in started],
+                options["damping"],
+            )
+            self._settled = False
+        for layer, state, _ in started:
+            layer.inverse = layer.curvature.inverse(state)
+        return [layer for layer, _, _ in started]
 
-    def commit(self, options: Mapping[str, Any]) -> None:
-        """Blend the sums of this step into the statistics, and make the inverses anew."""
+    def commit(self, sums: Mapping[Layer, Tensor], options: Mapping[str, Any]) -> None:
+        """Blend the sums of a step into the statistics, and make the inverses anew."""
         blended = []
         for layer in self.layers:
-            if layer.inverse is None:
-                self.start(layer, options)
-                continue
-            sums = layer.take_sums()
-            if sums is not None:
+            if layer in sums:
                 state = self.state_of(layer)
-                sketch = layer.curvature.blend(state, sums, options["beta"])
+                sketch = layer.curvature.blend(state, sums[layer], options["beta"])
                 blended.append((layer.curvature, state, sketch))
         settle(blended, options["damping"])
 
@@ -156,9 +172,26 @@ class Preconditioner:
 
     def _applies_at_backward(self, layer: Layer, state: State) -> bool:
         if self.site == "auto":
-            fewer: bool = state["rows"] < layer.outputs
+            # Each rank multiplies its own rows, or the gradient.
+            fewer: bool = state["rows"] < layer.outputs * self.ranks.size
             return layer.kind == "Linear" and fewer
         return self.site == "backward"
+
+
+def take_sums(layers: Sequence[Layer], ranks: Ranks) -> dict[Layer, Tensor]:
+    """The sums of this step over the rows of all ranks, by layer; the layers forget theirs.
+
+    With several ranks, a layer that gathers takes part whether or not it saw rows on this one.
+    """
+    # A frozen layer sees no rows on any rank.
+    taking = [layer for layer in layers if layer.gathers and layer.weight.requires_grad]
+    own = [layer.take_sums() for layer in taking]
+    if ranks.size == 1 or not taking:
+        return {layer: sums for layer, sums in zip(taking, own, strict=True) if sums is not None}
+    parts = [
+        layer.no_sums() if sums is None else sums for layer, sums in zip(taking, own, strict=True)
+    ]
+    return dict(zip(taking, ranks.sum(parts), strict=True))
 
 
 def describe_layers(preconditioners: Sequence[Preconditioner]) -> list[str]:
