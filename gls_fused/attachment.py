@@ -12,6 +12,7 @@ from typing_extensions import Self
 from gls_fused.distributed import Ranks, unwrapped
 from gls_fused.layers import Layer, find_layers
 from gls_fused.preconditioner import Preconditioner, check_options, describe_layers, take_sums
+from gls_fused.sharding import rows_here
 
 
 def attach(
@@ -94,7 +95,7 @@ class Attachment:
         waiting = [layer for layer in self._preconditioner.layers if layer.inverse is None]
         self._started = self._preconditioner.start(self._take_sums(waiting), self._options)
         for layer in self._started:
-            gradients = [param.grad for param in layer.params if param.grad is not None]
+            gradients = [rows_here(p.grad) for p in layer.params if p.grad is not None]
             if layer.weight.grad is not None:
                 for gradient, sought in zip(gradients, layer.direction(gradients), strict=True):
                     gradient.copy_(sought)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, cast, overload
@@ -23,6 +24,7 @@ from gls_fused.preconditioner import (
     take_sums,
 )
 from gls_fused.reference import Inverse, Normalize
+from gls_fused.sharding import update_shards_
 
 Groups: TypeAlias = nn.Module | Iterable[dict[str, Any]]
 
@@ -183,7 +185,8 @@ class GLS(torch.optim.Optimizer):
                 for layer in preconditioner.layers
                 if layer.weight.grad is not None and layer.inverse is not None
             ]
-            self._update(preconditioner, ready, group)
+            for alike in _by_shards(ready):
+                self._update(preconditioner, alike, group)
             self._update_others(group, owned={p for layer in ready for p in layer.params})
             preconditioner.commit(sums, group)
             group["step"] += 1
@@ -257,8 +260,6 @@ class GLS(torch.optim.Optimizer):
         self, preconditioner: Preconditioner, layers: list[Layer], group: Mapping[str, Any]
     ) -> None:
         """One update of all layers, with P where the backward has not applied it."""
-        if not layers:
-            return
         params: list[Tensor] = []
         inverses: list[Inverse | None] = []
         sizes: list[int] = []
@@ -276,7 +277,10 @@ class GLS(torch.optim.Optimizer):
             squares = [self.state[layer.weight]["exp_avg_sq"] for layer in layers]
         elif group["normalize"] == "adam":
             squares = [state["exp_avg_sq"] for state in states]
-        preconditioner.backend.update_layers_(
+        update_layers_ = preconditioner.backend.update_layers_
+        if layers[0].shards is not None:
+            update_layers_ = functools.partial(update_shards_, preconditioner.backend)
+        update_layers_(
             params,
             [param.grad for param in params],
             [state["exp_avg"] for state in states] if group["momentum"] else [],
@@ -343,6 +347,14 @@ def _bare_reasons(
     if modules:
         return {}
     return {f"group {index}, {len(params)} parameters": "given as parameters, not as a module"}
+
+
+def _by_shards(layers: list[Layer]) -> list[list[Layer]]:
+    """Layers whose rows are spread over the same ranks, or not at all."""
+    alike: dict[Any, list[Layer]] = {}
+    for layer in layers:
+        alike.setdefault(layer.shards, []).append(layer)
+    return list(alike.values())
 
 
 def _fill_states(

@@ -89,6 +89,11 @@ class Preconditioner:
                     f"layer {layer.name!r} is no longer captured: the optimizer was detached, or "
                     "another one was built on the same model"
                 )
+            if layer.resharded:
+                raise RuntimeError(
+                    f"layer {layer.name!r}: its weight was sharded after the optimizer was built; "
+                    "call fully_shard first"
+                )
 
     def release(self) -> None:
         """Give all modules their own forward back."""
@@ -172,8 +177,9 @@ class Preconditioner:
 
     def _applies_at_backward(self, layer: Layer, state: State) -> bool:
         if self.site == "auto":
-            # Each rank multiplies its own rows, or the gradient.
-            fewer: bool = state["rows"] < layer.outputs * self.ranks.size
+            # A rank multiplies its rows, or the gradient, of which it has a part where sharded.
+            gradients = self.ranks.size if layer.shards is None else 1
+            fewer: bool = state["rows"] < layer.outputs * gradients
             return layer.kind == "Linear" and fewer
         return self.site == "backward"
 
