@@ -2,7 +2,11 @@
 
 import functools
 import itertools
+import shutil
+import tempfile
+from pathlib import Path
 
+import checkpoint
 import pytest
 import torch
 import torch.distributed as dist
@@ -218,6 +222,32 @@ def site_counts_that_a_rank_has_part_of_the_gradient():
         train_on_part(model, optimizer, "mlp", [rows] * world, range(2))
         line = next(x for x in optimizer.report().splitlines() if x.startswith("first"))
         assert f"site {site}" in line, line
+
+
+@case
+def resumes_bit_for_bit_from_a_sharded_checkpoint():
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    variants = ({}, {"momentum": 0.0, "site": "backward"}, {"normalize": "adam"})
+    for index, options in enumerate(variants):
+        options, place = {**OPTIONS, **options}, Path(folder[0], str(index))
+        sizes = sizes_of("mlp")
+        whole_run = sharded(make("uneven"))
+        optimizer = GLS(whole_run, **options)
+        train_on_part(whole_run, optimizer, "mlp", sizes, range(4))
+        checkpoint.save(place, whole_run, optimizer)
+        train_on_part(whole_run, optimizer, "mlp", sizes, range(4, 9))
+
+        model = sharded(make("uneven"))
+        optimizer = GLS(model, **options)
+        take_step = functools.partial(train_on_part, model, optimizer, "mlp", sizes, range(1))
+        checkpoint.load(place, model, optimizer, take_step)
+        train_on_part(model, optimizer, "mlp", sizes, range(4, 9))
+        for p, q in zip(model.parameters(), whole_run.parameters(), strict=True):
+            assert torch.equal(whole(p), whole(q))
+        dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
 
 
 @case

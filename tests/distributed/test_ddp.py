@@ -11,7 +11,7 @@ from gls_fused import GLS, attach
 
 @pytest.mark.parametrize("name", ddp_cases.CASES)
 def test_two_ranks(name):
-    check_case("ddp_cases", 2, name)
+    check_case("ddp_cases", name)
 
 
 @pytest.mark.parametrize("build", [GLS, attach])

@@ -7,10 +7,10 @@ from launch import check_case
 
 @pytest.mark.parametrize("name", fsdp_cases.CASES)
 def test_two_ranks(name):
-    check_case("fsdp_cases", 2, name)
+    check_case("fsdp_cases", name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", fsdp_cases.CASES)
 def test_four_ranks(name):
-    check_case("fsdp_cases", 4, name)
+    check_case("fsdp_cases", name, world_size=4)
