@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from gls_fused.curvature import State
+from gls_fused.distributed import Ranks, unwrapped
 from gls_fused.layers import Layer, find_layers
-from gls_fused.preconditioner import Preconditioner, check_options, describe_layers
+from gls_fused.preconditioner import Preconditioner, check_options, describe_layers, take_sums
 from gls_fused.scaling import take_flag
+from gls_fused.sharding import rows_here
 from gls_fused.state import VERSION, check_curvature, check_version, copy_tensors
 
 
@@ -26,6 +28,7 @@ def attach(
     rank: int | Literal["auto"] = "auto",
     curvature_every: int = 10,
     backend: str = "auto",
+    process_group: Any = None,
 ) -> Attachment:
     """From here on the model's backward leaves D = D0 P in p.grad, for any optimizer to step on.
 
@@ -36,7 +39,8 @@ def attach(
         model: its nn.Linear and nn.Conv2d layers are covered; other gradients stay as they are.
         optimizer: a torch optimizer over the model's parameters.
     Raises:
-        ValueError: an option out of its range, or a model without a layer that GLS covers.
+        ValueError: an option out of its range, a model without a layer that GLS covers,
+            nn.DataParallel, FullyShardedDataParallel.
         RuntimeError: the backend is not available.
     """
     options = {
@@ -47,10 +51,10 @@ def attach(
         "curvature_every": curvature_every,
     }
     check_options(options)
-    layers, reasons = find_layers([("", model)])
+    layers, reasons = find_layers([("", unwrapped(model))])
     if not layers:
         raise ValueError("model: got a model without an nn.Linear or nn.Conv2d that GLS covers")
-    return Attachment(layers, reasons, optimizer, options, backend)
+    return Attachment(layers, reasons, optimizer, options, backend, Ranks(process_group))
 
 
 class Attachment:
@@ -63,6 +67,7 @@ class Attachment:
         optimizer: torch.optim.Optimizer | None,
         options: dict[str, Any],
         backend: str,
+        ranks: Ranks,
     ) -> None:
         self._states: dict[str, dict[str, Any]] = {layer.name: {} for layer in layers}
         self._options = options
@@ -76,7 +81,10 @@ class Attachment:
             options,
             site="backward",
             backend=backend,
+            ranks=ranks,
         )
+        self._ranks = ranks
+        self._started: list[Layer] = []
         self._preconditioner.expect(0, options)
         self._hooks = []
         if optimizer is not None:
@@ -93,11 +101,12 @@ class Attachment:
             skip: 0-d bool; where it is true the rows of the step do not start any.
         """
         self._preconditioner.check_captured()
-        for layer in self._preconditioner.layers:
-            if layer.inverse is None and layer.weight.grad is not None:
-                if not self._preconditioner.start(layer, self._options, skip):
-                    continue
-                gradients = [param.grad for param in layer.params if param.grad is not None]
+        waiting = [layer for layer in self._preconditioner.layers if layer.inverse is None]
+        sums = self._take_sums(waiting, skip)
+        self._started = self._preconditioner.start(sums, self._options)
+        for layer in self._started:
+            gradients = [rows_here(p.grad) for p in layer.params if p.grad is not None]
+            if layer.weight.grad is not None:
                 for gradient, sought in zip(gradients, layer.direction(gradients), strict=True):
                     gradient.copy_(sought)
 
@@ -108,9 +117,23 @@ class Attachment:
         Args:
             skip: 0-d bool; where it is true they are forgotten, without the host knowing.
         """
-        self._preconditioner.commit(self._options, skip)
+        # Rows that came after the start were sketched with the test matrix still.
+        for layer in self._started:
+            layer.take_sums()
+        settled = [layer for layer in self._preconditioner.layers if layer not in self._started]
+        self._started = []
+        sums = self._take_sums(settled, skip)
+        # An optimizer that evaluates the model in its step shows layers their first rows there.
+        self._preconditioner.start(sums, self._options)
+        self._preconditioner.commit(sums, self._options, skip)
         self._step += 1
         self._preconditioner.expect(self._step, self._options)
+
+    def _take_sums(self, layers: list[Layer], skip: Tensor | None) -> dict[Layer, Tensor]:
+        if self._ranks.size > 1:
+            terms = [f"step {self._step}, {self._options}"]
+            self._ranks.agree(terms + describe_layers([self._preconditioner]))
+        return take_sums(layers, self._ranks, skip)
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics by layer, the step and the version: tensors and plain numbers only."""
@@ -137,6 +160,7 @@ class Attachment:
             saved = state_dict["layers"][layer.name]
             self._states[layer.name] = copy_tensors(saved, layer.weight)
         self._preconditioner.restart(self._step, self._options)
+        self._ranks.disagree()
 
     def detach(self) -> None:
         """Leave the model and the optimizer exactly as they were."""
@@ -148,7 +172,13 @@ class Attachment:
         return {
             "layers": self._preconditioner.layers,
             "captured": all(layer.captured for layer in self._preconditioner.layers),
-            "arguments": (self._reasons, self._optimizer, self._options, self._backend),
+            "arguments": (
+                self._reasons,
+                self._optimizer,
+                self._options,
+                self._backend,
+                self._ranks,
+            ),
             "states": self._states,
             "step": self._step,
         }

@@ -37,6 +37,10 @@ class Curvature(Protocol):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the tensors in a state."""
 
+    @property
+    def sums_size(self) -> int:
+        """The length of a layer's sums."""
+
     def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """What the rows are sketched with in place of U before there is an estimate."""
 
@@ -68,6 +72,10 @@ class Dense:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         square = (self.dim, self.dim)
         return {"gram": square, "matrix": square}
+
+    @property
+    def sums_size(self) -> int:
+        return 2 + self.dim * self.dim
 
     def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         return None
@@ -105,6 +113,10 @@ class Subspace:
             "trace": (),
             "shift": (),
         }
+
+    @property
+    def sums_size(self) -> int:
+        return 2 + self.rank * (self.rank + self.dim)
 
     def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         generator = torch.Generator().manual_seed(TEST_MATRIX_SEED)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gls_fused.distributed import unwrapped
 from gls_fused.low_precision import MOST_SEEDS, POLICIES
 from gls_fused.preconditioner import check_choice, check_number, check_options
 
@@ -42,6 +43,7 @@ def split_group(entry: Any) -> tuple[list[tuple[str, nn.Module]], list[Tensor]]:
     params: dict[Tensor, None] = {}
     for index, item in enumerate(entries):
         if isinstance(item, nn.Module):
+            item = unwrapped(item)
             modules.append(("" if len(entries) == 1 else str(index), item))
             params.update(dict.fromkeys(item.parameters()))
         elif isinstance(item, Tensor):

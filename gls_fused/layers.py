@@ -21,6 +21,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from gls_fused.curvature import Curvature, Subspace, add_sums
 from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse, Window
+from gls_fused.sharding import is_sharded, shard_group, sharding_problem
 
 # Of more rows in one backward pass, or images of a convolution, so many stand for all: some tens of
 # directions are known from them, and the sketch's cost does not grow with the batch.
@@ -42,6 +43,7 @@ class Layer(abc.ABC):
         gathers: whether the rows of this step count.
         sums: over the rows of this step, see gls_fused.curvature; None before the first.
         captured: False once another optimizer has taken the modules over.
+        shards: the process group over which the rows of weight and bias are spread, or None.
     """
 
     kind: ClassVar[str]
@@ -53,7 +55,8 @@ class Layer(abc.ABC):
         assert isinstance(weight, Tensor)
         self.weight = weight
         self.bias = bias
-        self.size = weight[0].numel()
+        self.shards = shard_group(weight)
+        self.size = weight.shape[1:].numel()
         self.dim = self.size + (bias is not None)
         self.inverse: Inverse | None = None
         self.test_matrix: Tensor | None = None
@@ -92,6 +95,12 @@ class Layer(abc.ABC):
         return torch.promote_types(self.weight.dtype, torch.float32)
 
     @property
+    def resharded(self) -> bool:
+        """Whether the weight that a module has is sharded, and not the one known here."""
+        held = [module._parameters["weight"] for module in self.modules]
+        return any(weight is not self.weight and is_sharded(weight) for weight in held)
+
+    @property
     def params(self) -> list[Tensor]:
         """Weight and bias."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
@@ -117,6 +126,11 @@ class Layer(abc.ABC):
         """The sums of this step, which are then forgotten."""
         sums, self.sums = self.sums, None
         return sums
+
+    def no_sums(self) -> Tensor:
+        """The sums over no row."""
+        size = self.curvature.sums_size
+        return torch.zeros(size, dtype=self.statistics_dtype, device=self.weight.device)
 
     @torch.no_grad()
     def gather(self, inputs: Tensor) -> None:
@@ -380,6 +394,12 @@ class CapturedForward:
         module, layer = self.module, self.layer
         watched = layer.at_backward or layer.gathers
         if watched and torch.is_grad_enabled() and module.weight.requires_grad:
+            if layer.shards is not None and is_sharded(module.weight):
+                raise RuntimeError(
+                    f"layer {layer.name!r}: expected its weight whole in the forward, as under "
+                    "fully_shard, got a DTensor; GLS does not cover tensor parallelism, pass such "
+                    "parameters as a list"
+                )
             return layer.forward(module, input)
         return type(module).forward(module, input)  # type: ignore[no-any-return]
 
@@ -424,6 +444,8 @@ def find_layers(roots: Iterable[tuple[str, nn.Module]]) -> tuple[list[Layer], di
             problem = "its weight is used in two roles"
         if problem is None and not params[key].numel():
             problem = "its weight is empty"
+        if problem is None:
+            problem = sharding_problem(params[key], modules[0].bias)
         if problem is not None:
             if len(uses) > 1:
                 problem = f"shared by {', '.join(names)}: {problem}"

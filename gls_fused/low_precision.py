@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gls_fused.sharding import rows_here
+
 MOST_SEEDS = 1 << 32
 POLICIES = ("nearest", "stochastic", "master")
 
@@ -70,8 +72,8 @@ def close_copies(
             continue
         if options["low_precision"] == "stochastic":
             assert generator is not None
-            copy = round_stochastically(copy, param.dtype, generator)
-        param.copy_(copy)
+            copy = round_stochastically(rows_here(copy), param.dtype, generator)
+        rows_here(param).copy_(rows_here(copy))
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, cast, overload
@@ -10,13 +11,21 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from gls_fused.distributed import Ranks
 from gls_fused.fallback import adam_, start_adam
 from gls_fused.groups import check_group_options, name_params, split_group
 from gls_fused.layers import Layer, find_layers
 from gls_fused.low_precision import close_copies, is_low, make_generator, open_copies
-from gls_fused.preconditioner import SITES, Preconditioner, check_choice, describe_layers
+from gls_fused.preconditioner import (
+    SITES,
+    Preconditioner,
+    check_choice,
+    describe_layers,
+    take_sums,
+)
 from gls_fused.reference import Inverse, Normalize
 from gls_fused.scaling import take_flag, unscale_
+from gls_fused.sharding import update_shards_
 from gls_fused.state import (
     VERSION,
     check_states,
@@ -63,9 +72,11 @@ class GLS(torch.optim.Optimizer):
         low_precision: how parameters of 16 bits take their step, see `gls_fused.low_precision`:
             "nearest", "stochastic" or "master". Averages and curvature are float32 in any case.
         seed: in [0, 2**32); of the bits that round stochastically, the same on every rank.
+        process_group: whose ranks share the statistics and call `step` together; None, the
+            default group where torch.distributed is initialised.
     Raises:
         ValueError: an option out of its range, a model or module without parameters, an unknown
-            key in a group.
+            key in a group, nn.DataParallel, FullyShardedDataParallel.
         TypeError: parameters where modules are expected.
         RuntimeError: the backend is not available.
     Numerics: rows with a NaN or an infinity, and rows that are all zero, do not enter the
@@ -95,9 +106,11 @@ class GLS(torch.optim.Optimizer):
         backend: str = "auto",
         low_precision: Literal["nearest", "stochastic", "master"] = "stochastic",
         seed: int = 0,
+        process_group: Any = None,
     ) -> None:
         check_choice("site", site, SITES)
         self._site, self._backend = site, backend
+        self._ranks = Ranks(process_group)
         self._preconditioners: list[Preconditioner] = []
         self._reasons: dict[str, str] = {}
         self._names: dict[Tensor, str] = {}
@@ -151,9 +164,15 @@ class GLS(torch.optim.Optimizer):
         index = len(self.param_groups) - 1
         self._preconditioners.append(
             Preconditioner(
-                layers, self._state_of, options, site=self._site_for(options), backend=self._backend
+                layers,
+                self._state_of,
+                options,
+                site=self._site_for(options),
+                backend=self._backend,
+                ranks=self._ranks,
             )
         )
+        self._ranks.disagree()
         self._reasons.update(reasons or _bare_reasons(modules, params, index))
         self._names.update(name_params(modules, params, index))
         self._preconditioners[-1].expect(0, options)
@@ -188,12 +207,13 @@ class GLS(torch.optim.Optimizer):
             self._prime()
             return loss
         skip = take_flag(self)
+        sums = self._take_sums(skip)
         for group, preconditioner in zip(self.param_groups, self._preconditioners, strict=True):
+            self._forget_earlier(preconditioner, preconditioner.start(sums, group))
             ready = [
                 layer
                 for layer in preconditioner.layers
-                if layer.weight.grad is not None
-                and self._is_started(preconditioner, layer, group, skip)
+                if layer.weight.grad is not None and layer.inverse is not None
             ]
             generator = None
             if group["low_precision"] == "stochastic":
@@ -203,7 +223,7 @@ class GLS(torch.optim.Optimizer):
             owned = {param for layer in ready for param in layer.params}
             others = [p for p in group["params"] if p.grad is not None and p not in owned]
             adam_(others, [self.state[p] for p in others], group, generator, skip)
-            preconditioner.commit(group, skip)
+            preconditioner.commit(sums, group, skip)
             if skip is None or not (skip.is_cpu and skip):
                 group["step"] += 1
             preconditioner.expect(group["step"], group)
@@ -264,6 +284,7 @@ class GLS(torch.optim.Optimizer):
             **super().__getstate__(),
             "_site": self._site,
             "_backend": self._backend,
+            "_ranks": self._ranks,
             "_reasons": self._reasons,
             "_names": self._names,
             "_layers": [preconditioner.layers for preconditioner in self._preconditioners],
@@ -288,7 +309,12 @@ class GLS(torch.optim.Optimizer):
         pairs = zip(self.param_groups, layers, captured, strict=True)
         for group, mine, flags in pairs:
             preconditioner = Preconditioner(
-                mine, self._state_of, group, site=self._site_for(group), backend=self._backend
+                mine,
+                self._state_of,
+                group,
+                site=self._site_for(group),
+                backend=self._backend,
+                ranks=self._ranks,
             )
             self._preconditioners.append(preconditioner)
             for layer, flag in zip(mine, flags, strict=True):
@@ -330,6 +356,7 @@ class GLS(torch.optim.Optimizer):
     def _restart(self) -> None:
         for group, preconditioner in zip(self.param_groups, self._preconditioners, strict=True):
             preconditioner.restart(group["step"], group)
+        self._ranks.disagree()
 
     def _check_dense(self) -> None:
         for group in self.param_groups:
@@ -372,26 +399,29 @@ class GLS(torch.optim.Optimizer):
         # The step size is the true gradient's, which the backward site does not keep.
         return "step" if options["normalize"] == "sgd" else self._site
 
-    def _is_started(
-        self,
-        preconditioner: Preconditioner,
-        layer: Layer,
-        group: Mapping[str, Any],
-        skip: Tensor | None,
-    ) -> bool:
-        if layer.inverse is not None:
-            return True
-        started = preconditioner.start(layer, group, skip)
-        state = self.state[layer.weight]
-        if started or "rows" in state:
-            # What the layer got so far were Adam's updates, whose averages are of another quantity;
-            # or zeros, to be filled, which Adam would take for averages.
-            for param in layer.params:
-                for key in ("step", "exp_avg", "exp_avg_sq"):
-                    self.state[param].pop(key, None)
-        if not started and "rows" in state:
-            state.clear()
-        return started
+    def _take_sums(self, skip: Tensor | None) -> dict[Layer, Tensor]:
+        """The sums of this step over the rows of all ranks."""
+        if self._ranks.size > 1:
+            free = ("params", "param_names")
+            self._ranks.agree(
+                [str({k: v for k, v in g.items() if k not in free}) for g in self.param_groups]
+                + describe_layers(self._preconditioners)
+            )
+        layers = [layer for p in self._preconditioners for layer in p.layers]
+        return take_sums(layers, self._ranks, skip)
+
+    def _forget_earlier(self, preconditioner: Preconditioner, started: list[Layer]) -> None:
+        """What layers got before they started were Adam's updates, averages of another quantity.
+
+        Or zeros for a saved state to fill, which Adam would take for averages.
+        """
+        waiting = [layer for layer in preconditioner.layers if layer.inverse is None]
+        primed = [layer for layer in waiting if "rows" in self._state_of(layer, False)]
+        for param in (param for layer in started + primed for param in layer.params):
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                self.state[param].pop(key, None)
+        for layer in primed:
+            self.state[layer.weight].clear()
 
     def _update(
         self,
@@ -401,7 +431,7 @@ class GLS(torch.optim.Optimizer):
         generator: torch.Generator | None,
         skip: Tensor | None,
     ) -> None:
-        """One update of layers of one dtype, with P where the backward has not applied it."""
+        """One update of layers that are alike, with P where the backward has not applied it."""
         params: list[Tensor] = []
         inverses: list[Inverse | None] = []
         sizes: list[int] = []
@@ -427,7 +457,10 @@ class GLS(torch.optim.Optimizer):
         gradients = [
             p.grad if copy is p else p.grad.float() for p, copy in pairs if p.grad is not None
         ]
-        preconditioner.backend.update_layers_(
+        update_layers_ = preconditioner.backend.update_layers_
+        if layers[0].shards is not None:
+            update_layers_ = functools.partial(update_shards_, preconditioner.backend)
+        update_layers_(
             copies,
             gradients,
             [state["exp_avg"] for state in states] if group["momentum"] else [],
@@ -447,10 +480,10 @@ class GLS(torch.optim.Optimizer):
 
 
 def _group_layers(layers: list[Layer], options: Mapping[str, Any]) -> list[list[Layer]]:
-    """Layers that one update takes together: of one dtype and device."""
+    """Layers that one update takes together: of one dtype, device and sharding."""
     groups: dict[tuple[object, ...], list[Layer]] = {}
     for layer in layers:
-        key: tuple[object, ...] = (layer.weight.dtype, layer.weight.device)
+        key: tuple[object, ...] = (layer.weight.dtype, layer.weight.device, layer.shards)
         # One by one, so that the float32 copies of a single layer are alive at a time.
         if options["low_precision"] == "stochastic" and is_low(layer.weight):
             key = (*key, layer.name)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gls_fused.curvature import State, make_curvature, settle
 from gls_fused.dispatch import backend_name, resolve_backend
+from gls_fused.distributed import Ranks
 from gls_fused.layers import Layer
 
 CURVATURES = ("subspace", "dense")
@@ -57,6 +58,7 @@ class Preconditioner:
             Asked not to keep it, an empty one where there is none.
         site: "auto", "step" or "backward".
         backend: a name that `resolve_backend` knows.
+        ranks: who share the statistics.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class Preconditioner:
         *,
         site: str,
         backend: str,
+        ranks: Ranks,
     ) -> None:
         self.layers = layers
+        self.ranks = ranks
         self.state_of = state_of
         self.site = site
         # Whether the layers know of the inverses in force, and whether they were told to gather.
@@ -87,6 +91,11 @@ class Preconditioner:
                     f"layer {layer.name!r} is no longer captured: the optimizer was detached, or "
                     "another one was built on the same model"
                 )
+            if layer.resharded:
+                raise RuntimeError(
+                    f"layer {layer.name!r}: its weight was sharded after the optimizer was built; "
+                    "call fully_shard first"
+                )
 
     def release(self) -> None:
         """Give all modules their own forward back."""
@@ -98,37 +107,50 @@ class Preconditioner:
         for layer in self.layers:
             layer.take_sums()
 
-    def start(self, layer: Layer, options: Mapping[str, Any], skip: Tensor | None = None) -> bool:
-        """Start a layer's statistics from its first sums, if there are usable ones.
+    def start(self, sums: dict[Layer, Tensor], options: Mapping[str, Any]) -> list[Layer]:
+        """Start the statistics of the layers that have none yet, from their first sums.
 
-        This reads one number on the host, once in the layer's life.
-        """
-        sums = _take(layer, skip)
-        if sums is None or not sums[0] > 0:
-            return False
-        state = self.state_of(layer, True)
-        sketch = layer.curvature.start(state, sums)
-        settle([(layer.curvature, state, sketch)], options["damping"])
-        state.update(rows=int(sums[0]), outputs=layer.outputs)
-        layer.inverse = layer.curvature.inverse(state)
-        self._settled = False
-        return True
-
-    def commit(self, options: Mapping[str, Any], skip: Tensor | None = None) -> None:
-        """Blend the sums of this step into the statistics, and make the inverses anew.
+        This reads one number per layer on the host, once in its life; with several ranks, at each
+        step until the layer has seen a row on one of them.
 
         Args:
-            skip: 0-d bool; where it is true the sums are forgotten, without the host knowing.
+            sums: of `take_sums`; those of layers without statistics are taken out.
+        Returns:
+            The layers that have a P from here on.
+        """
+        started = []
+        for layer in self.layers:
+            if layer.inverse is None and layer in sums:
+                mine = sums.pop(layer)
+                rows = int(mine[0])
+                if rows > 0:
+                    state = self.state_of(layer, True)
+                    state.update(rows=rows, outputs=layer.outputs)
+                    started.append((layer, state, layer.curvature.start(state, mine)))
+        if started:
+            settle(
+                [(layer.curvature, state, sketch) for layer, state, sketch in started],
+                options["damping"],
+            )
+            self._settled = False
+        for layer, state, _ in started:
+            layer.inverse = layer.curvature.inverse(state)
+        return [layer for layer, _, _ in started]
+
+    def commit(
+        self, sums: Mapping[Layer, Tensor], options: Mapping[str, Any], skip: Tensor | None = None
+    ) -> None:
+        """Blend the sums of a step into the statistics, and make the inverses anew.
+
+        Args:
+            sums: of `take_sums`, which count no row where `skip` is true.
+            skip: 0-d bool; where it is true the states stay as they are.
         """
         blended = []
         for layer in self.layers:
-            if layer.inverse is None:
-                self.start(layer, options, skip)
-                continue
-            sums = _take(layer, skip)
-            if sums is not None:
+            if layer in sums:
                 state = self.state_of(layer, True)
-                sketch = layer.curvature.blend(state, sums, options["beta"])
+                sketch = layer.curvature.blend(state, sums[layer], options["beta"])
                 blended.append((layer.curvature, state, sketch))
         settle(blended, options["damping"], skip)
 
@@ -164,17 +186,32 @@ class Preconditioner:
 
     def _applies_at_backward(self, layer: Layer, state: State) -> bool:
         if self.site == "auto":
-            fewer: bool = state["rows"] < layer.outputs
+            # A rank multiplies its rows, or the gradient, of which it has a part where sharded.
+            gradients = self.ranks.size if layer.shards is None else 1
+            fewer: bool = state["rows"] < layer.outputs * gradients
             return layer.kind == "Linear" and fewer
         return self.site == "backward"
 
 
-def _take(layer: Layer, skip: Tensor | None) -> Tensor | None:
-    """The sums of this step, which count no row where `skip` is true."""
-    sums = layer.take_sums()
-    if sums is None or skip is None:
-        return sums
-    return torch.where(skip, torch.zeros_like(sums), sums)
+def take_sums(
+    layers: Sequence[Layer], ranks: Ranks, skip: Tensor | None = None
+) -> dict[Layer, Tensor]:
+    """The sums of this step over the rows of all ranks, by layer; the layers forget theirs.
+
+    With several ranks, a layer that gathers takes part whether or not it saw rows on this one.
+
+    Args:
+        skip: 0-d bool; where it is true no row counts, without the host knowing.
+    """
+    # A frozen layer sees no rows on any rank.
+    taking = [layer for layer in layers if layer.gathers and layer.weight.requires_grad]
+    own = {layer: sums for layer in taking if (sums := layer.take_sums()) is not None}
+    if skip is not None:
+        own = {layer: torch.where(skip, torch.zeros_like(x), x) for layer, x in own.items()}
+    if ranks.size == 1 or not taking:
+        return own
+    parts = [own[layer] if layer in own else layer.no_sums() for layer in taking]
+    return dict(zip(taking, ranks.sum(parts), strict=True))
 
 
 def describe_layers(preconditioners: Sequence[Preconditioner]) -> list[str]:

@@ -16,7 +16,8 @@ Rows are passed as [n, k]; `ones` says that the column of ones belongs to them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -294,21 +295,27 @@ def update_layers_(
         skip: 0-d bool; where it is true nothing changes, which the host need not know.
     Numerics: a gradient that is not finite makes the layer not finite, as with Adam.
     """
-    written = [*params, *exp_avgs, *exp_avg_sqs, *steps]
-    before = [] if skip is None else [tensor.clone() for tensor in written]
     options = (lr, momentum, beta2, eps, weight_decay)
     first = 0
-    for layer, size in enumerate(layer_sizes):
-        mine = slice(first, first + size)
-        squares = exp_avg_sqs[layer : layer + 1] if normalize == "rms" else exp_avg_sqs[mine]
-        steps[layer].add_(1)
-        _update_layer_(
-            params[mine], gradients[mine], exp_avgs[mine], squares, steps[layer], inverses[layer],
-            normalize, *options,
-        )  # fmt: skip
-        first += size
+    with kept_where(skip, [*params, *exp_avgs, *exp_avg_sqs, *steps]):
+        for layer, size in enumerate(layer_sizes):
+            mine = slice(first, first + size)
+            squares = exp_avg_sqs[layer : layer + 1] if normalize == "rms" else exp_avg_sqs[mine]
+            steps[layer].add_(1)
+            _update_layer_(
+                params[mine], gradients[mine], exp_avgs[mine], squares, steps[layer],
+                inverses[layer], normalize, *options,
+            )  # fmt: skip
+            first += size
+
+
+@contextmanager
+def kept_where(skip: Tensor | None, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Undo what is written to the tensors inside, where `skip` [] is true."""
+    before = [] if skip is None else [tensor.clone() for tensor in tensors]
+    yield
     if skip is not None:
-        for tensor, old in zip(written, before, strict=True):
+        for tensor, old in zip(tensors, before, strict=True):
             tensor.copy_(torch.where(skip, old, tensor))
 
 
@@ -326,8 +333,26 @@ def _update_layer_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    decayed = 1 - lr * weight_decay
-    bias_correction = 1 - momentum ** step.double() if momentum else 1.0
+    directions = layer_directions(gradients, exp_avgs, inverse)
+    scales: list[Tensor | float] = [1.0] * len(params)
+    if normalize == "rms":
+        squares = torch.stack([d.square().sum(dtype=exp_avg_sqs[0].dtype) for d in directions])
+        exp_avg_sqs[0].lerp_(squares.sum() / max(1, sum(d.numel() for d in directions)), 1 - beta2)
+        scales = [inverse_root(exp_avg_sqs[0], step, beta2, eps)] * len(params)
+    elif normalize == "adam":
+        for d, v in zip(directions, exp_avg_sqs, strict=True):
+            v.lerp_(d.square().to(v.dtype), 1 - beta2)
+        scales = [inverse_root(v, step, beta2, eps) for v in exp_avg_sqs]
+    elif normalize == "sgd":
+        norm = layer_norm(directions)
+        scales = [torch.where(norm > 0, layer_norm(gradients) / norm, 1.0)] * len(params)
+    move_layer_(params, directions, exp_avgs, scales, step, lr, momentum, weight_decay)
+
+
+def layer_directions(
+    gradients: Sequence[Tensor], exp_avgs: Sequence[Tensor], inverse: Inverse | None
+) -> list[Tensor]:
+    """D of a layer's weight and bias, in the dtype of m; the gradients where `inverse` is None."""
     directions = list(gradients)
     if inverse is not None:
         weight, *bias = gradients
@@ -336,20 +361,26 @@ def _update_layer_(
         directions = [part.view_as(gradient) for part, gradient in shaped if part is not None]
     if exp_avgs:
         directions = [d.to(m.dtype) for d, m in zip(directions, exp_avgs, strict=True)]
-    scales: list[Tensor | float] = [1.0] * len(params)
-    if normalize == "rms":
-        squares = torch.stack([d.square().sum(dtype=exp_avg_sqs[0].dtype) for d in directions])
-        exp_avg_sqs[0].lerp_(squares.sum() / max(1, sum(d.numel() for d in directions)), 1 - beta2)
-        scales = [_inverse_root(exp_avg_sqs[0], step, beta2, eps)] * len(params)
-    elif normalize == "adam":
-        for d, v in zip(directions, exp_avg_sqs, strict=True):
-            v.lerp_(d.square().to(v.dtype), 1 - beta2)
-        scales = [_inverse_root(v, step, beta2, eps) for v in exp_avg_sqs]
-    elif normalize == "sgd":
-        norm = layer_norm(directions)
-        scales = [torch.where(norm > 0, layer_norm(gradients) / norm, 1.0)] * len(params)
+    return directions
 
-    averages: Sequence[Tensor] = directions
+
+def move_layer_(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    scales: Sequence[Tensor | float],
+    step: Tensor,
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """The last two lines of `update_layers_`, for one layer.
+
+    m <- momentum m + (1 - momentum) D,   W <- W (1 - lr weight_decay) - lr scale m^
+    """
+    decayed = 1 - lr * weight_decay
+    bias_correction = 1 - momentum ** step.double() if momentum else 1.0
+    averages = directions
     if exp_avgs:
         for m, d in zip(exp_avgs, directions, strict=True):
             m.lerp_(d, 1 - momentum)
@@ -365,7 +396,7 @@ def layer_norm(tensors: Sequence[Tensor]) -> Tensor:
     return norm
 
 
-def _inverse_root(exp_avg_sq: Tensor, step: Tensor, beta2: float, eps: float) -> Tensor:
+def inverse_root(exp_avg_sq: Tensor, step: Tensor, beta2: float, eps: float) -> Tensor:
     """1 / (sqrt(v^) + eps), v^ = v / (1 - beta2^step)."""
     corrected = exp_avg_sq / (1 - beta2 ** step.double()).to(exp_avg_sq.dtype)
     return 1 / (corrected.sqrt() + eps)

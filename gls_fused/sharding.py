@@ -1,0 +1,143 @@
+"""Layers whose rows are spread over ranks, as torch.distributed.fsdp.fully_shard leaves them.
+
+Weight and bias are DTensors then, sharded over the outputs. P acts on columns, so each rank takes
+its rows of D = D0 P by itself; only the norms of a whole layer ("rms", "sgd") need all ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gls_fused.reference import (
+    Inverse,
+    Normalize,
+    inverse_root,
+    kept_where,
+    layer_directions,
+    move_layer_,
+)
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor."""
+    # Importing that module takes half a second, and where nobody has, there is no DTensor.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def rows_here(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharing its memory; all of it where it is not sharded."""
+    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return local
+
+
+def shard_group(weight: Any) -> Any:
+    """The process group over which the rows of a weight are spread, or None."""
+    if not is_sharded(weight):
+        return None
+    return weight.device_mesh.get_group(_sharded_dimensions(weight)[0])
+
+
+def sharding_problem(weight: Any, bias: Any) -> str | None:
+    """Why GLS cannot work on a layer sharded like that, or None if it can."""
+    if not is_sharded(weight) and not is_sharded(bias):
+        return None
+    if not is_sharded(weight) or (bias is not None and not is_sharded(bias)):
+        return "its weight and bias are not sharded alike"
+    if bias is not None and (bias.device_mesh, bias.placements) != (
+        weight.device_mesh,
+        weight.placements,
+    ):
+        return "its weight and bias are not sharded alike"
+    dimensions = _sharded_dimensions(weight)
+    if len(dimensions) != 1 or not weight.placements[dimensions[0]].is_shard(0):
+        return f"it is placed as {weight.placements}, not sharded over its outputs alone"
+    return None
+
+
+def update_shards_(
+    backend: ModuleType,
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    inverses: Sequence[Inverse | None],
+    *,
+    layer_sizes: Sequence[int],
+    normalize: Normalize,
+    lr: float | Tensor,
+    momentum: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    skip: Tensor | None = None,
+) -> None:
+    """`reference.update_layers_` for layers that are sharded over the same ranks.
+
+    "none" and "adam" are the backend's own update of a rank's rows. "rms" and "sgd" take one
+    all-reduce of one or two numbers per layer.
+
+    Args:
+        params: DTensors, as are gradients, exp_avgs and, for "adam", exp_avg_sqs; the rest is the
+            same on all ranks.
+    """
+    group, elements = shard_group(params[0]), [param.numel() for param in params]
+    params, gradients, exp_avgs, exp_avg_sqs = (
+        [rows_here(tensor) for tensor in tensors]
+        for tensors in (params, gradients, exp_avgs, exp_avg_sqs)
+    )
+    if normalize in ("none", "adam"):
+        backend.update_layers_(
+            params, gradients, exp_avgs, exp_avg_sqs, steps, inverses, layer_sizes=layer_sizes,
+            normalize=normalize, lr=lr, momentum=momentum, beta2=beta2, eps=eps,
+            weight_decay=weight_decay, skip=skip,
+        )  # fmt: skip
+        return
+    layers = _slices(layer_sizes)
+    directions = [
+        layer_directions(gradients[mine], exp_avgs[mine], inverse)
+        for mine, inverse in zip(layers, inverses, strict=True)
+    ]
+    squares = torch.stack([_square_sum(mine) for mine in directions])[None]
+    if normalize == "sgd":
+        first = torch.stack([_square_sum(gradients[mine]) for mine in layers])
+        squares = torch.cat([squares, first[None]])
+    dist.all_reduce(squares, group=group)
+    with kept_where(skip, [*params, *exp_avgs, *exp_avg_sqs, *steps]):
+        for layer, mine in enumerate(layers):
+            steps[layer].add_(1)
+            if normalize == "rms":
+                mean = squares[0, layer] / sum(elements[mine])
+                exp_avg_sqs[layer].lerp_(mean.to(exp_avg_sqs[layer].dtype), 1 - beta2)
+                scale = inverse_root(exp_avg_sqs[layer], steps[layer], beta2, eps)
+            else:
+                norm, gradient_norm = squares[:, layer].sqrt()
+                scale = torch.where(norm > 0, gradient_norm / norm, 1.0)
+            move_layer_(
+                params[mine], directions[layer], exp_avgs[mine], [scale] * layer_sizes[layer],
+                steps[layer], lr, momentum, weight_decay,
+            )  # fmt: skip
+
+
+def _sharded_dimensions(weight: Any) -> list[int]:
+    """Of the device mesh."""
+    return [i for i, placement in enumerate(weight.placements) if not placement.is_replicate()]
+
+
+def _slices(sizes: Sequence[int]) -> list[slice]:
+    ends = [sum(sizes[: layer + 1]) for layer in range(len(sizes))]
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _square_sum(tensors: Sequence[Tensor]) -> Tensor:
+    """In at least float32."""
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.stack([tensor.square().sum(dtype=wide) for tensor in tensors]).sum()

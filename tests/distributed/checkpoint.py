@@ -1,0 +1,28 @@
+"""Saving and loading as users of torch.distributed.checkpoint do it."""
+
+import os
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+
+def save(folder, model, optimizer):
+    """Every rank its shards."""
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=os.fspath(folder))
+
+
+def load(folder, model, optimizer, take_step):
+    """Into a fresh model and optimizer, on any number of ranks.
+
+    Args:
+        take_step: any step of the optimizer; it makes the tensors that the saved ones are read
+            into, as a state is empty before the first.
+    """
+    take_step()
+    weights, state = get_state_dict(model, optimizer)
+    found = {"model": weights, "optimizer": state}
+    dcp.load(found, checkpoint_id=os.fspath(folder))
+    set_state_dict(
+        model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"]
+    )

@@ -1,0 +1,253 @@
+"""Cases under DistributedDataParallel; see launch.py."""
+
+import copy
+import itertools
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+from nets import loss_of, make_batch, make_net
+from ranks import (
+    OPTIONS,
+    STEPS,
+    Traffic,
+    alone,
+    assert_one_preconditioner,
+    assert_same_bits,
+    assert_same_weights,
+    even,
+    part_of,
+    train_on_all,
+    train_on_part,
+)
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gls_fused import GLS, attach
+
+CASES = {}
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+def check_equals_one_process(kind, sizes, options, **wrapper):
+    expected = make_net(kind)
+    train_on_all(expected, GLS(expected, **options, process_group=alone()), kind, sum(sizes))
+    model = make_net(kind)
+    optimizer = GLS(model, **options)
+    train_on_part(DistributedDataParallel(model, **wrapper), optimizer, kind, sizes)
+    assert_same_weights(model, expected)
+    assert_one_preconditioner(optimizer.state.values())
+    for p in model.parameters():
+        assert_same_bits(p.detach())
+
+
+for kind, site in itertools.product(("mlp", "cnn"), ("step", "backward")):
+    for split, sizes in (("even", [4, 4]), ("uneven", [3, 5])):
+        CASES[f"{kind}_{site}_{split}"] = lambda kind=kind, sizes=sizes, site=site: (
+            check_equals_one_process(kind, sizes, {**OPTIONS, "site": site})
+        )
+for normalize in ("adam", "sgd", "none"):
+    CASES[f"normalize_{normalize}"] = lambda normalize=normalize: check_equals_one_process(
+        "mlp", [3, 5], {**OPTIONS, "normalize": normalize}
+    )
+
+
+@case
+def dense_curvature():
+    check_equals_one_process("mlp", [3, 5], {**OPTIONS, "curvature": "dense"})
+
+
+@case
+def gradient_as_bucket_view():
+    options = {**OPTIONS, "site": "backward"}
+    check_equals_one_process("mlp", [4, 4], options, gradient_as_bucket_view=True)
+
+
+@case
+def static_graph():
+    check_equals_one_process("mlp", [4, 4], {**OPTIONS, "site": "backward"}, static_graph=True)
+
+
+@case
+def no_sync_accumulation():
+    for site in ("step", "backward"):
+        options = {**OPTIONS, "site": site}
+        expected = make_net("mlp")
+        train_on_all(expected, GLS(expected, **options, process_group=alone()), "mlp", 12)
+        model = make_net("mlp")
+        optimizer = GLS(model, **options)
+        wrapped = DistributedDataParallel(model)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            mine = part_of(make_batch("mlp", 12, step), even(12))
+            for micro, last in ((slice(0, 2), False), (slice(2, 6), True)):
+                batch = tuple(x[micro] for x in mine)
+                with nullcontext() if last else wrapped.no_sync():
+                    (loss_of(wrapped, batch) * len(batch[0]) / 6).backward()
+            optimizer.step()
+        assert_same_weights(model, expected)
+        assert_one_preconditioner(optimizer.state.values())
+
+
+@case
+def layer_unused_on_a_rank():
+    """And, in some of the steps, on all ranks."""
+    for site in ("step", "backward"):
+        options = {**OPTIONS, "site": site}
+        world, rank = dist.get_world_size(), dist.get_rank()
+        expected, model = make_net("mlp"), make_net("mlp")
+        reference = GLS(expected, **options, process_group=alone())
+        optimizer = GLS(model, **options)
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        for step in range(STEPS):
+            batch = make_batch("mlp", 8, step)
+            parts = zip(*(x.split(even(8)) for x in batch), strict=True)
+            skips = [step in (0, 3) or r > 0 for r in range(world)]
+            reference.zero_grad()
+            for part, skip in zip(parts, skips, strict=True):
+                (loss_of(expected, part, skip=skip) / world).backward()
+            reference.step()
+            optimizer.zero_grad()
+            loss_of(wrapped, part_of(batch, even(8)), skip=skips[rank]).backward()
+            optimizer.step()
+        assert_same_weights(model, expected)
+        assert "basis" in optimizer.state[model.second.weight]
+        assert_one_preconditioner(optimizer.state.values())
+
+
+@case
+def attached_optimizer():
+    expected, model = make_net("cnn"), make_net("cnn")
+    options = {"rank": 4, "curvature_every": 3}
+    reference = torch.optim.Adam(expected.parameters(), lr=0.01)
+    attach(expected, reference, **options, process_group=alone())
+    train_on_all(expected, reference, "cnn", 8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    wrapped = DistributedDataParallel(model)
+    handle = attach(wrapped, optimizer, **options)
+    train_on_part(wrapped, optimizer, "cnn", [3, 5])
+    assert_same_weights(model, expected)
+    assert_one_preconditioner(handle.state_dict()["layers"].values())
+
+
+@case
+def wrapped_or_not_is_one_model():
+    model = make_net("mlp")
+    wrapped = DistributedDataParallel(make_net("mlp"))
+    one, other = GLS(model, **OPTIONS), GLS(wrapped, **OPTIONS)
+    assert other.report() == one.report()
+    train_on_part(wrapped, other, "mlp", even(8), range(4))
+    one.load_state_dict(copy.deepcopy(other.state_dict()))
+    model.load_state_dict(wrapped.module.state_dict())
+    train_on_part(wrapped, other, "mlp", even(8), range(4, 8))
+    train_on_part(DistributedDataParallel(model), one, "mlp", even(8), range(4, 8))
+    for p, q in zip(model.parameters(), wrapped.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@case
+def site_is_the_same_on_all_ranks():
+    """A rank with many rows and one with few go by the mean."""
+    for few, site in ((6, "backward"), (9, "step")):
+        model = make_net("mlp")
+        optimizer = GLS(model, **OPTIONS)
+        sizes = [1] * (dist.get_world_size() - 1) + [few * dist.get_world_size() + 1]
+        train_on_part(DistributedDataParallel(model), optimizer, "mlp", sizes, range(2))
+        line = next(x for x in optimizer.report().splitlines() if x.startswith("first"))
+        assert f"site {site}" in line, line
+        reports = [None] * dist.get_world_size()
+        dist.all_gather_object(reports, optimizer.report())
+        assert set(reports) == {optimizer.report()}
+
+
+@case
+def commit_is_one_all_reduce_of_the_sums():
+    model = make_net("cnn")
+    optimizer = GLS(
+        [{"params": [model.stem, model.first]}, {"params": [model.second, model.head]}], **OPTIONS
+    )
+    wrapped = DistributedDataParallel(model)
+    layers = (model.stem, model.first, model.second, model.head)
+    rows = [layer.weight[0].numel() + 1 for layer in layers]
+    small_sums = sum(2 + 4 * 4 + 4 * d for d in rows)
+    for step in range(7):
+        optimizer.zero_grad()
+        loss_of(wrapped, part_of(make_batch("cnn", 8, step), even(8))).backward()
+        with Traffic() as traffic:
+            optimizer.step()
+        assert traffic.reduced == ([] if step % 3 else [small_sums]), traffic.reduced
+        # Before their first common step the ranks compare what they are about to do.
+        assert bool(traffic.others) == (step == 0), traffic.others
+
+
+@case
+def attach_communicates_once_a_commit():
+    model = make_net("mlp")
+    handle = attach(model, rank=4, curvature_every=3)
+    wrapped = DistributedDataParallel(model)
+    for step in range(5):
+        model.zero_grad()
+        loss_of(wrapped, part_of(make_batch("mlp", 8, step), even(8))).backward()
+        with Traffic() as traffic:
+            handle.pre_step()
+            handle.commit()
+        assert len(traffic.reduced) == (step % 3 == 0), traffic.reduced
+
+
+@case
+def group_of_one_does_not_communicate():
+    model = make_net("mlp")
+    optimizer = GLS(model, **OPTIONS, process_group=alone())
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(model, make_batch("mlp", 8, step)).backward()
+        with Traffic() as traffic:
+            optimizer.step()
+        assert not traffic.reduced
+        assert not traffic.others
+
+
+@case
+def frozen_layers_take_no_part():
+    model = make_net("mlp")
+    model.stem.requires_grad_(False)
+    model.first.requires_grad_(False)
+    optimizer = GLS(model, **OPTIONS)
+    wrapped = DistributedDataParallel(model)
+    loss_of(wrapped, part_of(make_batch("mlp", 8, 0), even(8))).backward()
+    with Traffic() as traffic:
+        optimizer.step()
+    assert traffic.reduced == [2 * (2 + 4 * 4 + 4 * 9)]
+
+
+@case
+def disagreement_is_an_error_on_all_ranks():
+    rank = dist.get_rank()
+    other = {"damping": 0.25} if rank else {}
+    optimizer = GLS(make_net("mlp"), **{**OPTIONS, **other})
+    with pytest.raises(RuntimeError, match=r"ranks must agree: .*'damping': 0\.25"):
+        optimizer.step()
+    model = nn.Linear(4, 3 + rank)
+    with pytest.raises(RuntimeError, match=r"Linear 5 -> 3.*Linear 5 -> 4"):
+        attach(model).commit()
+
+
+@case
+def state_loaded_on_one_rank_only_is_an_error():
+    model = make_net("mlp")
+    optimizer = GLS(model, **OPTIONS)
+    train_on_part(DistributedDataParallel(model), optimizer, "mlp", even(8), range(3))
+    state = optimizer.state_dict()
+    model = make_net("mlp")
+    optimizer = GLS(model, **OPTIONS)
+    if dist.get_rank() == 0:
+        optimizer.load_state_dict(state)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"'step': 3.*'step': 0"):
+        train_on_part(DistributedDataParallel(model), optimizer, "mlp", even(8), range(1))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))

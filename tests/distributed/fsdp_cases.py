@@ -1,0 +1,306 @@
+"""Cases under fully_shard (FSDP2); see launch.py."""
+
+import functools
+import itertools
+import shutil
+import tempfile
+from pathlib import Path
+
+import checkpoint
+import pytest
+import torch
+import torch.distributed as dist
+from nets import loss_of, make_batch, make_net
+from ranks import (
+    OPTIONS,
+    STEPS,
+    Traffic,
+    alone,
+    assert_one_preconditioner,
+    assert_same_weights,
+    even,
+    part_of,
+    train_on_all,
+    train_on_part,
+    whole,
+)
+from tolerances import PRODUCT, assert_near
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+from gls_fused import GLS, attach
+
+CASES = {}
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+@functools.cache
+def line_mesh():
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def sharded(model, mesh=None, **options):
+    """Every layer and the root as fully_shard leaves them."""
+    mesh = mesh or line_mesh()
+    for child in model.children():
+        if any(True for _ in child.parameters()):
+            fully_shard(child, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+class Uneven(nn.Sequential):
+    """10 outputs and 1: over 4 ranks 3, 3, 3, 1 and 1, 0, 0, 0; the norm takes Adam's update."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(6, 10), nn.LayerNorm(10), nn.Tanh(), nn.Linear(10, 1))
+
+    def forward(self, inputs):
+        return super().forward(inputs).repeat(1, 3)
+
+
+def make(kind):
+    if kind != "uneven":
+        return make_net(kind)
+    torch.manual_seed(0)
+    return Uneven().double()
+
+
+def sizes_of(kind):
+    """Of the ranks' parts of a batch; a convolution sketches no more than 16 images."""
+    sizes = [3, 5] if dist.get_world_size() == 2 else [3, 5, 2, 4]
+    return sizes if kind == "cnn" else [2 * size for size in sizes]
+
+
+def check_equals_one_process(kind, options, **policy):
+    expected, model, sizes = make(kind), sharded(make(kind), **policy), sizes_of(kind)
+    data = "cnn" if kind == "cnn" else "mlp"
+    train_on_all(expected, GLS(expected, **options, process_group=alone()), data, sum(sizes))
+    optimizer = GLS(model, **options)
+    train_on_part(model, optimizer, data, sizes)
+    assert_same_weights(model, expected)
+    assert_one_preconditioner(optimizer.state.values())
+    for p, state in optimizer.state.items():
+        assert isinstance(state["exp_avg"], DTensor)
+        assert state["exp_avg"].placements == p.placements
+
+
+for kind, site in itertools.product(("mlp", "cnn", "uneven"), ("step", "backward")):
+    CASES[f"{kind}_{site}"] = lambda kind=kind, site=site: check_equals_one_process(
+        kind, {**OPTIONS, "site": site}
+    )
+for normalize in ("adam", "sgd", "none"):
+    CASES[f"normalize_{normalize}"] = lambda normalize=normalize: check_equals_one_process(
+        "uneven", {**OPTIONS, "normalize": normalize, "weight_decay": 0.1}
+    )
+for reshard in (True, False):
+    CASES[f"reshard_after_forward_{reshard}"] = lambda reshard=reshard: check_equals_one_process(
+        "mlp", {**OPTIONS, "site": "backward"}, reshard_after_forward=reshard
+    )
+
+
+@case
+def dense_curvature():
+    check_equals_one_process("uneven", {**OPTIONS, "curvature": "dense"})
+
+
+@case
+def accumulation_without_reduction():
+    for site in ("step", "backward"):
+        options = {**OPTIONS, "site": site}
+        world = dist.get_world_size()
+        expected, model = make_net("mlp"), sharded(make_net("mlp"))
+        train_on_all(expected, GLS(expected, **options, process_group=alone()), "mlp", 6 * world)
+        optimizer = GLS(model, **options)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            mine = part_of(make_batch("mlp", 6 * world, step), [6] * world)
+            for micro, last in ((slice(0, 2), False), (slice(2, 6), True)):
+                batch = tuple(x[micro] for x in mine)
+                model.set_requires_gradient_sync(last)
+                (loss_of(model, batch) * len(batch[0]) / 6).backward()
+            optimizer.step()
+        assert_same_weights(model, expected)
+
+
+@case
+def clipped_by_norm():
+    def clip(model):
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        assert whole(norm) > 0.1
+
+    expected, model, sizes = make_net("mlp"), sharded(make_net("mlp")), sizes_of("mlp")
+    reference = GLS(expected, **OPTIONS, process_group=alone())
+    for step in range(STEPS):
+        reference.zero_grad()
+        loss_of(expected, make_batch("mlp", sum(sizes), step)).backward()
+        clip(expected)
+        reference.step()
+    train_on_part(model, GLS(model, **OPTIONS), "mlp", sizes, average=clip)
+    assert_same_weights(model, expected)
+
+
+@case
+def attached_optimizer():
+    options = {"rank": 4, "curvature_every": 3}
+    expected, model, sizes = make("uneven"), sharded(make("uneven")), sizes_of("uneven")
+    reference = torch.optim.Adam(expected.parameters(), lr=0.01)
+    attach(expected, reference, **options, process_group=alone())
+    train_on_all(expected, reference, "mlp", sum(sizes))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    handle = attach(model, optimizer, **options)
+    train_on_part(model, optimizer, "mlp", sizes)
+    assert_same_weights(model, expected)
+    assert_one_preconditioner(handle.state_dict()["layers"].values())
+
+
+@case
+def some_layers_whole_on_every_rank():
+    """The gradients of those are averaged by hand, as fully_shard leaves them alone."""
+
+    def average(model):
+        for p in model.parameters():
+            if not isinstance(p, DTensor):
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+
+    expected, model, sizes = make_net("mlp"), make_net("mlp"), sizes_of("mlp")
+    train_on_all(expected, GLS(expected, **OPTIONS, process_group=alone()), "mlp", sum(sizes))
+    fully_shard(model.first, mesh=line_mesh())
+    fully_shard(model.head, mesh=line_mesh())
+    train_on_part(model, GLS(model, **OPTIONS), "mlp", sizes, average=average)
+    assert_same_weights(model, expected)
+
+
+@case
+def mixed_precision_policy():
+    """Against the same policy in one process."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    alone_mesh = DeviceMesh.from_group(alone(), "cpu")
+    sizes = sizes_of("mlp")
+    for site in ("step", "backward"):
+        options = {**OPTIONS, "site": site}
+        expected = sharded(make_net("mlp").float(), alone_mesh, mp_policy=policy)
+        model = sharded(make_net("mlp").float(), mp_policy=policy)
+        train_on_all(expected, GLS(expected, **options, process_group=alone()), "mlp", sum(sizes))
+        optimizer = GLS(model, **options)
+        train_on_part(model, optimizer, "mlp", sizes)
+        for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+            assert p.dtype == torch.float32
+            assert_near(whole(p), whole(q), PRODUCT[torch.bfloat16])
+        assert optimizer.state[model.first.weight]["basis"].dtype == torch.float32
+        assert_one_preconditioner(optimizer.state.values())
+
+
+@case
+def communication_is_counted():
+    sums = sum(2 + 4 * 4 + 4 * d for d in (7, 11))
+    for normalize, norms in (("rms", [2]), ("sgd", [4]), ("adam", []), ("none", [])):
+        model = sharded(make("uneven"))
+        optimizer = GLS(model, **{**OPTIONS, "normalize": normalize})
+        for step in range(5):
+            optimizer.zero_grad()
+            loss_of(model, part_of(make_batch("mlp", 8, step), even(8))).backward()
+            with Traffic() as traffic:
+                optimizer.step()
+            assert traffic.reduced == ([] if step % 3 else [sums]) + norms, traffic.reduced
+            assert bool(traffic.others) == (step == 0), traffic.others
+
+
+@case
+def site_counts_that_a_rank_has_part_of_the_gradient():
+    world = dist.get_world_size()
+    for rows, site in ((4 // world, "backward"), (8 // world, "step")):
+        model = sharded(make_net("mlp"))
+        optimizer = GLS(model, **OPTIONS)
+        train_on_part(model, optimizer, "mlp", [rows] * world, range(2))
+        line = next(x for x in optimizer.report().splitlines() if x.startswith("first"))
+        assert f"site {site}" in line, line
+
+
+@case
+def resumes_bit_for_bit_from_a_sharded_checkpoint():
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    variants = ({}, {"momentum": 0.0, "site": "backward"}, {"normalize": "adam"})
+    for index, options in enumerate(variants):
+        options, place = {**OPTIONS, **options}, Path(folder[0], str(index))
+        sizes = sizes_of("mlp")
+        whole_run = sharded(make("uneven"))
+        optimizer = GLS(whole_run, **options)
+        train_on_part(whole_run, optimizer, "mlp", sizes, range(4))
+        checkpoint.save(place, whole_run, optimizer)
+        train_on_part(whole_run, optimizer, "mlp", sizes, range(4, 9))
+
+        model = sharded(make("uneven"))
+        optimizer = GLS(model, **options)
+        take_step = functools.partial(train_on_part, model, optimizer, "mlp", sizes, range(1))
+        checkpoint.load(place, model, optimizer, take_step)
+        train_on_part(model, optimizer, "mlp", sizes, range(4, 9))
+        for p, q in zip(model.parameters(), whole_run.parameters(), strict=True):
+            assert torch.equal(whole(p), whole(q))
+        dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+
+
+@case
+def fully_shard_after_the_optimizer_is_an_error():
+    for build in (lambda model: GLS(model).step, lambda model: attach(model).pre_step):
+        model = make_net("mlp")
+        step = build(model)
+        sharded(model)
+        loss_of(model, part_of(make_batch("mlp", 8, 0), even(8))).backward()
+        with pytest.raises(RuntimeError, match=r"'stem': its weight was sharded after"):
+            step()
+
+
+@case
+def sharded_over_its_inputs_takes_adams_update():
+    model = make_net("mlp")
+    columns = model.first.weight
+    place = lambda p: Shard(1) if p is columns else Shard(0)  # noqa: E731
+    model = fully_shard(model, mesh=line_mesh(), shard_placement_fn=place)
+    optimizer = GLS(model, **OPTIONS)
+    assert "first.weight: Adam (its weight and bias are not sharded alike)" in optimizer.report()
+    before = whole(model.first.weight).clone()
+    train_on_part(model, optimizer, "mlp", even(8), range(2))
+    assert not torch.equal(whole(model.first.weight), before)
+    model = make_net("mlp", bias=False)
+    place = lambda p: Shard(1) if p.shape == (8, 8) else Shard(0)  # noqa: E731
+    model = fully_shard(model, mesh=line_mesh(), shard_placement_fn=place)
+    assert "not sharded over its outputs alone" in GLS(model).report()
+
+
+@case
+def tensor_parallel_is_refused():
+    model = make_net("mlp")
+    parallelize_module(model, line_mesh(), {"first": ColwiseParallel(use_local_output=False)})
+    GLS(model, **OPTIONS)
+    with pytest.raises(RuntimeError, match=r"'first': .* does not cover tensor parallelism"):
+        model.first(torch.ones(2, 8, dtype=torch.float64))
+
+
+@case
+def first_fsdp_is_refused():
+    model = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"FullyShardedDataParallel .* use .*fully_shard"):
+        GLS(model)
+
+
+@case
+def replicated_groups_of_shards():
+    """The mesh of hybrid sharding; of one replica where there are two ranks."""
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))
+    expected, sizes = make("uneven"), sizes_of("uneven")
+    train_on_all(expected, GLS(expected, **OPTIONS, process_group=alone()), "mlp", sum(sizes))
+    model = sharded(make("uneven"), mesh)
+    train_on_part(model, GLS(model, **OPTIONS), "mlp", sizes)
+    assert_same_weights(model, expected)
