@@ -44,13 +44,10 @@ def adam_(
     for param, state in zip(params, states, strict=True):
         start_adam(param, state)
     copies = open_copies(params, states, options)
+    pairs = zip(params, copies, strict=True)
     adamw(
         copies,
-        [
-            p.grad.to(copy.dtype)
-            for p, copy in zip(params, copies, strict=True)
-            if p.grad is not None
-        ],
+        [p.grad if copy is p else p.grad.float() for p, copy in pairs if p.grad is not None],
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         [],

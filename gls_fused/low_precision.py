@@ -19,12 +19,13 @@ from torch import Tensor
 Bits: TypeAlias = Callable[[], torch.Generator]
 
 MOST_SEEDS = 1 << 32
+LOW_DTYPES = frozenset((torch.bfloat16, torch.float16))
 POLICIES = ("nearest", "stochastic", "master")
 
 
 def is_low(tensor: Tensor) -> bool:
     """Whether a tensor has fewer bits than its averages."""
-    return tensor.dtype.itemsize < torch.float32.itemsize
+    return tensor.dtype in LOW_DTYPES
 
 
 def make_bits(options: Mapping[str, Any], device: torch.device) -> Bits:
@@ -48,6 +49,8 @@ def open_copies(
     With "master" the copy is kept as state["master"]. An element of the parameter that is not the
     copy's rounding was changed elsewhere, and the copy follows it.
     """
+    if not any(map(is_low, params)):
+        return list(params)
     copies: list[Tensor] = []
     for param, state in zip(params, states, strict=True):
         if not is_low(param):

@@ -413,7 +413,7 @@ def _group_layers(layers: list[Layer], options: Mapping[str, Any]) -> list[list[
     """Layers that one update takes together: of one dtype and device."""
     groups: dict[tuple[object, ...], list[Layer]] = {}
     for layer in layers:
-        key: tuple[object, ...] = (layer.weight.dtype, layer.weight.device)
+        key: tuple[object, ...] = (layer.weight.dtype, layer.weight.get_device())
         # One by one, so that the float32 copies of a single layer are alive at a time.
         if options["low_precision"] == "stochastic" and is_low(layer.weight):
             key = (*key, layer.name)
