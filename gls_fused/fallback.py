@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from gls_fused.low_precision import close_copies, open_copies
+from gls_fused.low_precision import Bits, close_copies, open_copies
 
 
 def start_adam(param: Tensor, state: dict[str, Any]) -> None:
@@ -27,7 +27,7 @@ def adam_(
     params: Sequence[Tensor],
     states: Sequence[dict[str, Any]],
     options: Mapping[str, Any],
-    generator: torch.Generator | None = None,
+    bits: Bits,
     skip: Tensor | None = None,
 ) -> None:
     """One Adam step with decoupled weight decay, in place, for parameters that have a gradient.
@@ -36,7 +36,7 @@ def adam_(
         params: any shapes, floating point, dense gradients.
         states: of the same length; filled at the first step with step, exp_avg and exp_avg_sq.
         options: lr, momentum (Adam's beta1), beta2, eps, weight_decay, low_precision.
-        generator: of the bits that round stochastically.
+        bits: what rounds stochastically.
         skip: 0-d bool; where it is true nothing changes.
     """
     if not params:
@@ -44,13 +44,10 @@ def adam_(
     for param, state in zip(params, states, strict=True):
         start_adam(param, state)
     copies = open_copies(params, states, options)
+    pairs = zip(params, copies, strict=True)
     adamw(
         copies,
-        [
-            p.grad.to(copy.dtype)
-            for p, copy in zip(params, copies, strict=True)
-            if p.grad is not None
-        ],
+        [p.grad if copy is p else p.grad.float() for p, copy in pairs if p.grad is not None],
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         [],
@@ -65,4 +62,4 @@ def adam_(
         eps=options["eps"],
         maximize=False,
     )
-    close_copies(params, copies, options, generator)
+    close_copies(params, copies, options, bits)

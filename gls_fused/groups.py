@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,3 +61,20 @@ def name_params(
     for prefix, module in modules:
         names.update({param: name for name, param in module.named_parameters(prefix)})
     return names
+
+
+def describe_bare(
+    modules: list[tuple[str, nn.Module]], params: list[Tensor], index: int
+) -> dict[str, str]:
+    """Why the parameters of a group without modules take Adam's update."""
+    if modules:
+        return {}
+    return {f"group {index}, {len(params)} parameters": "given as parameters, not as a module"}
+
+
+def check_dense(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raises RuntimeError for a sparse gradient, before anything is changed."""
+    for group in groups:
+        for param in group["params"]:
+            if param.grad is not None and param.grad.is_sparse:
+                raise RuntimeError("GLS does not take sparse gradients; use torch.optim.SparseAdam")

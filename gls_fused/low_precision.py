@@ -9,32 +9,38 @@ The update is made on float32 copies of parameters and gradients, with float32 a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from gls_fused.sharding import rows_here
 
+Bits: TypeAlias = Callable[[], torch.Generator]
+
 MOST_SEEDS = 1 << 32
+LOW_DTYPES = frozenset((torch.bfloat16, torch.float16))
 POLICIES = ("nearest", "stochastic", "master")
 
 
 def is_low(tensor: Tensor) -> bool:
     """Whether a tensor has fewer bits than its averages."""
-    return tensor.dtype.itemsize < torch.float32.itemsize
+    return tensor.dtype in LOW_DTYPES
 
 
-def make_generator(options: Mapping[str, Any], device: torch.device) -> torch.Generator:
-    """The random bits of one step of a group: the same on every rank, and after a resume.
+def make_bits(options: Mapping[str, Any], device: torch.device) -> Bits:
+    """The generator of one step of a group, made when it is first asked for.
+
+    Its bits are the same on every rank, and after a resume.
 
     Args:
         options: seed, and step, the calls of `step` so far.
     """
     # The CPU's generator knows 32 bits of a seed; odd factors keep steps, and seeds, apart.
     mixed = options["seed"] * 0x9E3779B1 + options["step"] * 0x85EBCA77
-    return torch.Generator(device).manual_seed(mixed % MOST_SEEDS)
+    return functools.cache(lambda: torch.Generator(device).manual_seed(mixed % MOST_SEEDS))
 
 
 def open_copies(
@@ -45,6 +51,8 @@ def open_copies(
     With "master" the copy is kept as state["master"]. An element of the parameter that is not the
     copy's rounding was changed elsewhere, and the copy follows it.
     """
+    if not any(map(is_low, params)):
+        return list(params)
     copies: list[Tensor] = []
     for param, state in zip(params, states, strict=True):
         if not is_low(param):
@@ -64,15 +72,14 @@ def close_copies(
     params: Sequence[Tensor],
     copies: Sequence[Tensor],
     options: Mapping[str, Any],
-    generator: torch.Generator | None,
+    bits: Bits,
 ) -> None:
     """Round what `open_copies` gave, and the update wrote to, into the parameters."""
     for param, copy in zip(params, copies, strict=True):
         if copy is param:
             continue
         if options["low_precision"] == "stochastic":
-            assert generator is not None
-            copy = round_stochastically(rows_here(copy), param.dtype, generator)
+            copy = round_stochastically(rows_here(copy), param.dtype, bits())
         rows_here(param).copy_(rows_here(copy))
 
 

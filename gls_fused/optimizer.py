@@ -12,10 +12,16 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from gls_fused.distributed import Ranks
-from gls_fused.fallback import adam_, start_adam
-from gls_fused.groups import check_group_options, name_params, split_group
+from gls_fused.fallback import adam_
+from gls_fused.groups import (
+    check_dense,
+    check_group_options,
+    describe_bare,
+    name_params,
+    split_group,
+)
 from gls_fused.layers import Layer, find_layers
-from gls_fused.low_precision import close_copies, is_low, make_generator, open_copies
+from gls_fused.low_precision import Bits, close_copies, is_low, make_bits, open_copies
 from gls_fused.preconditioner import (
     SITES,
     Preconditioner,
@@ -28,11 +34,13 @@ from gls_fused.scaling import take_flag, unscale_
 from gls_fused.sharding import update_shards_
 from gls_fused.state import (
     VERSION,
-    check_states,
-    copy_tensors,
+    check_state,
+    copy_state,
     fill_layer_states,
-    prime_layer_state,
+    is_priming,
+    prime_states,
     upgrade_group,
+    upgrade_state,
 )
 
 Groups: TypeAlias = nn.Module | Iterable[dict[str, Any]]
@@ -173,7 +181,7 @@ class GLS(torch.optim.Optimizer):
             )
         )
         self._ranks.disagree()
-        self._reasons.update(reasons or _bare_reasons(modules, params, index))
+        self._reasons.update(reasons or describe_bare(modules, params, index))
         self._names.update(name_params(modules, params, index))
         self._preconditioners[-1].expect(0, options)
 
@@ -201,10 +209,12 @@ class GLS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_dense()
+        check_dense(self.param_groups)
         unscale_(self, (param for group in self.param_groups for param in group["params"]))
-        if self._is_priming():
-            self._prime()
+        if is_priming(self.param_groups, self.state):
+            for group, preconditioner in zip(self.param_groups, self._preconditioners, strict=True):
+                prime_states(group, preconditioner.layers, self.state)
+                preconditioner.discard_sums()
             return loss
         skip = take_flag(self)
         sums = self._take_sums(skip)
@@ -215,14 +225,12 @@ class GLS(torch.optim.Optimizer):
                 for layer in preconditioner.layers
                 if layer.weight.grad is not None and layer.inverse is not None
             ]
-            generator = None
-            if group["low_precision"] == "stochastic":
-                generator = make_generator(group, group["params"][0].device)
+            bits = make_bits(group, group["params"][0].device)
             for alike in _group_layers(ready, group):
-                self._update(preconditioner, alike, group, generator, skip)
+                self._update(preconditioner, alike, group, bits, skip)
             owned = {param for layer in ready for param in layer.params}
             others = [p for p in group["params"] if p.grad is not None and p not in owned]
-            adam_(others, [self.state[p] for p in others], group, generator, skip)
+            adam_(others, [self.state[p] for p in others], group, bits, skip)
             preconditioner.commit(sums, group, skip)
             if skip is None or not (skip.is_cpu and skip):
                 group["step"] += 1
@@ -242,24 +250,16 @@ class GLS(torch.optim.Optimizer):
             ValueError: it is of another model, rank, curvature or later version; nothing changes.
         """
         checked: dict[str, Any] = {}
+        layers = [preconditioner.layers for preconditioner in self._preconditioners]
 
         def check(_: torch.optim.Optimizer, found: dict[str, Any]) -> dict[str, Any]:
-            groups = [
-                upgrade_group(group, index, self._options)
-                for index, group in enumerate(found["param_groups"])
-            ]
-            layers = [preconditioner.layers for preconditioner in self._preconditioners]
-            check_states(self.param_groups, layers, self._names, groups, found["state"])
-            checked.update(found, param_groups=groups)
+            checked.update(upgrade_state(found, self._options))
+            check_state(checked, self.param_groups, layers, self._names)
             return checked
 
         def restore(_: torch.optim.Optimizer) -> None:
             # torch has cast the state to the parameters' dtypes, and shares what it had not to.
-            pairs = zip(checked["param_groups"], self.param_groups, strict=True)
-            for saved, group in pairs:
-                for key, param in zip(saved["params"], group["params"], strict=True):
-                    if key in checked["state"]:
-                        self.state[param] = copy_tensors(checked["state"][key], param)
+            copy_state(checked, self.param_groups, self.state)
             self._restart()
 
         # After the hooks that may change what is loaded, before those that see it loaded.
@@ -358,43 +358,6 @@ class GLS(torch.optim.Optimizer):
             preconditioner.restart(group["step"], group)
         self._ranks.disagree()
 
-    def _check_dense(self) -> None:
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None and param.grad.is_sparse:
-                    raise RuntimeError(
-                        "GLS does not take sparse gradients; use torch.optim.SparseAdam"
-                    )
-
-    def _is_priming(self) -> bool:
-        """Whether this step moves nothing, and is there to make the state that a saved one fills.
-
-        torch.distributed.checkpoint takes such a step, with gradients of zero, at lr 0.
-        """
-        if self.state or any(float(group["lr"]) for group in self.param_groups):
-            return False
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return not any(param.grad.any() for param in params)
-
-    def _prime(self) -> None:
-        for group, preconditioner in zip(self.param_groups, self._preconditioners, strict=True):
-            owned: set[Tensor] = set()
-            for layer in preconditioner.layers:
-                if layer.weight.grad is None:
-                    continue
-                mine = [param for param in layer.params if param.grad is not None]
-                owned.update(mine)
-                prime_layer_state(layer, self.state[layer.weight])
-                states = [self.state[param] for param in mine]
-                fill_layer_states(layer, mine, states, group)
-                if group["low_precision"] == "master":
-                    open_copies(mine, states, group)
-            others = [p for p in group["params"] if p.grad is not None and p not in owned]
-            for param in others:
-                start_adam(param, self.state[param])
-            open_copies(others, [self.state[param] for param in others], group)
-            preconditioner.discard_sums()
-
     def _site_for(self, options: Mapping[str, Any]) -> str:
         # The step size is the true gradient's, which the backward site does not keep.
         return "step" if options["normalize"] == "sgd" else self._site
@@ -428,7 +391,7 @@ class GLS(torch.optim.Optimizer):
         preconditioner: Preconditioner,
         layers: list[Layer],
         group: Mapping[str, Any],
-        generator: torch.Generator | None,
+        bits: Bits,
         skip: Tensor | None,
     ) -> None:
         """One update of layers that are alike, with P where the backward has not applied it."""
@@ -476,24 +439,16 @@ class GLS(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             skip=skip,
         )
-        close_copies(params, copies, group, generator)
+        close_copies(params, copies, group, bits)
 
 
 def _group_layers(layers: list[Layer], options: Mapping[str, Any]) -> list[list[Layer]]:
     """Layers that one update takes together: of one dtype, device and sharding."""
     groups: dict[tuple[object, ...], list[Layer]] = {}
     for layer in layers:
-        key: tuple[object, ...] = (layer.weight.dtype, layer.weight.device, layer.shards)
+        key: tuple[object, ...] = (layer.weight.dtype, layer.weight.get_device(), layer.shards)
         # One by one, so that the float32 copies of a single layer are alive at a time.
         if options["low_precision"] == "stochastic" and is_low(layer.weight):
             key = (*key, layer.name)
         groups.setdefault(key, []).append(layer)
     return list(groups.values())
-
-
-def _bare_reasons(
-    modules: list[tuple[str, nn.Module]], params: list[Tensor], index: int
-) -> dict[str, str]:
-    if modules:
-        return {}
-    return {f"group {index}, {len(params)} parameters": "given as parameters, not as a module"}

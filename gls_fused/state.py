@@ -10,14 +10,16 @@ All tensors are of float32, or float64 for parameters of float64; step is float3
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gls_fused.curvature import State, empty_state
+from gls_fused.fallback import start_adam
 from gls_fused.layers import Layer
+from gls_fused.low_precision import open_copies
 
 # 0: without a version, "low_precision", "seed" and "outputs".
 VERSION = 1
@@ -56,14 +58,29 @@ def upgrade_group(group: Mapping[str, Any], index: int, options: Iterable[str]) 
     return group
 
 
-def check_states(
+def upgrade_state(state_dict: Mapping[str, Any], options: Sequence[str]) -> dict[str, Any]:
+    """A saved state with every group as `upgrade_group` gives it."""
+    groups = enumerate(state_dict["param_groups"])
+    return {
+        **state_dict,
+        "param_groups": [upgrade_group(group, index, options) for index, group in groups],
+    }
+
+
+def check_state(
+    state_dict: Mapping[str, Any],
     groups: Groups,
     layers: Sequence[Sequence[Layer]],
     names: Mapping[Tensor, str],
-    saved_groups: Groups,
-    saved: Mapping[Any, Mapping[str, Any]],
 ) -> None:
-    """Raises ValueError, naming the layer and both shapes, unless a state fits the model."""
+    """Raises ValueError, naming the layer and both shapes, unless a state fits the model.
+
+    Args:
+        state_dict: from `upgrade_state`.
+        groups: the optimizer's, with the layers of each.
+        names: of the parameters.
+    """
+    saved_groups, saved = state_dict["param_groups"], state_dict["state"]
     for group, mine, saved_group in zip(groups, layers, saved_groups, strict=False):
         keys = dict(zip(group["params"], saved_group["params"], strict=False))
         states = {param: saved.get(key, {}) for param, key in keys.items()}
@@ -88,6 +105,16 @@ def check_curvature(layer: Layer, state: Mapping[str, Any]) -> None:
     """Raises ValueError unless a state holds the layer's kind of curvature, in its shapes."""
     _check_layer(layer, layer.weight, state)
     _check_shapes(f"layer {layer.name!r}", state, layer.curvature.shapes())
+
+
+def copy_state(
+    state_dict: Mapping[str, Any], groups: Groups, states: MutableMapping[Tensor, State]
+) -> None:
+    """Put copies of a saved state into the states of the groups' parameters."""
+    for saved, group in zip(state_dict["param_groups"], groups, strict=True):
+        for key, param in zip(saved["params"], group["params"], strict=True):
+            if key in state_dict["state"]:
+                states[param] = copy_tensors(state_dict["state"][key], param)
 
 
 def copy_tensors(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
@@ -122,10 +149,37 @@ def fill_layer_states(
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
 
 
-def prime_layer_state(layer: Layer, state: State) -> None:
-    """Statistics of no rows, for saved ones to be read into."""
-    state.update(empty_state(layer.curvature, layer.statistics_dtype, layer.weight.device))
-    state.update(rows=0, outputs=layer.outputs)
+def is_priming(groups: Groups, states: Mapping[Tensor, State]) -> bool:
+    """Whether a step moves nothing, and is there to make the state that a saved one fills.
+
+    torch.distributed.checkpoint takes such a step, with gradients of zero, at lr 0.
+    """
+    if states or any(float(group["lr"]) for group in groups):
+        return False
+    gradients = [param.grad for group in groups for param in group["params"]]
+    return not any(gradient.any() for gradient in gradients if gradient is not None)
+
+
+def prime_states(
+    group: Mapping[str, Any], layers: Sequence[Layer], states: MutableMapping[Tensor, State]
+) -> None:
+    """A state of no rows and no steps for all parameters with a gradient."""
+    owned: set[Tensor] = set()
+    for layer in layers:
+        if layer.weight.grad is None:
+            continue
+        mine = [param for param in layer.params if param.grad is not None]
+        owned.update(mine)
+        found = [states[param] for param in mine]
+        empty = empty_state(layer.curvature, layer.statistics_dtype, layer.weight.device)
+        found[0].update(empty, rows=0, outputs=layer.outputs)
+        fill_layer_states(layer, mine, found, group)
+        if group["low_precision"] == "master":
+            open_copies(mine, found, group)
+    others = [p for p in group["params"] if p.grad is not None and p not in owned]
+    for param in others:
+        start_adam(param, states[param])
+    open_copies(others, [states[param] for param in others], group)
 
 
 def _shapes(param: Tensor) -> dict[str, Sequence[int]]:

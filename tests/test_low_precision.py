@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from benchmarks.data import load_dataset
 from gls_fused import GLS
-from gls_fused.low_precision import POLICIES, round_stochastically
+from gls_fused.low_precision import POLICIES, make_bits, round_stochastically
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -74,6 +74,16 @@ def test_bits_are_those_of_the_seed(dtype, normalize):
     other, _ = train(dtype, seed=4, **options)
     assert all(torch.equal(p, q) for p, q in zip(first, again, strict=True))
     assert not all(torch.equal(p, q) for p, q in zip(first, other, strict=True))
+
+
+def test_every_step_of_every_seed_has_bits_of_its_own():
+    drawn = set()
+    for seed in range(20):
+        for step in range(20):
+            bits = make_bits({"seed": seed, "step": step}, torch.device("cpu"))
+            drawn.add(torch.rand((), generator=bits()).item())
+    # Of 400 draws of 24 bits two are alike with a probability of 1 in 200.
+    assert len(drawn) == 400
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from gls_fused import GLS, attach
 from gls_fused.preconditioner import Preconditioner
+from gls_fused.state import prime_states
 
 OPTIONS = {"rank": 4, "curvature_every": 2, "lr": 0.01}
 OPTION_SETS = [
@@ -201,7 +202,7 @@ def test_attached_optimizer_skips_with_its_statistics(make_other, fused):
 def test_host_never_waits(monkeypatch, normalize, low_precision):
     """Tensors on a device that have no values: whoever asks for one raises."""
     # There is no generator on a device that is not there.
-    monkeypatch.setattr("gls_fused.optimizer.make_generator", lambda *_: torch.Generator())
+    monkeypatch.setattr("gls_fused.optimizer.make_bits", lambda *_: torch.Generator)
     options = {"rank": 4, "normalize": normalize, "low_precision": low_precision}
     dtype = torch.float32 if low_precision == "nearest" else torch.bfloat16
     where = {"device": "cuda", "dtype": dtype}
@@ -228,8 +229,8 @@ def start_without_values(optimizer):
     """As if every layer had seen rows, which a host does have to read, once."""
     for param in optimizer.param_groups[0]["params"]:
         param.grad = torch.zeros_like(param)
-    optimizer._prime()
     (preconditioner,) = optimizer._preconditioners
+    prime_states(optimizer.param_groups[0], preconditioner.layers, optimizer.state)
     assert isinstance(preconditioner, Preconditioner)
     for layer in preconditioner.layers:
         optimizer.state[layer.weight]["rows"] = 9

@@ -430,9 +430,10 @@ def test_room_for_a_state_does_not_disturb_a_layer_without_rows():
         optimizer = GLS(layer)
         if asked:
             get_optimizer_state_dict(layer, optimizer)
-        for _ in range(3):
+        for step in range(3):
             optimizer.zero_grad()
-            nn.functional.linear(torch.ones(2, 4), layer.weight, layer.bias).sum().backward()
+            outputs = nn.functional.linear(torch.ones(2, 4), layer.weight, layer.bias)
+            (outputs.sum() * (step + 1)).backward()
             optimizer.step()
         found.append(snapshot(layer))
     assert_equal(*found)

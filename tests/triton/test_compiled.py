@@ -49,7 +49,7 @@ def launch_statistics(rank):
         backend.refresh_subspace(torch.eye(rank), torch.zeros(SIZE, rank))
 
 
-def launch_updates(dtype, rank, *, momentum=0.9, odd=False, by_columns=False):
+def launch_updates(dtype, rank, *, momentum=0.9, odd=False, by_columns=False, skip=None):
     state = torch.promote_types(dtype, torch.float32)
     shapes = [(SIZE, SIZE - odd), (SIZE,)]
     for normalize in ("none", "adam", "rms", "sgd"):
@@ -71,6 +71,7 @@ def launch_updates(dtype, rank, *, momentum=0.9, odd=False, by_columns=False):
                 beta2=0.9,
                 eps=1e-8,
                 weight_decay=0.1,
+                skip=skip,
             )
 
 
@@ -129,6 +130,16 @@ def test_streams_are_16_bytes_wide(launches, target, dtype, tmp_path):
 def test_statistics_fit(launches, target, tmp_path):
     launch_statistics(RANK)
     check(launches, target, tmp_path)
+
+
+def test_updates_that_may_be_skipped(launches, tmp_path):
+    """The flag is read ahead of all else."""
+    launch_updates(torch.float32, RANK, skip=torch.tensor(False))
+    monitored = ("_flat_update_kernel", "_tile_update_kernel", "_finish_layers_kernel")
+    chosen = [launch for launch in launches if launch.name in monitored]
+    assert {launch.name for launch in chosen} == set(monitored)
+    assert all(launch.constants["SKIPS"] for launch in chosen)
+    check(chosen, "sm_90", tmp_path)
 
 
 @cuda
