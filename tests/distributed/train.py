@@ -9,7 +9,7 @@ import checkpoint
 import torch
 import torch.distributed as dist
 from fsdp_cases import make, sharded
-from launch import start_worker
+from launch import start_worker, stop_worker
 from ranks import OPTIONS, even, train_on_part, whole
 from torch.nn.parallel import DistributedDataParallel
 
@@ -76,7 +76,7 @@ def main():
     weights = [whole(p) for p in model.parameters()]
     if dist.get_rank() == 0:
         torch.save(weights, given.folder / "weights")
-    dist.destroy_process_group()
+    stop_worker()
 
 
 if __name__ == "__main__":
