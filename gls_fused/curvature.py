@@ -34,6 +34,10 @@ class Curvature(Protocol):
 
     backend: ModuleType
 
+    @property
+    def sums_size(self) -> int:
+        """The length of the sums over a step's rows."""
+
     def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """What the rows are sketched with in place of U before there is an estimate."""
 
@@ -62,6 +66,10 @@ class Dense:
         self.dim = dim
         self.backend = backend
 
+    @property
+    def sums_size(self) -> int:
+        return 2 + self.dim * self.dim
+
     def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         return None
 
@@ -88,6 +96,10 @@ class Subspace:
         self.dim = dim
         self.rank = min(rank, dim)
         self.backend = backend
+
+    @property
+    def sums_size(self) -> int:
+        return 2 + self.rank * (self.rank + self.dim)
 
     def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         generator = torch.Generator().manual_seed(TEST_MATRIX_SEED)
