@@ -8,6 +8,8 @@ the sums leave the backward as the gradient of a tensor of their own (`gls_fused
 from __future__ import annotations
 
 import abc
+import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -124,11 +126,11 @@ class LinearRows(Rows):
 
     def sum_gram(self, rows: Tensor) -> tuple[int, Tensor, Tensor]:
         gram, trace = self.backend.sum_gram(rows, dtype=self.statistics_dtype, ones=self.ones)
-        return len(rows), trace, gram
+        return rows.shape[0], trace, gram
 
     def sketch(self, rows: Tensor, basis: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
         core, sketch, trace = self.backend.sketch_rows(rows, basis, ones=self.ones)
-        return len(rows), trace, core, sketch
+        return rows.shape[0], trace, core, sketch
 
     def weight_gradient(
         self, inputs: Tensor, output_gradient: Tensor, with_bias: bool
@@ -139,7 +141,7 @@ class LinearRows(Rows):
         if with_bias and not self.ones:
             # The module's bias is not the layer's: its gradient stays true.
             return self.weight_gradient(inputs, output_gradient, False)[0], gradient.sum(0)
-        if self.at_backward and len(rows) <= gradient.shape[1]:
+        if self.at_backward and rows.shape[0] <= gradient.shape[1]:
             product, ones = self.backend.precondition_rows(
                 rows, self.inverse_for(with_bias), ones=with_bias
             )
@@ -165,13 +167,30 @@ class ImageRows(Rows):
     def sum_gram(self, inputs: Tensor) -> tuple[int, Tensor, Tensor]:
         rows = self.backend.unfold_images(inputs, self.window)
         gram, trace = self.backend.sum_gram(rows, dtype=self.statistics_dtype, ones=self.ones)
-        return len(rows), trace, gram
+        return rows.shape[0], trace, gram
 
     def sketch(self, inputs: Tensor, basis: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
         core, sketch, trace, count = self.backend.sketch_images(
             inputs, basis, self.window, ones=self.ones
         )
         return count, trace, core, sketch
+
+
+def _outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps the statistics in their own dtype, where autocast is on in a backward.
+
+    It is where a graph whose forward runs under autocast is traced, or who calls backward under it.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, gradient: Tensor) -> Any:
+        device = gradient.device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, gradient)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, gradient)
+
+    return run
 
 
 class Linear(torch.autograd.Function):
@@ -198,8 +217,8 @@ class Linear(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
+    @_outside_autocast
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         rows: LinearRows = ctx.rows
         needs_inputs, needs_weight, needs_bias, tallies, _ = ctx.needs_input_grad
@@ -230,8 +249,8 @@ class Conv2d(torch.autograd.Function):
         return F.conv2d(images, weight, bias, window.stride, window.padding, window.dilation)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
+    @_outside_autocast
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         images, weight = ctx.saved_tensors
         rows: ImageRows = ctx.rows
         needs: list[bool] = list(ctx.needs_input_grad[:3])
@@ -265,5 +284,5 @@ class Conv2d(torch.autograd.Function):
 
 def _every(inputs: Tensor, most: int) -> tuple[Tensor, int]:
     """At most `most` of the inputs, spread over all of them, and of how many each is one."""
-    every = max(1, -(-len(inputs) // most))
+    every = max(1, -(-inputs.shape[0] // most))
     return inputs[::every], every
