@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 from typing_extensions import Self
 
 from gls_fused.layers import Layer, find_layers
@@ -80,6 +81,7 @@ class Attachment:
                 optimizer.register_step_post_hook(lambda *_: self.commit()),
             ]
 
+    @_disable_dynamo
     @torch.no_grad()
     def pre_step(self) -> None:
         """Before the optimizer's step: layers that start their statistics get D into p.grad."""
@@ -92,6 +94,7 @@ class Attachment:
                 for gradient, sought in zip(gradients, layer.direction(gradients), strict=True):
                     gradient.copy_(sought)
 
+    @_disable_dynamo
     @torch.no_grad()
     def commit(self) -> None:
         """After the optimizer's step: the rows of the step enter the statistics."""

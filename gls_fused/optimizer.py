@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from typing_extensions import Self
 
 from gls_fused.fallback import adam_
@@ -148,9 +149,11 @@ class GLS(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # Its work is in fused kernels already, and in decisions that a traced graph would freeze.
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step.
+        """Take one step; torch.compile leaves it as it is.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -176,6 +179,7 @@ class GLS(torch.optim.Optimizer):
             preconditioner.expect(group["step"], group)
         return loss
 
+    @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and forget the rows that led to them."""
         super().zero_grad(set_to_none)
