@@ -10,6 +10,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from typing_extensions import Self
 
+from gls_fused.diagnostics import diagnose
 from gls_fused.layers import Layer, find_layers
 from gls_fused.preconditioner import Preconditioner, check_options, describe_layers
 
@@ -149,5 +150,9 @@ class Attachment:
         lines = describe_layers([self._preconditioner])
         lines += [f"{name}: true gradient ({why})" for name, why in self._reasons.items()]
         return "\n".join(lines)
+
+    def diagnostics(self) -> dict[str, float]:
+        """See `GLS.diagnostics`; without `update_rms`, as the optimizer scales its own updates."""
+        return diagnose([self._preconditioner], [self._options], lambda _: [])
 
     __repr__ = report

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from typing_extensions import Self
 
+from gls_fused.diagnostics import diagnose
 from gls_fused.fallback import adam_
 from gls_fused.layers import Layer, find_layers
 from gls_fused.preconditioner import (
@@ -216,11 +217,28 @@ class GLS(torch.optim.Optimizer):
             lines.append(f"{name}: Adam ({reason})")
         return "\n".join(lines)
 
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers to log, by layer: `{"encoder.0/trace": 784.2, "encoder.0/captured": 0.93, ...}`.
+
+            trace       t = tr(Sigma), the mean square norm of a layer's rows
+            captured    tr(M) / t, the share of it in the directions that are solved exactly
+            damping     lambda = damping t / d
+            update_rms  root mean square of D = D0 P, bias-corrected; with "rms" and "adam" alone
+
+        Computed when called, from the state; a layer without statistics yet is left out. With
+        several groups, names begin with `group0/`, `group1/`, ...
+        """
+        return diagnose(self._preconditioners, self.param_groups, self._squares_of)
+
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{self.report()}"
 
     def _state_of(self, layer: Layer) -> dict[str, Any]:
         return cast(dict[str, Any], self.state[layer.weight])
+
+    def _squares_of(self, layer: Layer) -> list[Tensor]:
+        states = (self.state[param] for param in layer.params)
+        return [state["exp_avg_sq"] for state in states if "exp_avg_sq" in state]
 
     def _site_for(self, options: Mapping[str, Any]) -> str:
         # The step size is the true gradient's, which the backward site does not keep.

@@ -1,5 +1,7 @@
 """torch.compile: the same steps as eager, in whole graphs, of which there are few."""
 
+import itertools
+
 import pytest
 import torch
 from nets import KINDS, gradients, loss_of, make_batch, make_net, snapshot
@@ -85,38 +87,64 @@ def assert_trains_as_eager(
     assert GRAPHS <= counters["stats"]["unique_graphs"] <= graphs
 
 
-@pytest.mark.parametrize("site", ["step", "backward"])
-@pytest.mark.parametrize("curvature", ["dense", "subspace"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_steps_are_those_of_eager(backend, kind, curvature, site):
-    assert_trains_as_eager(kind, SAME_STEPS, backend=backend, curvature=curvature, site=site)
+def crossed(names, others, *quick):
+    """All pairs; a graph takes a second, so that all but those named are slow."""
+    return [
+        pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow)
+        for pair in itertools.product(names, others)
+    ]
+
+
+SITES = [("subspace", "step"), ("subspace", "backward"), ("dense", "step"), ("dense", "backward")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    crossed(
+        KINDS, SITES, ("mlp", SITES[1]), ("mlp", SITES[2]), ("cnn", SITES[0]), ("cnn", SITES[3])
+    ),
+)
+def test_steps_are_those_of_eager(kind, options):
+    curvature, site = options
+    assert_trains_as_eager(kind, SAME_STEPS, curvature=curvature, site=site)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_are_those_of_eager_in_float32(kind):
-    assert_trains_as_eager(kind, PRODUCT[torch.float32], dtype=torch.float32)
+def test_every_backend(backend, kind):
+    assert_trains_as_eager(kind, SAME_STEPS, backend=backend)
 
 
-@pytest.mark.parametrize("feed", [backward_of_two_calls, micro_batches])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "feed"),
+    crossed(
+        KINDS,
+        (backward_of_two_calls, micro_batches),
+        ("mlp", backward_of_two_calls),
+        ("cnn", micro_batches),
+    ),
+)
 def test_rows_of_several_calls_add_up(kind, feed):
     assert_trains_as_eager(kind, SAME_STEPS, feed=feed)
 
 
-@pytest.mark.parametrize("recompute", ["reentrant", "saved"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "recompute"),
+    crossed(KINDS, ("reentrant", "saved"), ("mlp", "reentrant"), ("mlp", "saved")),
+)
 def test_rows_count_once_under_checkpointing(kind, recompute):
     assert_trains_as_eager(kind, SAME_STEPS, recompute=recompute)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_batches_of_many_sizes(kind):
+def test_batches_of_many_sizes():
     """Each graph once for the first size, and once for all others."""
-    assert_trains_as_eager(kind, SAME_STEPS, feed=batches_of_many_sizes, graphs=2 * GRAPHS)
+    assert_trains_as_eager("mlp", SAME_STEPS, feed=batches_of_many_sizes, graphs=2 * GRAPHS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_autocast(backend, kind):
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    crossed(KINDS, ("auto", "reference"), ("mlp", "reference"), ("cnn", "auto")),
+)
+def test_autocast(kind, backend):
     options = {"dtype": torch.float32, "feed": backward_under_autocast, "backend": backend}
     assert_trains_as_eager(kind, PRODUCT[torch.bfloat16], **options, lr=0.01)
 
@@ -140,7 +168,6 @@ def test_layers_of_one_shape_share_their_graphs():
         optimizer.step()
         optimizer.zero_grad()
     # The first layer's inputs need no gradient.
-    print(counters["stats"])
     assert counters["stats"]["unique_graphs"] <= 2 * GRAPHS
     assert "no rows yet" not in optimizer.report()
 
