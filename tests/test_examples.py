@@ -8,7 +8,6 @@ from torch import nn
 
 from gls_fused import GLS
 
-
 # Lightning's use of what torch deprecates, and its advice on the number of workers.
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
