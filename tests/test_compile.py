@@ -239,3 +239,34 @@ def test_evaluation_leaves_no_rows():
     one_backward(compiled, optimizer, 0, lambda seed: make_batch("mlp", 5, seed))
     optimizer.step()
     assert optimizer.state[model.stem.weight]["rows"] == 5
+
+
+def test_vmap_in_a_graph_is_refused():
+    model = make_net("mlp")
+    GLS(model)
+    mapped = torch.compile(torch.func.vmap(model), backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"layer 'stem': torch\.func's"):
+        mapped(make_batch("mlp", 5, 0)[0][:, None])
+
+
+def test_functional_gradient_in_a_graph_is_the_true_one():
+    model, plain = make_net("mlp"), make_net("mlp")
+    optimizer = GLS(model, site="backward", **OPTIONS)
+    train(model, optimizer, "mlp", steps=2)
+    plain.load_state_dict(model.state_dict())
+    batch = make_batch("mlp", 5, 3)
+
+    def gradient_of(net):
+        def loss(params):
+            return (torch.func.functional_call(net, params, batch[0]) - batch[1]).square().mean()
+
+        return torch.func.grad(loss)
+
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    found = torch.compile(gradient_of(model), backend="aot_eager")(params)
+    for name, wanted in gradient_of(plain)(params).items():
+        assert_near(found[name], wanted, SAME_STEPS)
+    before = snapshot(model)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(snapshot(model), before, strict=True))
