@@ -218,7 +218,7 @@ class GLS(torch.optim.Optimizer):
         return "\n".join(lines)
 
     def diagnostics(self) -> dict[str, float]:
-        """Numbers to log, by layer: `{"encoder.0/trace": 784.2, "encoder.0/captured": 0.93, ...}`.
+        """Numbers to log, by layer: `{"encoder.0/trace": ..., "encoder.0/captured": ..., ...}`.
 
             trace       t = tr(Sigma), the mean square norm of a layer's rows
             captured    tr(M) / t, the share of it in the directions that are solved exactly

@@ -241,6 +241,16 @@ def test_evaluation_leaves_no_rows():
     assert optimizer.state[model.stem.weight]["rows"] == 5
 
 
+def test_rows_count_when_gradients_are_left_on_the_parameters():
+    model = make_net("mlp")
+    optimizer = GLS(model, **OPTIONS)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.autograd.grad(loss_of(compiled, make_batch("mlp", 7, 1)), list(model.parameters()))
+    loss_of(compiled, make_batch("mlp", 5, 0)).backward()
+    optimizer.step()
+    assert optimizer.state[model.stem.weight]["rows"] == 5
+
+
 def test_vmap_in_a_graph_is_refused():
     model = make_net("mlp")
     GLS(model)
