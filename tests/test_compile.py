@@ -145,8 +145,9 @@ def test_batches_of_many_sizes():
     crossed(KINDS, ("auto", "reference"), ("mlp", "reference"), ("cnn", "auto")),
 )
 def test_autocast(kind, backend):
+    """The same casts; the statistics stay in float32."""
     options = {"dtype": torch.float32, "feed": backward_under_autocast, "backend": backend}
-    assert_trains_as_eager(kind, PRODUCT[torch.bfloat16], **options, lr=0.01)
+    assert_trains_as_eager(kind, PRODUCT[torch.float32], **options)
 
 
 @pytest.mark.slow

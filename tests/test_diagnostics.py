@@ -97,6 +97,19 @@ def test_root_mean_square_is_the_same_per_layer_and_per_element():
     assert found[0] == pytest.approx(found[1], **NEAR)
 
 
+def test_root_mean_square_of_one_direction_again_and_again():
+    """The average of equal values is that value, however few they are."""
+    model = make_net("mlp")
+    optimizer = GLS(model, beta2=0.9, lr=1e-30, site="backward", curvature_every=100)
+    for _ in range(3):
+        train(model, optimizer, "mlp", steps=1)
+    for name, values in by_layer(optimizer.diagnostics()).items():
+        layer = getattr(model, name)
+        direction = torch.cat([layer.weight.grad.flatten(), layer.bias.grad])
+        size = direction.square().mean().sqrt().item()
+        assert values["update_rms"] == pytest.approx(size, **NEAR)
+
+
 def test_groups_have_names_of_their_own():
     model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
     optimizer = GLS([{"params": model[0]}, {"params": model[1], "damping": 2.0}])
