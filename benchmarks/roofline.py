@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gls_fused.curvature import AUTO_RANK, auto_rank
-from gls_fused.layers import SKETCH_IMAGES, SKETCH_ROWS
+from gls_fused.rows import SKETCH_IMAGES, SKETCH_ROWS
 
 FLOAT = 4
 RANK = AUTO_RANK

@@ -1,4 +1,4 @@
-// nn.Linear whose backward shows the layer its rows: _Linear of gls_fused/layers.py in C++, where a
+// nn.Linear whose backward shows the layer its rows: Linear of gls_fused/rows.py in C++, where a
 // call costs a few microseconds instead of tens.
 
 #include "capture.h"

@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from typing_extensions import Self
 
 from gls_fused.curvature import State
+from gls_fused.diagnostics import diagnose
 from gls_fused.distributed import Ranks, unwrapped
 from gls_fused.layers import Layer, find_layers
 from gls_fused.preconditioner import Preconditioner, check_options, describe_layers, take_sums
@@ -93,6 +95,7 @@ class Attachment:
                 optimizer.register_step_post_hook(lambda own, *_: self.commit(take_flag(own))),
             ]
 
+    @_disable_dynamo
     @torch.no_grad()
     def pre_step(self, skip: Tensor | None = None) -> None:
         """Before the optimizer's step: layers that start their statistics get D into p.grad.
@@ -110,6 +113,7 @@ class Attachment:
                 for gradient, sought in zip(gradients, layer.direction(gradients), strict=True):
                     gradient.copy_(sought)
 
+    @_disable_dynamo
     @torch.no_grad()
     def commit(self, skip: Tensor | None = None) -> None:
         """After the optimizer's step: the rows of the step enter the statistics.
@@ -210,5 +214,9 @@ class Attachment:
         lines = describe_layers([self._preconditioner])
         lines += [f"{name}: true gradient ({why})" for name, why in self._reasons.items()]
         return "\n".join(lines)
+
+    def diagnostics(self) -> dict[str, float]:
+        """See `GLS.diagnostics`; without `update_rms`, as the optimizer scales its own updates."""
+        return diagnose([self._preconditioner], [self._options], lambda _: [])
 
     __repr__ = report

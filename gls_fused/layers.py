@@ -19,16 +19,15 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
-from gls_fused.curvature import Curvature, Subspace, add_sums
-from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse, Window
+from gls_fused.curvature import Curvature, Subspace
+from gls_fused.dispatch import backend_name
+from gls_fused.reference import Inverse, Window
+from gls_fused.rows import SKETCH_ROWS, Conv2d, ImageRows, Linear, LinearRows, Rows
 from gls_fused.sharding import is_sharded, shard_group, sharding_problem
-
-# Of more rows in one backward pass, or images of a convolution, so many stand for all: some tens of
-# directions are known from them, and the sketch's cost does not grow with the batch.
-SKETCH_ROWS, SKETCH_IMAGES = 1024, 16
+from gls_fused.traced import traced_conv2d, traced_linear
 
 
-class Layer(abc.ABC):
+class Layer(Rows):
     """A weight and bias with the modules that use them, and what passes between them and a step.
 
     Attributes:
@@ -37,11 +36,8 @@ class Layer(abc.ABC):
         bias: [m] or None.
         dim: d, the length of a row with its one.
         curvature: the kind of running estimate, set by `assign`.
-        inverse: P, None until the statistics have started.
-        test_matrix: stands in for the basis until then; None for the dense curvature.
-        at_backward: whether the backward leaves D in the gradients instead of D0.
-        gathers: whether the rows of this step count.
-        sums: over the rows of this step, see gls_fused.curvature; None before the first.
+        tally: in graphs that torch.compile traces, the leaf whose gradient is the sums; one number
+            in memory. None before the first step that gathers.
         captured: False once another optimizer has taken the modules over.
         shards: the process group over which the rows of weight and bias are spread, or None.
     """
@@ -56,13 +52,11 @@ class Layer(abc.ABC):
         self.weight = weight
         self.bias = bias
         self.shards = shard_group(weight)
+        self.ones = bias is not None
         self.size = weight.shape[1:].numel()
-        self.dim = self.size + (bias is not None)
-        self.inverse: Inverse | None = None
-        self.test_matrix: Tensor | None = None
-        self.at_backward = False
-        self.gathers = True
-        self.sums: Tensor | None = None
+        self.dim = self.size + self.ones
+        self.statistics_dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.tally: Tensor | None = None
         self.captured = False
 
     def __reduce__(self) -> tuple[type[Layer], tuple[Any, ...]]:
@@ -73,9 +67,10 @@ class Layer(abc.ABC):
         """Choose the kind of running estimate."""
         self.curvature = curvature
         self.backend = curvature.backend
+        self.backend_name = backend_name(curvature.backend)
 
     def expect(self, inverse: Inverse | None, *, gathers: bool, at_backward: bool) -> None:
-        """What the coming step asks of the layer; see the class's attributes."""
+        """What the coming step asks of the layer; see `Rows`."""
         self.inverse = inverse
         self.test_matrix = None
         if inverse is None:
@@ -83,16 +78,14 @@ class Layer(abc.ABC):
             self.test_matrix = self.curvature.test_matrix(self.statistics_dtype, device)
         self.gathers = gathers
         self.at_backward = at_backward
+        if gathers and self.tally is None:
+            zero = torch.zeros(1, dtype=self.statistics_dtype, device=self.weight.device)
+            self.tally = zero.expand(self.curvature.sums_size).requires_grad_()
 
     @property
     def outputs(self) -> int:
         """The number m of outputs."""
         return self.weight.shape[0]
-
-    @property
-    def statistics_dtype(self) -> torch.dtype:
-        """At least float32."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
 
     @property
     def resharded(self) -> bool:
@@ -123,69 +116,23 @@ class Layer(abc.ABC):
         self.captured = False
 
     def take_sums(self) -> Tensor | None:
-        """The sums of this step, which are then forgotten."""
-        sums, self.sums = self.sums, None
-        return sums
+        sums = super().take_sums()
+        if self.tally is None or self.tally.grad is None:
+            return sums
+        traced, self.tally.grad = self.tally.grad, None
+        return traced if sums is None else sums + traced
 
     def no_sums(self) -> Tensor:
         """The sums over no row."""
         size = self.curvature.sums_size
         return torch.zeros(size, dtype=self.statistics_dtype, device=self.weight.device)
 
-    @torch.no_grad()
-    def gather(self, inputs: Tensor) -> None:
-        """Add the rows of these inputs to the sums of the step."""
-        inputs, every = self.sample(inputs)
-        if not inputs.numel():
-            return
-        basis = self.test_matrix
-        if isinstance(self.inverse, SubspaceInverse):
-            basis = self.inverse.basis
-        if basis is None:
-            count, trace, *moments = self.sum_gram(inputs)
-        else:
-            count, trace, *moments = self.sketch(inputs, basis)
-        self.sums = add_sums(self.sums, count, trace, tuple(moments), weight=every)
-
-    def direction(self, gradients: list[Tensor]) -> list[Tensor]:
-        """D = D0 P, in the parameters' shapes; of the weight alone where the bias is frozen."""
-        assert self.inverse is not None
-        weight_gradient = gradients[0].flatten(1)
-        bias_gradient = gradients[1] if len(gradients) == 2 else None
-        inverse = self.inverse_for(bias_gradient is not None)
-        direction, bias_direction = self.backend.precondition_gradient(
-            weight_gradient, bias_gradient, inverse
-        )
-        direction = direction.view_as(gradients[0])
-        return [direction] if bias_direction is None else [direction, bias_direction]
-
-    @abc.abstractmethod
-    def sample(self, inputs: Tensor) -> tuple[Tensor, int]:
-        """Every so-manyth of the inputs, which the sums are taken over, and of how many each is."""
-
-    @abc.abstractmethod
-    def sum_gram(self, inputs: Tensor) -> tuple[int, Tensor, Tensor]:
-        """n, ||A||_F^2, A'A."""
-
-    @abc.abstractmethod
-    def sketch(self, inputs: Tensor, basis: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
-        """n, ||A||_F^2, Y'Y, A'Y."""
-
     @abc.abstractmethod
     def forward(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """The module's output, through the autograd function that sees rows and gradients."""
 
-    def inverse_for(self, with_bias: bool) -> Inverse:
-        """P, which is known, cut to the weight's columns where the bias has no gradient."""
-        assert self.inverse is not None
-        if with_bias or self.bias is None:
-            return self.inverse
-        if isinstance(self.inverse, DenseInverse):
-            return DenseInverse(self.inverse.matrix[: self.size, : self.size])
-        return self.inverse._replace(basis=self.inverse.basis[: self.size])
 
-
-class LinearLayer(Layer):
+class LinearLayer(LinearRows, Layer):
     """nn.Linear: every leading dimension of the inputs is rows."""
 
     kind = "Linear"
@@ -195,7 +142,7 @@ class LinearLayer(Layer):
         # Backends may have an autograd function of their own, for the subspace.
         self.native = None
         if hasattr(self.backend, "LinearCapture") and isinstance(curvature, Subspace):
-            self.native = self.backend.LinearCapture(self.name, self.bias is not None, SKETCH_ROWS)
+            self.native = self.backend.LinearCapture(self.name, self.ones, SKETCH_ROWS)
 
     def expect(self, inverse: Inverse | None, *, gathers: bool, at_backward: bool) -> None:
         super().expect(inverse, gathers=gathers, at_backward=at_backward)
@@ -205,54 +152,20 @@ class LinearLayer(Layer):
 
     def take_sums(self) -> Tensor | None:
         if self.native is not None:
-            return self.native.take_sums()  # type: ignore[no-any-return]
+            self.sums = self.native.take_sums()
         return super().take_sums()
-
-    def sample(self, inputs: Tensor) -> tuple[Tensor, int]:
-        return _every(inputs.reshape(-1, self.size), SKETCH_ROWS)
-
-    def sum_gram(self, rows: Tensor) -> tuple[int, Tensor, Tensor]:
-        gram, trace = self.backend.sum_gram(
-            rows, dtype=self.statistics_dtype, ones=self.bias is not None
-        )
-        return len(rows), trace, gram
-
-    def sketch(self, rows: Tensor, basis: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
-        core, sketch, trace = self.backend.sketch_rows(rows, basis, ones=self.bias is not None)
-        return len(rows), trace, core, sketch
 
     def forward(self, module: nn.Module, inputs: Tensor) -> Tensor:
         assert isinstance(module, nn.Linear)
         inputs, weight, bias = _autocast(inputs, module.weight, module.bias)
+        if torch.compiler.is_compiling():
+            return traced_linear(inputs, weight, bias, self, self.backend_name, self.tally)
         if self.native is not None:
             return self.backend.captured_linear(inputs, weight, bias, self.native)  # type: ignore[no-any-return]
-        return _Linear.apply(inputs, weight, bias, self)  # type: ignore[no-any-return]
-
-    def weight_gradient(
-        self, inputs: Tensor, output_gradient: Tensor, with_bias: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """G'A and the column sums of G; of A P instead of A where P applies at the backward."""
-        rows = inputs.reshape(-1, self.size)
-        gradient = output_gradient.reshape(-1, self.outputs)
-        if with_bias and self.bias is None:
-            # The module's bias is not the layer's: its gradient stays true.
-            return self.weight_gradient(inputs, output_gradient, False)[0], gradient.sum(0)
-        if self.at_backward and len(rows) <= self.outputs:
-            product, ones = self.backend.precondition_rows(
-                rows, self.inverse_for(with_bias), ones=with_bias
-            )
-            return gradient.T @ product, None if ones is None else gradient.T @ ones
-        direction = gradient.T @ rows
-        bias_direction = gradient.sum(0) if with_bias else None
-        if not self.at_backward:
-            return direction, bias_direction
-        # Fewer outputs than rows: by linearity, P is cheaper on this call's gradient.
-        return self.backend.precondition_gradient(  # type: ignore[no-any-return]
-            direction, bias_direction, self.inverse_for(with_bias)
-        )
+        return Linear.apply(inputs, weight, bias, None, self)  # type: ignore[no-any-return]
 
 
-class Conv2dLayer(Layer):
+class Conv2dLayer(ImageRows, Layer):
     """nn.Conv2d with one group: every output position is a row, its im2col patch."""
 
     kind = "Conv2d"
@@ -263,121 +176,18 @@ class Conv2dLayer(Layer):
         assert isinstance(module, nn.Conv2d)
         self.window, self.padding_before = _window(module)
 
-    def sample(self, inputs: Tensor) -> tuple[Tensor, int]:
-        return _every(inputs if inputs.ndim == 4 else inputs[None], SKETCH_IMAGES)
-
-    def sum_gram(self, inputs: Tensor) -> tuple[int, Tensor, Tensor]:
-        rows = self.backend.unfold_images(inputs, self.window)
-        gram, trace = self.backend.sum_gram(
-            rows, dtype=self.statistics_dtype, ones=self.bias is not None
-        )
-        return len(rows), trace, gram
-
-    def sketch(self, inputs: Tensor, basis: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
-        core, sketch, trace, count = self.backend.sketch_images(
-            inputs, basis, self.window, ones=self.bias is not None
-        )
-        return count, trace, core, sketch
-
     def forward(self, module: nn.Module, inputs: Tensor) -> Tensor:
         assert isinstance(module, nn.Conv2d)
         inputs, weight, bias = _autocast(inputs, module.weight, module.bias)
         mode, amounts = self.padding_before
         if any(amounts):
             inputs = F.pad(inputs, amounts, mode)
-        if inputs.ndim == 3:
-            return _Conv2d.apply(inputs[None], weight, bias, self)[0]  # type: ignore[no-any-return]
-        return _Conv2d.apply(inputs, weight, bias, self)  # type: ignore[no-any-return]
-
-
-class _Linear(torch.autograd.Function):
-    """F.linear whose backward shows the layer its rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, layer: LinearLayer
-    ) -> Tensor:
-        ctx.save_for_backward(inputs, weight)
-        ctx.layer = layer
-        outputs = F.linear(inputs, weight, bias)
-        # A view made in here could not be modified in place, as ReLU(inplace=True) does.
-        if outputs._is_view():
-            outputs = torch.ops.aten._unsafe_view(outputs, outputs.shape)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        inputs, weight = ctx.saved_tensors
-        needs_inputs, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        input_gradient = gradient @ weight if needs_inputs else None
-        if not needs_weight:
-            bias_gradient = gradient.reshape(-1, gradient.shape[-1]).sum(0) if needs_bias else None
-            return input_gradient, None, bias_gradient, None
-        layer: LinearLayer = ctx.layer
-        _show_rows(layer, inputs)
-        return input_gradient, *layer.weight_gradient(inputs, gradient, needs_bias), None
-
-
-class _Conv2d(torch.autograd.Function):
-    """F.conv2d whose backward shows the layer its images."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, layer: Conv2dLayer
-    ) -> Tensor:
-        ctx.save_for_backward(images, weight)
-        ctx.layer = layer
-        window = layer.window
-        return F.conv2d(images, weight, bias, window.stride, window.padding, window.dilation)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        images, weight = ctx.saved_tensors
-        layer: Conv2dLayer = ctx.layer
-        needs: list[bool] = list(ctx.needs_input_grad[:3])
-        window = layer.window
-        image_gradient, weight_gradient, bias_gradient = torch.ops.aten.convolution_backward(
-            gradient,
-            images,
-            weight,
-            [weight.shape[0]],
-            window.stride,
-            window.padding,
-            window.dilation,
-            False,
-            [0, 0],
-            1,
-            needs,
-        )
-        if not needs[1]:
-            return image_gradient, None, bias_gradient, None
-        _show_rows(layer, images)
-        if layer.at_backward:
-            # Patches overlap, so A P is no image: by linearity, P goes on this call's gradient.
-            owned = needs[2] and layer.bias is not None
-            directions = layer.direction(
-                [weight_gradient, bias_gradient] if owned else [weight_gradient]
-            )
-            weight_gradient, bias_gradient = (*directions, bias_gradient)[:2]
-        return image_gradient, weight_gradient, bias_gradient, None
-
-
-def _every(inputs: Tensor, most: int) -> tuple[Tensor, int]:
-    """At most `most` of the inputs, spread over all of them, and of how many each is one."""
-    every = max(1, -(-len(inputs) // most))
-    return inputs[::every], every
-
-
-def _show_rows(layer: Layer, inputs: Tensor) -> None:
-    if layer.at_backward and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"layer {layer.name!r}: a backward with create_graph=True would differentiate through "
-            'the preconditioned gradient; use site="step"'
-        )
-    if layer.gathers:
-        layer.gather(inputs)
+        images = inputs[None] if inputs.ndim == 3 else inputs
+        if torch.compiler.is_compiling():
+            outputs = traced_conv2d(images, weight, bias, self, self.backend_name, self.tally)
+        else:
+            outputs = Conv2d.apply(images, weight, bias, None, self)
+        return outputs[0] if inputs.ndim == 3 else outputs
 
 
 class CapturedForward:
@@ -392,15 +202,21 @@ class CapturedForward:
 
     def __call__(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Module's own name for it
         module, layer = self.module, self.layer
-        watched = layer.at_backward or layer.gathers
-        if watched and torch.is_grad_enabled() and module.weight.requires_grad:
-            if layer.shards is not None and is_sharded(module.weight):
+        if torch.is_grad_enabled() and module.weight.requires_grad:
+            if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
                 raise RuntimeError(
-                    f"layer {layer.name!r}: expected its weight whole in the forward, as under "
-                    "fully_shard, got a DTensor; GLS does not cover tensor parallelism, pass such "
-                    "parameters as a list"
+                    f"layer {layer.name!r}: torch.func's transforms (grad, vmap, ...) would give "
+                    "gradients of rows that GLS does not see; use a copy.deepcopy of the model, "
+                    "or call detach() of the optimizer first"
                 )
-            return layer.forward(module, input)
+            if layer.at_backward or layer.gathers:
+                if layer.shards is not None and is_sharded(module.weight):
+                    raise RuntimeError(
+                        f"layer {layer.name!r}: expected its weight whole in the forward, as under "
+                        "fully_shard, got a DTensor; GLS does not cover tensor parallelism, pass "
+                        "such parameters as a list"
+                    )
+                return layer.forward(module, input)
         return type(module).forward(module, input)  # type: ignore[no-any-return]
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:

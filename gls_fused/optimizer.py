@@ -9,8 +9,10 @@ from typing import Any, Literal, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from typing_extensions import Self
 
+from gls_fused.diagnostics import diagnose
 from gls_fused.distributed import Ranks
 from gls_fused.fallback import adam_
 from gls_fused.groups import (
@@ -191,9 +193,11 @@ class GLS(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # Its work is in fused kernels already, and in decisions that a traced graph would freeze.
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step.
+        """Take one step; torch.compile leaves it as it is.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -237,6 +241,7 @@ class GLS(torch.optim.Optimizer):
             preconditioner.expect(group["step"], group)
         return loss
 
+    @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and forget the rows that led to them."""
         super().zero_grad(set_to_none)
@@ -340,6 +345,19 @@ class GLS(torch.optim.Optimizer):
             lines.append(f"{name}: Adam ({reason})")
         return "\n".join(lines)
 
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers to log, by layer: `{"encoder.0/trace": ..., "encoder.0/captured": ..., ...}`.
+
+            trace       t = tr(Sigma), the mean square norm of a layer's rows
+            captured    tr(M) / t, the share of it in the directions that are solved exactly
+            damping     lambda = damping t / d
+            update_rms  root mean square of D = D0 P, bias-corrected; with "rms" and "adam" alone
+
+        Computed when called, from the state; a layer without statistics yet is left out. With
+        several groups, names begin with `group0/`, `group1/`, ...
+        """
+        return diagnose(self._preconditioners, self.param_groups, self._squares_of)
+
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{self.report()}"
 
@@ -357,6 +375,10 @@ class GLS(torch.optim.Optimizer):
         for group, preconditioner in zip(self.param_groups, self._preconditioners, strict=True):
             preconditioner.restart(group["step"], group)
         self._ranks.disagree()
+
+    def _squares_of(self, layer: Layer) -> list[Tensor]:
+        states = (self.state[param] for param in layer.params if param in self.state)
+        return [state["exp_avg_sq"] for state in states if "exp_avg_sq" in state]
 
     def _site_for(self, options: Mapping[str, Any]) -> str:
         # The step size is the true gradient's, which the backward site does not keep.

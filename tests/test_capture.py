@@ -181,6 +181,28 @@ def test_training_under_autocast(backend, kind, site):
         assert_near(actual, expected, PRODUCT[torch.bfloat16])
 
 
+@pytest.mark.parametrize("curvature", ["dense", "subspace"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_of_a_backward_under_autocast(backend, kind, curvature):
+    """They are those of one outside, in float32."""
+    found = []
+    for inside in (False, True):
+        model = make_net(kind).float()
+        optimizer = GLS(model, curvature=curvature, backend=backend, **EVERY_STEP)
+        inputs, targets = (x.float() for x in make_batch(kind, 5, 0))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.mse_loss(model(inputs).float(), targets)
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        optimizer.step()
+        key = "gram" if curvature == "dense" else "core"
+        found.append([optimizer.state[p][key] for p in model.parameters() if p.ndim > 1])
+    for outside, inside in zip(*found, strict=True):
+        assert_near(inside, outside, PRODUCT[torch.float32])
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("curvature", [{"curvature": "dense"}, {"rank": 100}])
 @pytest.mark.parametrize("site", ["step", "backward"])

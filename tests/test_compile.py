@@ -1,0 +1,283 @@
+"""torch.compile: the same steps as eager, in whole graphs, of which there are few."""
+
+import itertools
+
+import pytest
+import torch
+from nets import KINDS, gradients, loss_of, make_batch, make_net, snapshot
+from tolerances import PRODUCT, SAME_STEPS, assert_near, relative_error
+from torch import nn
+from torch._dynamo.utils import counters
+
+from gls_fused import GLS, attach
+
+# One at step 0, one for steps that gather rows, one for those that do not.
+GRAPHS = 3
+OPTIONS = {"rank": 4, "curvature_every": 3}
+
+
+# Dynamo's own, of a result of one graph that enters another.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def batch_of(kind, dtype, step, n=5):
+    return tuple(x.to(dtype) for x in make_batch(kind, n, step))
+
+
+def one_backward(net, optimizer, step, batch):
+    loss_of(net, batch(step)).backward()
+
+
+def backward_of_two_calls(net, optimizer, step, batch):
+    """And rows forgotten between forward and backward."""
+    loss = loss_of(net, batch(step)) + loss_of(net, batch(step + 50))
+    optimizer.zero_grad()
+    loss.backward()
+
+
+def micro_batches(net, optimizer, step, batch):
+    """Of which the last runs outside the graph."""
+    one_backward(net, optimizer, step, batch)
+    one_backward(net, optimizer, step + 50, batch)
+    one_backward(getattr(net, "_orig_mod", net), optimizer, step + 100, batch)
+
+
+def batches_of_many_sizes(net, optimizer, step, batch):
+    loss_of(net, batch(step, n=5 + step * 7 % 30)).backward()
+
+
+def backward_under_autocast(net, optimizer, step, batch):
+    inputs, targets = batch(step)
+    with torch.autocast("cpu", torch.bfloat16):
+        (net(inputs) - targets).square().mean().backward()
+
+
+def train(net, optimizer, kind, *, dtype=torch.float64, feed=one_backward, steps=20):
+    for step in range(steps):
+        optimizer.zero_grad()
+        feed(net, optimizer, step, lambda seed, n=5: batch_of(kind, dtype, seed, n))
+        optimizer.step()
+
+
+def assert_trains_as_eager(
+    kind, tolerance, compiler="aot_eager", *, recompute=None, dtype=torch.float64,
+    feed=one_backward, graphs=GRAPHS, **options,
+):  # fmt: skip
+    eager, model = (make_net(kind, recompute=recompute).to(dtype) for _ in range(2))
+    start = snapshot(eager)
+    expected, optimizer = (GLS(net, **OPTIONS, **options) for net in (eager, model))
+    train(eager, expected, kind, dtype=dtype, feed=feed)
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    train(compiled, optimizer, kind, dtype=dtype, feed=feed)
+    for p, q, before in zip(model.parameters(), eager.parameters(), start, strict=True):
+        assert_near(p, q, tolerance)
+        assert relative_error(before, q) > tolerance
+    # It has the rows of every layer.
+    assert optimizer.report() == expected.report()
+    assert "no rows yet" not in optimizer.report()
+    assert not counters["graph_break"]
+    assert GRAPHS <= counters["stats"]["unique_graphs"] <= graphs
+
+
+def crossed(names, others, *quick):
+    """All pairs; a graph takes a second, so that all but those named are slow."""
+    return [
+        pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow)
+        for pair in itertools.product(names, others)
+    ]
+
+
+SITES = [("subspace", "step"), ("subspace", "backward"), ("dense", "step"), ("dense", "backward")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    crossed(
+        KINDS, SITES, ("mlp", SITES[1]), ("mlp", SITES[2]), ("cnn", SITES[0]), ("cnn", SITES[3])
+    ),
+)
+def test_steps_are_those_of_eager(kind, options):
+    curvature, site = options
+    assert_trains_as_eager(kind, SAME_STEPS, curvature=curvature, site=site)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_backend(backend, kind):
+    assert_trains_as_eager(kind, SAME_STEPS, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("kind", "feed"),
+    crossed(
+        KINDS,
+        (backward_of_two_calls, micro_batches),
+        ("mlp", backward_of_two_calls),
+        ("cnn", micro_batches),
+    ),
+)
+def test_rows_of_several_calls_add_up(kind, feed):
+    assert_trains_as_eager(kind, SAME_STEPS, feed=feed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "recompute"),
+    crossed(KINDS, ("reentrant", "saved"), ("mlp", "reentrant"), ("mlp", "saved")),
+)
+def test_rows_count_once_under_checkpointing(kind, recompute):
+    assert_trains_as_eager(kind, SAME_STEPS, recompute=recompute)
+
+
+def test_batches_of_many_sizes():
+    """Each graph once for the first size, and once for all others."""
+    assert_trains_as_eager("mlp", SAME_STEPS, feed=batches_of_many_sizes, graphs=2 * GRAPHS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    crossed(KINDS, ("auto", "reference"), ("mlp", "reference"), ("cnn", "auto")),
+)
+def test_autocast(kind, backend):
+    """The same casts; the statistics stay in float32."""
+    options = {"dtype": torch.float32, "feed": backward_under_autocast, "backend": backend}
+    assert_trains_as_eager(kind, PRODUCT[torch.float32], **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inductor(kind, dtype):
+    assert_trains_as_eager(kind, PRODUCT[dtype], "inductor", dtype=dtype)
+
+
+def test_layers_of_one_shape_share_their_graphs():
+    """Of more layers than Dynamo allows graphs for one function."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(12)))
+    optimizer = GLS(model, **OPTIONS)
+    for layer in model:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    for _ in range(8):
+        model(torch.randn(5, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    # The first layer's inputs need no gradient.
+    assert counters["stats"]["unique_graphs"] <= 2 * GRAPHS
+    assert "no rows yet" not in optimizer.report()
+
+
+def gls(model):
+    return GLS(model, **OPTIONS)
+
+
+def sgd_on_directions(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
+    attach(model, optimizer, **OPTIONS)
+    return optimizer
+
+
+@pytest.mark.parametrize("compiled", ["step", "loop"])
+@pytest.mark.parametrize("make", [gls, sgd_on_directions])
+def test_step_in_a_compiled_region(make, compiled):
+    """It runs as it is: the graphs around it stay as many as without it."""
+    models = [make_net("mlp") for _ in range(2)]
+    optimizers = [make(model) for model in models]
+
+    def loop_of(model, optimizer, step):
+        def loop(batch):
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            step()
+            return loss
+
+        return loop
+
+    steps = [optimizer.step for optimizer in optimizers]
+    if compiled == "step":
+        steps[1] = torch.compile(steps[1], backend="aot_eager")
+    loops = list(map(loop_of, models, optimizers, steps))
+    if compiled == "loop":
+        loops[1] = torch.compile(loops[1], backend="aot_eager")
+    for step in range(12):
+        expected, found = (loop(make_batch("mlp", 5, step)) for loop in loops)
+        assert_near(found, expected, SAME_STEPS)
+    for p, q in zip(*map(snapshot, models), strict=True):
+        assert_near(q, p, SAME_STEPS)
+    # torch's own SGD is traced, at its first step and at others.
+    own = 0 if make is gls else 2
+    assert counters["stats"]["unique_graphs"] <= own + (GRAPHS if compiled == "loop" else 0)
+
+
+def test_detached_model_gives_the_true_gradient():
+    model, plain = make_net("mlp"), make_net("mlp")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    optimizer = GLS(model, site="backward", **OPTIONS)
+    train(compiled, optimizer, "mlp", steps=2)
+    optimizer.detach()
+    optimizer.zero_grad()
+    plain.load_state_dict(model.state_dict())
+    for net in (compiled, plain):
+        loss_of(net, make_batch("mlp", 5, 9)).backward()
+    for p, q in zip(gradients(model), gradients(plain), strict=True):
+        assert_near(p, q, SAME_STEPS)
+
+
+def test_evaluation_leaves_no_rows():
+    model = make_net("mlp")
+    optimizer = GLS(model, **OPTIONS)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        compiled(make_batch("mlp", 7, 1)[0])
+    compiled(make_batch("mlp", 7, 1)[0])
+    one_backward(compiled, optimizer, 0, lambda seed: make_batch("mlp", 5, seed))
+    optimizer.step()
+    assert optimizer.state[model.stem.weight]["rows"] == 5
+
+
+def test_rows_count_when_gradients_are_left_on_the_parameters():
+    model = make_net("mlp")
+    optimizer = GLS(model, **OPTIONS)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.autograd.grad(loss_of(compiled, make_batch("mlp", 7, 1)), list(model.parameters()))
+    loss_of(compiled, make_batch("mlp", 5, 0)).backward()
+    optimizer.step()
+    assert optimizer.state[model.stem.weight]["rows"] == 5
+
+
+def test_vmap_in_a_graph_is_refused():
+    model = make_net("mlp")
+    GLS(model)
+    mapped = torch.compile(torch.func.vmap(model), backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"layer 'stem': torch\.func's"):
+        mapped(make_batch("mlp", 5, 0)[0][:, None])
+
+
+def test_functional_gradient_in_a_graph_is_the_true_one():
+    model, plain = make_net("mlp"), make_net("mlp")
+    optimizer = GLS(model, site="backward", **OPTIONS)
+    train(model, optimizer, "mlp", steps=2)
+    plain.load_state_dict(model.state_dict())
+    batch = make_batch("mlp", 5, 3)
+
+    def gradient_of(net):
+        def loss(params):
+            return (torch.func.functional_call(net, params, batch[0]) - batch[1]).square().mean()
+
+        return torch.func.grad(loss)
+
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    found = torch.compile(gradient_of(model), backend="aot_eager")(params)
+    for name, wanted in gradient_of(plain)(params).items():
+        assert_near(found[name], wanted, SAME_STEPS)
+    before = snapshot(model)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(snapshot(model), before, strict=True))

@@ -1,0 +1,158 @@
+"""diagnostics(): numbers that the state implies, by layer."""
+
+import pytest
+import torch
+from nets import KINDS, loss_of, make_batch, make_net
+from tolerances import PRODUCT
+from torch import nn
+
+from gls_fused import GLS, attach
+
+NEAR = {"rel": 10 * PRODUCT[torch.float64]}
+
+
+def train(model, optimizer, kind, steps=5):
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, make_batch(kind, 12, step)).backward()
+        optimizer.step()
+
+
+def by_layer(found):
+    layers = {}
+    for key, value in found.items():
+        assert type(value) is float
+        layer, _, name = key.rpartition("/")
+        layers.setdefault(layer, {})[name] = value
+    return layers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_are_those_of_the_rows(kind):
+    """beta = 0: the statistics are of the last batch alone, here in all of its directions."""
+    model = make_net(kind)
+    optimizer = GLS(
+        model, rank=100, beta=0.0, beta2=0.0, damping=0.7, curvature_every=1, site="backward"
+    )
+    train(model, optimizer, kind)
+    found = by_layer(optimizer.diagnostics())
+    assert list(found) == ["stem", "first", "second", "head"]
+    # p.grad holds D at the backward site.
+    for name, values in found.items():
+        layer = getattr(model, name)
+        direction = torch.cat([layer.weight.grad.flatten(), layer.bias.grad])
+        assert values["update_rms"] == pytest.approx(
+            direction.square().mean().sqrt().item(), **NEAR
+        )
+        assert values["captured"] == pytest.approx(1.0, rel=1e-9)
+        dim = layer.weight[0].numel() + 1
+        assert values["damping"] == pytest.approx(0.7 * values["trace"] / dim, **NEAR)
+    if kind == "mlp":
+        inputs, _ = make_batch(kind, 12, 4)
+        trace = (inputs.square().sum() / len(inputs)).item() + 1
+        assert found["stem"]["trace"] == pytest.approx(trace, **NEAR)
+
+
+def test_share_captured_by_few_directions():
+    """Of rows with eigenvalues 9, 1, 0 and a rank of 1."""
+    model = nn.Linear(3, 2, bias=False).double()
+    optimizer = GLS(model, rank=1, curvature_every=1, beta=0.0)
+    rows = torch.tensor([[3.0, 0, 0], [0, 1, 0], [-3, 0, 0], [0, -1, 0]]).double() * 2**0.5
+    for _ in range(40):
+        model(rows).sum().backward()
+        optimizer.step()
+    values = by_layer(optimizer.diagnostics())["Linear"]
+    assert values["captured"] == pytest.approx(0.9, **NEAR)
+    assert values["trace"] == pytest.approx(10.0, **NEAR)
+
+
+def test_dense_curvature_captures_all():
+    model = make_net("mlp")
+    optimizer = GLS(model, curvature="dense")
+    train(model, optimizer, "mlp")
+    assert all(values["captured"] == 1 for values in by_layer(optimizer.diagnostics()).values())
+
+
+@pytest.mark.parametrize(
+    ("normalize", "has"), [("rms", True), ("adam", True), ("sgd", False), ("none", False)]
+)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_root_mean_square_where_it_is_kept(normalize, has, momentum):
+    model = make_net("mlp")
+    options = {"normalize": normalize, "momentum": momentum, "lr": 1e-4}
+    optimizer = GLS(model, **options)
+    train(model, optimizer, "mlp")
+    for values in by_layer(optimizer.diagnostics()).values():
+        assert ("update_rms" in values) == has
+
+
+def test_root_mean_square_is_the_same_per_layer_and_per_element():
+    """At lr so small that both models see the same gradients."""
+    found = []
+    for normalize in ("rms", "adam"):
+        model = make_net("mlp")
+        optimizer = GLS(model, normalize=normalize, lr=1e-30)
+        train(model, optimizer, "mlp")
+        found.append([v["update_rms"] for v in by_layer(optimizer.diagnostics()).values()])
+    assert found[0] == pytest.approx(found[1], **NEAR)
+
+
+def test_root_mean_square_of_one_direction_again_and_again():
+    """The average of equal values is that value, however few they are."""
+    model = make_net("mlp")
+    optimizer = GLS(model, beta2=0.9, lr=1e-30, site="backward", curvature_every=100)
+    for _ in range(3):
+        train(model, optimizer, "mlp", steps=1)
+    for name, values in by_layer(optimizer.diagnostics()).items():
+        layer = getattr(model, name)
+        direction = torch.cat([layer.weight.grad.flatten(), layer.bias.grad])
+        size = direction.square().mean().sqrt().item()
+        assert values["update_rms"] == pytest.approx(size, **NEAR)
+
+
+def test_groups_have_names_of_their_own():
+    model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+    optimizer = GLS([{"params": model[0]}, {"params": model[1], "damping": 2.0}])
+    model[1](model[0](torch.randn(4, 3))).sum().backward()
+    optimizer.step()
+    found = by_layer(optimizer.diagnostics())
+    assert list(found) == ["group0/Linear", "group1/Linear"]
+    values = found["group1/Linear"]
+    assert values["damping"] == pytest.approx(2 * values["trace"] / 4, rel=PRODUCT[torch.float32])
+
+
+def test_layers_without_statistics_are_left_out():
+    model = make_net("mlp")
+    optimizer = GLS(model)
+    assert optimizer.diagnostics() == {}
+    model.stem.requires_grad_(False)
+    train(model, optimizer, "mlp", steps=1)
+    assert set(by_layer(optimizer.diagnostics())) == {"first", "second", "head"}
+
+
+def test_reading_changes_nothing():
+    states = []
+    for reads in (False, True):
+        model = make_net("mlp")
+        optimizer = GLS(model, curvature_every=2)
+        for _ in range(4):
+            train(model, optimizer, "mlp", steps=1)
+            if reads:
+                optimizer.diagnostics()
+        states.append(optimizer.state_dict()["state"])
+    for plain, read in zip(*(state.values() for state in states), strict=True):
+        assert list(plain) == list(read)
+        for key, value in plain.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(read[key]))
+
+
+def test_attachment_has_them_too():
+    model = make_net("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    handle = attach(model, optimizer, damping=0.5)
+    train(model, optimizer, "mlp")
+    found = by_layer(handle.diagnostics())
+    assert list(found) == ["stem", "first", "second", "head"]
+    for values in found.values():
+        assert list(values) == ["trace", "captured", "damping"]
+        assert 0 < values["captured"] <= 1 + 1e-12

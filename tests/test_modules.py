@@ -1,0 +1,288 @@
+"""Modules that wrap, compute, share or make their weights later; and torch.func."""
+
+import copy
+
+import pytest
+import torch
+from nets import KINDS, loss_of, make_batch, make_net, snapshot
+from tolerances import PRODUCT, SAME_STEPS, assert_near
+from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.utils import parametrizations
+
+from gls_fused import GLS
+
+OPTIONS = {"rank": 4, "curvature_every": 1}
+
+
+def lines_of(optimizer):
+    return dict(line.split(": ", 1) for line in optimizer.report().splitlines())
+
+
+def train(model, optimizer, batch, steps=4):
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses.append(loss_of(model, batch))
+        losses[-1].backward()
+        optimizer.step()
+    return [loss.item() for loss in losses]
+
+
+# ---- weights that are computed -------------------------------------------------------------------
+
+
+def old_weight_norm(module):
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return nn.utils.weight_norm(module)
+
+
+COMPUTED = "Adam (its weight or bias is parametrized)"
+PART = "Adam (ParametrizationList is not covered)"
+PARAMETRIZED = {
+    "weight_norm": (
+        parametrizations.weight_norm,
+        {
+            "0.parametrizations.weight.original0": PART,
+            "0.parametrizations.weight.original1": PART,
+            "0.bias": COMPUTED,
+        },
+    ),
+    "spectral_norm": (
+        parametrizations.spectral_norm,
+        {"0.parametrizations.weight.original": PART, "0.bias": COMPUTED},
+    ),
+    "old weight_norm": (
+        old_weight_norm,
+        {"0.weight_g": COMPUTED, "0.weight_v": COMPUTED, "0.bias": COMPUTED},
+    ),
+    "old spectral_norm": (
+        nn.utils.spectral_norm,
+        {"0.weight_orig": COMPUTED, "0.bias": COMPUTED},
+    ),
+}
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, nn.Conv2d])
+@pytest.mark.parametrize("how", PARAMETRIZED)
+def test_parametrized_weights_take_adams_update(how, layer):
+    parametrize, expected = PARAMETRIZED[how]
+    linear = layer is nn.Linear
+
+    def make():
+        torch.manual_seed(0)
+        first = (nn.Linear(6, 4) if linear else nn.Conv2d(2, 4, 6)).double()
+        return nn.Sequential(
+            parametrize(first), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3, dtype=torch.float64)
+        )
+
+    model, twin = make(), make()
+    optimizer = GLS(model, lr=0.01, momentum=0.9, beta2=0.999)
+    adam = torch.optim.Adam(twin[0].parameters(), lr=0.01)
+    lines = lines_of(optimizer)
+    assert {name: lines[name] for name in expected} == expected
+    assert lines["3"].startswith("GLS")
+    # One step: after it the models differ in what follows.
+    batch = make_batch("mlp" if linear else "cnn", 12, 0)
+    for net, stepper in ((model, optimizer), (twin, adam)):
+        loss_of(net, batch).backward()
+        stepper.step()
+    for p, q in zip(model[0].parameters(), twin[0].parameters(), strict=True):
+        assert_near(p, q, PRODUCT[torch.float64])
+    losses = train(model, optimizer, batch, 10)
+    assert losses[-1] < losses[0]
+
+
+# ---- wrapped layers ------------------------------------------------------------------------------
+
+
+class LowRank(nn.Module):
+    """A frozen nn.Linear, and a correction of low rank that is trained."""
+
+    def __init__(self, base, rank):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, inputs):
+        return self.base(inputs) + self.up(self.down(inputs))
+
+
+@pytest.mark.parametrize("site", ["step", "backward"])
+def test_low_rank_correction_of_a_frozen_layer(backend, site):
+    torch.manual_seed(0)
+    model = nn.Sequential(LowRank(nn.Linear(6, 8), 2), nn.Tanh(), nn.Linear(8, 3)).double()
+    frozen = snapshot(model[0].base)
+    optimizer = GLS(model, lr=0.01, site=site, backend=backend, **OPTIONS)
+    losses = train(model, optimizer, make_batch("mlp", 12, 0), 20)
+    assert losses[-1] < 0.7 * losses[0]
+    lines = lines_of(optimizer)
+    for name, shape in (("down", "6 -> 2, 12 rows"), ("up", "2 -> 8, 12 rows")):
+        assert lines[f"0.{name}"].startswith(f"GLS (Linear {shape}")
+    assert "no rows yet" in lines["0.base"]
+    assert not optimizer.state[model[0].base.weight]
+    for p, q in zip(snapshot(model[0].base), frozen, strict=True):
+        assert torch.equal(p, q)
+
+
+class Attention(nn.Module):
+    """nn.MultiheadAttention with separate or joint input projections, then nn.Linear."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(6, 2, batch_first=True, **options)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, inputs):
+        tokens = inputs.unflatten(0, (-1, 3))
+        return self.head(self.attend(tokens, tokens, tokens)[0]).flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "projections"),
+    [
+        ({}, ["in_proj_weight", "in_proj_bias"]),
+        (
+            {"kdim": 6, "vdim": 6, "add_bias_kv": True},
+            ["in_proj_weight", "in_proj_bias", "bias_k", "bias_v"],
+        ),
+    ],
+)
+def test_projections_of_attention_take_adams_update(options, projections):
+    torch.manual_seed(0)
+    model = Attention(**options).double()
+    optimizer = GLS(model, lr=0.01, **OPTIONS)
+    lines = lines_of(optimizer)
+    for name in projections:
+        assert lines[f"attend.{name}"] == "Adam (MultiheadAttention is not covered)"
+    for name in ("weight", "bias"):
+        expected = "Adam (nn.MultiheadAttention uses its weight without calling it)"
+        assert lines[f"attend.out_proj.{name}"] == expected
+    assert lines["head"].startswith("GLS")
+    before = snapshot(model)
+    losses = train(model, optimizer, make_batch("mlp", 12, 0), 20)
+    assert losses[-1] < losses[0]
+    assert not any(torch.equal(p, q) for p, q in zip(snapshot(model), before, strict=True))
+
+
+# ---- lazy modules --------------------------------------------------------------------------------
+
+
+# torch's own remark on a feature of its.
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("initialised", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_lazy_modules(kind, initialised):
+    torch.manual_seed(0)
+    first = nn.LazyLinear(4) if kind == "mlp" else nn.LazyConv2d(4, 6)
+    model = nn.Sequential(first, nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)).double()
+    batch = make_batch(kind, 12, 0)
+    if initialised:
+        model(batch[0])
+    optimizer = GLS(model, lr=0.01, **OPTIONS)
+    lines = lines_of(optimizer)
+    if initialised:
+        assert lines["0"].startswith("GLS")
+    else:
+        expected = "Adam (not initialised yet: run the model once before building the optimizer)"
+        assert lines["0.weight"] == lines["0.bias"] == expected
+    assert lines["3"].startswith("GLS")
+    model(batch[0])
+    before = snapshot(model)
+    losses = train(model, optimizer, batch, 20)
+    assert losses[-1] < losses[0]
+    assert not any(torch.equal(p, q) for p, q in zip(snapshot(model), before, strict=True))
+    assert ("core" in optimizer.state[model[0].weight]) == initialised
+
+
+# ---- layouts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": "adam"}, {"curvature": "dense"}])
+@pytest.mark.parametrize("site", ["step", "backward"])
+def test_channels_last_trains_as_contiguous(backend, site, options):
+    """Images and weights; the momentum has the layout of its weight."""
+    models = [make_net("cnn") for _ in range(2)]
+    models[1].to(memory_format=torch.channels_last)
+    inputs, targets = make_batch("cnn", 12, 0)
+    layouts = (torch.contiguous_format, torch.channels_last)
+    for model, layout in zip(models, layouts, strict=True):
+        optimizer = GLS(model, site=site, backend=backend, **OPTIONS, **options)
+        train(model, optimizer, (inputs.to(memory_format=layout), targets), 8)
+        weight = model.first.weight
+        assert weight.is_contiguous(memory_format=layout)
+        assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
+    for p, q in zip(*map(snapshot, models), strict=True):
+        assert_near(q, p, SAME_STEPS)
+
+
+# ---- torch.func ----------------------------------------------------------------------------------
+
+
+def per_sample_loss(model, inputs):
+    return vmap(lambda row: model(row[None]).square().sum())(inputs).sum()
+
+
+def gradient_of_parameters(model, inputs):
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    return grad(lambda values: functional_call(model, values, inputs).sum())(params)
+
+
+def directional_derivative(model, inputs):
+    return jvp(model, (inputs,), (torch.ones_like(inputs),))
+
+
+# torch's own, of the derivatives that jvp loads.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("site", ["step", "backward"])
+@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize(
+    "transform", [per_sample_loss, gradient_of_parameters, directional_derivative]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_transforms_are_refused_by_name(backend, kind, transform, step, site):
+    """Whether or not the step gathers rows."""
+    model = make_net(kind)
+    optimizer = GLS(model, site=site, backend=backend, rank=4, curvature_every=2)
+    train(model, optimizer, make_batch(kind, 5, 0), step)
+    inputs, _ = make_batch(kind, 5, 1)
+    with pytest.raises(RuntimeError, match=r"layer 'stem': torch.func's .* call detach\(\)"):
+        transform(model, inputs)
+    expected = transform(copy.deepcopy(model), inputs)
+    optimizer.detach()
+    found = transform(model, inputs)
+    pairs = zip(*(torch.utils._pytree.tree_leaves(x) for x in (found, expected)), strict=True)
+    for actual, wanted in pairs:
+        assert_near(actual, wanted, PRODUCT[torch.float64])
+
+
+def test_transforms_of_frozen_layers_and_without_gradients():
+    model = make_net("mlp")
+    inputs, _ = make_batch("mlp", 5, 1)
+    expected = per_sample_loss(model, inputs)
+    GLS(model)
+    with torch.no_grad():
+        assert_near(per_sample_loss(model, inputs), expected, PRODUCT[torch.float64])
+    model.requires_grad_(False)
+    assert_near(per_sample_loss(model, inputs), expected, PRODUCT[torch.float64])
+
+
+def test_ensemble_of_copies():
+    """What torch.func.stack_module_state makes of captured models has their weights."""
+    models = [make_net("mlp") for _ in range(2)]
+    for model in models:
+        train(model, GLS(model), make_batch("mlp", 5, 0), 2)
+    params, buffers = torch.func.stack_module_state([copy.deepcopy(model) for model in models])
+    base = copy.deepcopy(models[0])
+    inputs, _ = make_batch("mlp", 5, 1)
+
+    def call(values, extra):
+        return functional_call(base, (values, extra), inputs)
+
+    outputs = vmap(call)(params, buffers)
+    for model, output in zip(models, outputs, strict=True):
+        assert_near(output, model(inputs), PRODUCT[torch.float64])
+    outputs.sum().backward()
+    assert all(stacked.grad is not None for stacked in params.values())
