@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from cuda_emulation import build
 from cuda_emulation.emulator import EmulationError, Emulator
 
 N = 119  # neither a multiple of 4 nor of a warp
@@ -24,7 +23,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def broken():
-    return Emulator(build.HERE / "broken" / "driver.cpp", "traced")
+    return Emulator("broken/driver.cpp", variant="traced")
 
 
 def run(broken, memory, name, mended):
@@ -39,7 +38,7 @@ def run(broken, memory, name, mended):
 def test_fault_is_caught_in_every_order(broken, order, name):
     with broken.memory() as memory, broken.order(order), pytest.raises(EmulationError) as caught:
         run(broken, memory, name, False)
-    assert str(caught.value).startswith(f"{name}, block")
+    assert str(caught.value).startswith(f"{name}_kernel<false>, block")
     if order == "forward":
         caught.match(FAULTS[name])
 

@@ -14,7 +14,7 @@ float32 = torch.float32
 
 @pytest.fixture(scope="module")
 def samples():
-    return Emulator("samples")
+    return Emulator("samples/driver.cpp")
 
 
 def draw(*shape, dtype=float32):
@@ -170,7 +170,7 @@ def test_bytes_are_counted(samples, n):
     with samples.memory() as memory, samples.traffic() as moved:
         x, y = memory.copy("x", draw(n)), memory.copy("y", draw(n))
         samples.call("add", x, y, memory.poison("z", (n,), float32), n)
-    assert moved == {"add": {"x": Moved(4 * n, 0), "y": Moved(4 * n, 0), "z": Moved(0, 4 * n)}}
+    assert moved == {"add_kernel": {"x": Moved(4 * n, 0), "y": Moved(4 * n, 0), "z": Moved(0, 4 * n)}}
 
 
 @traced
@@ -185,14 +185,14 @@ def test_bytes_of_tiles_are_counted(samples):
         "b": Moved(4 * k * n * rows, 0),
         "c": Moved(0, 4 * m * n),
     }
-    assert moved == {"multiply": expected}
+    assert moved == {"multiply_kernel<8>": expected}
 
 
 @traced
 def test_inputs_are_read_only(samples):
     with samples.memory() as memory:
         x = memory.copy("x", draw(8))
-        with pytest.raises(EmulationError, match=r"add, block \(0, 0, 0\), thread .*: writes to x"):
+        with pytest.raises(EmulationError, match=r"add_kernel, block \(0, 0, 0\), thread .*: writes to x"):
             samples.call("add", x, x, x, 8)
 
 
@@ -212,5 +212,5 @@ def test_a_failed_launch_leaves_the_next_one_alone(samples, order):
 def test_a_launch_that_a_device_would_refuse(samples, blocks):
     with samples.memory() as memory:
         x = memory.copy("x", draw(4))
-        with pytest.raises(EmulationError, match=r"sum: grid .*: expected 1 to"):
+        with pytest.raises(EmulationError, match=r"sum_kernel<96>: grid .*: expected 1 to"):
             samples.call("sum", x, memory.poison("y", (1,), float32), 4, blocks)

@@ -13,7 +13,7 @@ FAULTS = {
     "misaligned": (5, "runtime error: .* misaligned address .* 'const struct float4'"),
     "divergent_barrier": (
         119,
-        "divergent_barrier, block .*: divergent barrier: thread .* waits at",
+        "divergent_barrier_kernel<false>, block .*: divergent barrier: thread .* waits at",
     ),
 }
 

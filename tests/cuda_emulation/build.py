@@ -34,12 +34,12 @@ TRACE = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
 VARIANTS = {"traced": ([], TRACE), "sanitized": (SANITIZE, SANITIZE)}  # of runtime, of kernels
 
 
-def build_library(driver: Path, variant: str) -> Path:
-    return link([driver], variant, ".so", ["-shared", "-Wl,-Bsymbolic"])
+def build_library(sources: list[Path], variant: str) -> Path:
+    return link(sources, variant, ".so", ["-shared", "-Wl,-Bsymbolic"])
 
 
 def build_program(sources: list[Path], variant: str) -> Path:
-    return link(sources, variant, ".program", [])
+    return link(sources, variant, ".program", ["-rdynamic"])
 
 
 def link(sources: list[Path], variant: str, suffix: str, flags: list[str]) -> Path:
@@ -56,12 +56,21 @@ def link(sources: list[Path], variant: str, suffix: str, flags: list[str]) -> Pa
 @cache
 def compile_object(source: Path, flags: tuple[str, ...]) -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
-    command = [COMPILER, *FLAGS, *flags, source]
-    key = digest(run([*command, "-E"]), repr(command))
-    target = BUILD / f"{source.stem}-{key}.o"
+    command = [COMPILER, *FLAGS, *flags, f"-I{source.parent}", "-x", "c++", "-"]
+    # The name is for messages and for __FILE__.
+    text = f'#line 1 "{source}"\n' + rewrite_launches(source.read_text())
+    preprocessed = run([*command, "-E"], text)
+    target = BUILD / f"{source.stem}-{digest(preprocessed, command)}.o"
     if not target.exists():
-        run_to(target, [*command, "-c"])
+        run_to(target, [*command, "-c"], text)
     return target
+
+
+def rewrite_launches(text: str) -> str:
+    """kernel<<<grid, block, shared, stream>>>(...) -> launch(kernel, grid, block, ..., ...)."""
+    return re.sub(
+        r"([\w:]+(?:<[^;{}]*?>)?)<<<([^;{}]*?)>>>\(", r"::cuda_emulation::launch(\1, \2, ", text
+    )
 
 
 def assemble_dynamic_shared(kernels: list[Path], source: Path) -> Path:
@@ -76,15 +85,15 @@ def assemble_dynamic_shared(kernels: list[Path], source: Path) -> Path:
     return source
 
 
-def run_to(target: Path, command: list) -> None:
+def run_to(target: Path, command: list, text: str | None = None) -> None:
     """Runs a compiler; whoever else builds the same target meanwhile gets a whole file too."""
     partial = target.with_suffix(f".{os.getpid()}{target.suffix}")
-    run([*command, "-o", partial])
+    run([*command, "-o", partial], text)
     partial.replace(target)
 
 
-def run(command: list) -> str:
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+def run(command: list, text: str | None = None) -> str:
+    done = subprocess.run(command, input=text, check=False, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(done.stderr)
     return done.stdout

@@ -1,6 +1,6 @@
 """Runs emulated kernels on torch tensors: in several orders, with bounds, races and bytes watched.
 
-    emulator = Emulator("samples")
+    emulator = Emulator("samples/driver.cpp")
     with emulator.memory() as memory:
         x, z = memory.copy("x", x), memory.poison("z", x.shape, x.dtype)
         emulator.call("add", x, x, z, x.numel())
@@ -14,13 +14,11 @@ import ctypes
 import json
 import os
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from cuda_emulation import build
 
-DRIVERS = build.HERE / "drivers"
 # Name, the runtime's Order, seed.
 ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1), "warps": (3, 0)}
 # Set by `make sanitize`, which has loaded the sanitizers' runtime before Python.
@@ -71,11 +69,11 @@ class Memory:
 
 
 class Emulator:
-    """A driver of tests/cuda_emulation/drivers, by its name, or by its path."""
+    """A driver, by its path in tests/cuda_emulation, and the files of csrc/cuda that it calls."""
 
-    def __init__(self, driver, variant=VARIANT):
-        path = DRIVERS / f"{driver}.cpp" if isinstance(driver, str) else Path(driver)
-        self._library = ctypes.CDLL(str(build.build_library(path, variant)))
+    def __init__(self, driver, launchers=(), variant=VARIANT):
+        sources = [build.HERE / driver, *(build.ROOT / "csrc" / "cuda" / x for x in launchers)]
+        self._library = ctypes.CDLL(str(build.build_library(sources, variant)))
         self._library.emulation_allocate.restype = ctypes.c_void_p
         self._library.emulation_allocate.argtypes = [
             ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_bool,

@@ -5,33 +5,31 @@
 #include <emulation/driver.h>
 
 using cuda_emulation::guarded;
-using cuda_emulation::launch;
 
 namespace {
 
 template <bool kMended>
-const char* run(const char* name, const float* x, float* y, int n) {
+const char* run(std::string_view name, const float* x, float* y, int n) {
   using namespace broken;
-  const std::string_view which(name);
   return guarded([&] {
-    if (which == "out_of_bounds") launch(name, out_of_bounds_kernel<kMended>, 2, 32, 0, x, y, n);
-    if (which == "out_of_shared") launch(name, out_of_shared_kernel<kMended>, 1, 32, 128, x, y);
-    if (which == "missing_barrier") launch(name, missing_barrier_kernel<kMended>, 1, 128, 0, x, y);
-    if (which == "missing_warp_barrier") {
-      launch(name, missing_warp_barrier_kernel<kMended>, 1, 32, 0, x, y);
+    if (name == "out_of_bounds") out_of_bounds_kernel<kMended><<<2, 32, 0, nullptr>>>(x, y, n);
+    if (name == "out_of_shared") out_of_shared_kernel<kMended><<<1, 32, 128, nullptr>>>(x, y);
+    if (name == "missing_barrier") missing_barrier_kernel<kMended><<<1, 128, 0, nullptr>>>(x, y);
+    if (name == "missing_warp_barrier") {
+      missing_warp_barrier_kernel<kMended><<<1, 32, 0, nullptr>>>(x, y);
     }
-    if (which == "missing_second_barrier") {
-      launch(name, missing_second_barrier_kernel<kMended>, 1, 128, 0, x, y);
+    if (name == "missing_second_barrier") {
+      missing_second_barrier_kernel<kMended><<<1, 128, 0, nullptr>>>(x, y);
     }
-    if (which == "divergent_barrier") {
-      launch(name, divergent_barrier_kernel<kMended>, 1, 128, 0, x, y, n);
+    if (name == "divergent_barrier") {
+      divergent_barrier_kernel<kMended><<<1, 128, 0, nullptr>>>(x, y, n);
     }
-    if (which == "two_barriers") launch(name, two_barriers_kernel<kMended>, 1, 64, 0, x, y);
-    if (which == "divergent_shuffle") {
-      launch(name, divergent_shuffle_kernel<kMended>, 1, 32, 0, x, y);
+    if (name == "two_barriers") two_barriers_kernel<kMended><<<1, 64, 0, nullptr>>>(x, y);
+    if (name == "divergent_shuffle") {
+      divergent_shuffle_kernel<kMended><<<1, 32, 0, nullptr>>>(x, y);
     }
-    if (which == "racing_blocks") launch(name, racing_blocks_kernel<kMended>, 2, 32, 0, x, y);
-    if (which == "misaligned") launch(name, misaligned_kernel<kMended>, 1, 1, 0, x, y);
+    if (name == "racing_blocks") racing_blocks_kernel<kMended><<<2, 32, 0, nullptr>>>(x, y);
+    if (name == "misaligned") misaligned_kernel<kMended><<<1, 1, 0, nullptr>>>(x, y);
   });
 }
 

@@ -1,5 +1,5 @@
 // What nvcc knows without being told and what its cuda_runtime.h declares, with their meaning on the
-// host. Covers what kernels use; launches go through cuda_emulation::launch.
+// host. Covers what kernels use; build.py makes <<<...>>> a call of cuda_emulation::launch.
 
 #pragma once
 
@@ -10,7 +10,8 @@
 #include <cstdio>
 #include <cstring>
 
-#define __global__
+// Exported, so that messages can name kernels.
+#define __global__ __attribute__((visibility("default")))
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))

@@ -1,6 +1,11 @@
 #include "machine.h"
 
+#include <cxxabi.h>
+#include <dlfcn.h>
+
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <sstream>
 #include <stdexcept>
 
@@ -31,6 +36,21 @@ uint3 unflatten(size_t index, dim3 shape) {
 
 size_t count(dim3 shape) { return size_t(shape.x) * shape.y * shape.z; }
 
+// name<template arguments>, without namespace and parameters.
+std::string name_kernel(const void* kernel) {
+  Dl_info symbol{};
+  if (!dladdr(kernel, &symbol) || !symbol.dli_sname) return "unnamed kernel";
+  const std::unique_ptr<char, decltype(&std::free)> demangled(
+      abi::__cxa_demangle(symbol.dli_sname, nullptr, nullptr, nullptr), &std::free);
+  const std::string full = demangled ? demangled.get() : symbol.dli_sname;
+  size_t begin = 0, at = 0;
+  for (int depth = 0; at < full.size() && (depth > 0 || full[at] != '('); ++at) {
+    depth += (full[at] == '<') - (full[at] == '>');
+    if (depth == 0 && (full[at] == ' ' || full[at] == ':')) begin = at + 1;
+  }
+  return full.substr(begin, at - begin);
+}
+
 }  // namespace
 
 Machine::Machine() : fibres_(&Machine::run_thread) {}
@@ -58,13 +78,14 @@ void Machine::check_launch(const Launch& launch) const {
     what << "grid " << uint3(launch.grid) << ": expected 1 to (2147483647, 65535, 65535) blocks";
   } else if (shared > kMaxSharedBytes) {
     what << "dynamic shared memory of " << shared << " bytes: expected at most " << kMaxSharedBytes;
-  } else if (launch.call_bytes > 4096 + sizeof(void*)) {
-    what << "arguments of " << launch.call_bytes - sizeof(void*) << " bytes: expected at most 4096";
+  } else if (launch.argument_bytes > 4096) {
+    what << "arguments of " << launch.argument_bytes << " bytes: expected at most 4096";
   }
-  if (!what.str().empty()) throw std::runtime_error(std::string(launch.kernel) + ": " + what.str());
+  if (!what.str().empty()) throw std::runtime_error(kernel_ + ": " + what.str());
 }
 
 void Machine::run(const Launch& launch) {
+  kernel_ = name_kernel(launch.kernel);
   check_launch(launch);
   launch_ = &launch;
   failure_.reset();
@@ -79,7 +100,7 @@ void Machine::run(const Launch& launch) {
     if (failure_) break;
   }
   launch_ = nullptr;
-  global.end_launch(launch.kernel);
+  global.end_launch(kernel_);
   if (failure_) {
     fibres_.discard();
     throw std::runtime_error(*failure_);
@@ -194,7 +215,7 @@ void Machine::fail_diverged(const char* where, Site site, size_t other) {
 void Machine::fail(const std::string& what) {
   running_ = false;
   std::ostringstream message;
-  message << launch_->kernel << ", block " << block_index_ << ", thread "
+  message << kernel_ << ", block " << block_index_ << ", thread "
           << threads_[fibres_.current()].index << ": " << what;
   failure_ = message.str();
   fibres_.abandon();
@@ -202,7 +223,7 @@ void Machine::fail(const std::string& what) {
 
 std::string Machine::describe_divergence() const {
   std::ostringstream message;
-  message << launch_->kernel << ", block " << block_index_ << ": ";
+  message << kernel_ << ", block " << block_index_ << ": ";
   const Thread* exited = nullptr;
   const Thread* waiting = nullptr;
   const Thread* elsewhere = nullptr;

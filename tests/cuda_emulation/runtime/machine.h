@@ -64,6 +64,7 @@ class Machine {
   Races races_;
   std::vector<Thread> threads_;
   const Launch* launch_ = nullptr;
+  std::string kernel_;
   uint3 block_index_{};
   size_t arrived_ = 0;  // at the block's barrier
   size_t first_at_barrier_ = 0;

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "../cuda_runtime_api.h"
 #include "vector_types.h"
 
 namespace cuda_emulation {
@@ -41,22 +42,23 @@ void note_atomic(const void* address, size_t bytes);
 void note_fence();
 
 struct Launch {
-  const char* kernel;
+  const void* kernel;
   dim3 grid;
   dim3 block;
   size_t dynamic_shared;  // bytes
   void (*run_thread)(const void* call);
   const void* call;  // the kernel and its arguments: readable by its threads
+  size_t argument_bytes;
   size_t call_bytes;
 };
 
 // Throws std::runtime_error for a launch that a device would refuse, and for what a thread did wrong.
 void run(const Launch& launch);
 
-// kernel<<<grid, block, dynamic_shared>>>(arguments...); `name` is for messages and counts.
+// kernel<<<grid, block, dynamic_shared, stream>>>(arguments...), which ends before this returns.
 template <typename... Params, typename... Arguments>
-void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
-            size_t dynamic_shared, const Arguments&... arguments) {
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t,
+            const Arguments&... arguments) {
   static_assert((std::is_trivially_copyable_v<Params> && ...), "arguments are copied as bytes");
   struct Call {
     void (*kernel)(Params...);
@@ -67,7 +69,8 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
     const auto& call = *static_cast<const Call*>(opaque);
     std::apply(call.kernel, call.arguments);
   };
-  run({name, grid, block, dynamic_shared, run_thread, &call, sizeof(call)});
+  run({reinterpret_cast<const void*>(kernel), grid, block, dynamic_shared, run_thread, &call,
+       (sizeof(Params) + ... + 0), sizeof(call)});
 }
 
 }  // namespace cuda_emulation

@@ -1,23 +1,22 @@
-#include "../samples/samples.cuh"
+#include "samples.cuh"
 
 #include <emulation/driver.h>
 
 using cuda_emulation::guarded;
-using cuda_emulation::launch;
 
 EMULATED add(const float* x, const float* y, float* z, int64_t n) {
   const auto blocks = static_cast<unsigned>((n + 4 * 64 - 1) / (4 * 64));
-  return guarded([&] { launch("add", samples::add_kernel, blocks, 64, 0, x, y, z, n); });
+  return guarded([&] { samples::add_kernel<<<blocks, 64, 0, nullptr>>>(x, y, z, n); });
 }
 
 EMULATED sum(const float* x, float* sums, int64_t n, int blocks) {
-  return guarded([&] { launch("sum", samples::sum_kernel<96>, blocks, 96, 0, x, sums, n); });
+  return guarded([&] { samples::sum_kernel<96><<<blocks, 96, 0, nullptr>>>(x, sums, n); });
 }
 
 EMULATED sum_once(const float* x, float* partial, unsigned* finished, float* total, int64_t n,
                   int blocks) {
   return guarded([&] {
-    launch("sum_once", samples::sum_once_kernel, blocks, 40, 0, x, partial, finished, total, n);
+    samples::sum_once_kernel<<<blocks, 40, 0, nullptr>>>(x, partial, finished, total, n);
   });
 }
 
@@ -25,8 +24,7 @@ EMULATED multiply(const float* a, const float* b, float* c, int m, int n, int k)
   constexpr int kTile = 8;
   const dim3 grid((n + kTile - 1) / kTile, (m + kTile - 1) / kTile), block(kTile, kTile);
   return guarded([&] {
-    launch("multiply", samples::multiply_kernel<kTile>, grid, block,
-           2 * kTile * kTile * sizeof(float), a, b, c, m, n, k);
+    samples::multiply_kernel<kTile><<<grid, block, 2 * kTile * kTile * sizeof(float), nullptr>>>(a, b, c, m, n, k);
   });
 }
 
@@ -35,8 +33,7 @@ EMULATED multiply_on_tensor_cores(int dtype, const void* a, const void* b, float
   using nvcuda::wmma::precision::tf32;
   const auto run = [&](auto kernel, auto element) {
     using T = decltype(element);
-    launch("tensor_core", kernel, n / 16, 32, 0, static_cast<const T*>(a),
-           static_cast<const T*>(b), c, n, k);
+    kernel<<<n / 16, 32, 0, nullptr>>>(static_cast<const T*>(a), static_cast<const T*>(b), c, n, k);
   };
   return guarded([&] {
     if (dtype == 0) {
@@ -55,20 +52,18 @@ EMULATED convert(bool half, bool widen, const void* from, void* to, int64_t n) {
   const auto run = [&](auto narrow) {
     using T = decltype(narrow);
     if (widen) {
-      launch("convert", samples::convert_kernel<T, float>, blocks, 128, 0,
-             static_cast<const T*>(from), static_cast<float*>(to), n);
+      samples::convert_kernel<T, float><<<blocks, 128, 0, nullptr>>>(static_cast<const T*>(from), static_cast<float*>(to), n);
     } else {
-      launch("convert", samples::convert_kernel<float, T>, blocks, 128, 0,
-             static_cast<const float*>(from), static_cast<T*>(to), n);
+      samples::convert_kernel<float, T><<<blocks, 128, 0, nullptr>>>(static_cast<const float*>(from), static_cast<T*>(to), n);
     }
   };
   return guarded([&] { half ? run(__half()) : run(__nv_bfloat16()); });
 }
 
 EMULATED use_warp(unsigned votes, int* results) {
-  return guarded([&] { launch("use_warp", samples::warp_kernel, 1, 32, 0, votes, results); });
+  return guarded([&] { samples::warp_kernel<<<1, 32, 0, nullptr>>>(votes, results); });
 }
 
 EMULATED rotate(const int* x, int* y) {
-  return guarded([&] { launch("rotate", samples::rotate_kernel, 1, 64, 0, x, y); });
+  return guarded([&] { samples::rotate_kernel<<<1, 64, 0, nullptr>>>(x, y); });
 }
