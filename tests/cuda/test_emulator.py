@@ -170,7 +170,9 @@ def test_bytes_are_counted(samples, n):
     with samples.memory() as memory, samples.traffic() as moved:
         x, y = memory.copy("x", draw(n)), memory.copy("y", draw(n))
         samples.call("add", x, y, memory.poison("z", (n,), float32), n)
-    assert moved == {"add_kernel": {"x": Moved(4 * n, 0), "y": Moved(4 * n, 0), "z": Moved(0, 4 * n)}}
+    assert moved == {
+        "add_kernel": {"x": Moved(4 * n, 0), "y": Moved(4 * n, 0), "z": Moved(0, 4 * n)}
+    }
 
 
 @traced
@@ -192,7 +194,9 @@ def test_bytes_of_tiles_are_counted(samples):
 def test_inputs_are_read_only(samples):
     with samples.memory() as memory:
         x = memory.copy("x", draw(8))
-        with pytest.raises(EmulationError, match=r"add_kernel, block \(0, 0, 0\), thread .*: writes to x"):
+        with pytest.raises(
+            EmulationError, match=r"add_kernel, block \(0, 0, 0\), thread .*: writes to x"
+        ):
             samples.call("add", x, x, x, 8)
 
 

@@ -71,13 +71,16 @@ void Machine::run_thread() {
 void Machine::check_launch(const Launch& launch) const {
   std::ostringstream what;
   const size_t threads = count(launch.block), shared = launch.dynamic_shared;
+  const auto asked = dynamic_shared_.find(launch.kernel);
+  const size_t allowed = asked == dynamic_shared_.end() ? 48 * 1024 : asked->second;
   if (threads == 0 || threads > 1024 || launch.block.z > 64) {
     what << "block " << uint3(launch.block) << ": expected 1 to 1024 threads, at most 64 in z";
   } else if (count(launch.grid) == 0 || launch.grid.x > 0x7fffffff || launch.grid.y > 65535 ||
              launch.grid.z > 65535) {
     what << "grid " << uint3(launch.grid) << ": expected 1 to (2147483647, 65535, 65535) blocks";
-  } else if (shared > kMaxSharedBytes) {
-    what << "dynamic shared memory of " << shared << " bytes: expected at most " << kMaxSharedBytes;
+  } else if (shared > allowed) {
+    what << "dynamic shared memory of " << shared << " bytes: expected at most " << allowed
+         << " of this kernel's cudaFuncAttributeMaxDynamicSharedMemorySize";
   } else if (launch.argument_bytes > 4096) {
     what << "arguments of " << launch.argument_bytes << " bytes: expected at most 4096";
   }
@@ -105,6 +108,12 @@ void Machine::run(const Launch& launch) {
     fibres_.discard();
     throw std::runtime_error(*failure_);
   }
+}
+
+bool Machine::allow_dynamic_shared(const void* kernel, size_t bytes) {
+  if (bytes > kMaxSharedBytes) return false;
+  dynamic_shared_[kernel] = bytes;
+  return true;
 }
 
 void Machine::run_block() {
@@ -310,6 +319,9 @@ void note_atomic(const void* address, size_t bytes) {
   Machine::instance().access(reinterpret_cast<uintptr_t>(address), bytes, Access::kAtomic);
 }
 void note_fence() { Machine::instance().pass_fence(); }
+bool allow_dynamic_shared(const void* kernel, size_t bytes) {
+  return Machine::instance().allow_dynamic_shared(kernel, bytes);
+}
 void run(const Launch& launch) { Machine::instance().run(launch); }
 
 }  // namespace cuda_emulation

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -22,6 +23,8 @@ class Machine {
   GlobalMemory global;
 
   void run(const Launch& launch);
+  // Whether the device has as much; without it a kernel is given at most 48 KiB.
+  bool allow_dynamic_shared(const void* kernel, size_t bytes);
 
   // The rest is called from within a kernel.
   const Launch& launch() const { return *launch_; }
@@ -63,6 +66,7 @@ class Machine {
   SharedMemory shared_;
   Races races_;
   std::vector<Thread> threads_;
+  std::map<const void*, size_t> dynamic_shared_;  // allowed to a kernel
   const Launch* launch_ = nullptr;
   std::string kernel_;
   uint3 block_index_{};

@@ -1,0 +1,121 @@
+// update_layers_ by the launchers of update.cu, rows.cu and tile_update.cu: layers are added one by
+// one, then updated together.
+
+#include "../../../csrc/cuda/update.h"
+
+#include <emulation/driver.h>
+
+#include <memory>
+#include <vector>
+
+#include "../../../csrc/cuda/tile_update.h"
+#include "products.h"
+
+using namespace gls_fused::cuda;
+using cuda_emulation::guarded;
+
+namespace {
+
+struct Update {
+  FlatTable flat{};
+  TileTable tiled{};
+  ProductTable products{};
+  LayerTable layers{};
+};
+
+std::unique_ptr<Update> update = std::make_unique<Update>();
+
+int64_t element_bytes(Dtype dtype) {
+  return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
+}
+
+}  // namespace
+
+EMULATED start_update() {
+  return guarded([] { update = std::make_unique<Update>(); });
+}
+
+EMULATED add_layer(void* step, void* exp_avg_sq, int64_t numel) {
+  return guarded([&] { update->layers.entries[update->layers.count++] = {step, exp_avg_sq, 0, 0, numel}; });
+}
+
+// A parameter of the last layer, whose direction is given.
+EMULATED add_flat(Dtype dtype, void* param, const void* direction, const void* gradient,
+                  void* exp_avg, void* exp_avg_sq, int64_t numel) {
+  return guarded([&] {
+    FlatTable& table = update->flat;
+    const int64_t chunk = kChunkBytes / (element_bytes(dtype) < 4 ? 4 : element_bytes(dtype));
+    const auto blocks = static_cast<uint32_t>((numel + chunk - 1) / chunk);
+    LayerSums& layer = update->layers.entries[update->layers.count - 1];
+    if (layer.count == 0) layer.first = table.blocks;
+    layer.count += blocks;
+    table.entries[table.count++] = {param, direction, gradient, exp_avg, exp_avg_sq, numel,
+                                    uint32_t(update->layers.count - 1), table.blocks};
+    table.blocks += blocks;
+  });
+}
+
+// Weight and bias of the last layer, whose inverse is given. Its sums follow those of all flat
+// parameters, which must have been added before.
+EMULATED add_tiled(Dtype dtype, void* weight, const void* weight_gradient, void* weight_exp_avg,
+                   void* weight_exp_avg_sq, void* bias, const void* bias_gradient,
+                   void* bias_exp_avg, void* bias_exp_avg_sq, const float* basis,
+                   const float* core_inverse, const float* shift, float* parts, float* turned,
+                   int64_t n, int64_t size, int rank) {
+  return guarded([&] {
+    TileTable& table = update->tiled;
+    const bool narrow = element_bytes(dtype) == 2;
+    const int64_t across = (size + tile_columns(narrow) - 1) / tile_columns(narrow);
+    const int64_t down = (n + tile_rows(narrow) - 1) / tile_rows(narrow);
+    const Last kind = bias ? Last::kColumn : Last::kAbsent;
+    const Product product = make_product(weight_gradient, kind, bias_gradient, basis, core_inverse,
+                                         parts, turned, nullptr, n, size, size, rank);
+    append(update->products, product, element_bytes(dtype));
+    TileLayer layer{};
+    layer.weight = {weight, weight_gradient, weight_exp_avg, weight_exp_avg_sq};
+    layer.bias = {bias, bias_gradient, bias_exp_avg, bias_exp_avg_sq};
+    layer.basis = basis;
+    layer.turned = turned;
+    layer.shift = shift;
+    layer.n = n;
+    layer.size = size;
+    layer.basis_row = product.basis_row;
+    layer.rank = rank;
+    layer.across = static_cast<uint32_t>(across);
+    layer.layer = update->layers.count - 1;
+    layer.first = table.blocks;
+    LayerSums& sums = update->layers.entries[update->layers.count - 1];
+    sums.first = update->flat.blocks + table.blocks;
+    sums.count = across * down;
+    table.entries[table.count++] = layer;
+    table.blocks += static_cast<uint32_t>(across * down);
+  });
+}
+
+EMULATED run_update(Dtype dtype, Normalize normalize, double lr, const void* lr_address,
+                    bool double_lr, bool double_steps, const float* grad_scale,
+                    const float* found_inf, double momentum, double beta2, double eps,
+                    double weight_decay, double* squares, LayerStep* steps) {
+  return guarded([&] {
+    const Decays decays{momentum, beta2, eps};
+    const FinishOptions options{normalize, double_steps, dtype == Dtype::kDouble,
+                                double_lr, lr,           weight_decay,
+                                decays,    lr_address,   grad_scale,
+                                found_inf};
+    auto* pairs = reinterpret_cast<double2*>(squares);
+    const bool norms = normalize == Normalize::kRms || normalize == Normalize::kSgd;
+    if (update->tiled.count > 0) {
+      launch_project(update->products, dtype, nullptr);
+      launch_turn(update->products, dtype, nullptr);
+    }
+    if (norms && update->flat.count > 0) {
+      launch_square_flat(update->flat, dtype, normalize == Normalize::kSgd, pairs, nullptr);
+    }
+    if (norms && update->tiled.count > 0) {
+      launch_square_tiles(update->tiled, dtype, pairs + update->flat.blocks, nullptr);
+    }
+    launch_finish_layers(update->layers, options, pairs, steps, nullptr);
+    if (update->flat.count > 0) launch_update_flat(update->flat, dtype, steps, decays, nullptr);
+    if (update->tiled.count > 0) launch_update_tiles(update->tiled, dtype, steps, decays, nullptr);
+  });
+}
