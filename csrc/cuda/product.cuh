@@ -90,8 +90,8 @@ __device__ inline void fetch_columns(const Product& p, const T* x, const float* 
 template <typename T, bool kWide>
 __global__ void __launch_bounds__(kProductThreads, 2)
     project_kernel(const __grid_constant__ ProductTable table) {
-  __shared__ alignas(16) float xs[kProjectRows * kProjectPitch];
-  __shared__ alignas(16) float us[kMaxRank * kProjectPitch];
+  __shared__ __align__(16) float xs[kProjectRows * kProjectPitch];
+  __shared__ __align__(16) float us[kMaxRank * kProjectPitch];
   const Product& p = table.entries[find_entry(table, blockIdx.x)];
   const uint32_t block = blockIdx.x - p.first;
   const int64_t row = int64_t(block / p.splits) * kProjectRows;
@@ -285,8 +285,8 @@ __device__ inline void form_tile(const Place<T>& place, const float* turned, con
                                  float (&d)[kTileThreadRows<T>][kWidth<T>]) {
   // The thread's elements 4 h to 4 h + 3 are at h * 128 + lane * 4, which no two lanes share banks
   // for.
-  __shared__ alignas(16) float us[kTileRanks * kTileColumns<T>];
-  __shared__ alignas(16) float ts[kTileRows<T> * kTileRanks];
+  __shared__ __align__(16) float us[kTileRanks * kTileColumns<T>];
+  __shared__ __align__(16) float ts[kTileRows<T> * kTileRanks];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t first_row = place.row - warp * kTileThreadRows<T>;
   for (int begin = 0; begin < rank; begin += kTileRanks) {
