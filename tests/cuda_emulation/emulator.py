@@ -119,7 +119,7 @@ class Emulator:
                 found = tuple(buffer.read() for buffer in run(memory))
             first = first or found
             for index, (a, b) in enumerate(zip(first, found, strict=True)):
-                same = torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+                same = torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
                 assert same, f"result {index} depends on the order of threads ({name})"
         return first
 
