@@ -9,6 +9,8 @@ FAULTS = {
     "out_of_bounds": r"thread \(29, 0, 0\): out of bounds: .* of 16 bytes at byte 464 of .,"
     " which has 476",
     "out_of_shared": r"thread \(31, 0, 0\): out of bounds: past the end of dynamic shared memory",
+    "out_of_array": r"thread \(31, 0, 0\): index outside an array in broken.cuh:\d+",
+    "misaligned": r"thread \(0, 0, 0\): misaligned access in broken.cuh:\d+",
     "missing_barrier": "race: .* of shared memory after a .* by another thread of the block",
     "missing_warp_barrier": "race: .* of shared memory after a .* by another thread of the block",
     "missing_second_barrier": "race: .* of shared memory after .*",

@@ -94,7 +94,7 @@ def update_by_reference(layers, normalize, momentum, scale=1.0, **options):
     return params, averages, squares, steps
 
 
-def update_in(emulator, memory, layers, normalize, momentum, *, offset=0, grad_scale=None,
+def update_in(emulator, memory, layers, normalize, momentum, *, misaligned=None, grad_scale=None,
               found_inf=None, lr=None):  # fmt: skip
     """The same buffers, in the same order as `update_by_reference`."""
     dtype = layers[0].params[0].dtype
@@ -104,7 +104,7 @@ def update_in(emulator, memory, layers, normalize, momentum, *, offset=0, grad_s
     blocks = 0
 
     def place(name, tensor, **options):
-        return memory.copy(name, tensor, offset=offset, **options)
+        return memory.copy(name, tensor, offset=int(name == misaligned), **options)
 
     for layer in layers:
         mine = [place("param", p, writable=True) for p in layer.params]
@@ -188,9 +188,10 @@ def test_update(emulator, dtype, normalize, momentum):
     check(emulator, make_layers(layers, dtype, normalize, momentum), normalize, momentum)
 
 
+@pytest.mark.parametrize("name", ["param", "gradient", "exp_avg"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_addresses_that_are_no_multiple_of_16_bytes(emulator, dtype):
-    check(emulator, make_layers(LAYERS, dtype, "rms", 0.8), "rms", 0.8, offset=1)
+def test_an_address_that_is_no_multiple_of_16_bytes(emulator, dtype, name):
+    check(emulator, make_layers(LAYERS, dtype, "rms", 0.8), "rms", 0.8, misaligned=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -10,6 +10,7 @@ BROKEN = build.HERE / "broken"
 FAULTS = {
     "out_of_bounds": (119, "AddressSanitizer: heap-buffer-overflow"),
     "out_of_shared": (32, "AddressSanitizer: use-after-poison"),
+    "out_of_array": (32, "runtime error: index 32 out of bounds"),
     "misaligned": (5, "runtime error: .* misaligned address .* 'const struct float4'"),
     "divergent_barrier": (
         119,

@@ -30,7 +30,7 @@ SANITIZE = [
     "-fno-sanitize-recover=undefined",
     "-fno-omit-frame-pointer",
 ]
-TRACE = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
+TRACE = ["-fsanitize=thread,alignment,bounds", "--param", "tsan-instrument-func-entry-exit=0"]
 VARIANTS = {"traced": ([], TRACE), "sanitized": (SANITIZE, SANITIZE)}  # of runtime, of kernels
 
 

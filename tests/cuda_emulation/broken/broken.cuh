@@ -103,6 +103,16 @@ __global__ void racing_blocks_kernel(const float* x, float* y) {
   }
 }
 
+// An index past the end of an array in shared memory, though not of shared memory.
+template <bool kMended>
+__global__ void out_of_array_kernel(const float* x, float* y) {
+  __shared__ float values[2][32];
+  values[0][threadIdx.x] = x[threadIdx.x];
+  values[1][threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  y[threadIdx.x] = values[0][threadIdx.x + (kMended ? 0 : 1)];
+}
+
 // 16-byte accesses from an address at a multiple of 4.
 template <bool kMended>
 __global__ void misaligned_kernel(const float* x, float* y) {

@@ -14,6 +14,7 @@ const char* run(std::string_view name, const float* x, float* y, int n) {
   return guarded([&] {
     if (name == "out_of_bounds") out_of_bounds_kernel<kMended><<<2, 32, 0, nullptr>>>(x, y, n);
     if (name == "out_of_shared") out_of_shared_kernel<kMended><<<1, 32, 128, nullptr>>>(x, y);
+    if (name == "out_of_array") out_of_array_kernel<kMended><<<1, 32, 0, nullptr>>>(x, y);
     if (name == "missing_barrier") missing_barrier_kernel<kMended><<<1, 128, 0, nullptr>>>(x, y);
     if (name == "missing_warp_barrier") {
       missing_warp_barrier_kernel<kMended><<<1, 32, 0, nullptr>>>(x, y);

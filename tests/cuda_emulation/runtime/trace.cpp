@@ -1,7 +1,10 @@
 // `-fsanitize=thread` makes the compiler call these before every access of a kernel. They are not
-// ThreadSanitizer's: linked in its place, they tell the machine.
+// ThreadSanitizer's: linked in its place, they tell the machine. The same for what
+// `-fsanitize=alignment,bounds` calls when it has found something.
 //
 // Hidden, so that no other library of the process finds them.
+
+#include <cstring>
 
 #include "machine.h"
 
@@ -15,6 +18,20 @@ void trace(const void* address, size_t bytes, Access access) {
   if (machine.is_running()) {
     machine.access(reinterpret_cast<uintptr_t>(address), bytes, access);
   }
+}
+
+// How the compiler describes what it has found: this comes first.
+struct Found {
+  const char* file;
+  uint32_t line;
+  uint32_t column;
+};
+
+void fail_at(const Found* found, const char* what) {
+  const char* slash = std::strrchr(found->file, '/');
+  cuda_emulation::Machine::instance().fail(std::string(what) + " in " +
+                                           (slash ? slash + 1 : found->file) + ":" +
+                                           std::to_string(found->line));
 }
 
 }  // namespace
@@ -45,4 +62,11 @@ void __tsan_read_range(void* address, size_t bytes) { trace(address, bytes, Acce
 void __tsan_write_range(void* address, size_t bytes) { trace(address, bytes, Access::kWrite); }
 
 void __tsan_init() {}
+
+void __ubsan_handle_type_mismatch_v1(Found* found, uintptr_t) {
+  fail_at(found, "misaligned access");
+}
+void __ubsan_handle_out_of_bounds(Found* found, uintptr_t) {
+  fail_at(found, "index outside an array");
+}
 }
