@@ -224,90 +224,108 @@ constexpr int kTileThreadRows = 32 / kWidth<T>;
 template <typename T>
 constexpr int kTileRows = kProductThreads / 32 * kTileThreadRows<T>;
 
-// A thread's part of a tile: kTileThreadRows rows, kWidth columns of each.
-template <typename T>
+// A thread's part of a tile: kTileThreadRows rows, kWidth columns of each; kWide where all rows of
+// all arrays begin at 16 bytes and end there.
+template <typename T, bool kWide>
 struct Place {
   int64_t row;     // the thread's first
   int64_t column;  // the tile's first
   int64_t n, size;
-  bool wide;       // whether all rows of all arrays can be accessed 16 bytes at a time
 
   __device__ int64_t column_of(int k) const {
     const int lane = threadIdx.x % 32;
-    return column + (wide ? lane * kWidth<T> + k : lane + 32 * k);
+    return column + (kWide ? lane * kWidth<T> + k : lane + 32 * k);
   }
 };
 
-template <typename T>
-__device__ inline Place<T> find_place(uint32_t tile, uint32_t across, int64_t n, int64_t size,
-                                      bool wide) {
+template <typename T, bool kWide>
+__device__ inline Place<T, kWide> find_place(uint32_t tile, uint32_t across, int64_t n,
+                                             int64_t size) {
   const int64_t row = int64_t(tile / across) * kTileRows<T> + threadIdx.x / 32 * kTileThreadRows<T>;
-  return {row, int64_t(tile % across) * kTileColumns<T>, n, size, wide};
+  return {row, int64_t(tile % across) * kTileColumns<T>, n, size};
 }
 
 // The thread's elements of its row `row` of an array whose rows begin `pitch` apart; zeros outside.
-template <typename T, typename Element>
-__device__ inline void load_row(const Place<T>& place, const Element* from, int64_t row,
+template <typename T, bool kWide, typename Element>
+__device__ inline void load_row(const Place<T, kWide>& place, const Element* from, int64_t row,
                                 int64_t pitch, Wide<Element> (&to)[kWidth<T>]) {
 #pragma unroll
   for (int k = 0; k < kWidth<T>; ++k) to[k] = 0;
   if (row >= place.n) return;
   from += row * pitch;
-  if (place.wide) {
+  if constexpr (kWide) {
     if (place.column_of(0) < place.size) load_elements(from + place.column_of(0), to);
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int k = 0; k < kWidth<T>; ++k) {
-    if (place.column_of(k) < place.size) to[k] = widen(from[place.column_of(k)]);
+    for (int k = 0; k < kWidth<T>; ++k) {
+      if (place.column_of(k) < place.size) to[k] = widen(from[place.column_of(k)]);
+    }
   }
 }
 
-template <typename T, typename Element>
-__device__ inline void store_row(const Place<T>& place, const Wide<Element> (&from)[kWidth<T>],
+template <typename T, bool kWide, typename Element>
+__device__ inline void store_row(const Place<T, kWide>& place, const Wide<Element> (&from)[kWidth<T>],
                                  Element* to, int64_t row, int64_t pitch) {
   if (row >= place.n) return;
   to += row * pitch;
-  if (place.wide) {
+  if constexpr (kWide) {
     if (place.column_of(0) < place.size) store_elements(from, to + place.column_of(0));
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int k = 0; k < kWidth<T>; ++k) {
-    if (place.column_of(k) < place.size) narrow(from[k], to[place.column_of(k)]);
+    for (int k = 0; k < kWidth<T>; ++k) {
+      if (place.column_of(k) < place.size) narrow(from[k], to[place.column_of(k)]);
+    }
   }
 }
 
+// Consecutive floats that one access brings.
+template <int N>
+struct alignas(4 * N) Floats {
+  float values[N];
+};
+
 // d += T U' on the thread's part of the tile. All threads of the block must come here.
-template <typename T>
-__device__ inline void form_tile(const Place<T>& place, const float* turned, const float* basis,
+template <typename T, bool kWide>
+__device__ inline void form_tile(const Place<T, kWide>& place, const float* turned, const float* basis,
                                  int64_t basis_row, int rank,
                                  float (&d)[kTileThreadRows<T>][kWidth<T>]) {
   // The thread's elements 4 h to 4 h + 3 are at h * 128 + lane * 4, which no two lanes share banks
   // for.
   __shared__ __align__(16) float us[kTileRanks * kTileColumns<T>];
   __shared__ __align__(16) float ts[kTileRows<T> * kTileRanks];
+  // Columns of U' in a thread's registers at a time, 16 numbers.
+  constexpr int kAtOnce = 16 / kWidth<T>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t first_row = place.row - warp * kTileThreadRows<T>;
+  // A thread brings in one column of the tile, and one of T; addresses are stepped.
+  constexpr int kRankStep = kProductThreads / kTileColumns<T>;
+  constexpr int kRowStep = kProductThreads / kTileRanks;
+  const int column = threadIdx.x % kTileColumns<T>, first_rank = threadIdx.x / kTileColumns<T>;
+  const int owner = kWide ? column / kWidth<T> : column % 32;
+  const int k = kWide ? column % kWidth<T> : column / 32;
+  const int u_ranks = place.column + column < place.size ? rank : 0;
+  float* u_to = us + first_rank * kTileColumns<T> + k / 4 * 128 + owner * 4 + k % 4;
+  basis += first_rank * basis_row + place.column + column;
+  const int t_rank = threadIdx.x % kTileRanks, t_row = threadIdx.x / kTileRanks;
+  const int64_t tile_row = place.row - warp * kTileThreadRows<T>;
+  const int rows = place.n - tile_row < kTileRows<T> ? int(place.n - tile_row) : kTileRows<T>;
+  turned += (tile_row + t_row) * rank + t_rank;
   for (int begin = 0; begin < rank; begin += kTileRanks) {
-    for (int at = threadIdx.x; at < kTileRanks * kTileColumns<T>; at += kProductThreads) {
-      const int c = at / kTileColumns<T>, j = at % kTileColumns<T>;
-      const int owner = place.wide ? j / kWidth<T> : j % 32;
-      const int k = place.wide ? j % kWidth<T> : j / 32;
-      const bool inside = begin + c < rank && place.column + j < place.size;
-      us[c * kTileColumns<T> + k / 4 * 128 + owner * 4 + k % 4] =
-          inside ? basis[(begin + c) * basis_row + place.column + j] : 0.0f;
-    }
-    for (int at = threadIdx.x; at < kTileRows<T> * kTileRanks; at += kProductThreads) {
-      const int64_t i = first_row + at / kTileRanks;
-      const int c = begin + at % kTileRanks;
-      ts[at] = i < place.n && c < rank ? turned[i * rank + c] : 0.0f;
-    }
-    __syncthreads();
-    for (int c = 0; c < kTileRanks; c += 4) {
-      float u[4][kWidth<T>];
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
+    for (int c = 0; c < kTileRanks; c += kRankStep) {
+      u_to[c * kTileColumns<T>] = begin + first_rank + c < u_ranks ? *basis : 0.0f;
+      basis += kRankStep * basis_row;
+    }
+    const int t_rows = begin + t_rank < rank ? rows : 0;
+#pragma unroll
+    for (int i = 0; i < kTileRows<T>; i += kRowStep) {
+      ts[(t_row + i) * kTileRanks + t_rank] = t_row + i < t_rows ? turned[int64_t(i) * rank] : 0.0f;
+    }
+    turned += kTileRanks;
+    __syncthreads();
+    for (int c = 0; c < kTileRanks; c += kAtOnce) {
+      float u[kAtOnce][kWidth<T>];
+#pragma unroll
+      for (int q = 0; q < kAtOnce; ++q) {
 #pragma unroll
         for (int k = 0; k < kWidth<T>; k += 4) {
           const float4 four = load4(us + (c + q) * kTileColumns<T> + k / 4 * 128 + lane * 4);
@@ -319,10 +337,12 @@ __device__ inline void form_tile(const Place<T>& place, const float* turned, con
       }
 #pragma unroll
       for (int r = 0; r < kTileThreadRows<T>; ++r) {
-        const float4 t = load4(ts + (warp * kTileThreadRows<T> + r) * kTileRanks + c);
+        const float* from = ts + (warp * kTileThreadRows<T> + r) * kTileRanks + c;
+        const Floats<kAtOnce> t = *reinterpret_cast<const Floats<kAtOnce>*>(from);
 #pragma unroll
-        for (int k = 0; k < kWidth<T>; ++k) {
-          d[r][k] += t.x * u[0][k] + t.y * u[1][k] + t.z * u[2][k] + t.w * u[3][k];
+        for (int q = 0; q < kAtOnce; ++q) {
+#pragma unroll
+          for (int k = 0; k < kWidth<T>; ++k) d[r][k] += t.values[q] * u[q][k];
         }
       }
     }

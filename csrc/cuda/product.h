@@ -56,6 +56,7 @@ struct Combination {
   const float* shift;
   void* output;       // [n, size], contiguous
   void* output_last;  // [n]
+  bool wide;          // whether every row of X and of the output begins at 16 bytes and ends there
 };
 
 // Parts of the columns; a function of the shape alone, so that sums repeat to the last bit. 132 SMs

@@ -27,7 +27,8 @@ void launch_combine(const Combination& combination, Dtype dtype, cudaStream_t st
     const Product& p = combination.product;
     const int64_t down = (p.n + kTileRows<T> - 1) / kTileRows<T>;
     const int64_t across = p.size ? (p.size + kTileColumns<T> - 1) / kTileColumns<T> : 1;
-    combine_kernel<T><<<uint32_t(down * across), kProductThreads, 0, stream>>>(combination);
+    const auto kernel = combination.wide ? combine_kernel<T, true> : combine_kernel<T, false>;
+    kernel<<<uint32_t(down * across), kProductThreads, 0, stream>>>(combination);
   });
 }
 

@@ -9,17 +9,15 @@
 
 namespace gls_fused::cuda {
 
-template <typename T>
-__global__ void __launch_bounds__(kProductThreads)
+template <typename T, bool kWide>
+__global__ void __launch_bounds__(kProductThreads, 2)
     combine_kernel(const __grid_constant__ Combination x) {
   const Product& p = x.product;
   const T* input = static_cast<const T*>(p.x);
   T* output = static_cast<T*>(x.output);
   const uint32_t across = uint32_t((p.size + kTileColumns<T> - 1) / kTileColumns<T>);
-  const bool wide = p.size % kWidth<T> == 0 && p.x_row % kWidth<T> == 0 && is_aligned(input) &&
-                    is_aligned(output);
   // Without columns there is still the last one.
-  const Place<T> place = find_place<T>(blockIdx.x, across ? across : 1, p.n, p.size, wide);
+  const auto place = find_place<T, kWide>(blockIdx.x, across ? across : 1, p.n, p.size);
   const float scale = 1.0f / *x.shift;
   float d[kTileThreadRows<T>][kWidth<T>];
 #pragma unroll

@@ -16,8 +16,8 @@
 namespace gls_fused::cuda {
 
 // The row whose bias this thread takes, or a negative number: with the first tile of its rows.
-template <typename T>
-__device__ inline int64_t bias_row(const TileLayer& x, const Place<T>& place) {
+template <typename T, bool kWide>
+__device__ inline int64_t bias_row(const TileLayer& x, const Place<T, kWide>& place) {
   const int64_t i = place.row - threadIdx.x / 32 * kTileThreadRows<T> + threadIdx.x;
   const bool mine = x.bias.param && place.column == 0 && threadIdx.x < kTileRows<T> && i < x.n;
   return mine ? i : -1;
@@ -31,21 +31,14 @@ __device__ inline float bias_direction(const TileLayer& x, int64_t i, float scal
   return gradient * scale + turn_last(x.turned, x.basis, x.basis_row, x.size, x.rank, i);
 }
 
-template <typename T>
-__device__ inline bool is_wide(const TileLayer& x) {
-  return x.size % kWidth<T> == 0 && is_aligned(x.weight.param) && is_aligned(x.weight.gradient) &&
-         is_aligned(x.weight.exp_avg) && is_aligned(x.weight.exp_avg_sq);
-}
-
-template <typename T, bool kMomentum, bool kElementwise>
+template <typename T, bool kWide, bool kMomentum, bool kElementwise>
 __global__ void __launch_bounds__(kProductThreads, 2)
     update_tiles_kernel(const __grid_constant__ TileTable table, const LayerStep* steps,
                         const Decays decays) {
   const TileLayer& x = table.entries[find_entry(table, blockIdx.x)];
   const LayerStep& step = steps[x.layer];
   if (step.taken == 0) return;
-  const Place<T> place =
-      find_place<T>(blockIdx.x - x.first, x.across, x.n, x.size, is_wide<T>(x));
+  const auto place = find_place<T, kWide>(blockIdx.x - x.first, x.across, x.n, x.size);
   const float scale = 1.0f / *x.shift;
   float d[kTileThreadRows<T>][kWidth<T>];
 #pragma unroll
@@ -60,19 +53,21 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   T* param = static_cast<T*>(x.weight.param);
   float* exp_avg = static_cast<float*>(x.weight.exp_avg);
   float* exp_avg_sq = static_cast<float*>(x.weight.exp_avg_sq);
-  // Two rows at a time: loads cannot pass the stores of the rows before.
+  // Some rows at a time, as loads cannot pass the stores of the rows before: 64 bytes of accesses to
+  // a thread. More would spill.
+  constexpr int kRows = kElementwise || sizeof(T) < 4 ? 1 : 2;
 #pragma unroll
-  for (int r = 0; r < kTileThreadRows<T>; r += 2) {
-    float w[2][kWidth<T>], m[2][kWidth<T>], v[2][kWidth<T>];
+  for (int r = 0; r < kTileThreadRows<T>; r += kRows) {
+    float w[kRows][kWidth<T>], m[kRows][kWidth<T>], v[kRows][kWidth<T>];
 #pragma unroll
-    for (int q = 0; q < 2; ++q) {
+    for (int q = 0; q < kRows; ++q) {
       const int64_t row = place.row + r + q;
       load_row(place, param, row, x.size, w[q]);
       if constexpr (kMomentum) load_row(place, exp_avg, row, x.size, m[q]);
       if constexpr (kElementwise) load_row(place, exp_avg_sq, row, x.size, v[q]);
     }
 #pragma unroll
-    for (int q = 0; q < 2; ++q) {
+    for (int q = 0; q < kRows; ++q) {
       const int64_t row = place.row + r + q;
 #pragma unroll
       for (int k = 0; k < kWidth<T>; ++k) {
@@ -98,12 +93,11 @@ __global__ void __launch_bounds__(kProductThreads, 2)
 }
 
 // squares[block] = the sums of D^2 and of D0^2 of the block's tile.
-template <typename T>
+template <typename T, bool kWide>
 __global__ void __launch_bounds__(kProductThreads, 2)
     square_tiles_kernel(const __grid_constant__ TileTable table, double2* squares) {
   const TileLayer& x = table.entries[find_entry(table, blockIdx.x)];
-  const bool wide = x.size % kWidth<T> == 0 && is_aligned(x.weight.gradient);
-  const Place<T> place = find_place<T>(blockIdx.x - x.first, x.across, x.n, x.size, wide);
+  const auto place = find_place<T, kWide>(blockIdx.x - x.first, x.across, x.n, x.size);
   const float scale = 1.0f / *x.shift;
   float d[kTileThreadRows<T>][kWidth<T>];
   float gradients = 0, directions = 0;

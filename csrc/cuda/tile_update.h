@@ -38,6 +38,7 @@ struct TileTable {
   TileLayer entries[kMaxTiled];
   int32_t count;
   uint32_t blocks;
+  bool wide;  // whether every row of every weight's arrays begins at 16 bytes and ends there
 };
 
 // Rows and columns of a tile of this dtype.
