@@ -29,19 +29,25 @@ inline Product make_product(const void* x, Last kind, const void* last, const fl
   return p;
 }
 
-inline int64_t project_blocks(const Product& p) {
-  return (p.n + kProjectRows - 1) / kProjectRows * p.splits;
+inline bool is_aligned16(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
 }
 
-inline void append(ProductTable& table, Product p, int64_t bytes_of_element) {
-  const bool starts = reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
-  const bool wide = starts && p.size * bytes_of_element % 16 == 0 &&
-                    p.x_row * bytes_of_element % 16 == 0;
+// Whether every row of X begins at 16 bytes and ends there.
+inline bool is_wide(const Product& p, int64_t bytes_of_element) {
+  return is_aligned16(p.x) && p.size * bytes_of_element % 16 == 0 &&
+         p.x_row * bytes_of_element % 16 == 0;
+}
+
+// Tables hold either wide entries or others.
+inline void append(ProductTable (&tables)[2], Product p, int64_t bytes_of_element) {
+  const bool wide = is_wide(p, bytes_of_element);
+  ProductTable& table = tables[wide];
+  table.wide = wide;
   const auto rows = static_cast<uint32_t>((p.n + kProjectRows - 1) / kProjectRows);
   p.first = table.blocks;
-  table.blocks += static_cast<uint32_t>(project_blocks(p));
+  table.blocks += rows * p.splits;
   if (rows > table.most_rows) table.most_rows = rows;
-  table.wide = (table.count == 0 || table.wide) && wide;
   table.entries[table.count++] = p;
 }
 

@@ -18,8 +18,9 @@ namespace {
 
 struct Update {
   FlatTable flat{};
-  TileTable tiled{};
-  ProductTable products{};
+  // Whose rows are no multiple of 16 bytes, and whose are.
+  TileTable tiled[2]{};
+  ProductTable products[2]{};
   LayerTable layers{};
 };
 
@@ -36,7 +37,9 @@ EMULATED start_update() {
 }
 
 EMULATED add_layer(void* step, void* exp_avg_sq, int64_t numel) {
-  return guarded([&] { update->layers.entries[update->layers.count++] = {step, exp_avg_sq, 0, 0, numel}; });
+  return guarded([&] {
+    update->layers.entries[update->layers.count++] = {step, exp_avg_sq, 0, 0, numel};
+  });
 }
 
 // A parameter of the last layer, whose direction is given.
@@ -55,15 +58,13 @@ EMULATED add_flat(Dtype dtype, void* param, const void* direction, const void* g
   });
 }
 
-// Weight and bias of the last layer, whose inverse is given. Its sums follow those of all flat
-// parameters, which must have been added before.
+// Weight and bias of the last layer, whose inverse is given.
 EMULATED add_tiled(Dtype dtype, void* weight, const void* weight_gradient, void* weight_exp_avg,
                    void* weight_exp_avg_sq, void* bias, const void* bias_gradient,
                    void* bias_exp_avg, void* bias_exp_avg_sq, const float* basis,
                    const float* core_inverse, const float* shift, float* parts, float* turned,
                    int64_t n, int64_t size, int rank) {
   return guarded([&] {
-    TileTable& table = update->tiled;
     const bool narrow = element_bytes(dtype) == 2;
     const int64_t across = (size + tile_columns(narrow) - 1) / tile_columns(narrow);
     const int64_t down = (n + tile_rows(narrow) - 1) / tile_rows(narrow);
@@ -71,6 +72,10 @@ EMULATED add_tiled(Dtype dtype, void* weight, const void* weight_gradient, void*
     const Product product = make_product(weight_gradient, kind, bias_gradient, basis, core_inverse,
                                          parts, turned, nullptr, n, size, size, rank);
     append(update->products, product, element_bytes(dtype));
+    const bool wide = is_wide(product, element_bytes(dtype)) && is_aligned16(weight) &&
+                      is_aligned16(weight_exp_avg) && is_aligned16(weight_exp_avg_sq);
+    TileTable& table = update->tiled[wide];
+    table.wide = wide;
     TileLayer layer{};
     layer.weight = {weight, weight_gradient, weight_exp_avg, weight_exp_avg_sq};
     layer.bias = {bias, bias_gradient, bias_exp_avg, bias_exp_avg_sq};
@@ -84,9 +89,6 @@ EMULATED add_tiled(Dtype dtype, void* weight, const void* weight_gradient, void*
     layer.across = static_cast<uint32_t>(across);
     layer.layer = update->layers.count - 1;
     layer.first = table.blocks;
-    LayerSums& sums = update->layers.entries[update->layers.count - 1];
-    sums.first = update->flat.blocks + table.blocks;
-    sums.count = across * down;
     table.entries[table.count++] = layer;
     table.blocks += static_cast<uint32_t>(across * down);
   });
@@ -104,18 +106,29 @@ EMULATED run_update(Dtype dtype, Normalize normalize, double lr, const void* lr_
                                 found_inf};
     auto* pairs = reinterpret_cast<double2*>(squares);
     const bool norms = normalize == Normalize::kRms || normalize == Normalize::kSgd;
-    if (update->tiled.count > 0) {
-      launch_project(update->products, dtype, nullptr);
-      launch_turn(update->products, dtype, nullptr);
+    for (const ProductTable& table : update->products) {
+      if (table.count == 0) continue;
+      launch_project(table, dtype, nullptr);
+      launch_turn(table, dtype, nullptr);
     }
     if (norms && update->flat.count > 0) {
       launch_square_flat(update->flat, dtype, normalize == Normalize::kSgd, pairs, nullptr);
     }
-    if (norms && update->tiled.count > 0) {
-      launch_square_tiles(update->tiled, dtype, pairs + update->flat.blocks, nullptr);
+    uint32_t first = update->flat.blocks;
+    for (const TileTable& table : update->tiled) {
+      for (int i = 0; i < table.count; ++i) {
+        const TileLayer& x = table.entries[i];
+        LayerSums& sums = update->layers.entries[x.layer];
+        sums.first = first + x.first;
+        sums.count = (i + 1 < table.count ? table.entries[i + 1].first : table.blocks) - x.first;
+      }
+      if (norms && table.count > 0) launch_square_tiles(table, dtype, pairs + first, nullptr);
+      first += table.blocks;
     }
     launch_finish_layers(update->layers, options, pairs, steps, nullptr);
     if (update->flat.count > 0) launch_update_flat(update->flat, dtype, steps, decays, nullptr);
-    if (update->tiled.count > 0) launch_update_tiles(update->tiled, dtype, steps, decays, nullptr);
+    for (const TileTable& table : update->tiled) {
+      if (table.count > 0) launch_update_tiles(table, dtype, steps, decays, nullptr);
+    }
   });
 }
