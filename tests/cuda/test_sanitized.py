@@ -1,11 +1,15 @@
 """The same kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
 
+import os
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from cuda_emulation import build
 
+HERE = Path(__file__).parent
 BROKEN = build.HERE / "broken"
 FAULTS = {
     "out_of_bounds": (119, "AddressSanitizer: heap-buffer-overflow"),
@@ -41,3 +45,24 @@ def test_fault_is_caught(program, name):
 def test_mended_kernel_is_clean(program, name):
     done = run(program, name, "mended", FAULTS[name][0])
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def find_runtime(name):
+    return build.run([build.COMPILER, f"-print-file-name={name}"]).strip()
+
+
+# ASan's runtime must be loaded before Python. Python and torch leak by design, and torch frees with
+# `delete` what it allocated otherwise.
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("tests", sorted(path.name for path in HERE.glob("test_emulat*.py")))
+def test_kernels_are_clean(tests):
+    environment = os.environ | {
+        "LD_PRELOAD": f"{find_runtime('libasan.so')} {find_runtime('libubsan.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",
+        "GLS_FUSED_EMULATE_SANITIZED": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-sq", HERE / tests]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert re.search(r"\d+ passed", done.stdout)

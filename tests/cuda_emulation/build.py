@@ -31,7 +31,7 @@ SANITIZE = [
     "-fno-omit-frame-pointer",
 ]
 TRACE = ["-fsanitize=thread,alignment,bounds", "--param", "tsan-instrument-func-entry-exit=0"]
-VARIANTS = {"traced": ([], TRACE), "sanitized": (SANITIZE, SANITIZE)}  # of runtime, of kernels
+VARIANTS = {"traced": (["-O2"], TRACE), "sanitized": (SANITIZE, SANITIZE)}  # of runtime, of kernels
 
 
 def build_library(sources: list[Path], variant: str) -> Path:

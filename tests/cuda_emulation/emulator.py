@@ -21,7 +21,7 @@ from cuda_emulation import build
 
 # Name, the runtime's Order, seed.
 ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1), "warps": (3, 0)}
-# Set by `make sanitize`, which has loaded the sanitizers' runtime before Python.
+# Set by test_sanitized.py, which has loaded the sanitizers' runtime before Python.
 VARIANT = "sanitized" if os.environ.get("GLS_FUSED_EMULATE_SANITIZED") == "1" else "traced"
 
 

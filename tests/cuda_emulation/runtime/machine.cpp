@@ -123,6 +123,7 @@ void Machine::run_block() {
   }
   arrived_ = 0;
   votes_ = 0;
+  waiting_lanes_.assign((threads + 31) / 32, 0);
   shared_.start_block(launch_->dynamic_shared);
   races_.start_block(threads);
   schedule.start_block(threads);
@@ -178,32 +179,34 @@ void Machine::meet_warp(unsigned mask, void* data, Combine combine, bool orders_
   running_ = false;
   const size_t me = fibres_.current(), warp = me / 32, first = warp * 32;
   if (!(mask >> me % 32 & 1)) fail_mask(site, mask, "leaves out the calling lane");
+  if (first + 32 > threads_.size() && mask >> (threads_.size() - first) != 0) {
+    fail_mask(site, mask, "names lanes that the block lacks");
+  }
+  threads_[me].mask = mask;
+  threads_[me].data = data;
+  uint32_t& waiting = waiting_lanes_[warp];
+  if (((waiting | 1u << me % 32) & mask) != mask) {
+    waiting |= 1u << me % 32;
+    wait(State::kInWarp, site);
+    running_ = true;
+    return;
+  }
   void* lanes[32] = {};
-  bool complete = true;
   for (size_t lane = 0; lane < 32; ++lane) {
-    if (!(mask >> lane & 1) || first + lane == me) continue;
-    if (first + lane >= threads_.size()) fail_mask(site, mask, "names lanes that the block lacks");
+    if (!(mask >> lane & 1)) continue;
     const Thread& other = threads_[first + lane];
-    if (other.state != State::kInWarp) {
-      complete = false;
-    } else if (!is_same(other.site, site) || other.mask != mask) {
+    if (first + lane != me && (other.mask != mask || !is_same(other.site, site))) {
       fail_diverged("warp", site, first + lane);
     }
     lanes[lane] = other.data;
   }
-  threads_[me].mask = mask;
-  threads_[me].data = data;
-  if (complete) {
-    lanes[me % 32] = data;
-    if (combine) combine(lanes, mask);
-    if (orders_memory) races_.pass_warp_barrier(warp, mask);
-    for (size_t lane = 0; lane < 32; ++lane) {
-      if (mask >> lane & 1) release(first + lane);
-    }
-    fibres_.suspend();
-  } else {
-    wait(State::kInWarp, site);
+  if (combine) combine(lanes, mask);
+  if (orders_memory) races_.pass_warp_barrier(warp, mask);
+  waiting &= ~mask;
+  for (size_t lane = 0; lane < 32; ++lane) {
+    if (mask >> lane & 1) release(first + lane);
   }
+  fibres_.suspend();
   running_ = true;
 }
 
