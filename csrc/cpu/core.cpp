@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../check.h"
 #include "products.h"
 
 namespace gls_fused {
@@ -195,10 +196,7 @@ Matrix move_core(Matrix core, const Matrix& triangle, int64_t r, double eps, dou
 
 // U+ T = Z,  M+ = T (M + nu I)^-1 T'
 std::tuple<Tensor, Tensor> refresh_subspace(const Tensor& core, const Tensor& sketch) {
-  TORCH_CHECK(sketch.dim() == 2 && core.dim() == 2 && core.size(0) == sketch.size(1) &&
-                  core.size(1) == sketch.size(1) && core.scalar_type() == sketch.scalar_type(),
-              "refresh_subspace: expected core [r, r] and sketch [d, r] of one dtype, got ",
-              core.sizes(), " and ", sketch.sizes());
+  check_refresh(core, sketch);
   const int64_t d = sketch.size(0), r = sketch.size(1);
   Tensor basis = at::empty({r, d}, sketch.options()), moved = at::empty({r, r}, core.options());
   AT_DISPATCH_FLOATING_TYPES(sketch.scalar_type(), "refresh_subspace", [&] {
@@ -231,14 +229,7 @@ std::tuple<Tensor, Tensor> refresh_subspace(const Tensor& core, const Tensor& sk
 // lambda = damping t / d,  lambda' = lambda + rho,  C = (M + lambda I)^-1 - I / lambda'
 std::tuple<Tensor, Tensor> invert_core(const Tensor& core, const Tensor& trace, int64_t dim,
                                        double damping) {
-  const at::ScalarType type = core.scalar_type();
-  TORCH_CHECK(dim > 0, "invert_core: expected dim at least 1, got ", dim);
-  TORCH_CHECK(core.dim() == 2 && core.size(0) == core.size(1) && core.size(0) <= dim,
-              "invert_core: expected core [r, r] with r at most ", dim, ", got ", core.sizes());
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble,
-              "invert_core: expected core of Float or Double, got ", type);
-  TORCH_CHECK(trace.dim() == 0 && trace.scalar_type() == type, "invert_core: expected trace [] of ",
-              type, ", got ", trace.sizes(), " of ", trace.scalar_type());
+  check_core(core, trace, dim);
   const int64_t r = core.size(0);
   Tensor inverse = at::empty({r, r}, core.options()), shift = at::empty({}, core.options());
   AT_DISPATCH_FLOATING_TYPES(core.scalar_type(), "invert_core", [&] {

@@ -1,6 +1,7 @@
 // C and lambda' of all layers in one launch, a layer to a block:
 //
-//   lambda = share t,   lambda' = lambda + max(t - tr M, 0) / (d - r),   C = (M + lambda I)^-1 - I / lambda'
+//   lambda = share t,   lambda' = lambda + max(t - tr M, 0) / (d - r),
+//   C = (M + lambda I)^-1 - I / lambda'
 #pragma once
 
 #include "core.h"

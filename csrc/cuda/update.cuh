@@ -14,7 +14,7 @@
 namespace gls_fused::cuda {
 
 template <typename T>
-constexpr int kChunk = kChunkBytes / (sizeof(T) < 4 ? 4 : sizeof(T));
+constexpr int kChunk = chunk_elements(sizeof(T));
 
 template <typename T, bool kMomentum, bool kElementwise>
 __global__ void __launch_bounds__(kUpdateThreads)
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kFinishThreads)
                          const double2* squares, LayerStep* steps) {
   const LayerSums& layer = table.entries[blockIdx.x];
   double direction = 0, gradient = 0;
-  if (options.normalize == Normalize::kRms || options.normalize == Normalize::kSgd) {
+  if (options.scale != Scale::kNone) {
     for (int64_t i = threadIdx.x; i < layer.count; i += kFinishThreads) {
       direction += squares[layer.first + i].x;
       gradient += squares[layer.first + i].y;
@@ -142,23 +142,25 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
   if (threadIdx.x != 0) return;
   LayerStep& out = steps[blockIdx.x];
-  out.taken = options.found_inf && *options.found_inf != 0 ? 0 : 1;
+  out.taken =
+      options.found_inf && load_number(options.found_inf, options.double_found_inf) != 0 ? 0 : 1;
   if (out.taken == 0) return;
   const double lr =
       options.lr_address ? load_number(options.lr_address, options.double_lr) : options.lr;
   const double count = load_number(layer.step, options.double_steps) + 1;
   store_number(layer.step, options.double_steps, count);
   out.decayed = 1 - lr * options.weight_decay;
-  out.scale = options.grad_scale ? 1 / double(*options.grad_scale) : 1;
+  out.scale =
+      options.grad_scale ? 1 / load_number(options.grad_scale, options.double_grad_scale) : 1;
   out.correction = 1 / (1 - pow(options.decays.beta2, count));
   double rate = lr / (1 - pow(options.decays.momentum, count));
-  if (options.normalize == Normalize::kRms) {
+  if (options.scale == Scale::kRootMeanSquare) {
     const double mean = layer.numel > 0 ? direction * out.scale * out.scale / layer.numel : 0;
     double v = load_number(layer.exp_avg_sq, options.double_state);
     v = store_number(layer.exp_avg_sq, options.double_state,
                      v + (mean - v) * (1 - options.decays.beta2));
     rate /= sqrt(v * out.correction) + options.decays.eps;
-  } else if (options.normalize == Normalize::kSgd) {
+  } else if (options.scale == Scale::kGradientNorm) {
     // Not `> 0`: a norm that is not a number must reach the parameters.
     if (direction != 0) rate *= sqrt(gradient / direction);
   }

@@ -16,10 +16,10 @@ namespace gls_fused::cuda {
 constexpr int kUpdateThreads = 256;
 // 64 bytes of each stream per thread: four independent 16-byte accesses in flight.
 constexpr int kChunkBytes = kUpdateThreads * 64;
+// Elements of a chunk, of this many bytes each; the state beside 16-bit parameters has 4 bytes.
+constexpr int chunk_elements(int bytes) { return kChunkBytes / (bytes < 4 ? 4 : bytes); }
 constexpr int kMaxTensors = 64;
 constexpr int kMaxLayers = 80;
-
-enum class Normalize { kRms, kAdam, kSgd, kNone };
 
 // Of one layer, in device memory, by finish_layers_kernel.
 struct LayerStep {
@@ -67,18 +67,23 @@ struct LayerTable {
   int32_t count;
 };
 
+// What a layer's step is scaled with.
+enum class Scale { kNone, kRootMeanSquare, kGradientNorm };
+
 // lr, grad_scale and found_inf where they are in device memory; null where they are not.
 struct FinishOptions {
-  Normalize normalize;
+  Scale scale;
   bool double_steps;
   bool double_state;
   bool double_lr;
+  bool double_grad_scale;
+  bool double_found_inf;
   double lr;
   double weight_decay;
   Decays decays;
   const void* lr_address;
-  const float* grad_scale;
-  const float* found_inf;
+  const void* grad_scale;
+  const void* found_inf;
 };
 
 void launch_square_flat(const FlatTable& table, Dtype dtype, bool both, double2* squares,
