@@ -11,7 +11,8 @@ from gls_fused import reference
 from gls_fused.reference import SubspaceInverse
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-NORMALIZE = {"rms": 0, "adam": 1, "sgd": 2, "none": 3}
+# What the layer is scaled with: csrc/cuda/update.h.
+NORMALIZE = {"rms": 1, "adam": 0, "sgd": 2, "none": 0}
 OPTIONS = {"lr": 0.3, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.2}
 # Weight, whether there is a bias, rank of the inverse (None: the direction is given; these come
 # first). 16-byte rows and others, several chunks and tiles, one element, none.
@@ -146,7 +147,7 @@ def update_in(emulator, memory, layers, normalize, momentum, *, misaligned=None,
     emulator.call(
         "run_update", code, NORMALIZE[normalize], OPTIONS["lr"] if lr is None else 0.0,
         None if lr is None else memory.copy("lr", lr), lr is not None and lr.dtype != torch.float32,
-        False, None if grad_scale is None else memory.copy("grad_scale", grad_scale),
+        None if grad_scale is None else memory.copy("grad_scale", grad_scale),
         None if found_inf is None else memory.copy("found_inf", found_inf), float(momentum),
         OPTIONS["beta2"], OPTIONS["eps"], OPTIONS["weight_decay"],
         memory.poison("squares", (blocks, 2), torch.float64),

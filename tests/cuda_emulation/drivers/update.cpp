@@ -47,7 +47,7 @@ EMULATED add_flat(Dtype dtype, void* param, const void* direction, const void* g
                   void* exp_avg, void* exp_avg_sq, int64_t numel) {
   return guarded([&] {
     FlatTable& table = update->flat;
-    const int64_t chunk = kChunkBytes / (element_bytes(dtype) < 4 ? 4 : element_bytes(dtype));
+    const int64_t chunk = chunk_elements(static_cast<int>(element_bytes(dtype)));
     const auto blocks = static_cast<uint32_t>((numel + chunk - 1) / chunk);
     LayerSums& layer = update->layers.entries[update->layers.count - 1];
     if (layer.count == 0) layer.first = table.blocks;
@@ -94,25 +94,30 @@ EMULATED add_tiled(Dtype dtype, void* weight, const void* weight_gradient, void*
   });
 }
 
-EMULATED run_update(Dtype dtype, Normalize normalize, double lr, const void* lr_address,
-                    bool double_lr, bool double_steps, const float* grad_scale,
-                    const float* found_inf, double momentum, double beta2, double eps,
-                    double weight_decay, double* squares, LayerStep* steps) {
+EMULATED run_update(Dtype dtype, Scale scale, double lr, const void* lr_address, bool double_lr,
+                    const float* grad_scale, const float* found_inf, double momentum, double beta2,
+                    double eps, double weight_decay, double* squares, LayerStep* steps) {
   return guarded([&] {
     const Decays decays{momentum, beta2, eps};
-    const FinishOptions options{normalize, double_steps, dtype == Dtype::kDouble,
-                                double_lr, lr,           weight_decay,
-                                decays,    lr_address,   grad_scale,
-                                found_inf};
+    FinishOptions options{};
+    options.scale = scale;
+    options.double_state = dtype == Dtype::kDouble;
+    options.double_lr = double_lr;
+    options.lr = lr;
+    options.weight_decay = weight_decay;
+    options.decays = decays;
+    options.lr_address = lr_address;
+    options.grad_scale = grad_scale;
+    options.found_inf = found_inf;
     auto* pairs = reinterpret_cast<double2*>(squares);
-    const bool norms = normalize == Normalize::kRms || normalize == Normalize::kSgd;
+    const bool norms = scale != Scale::kNone;
     for (const ProductTable& table : update->products) {
       if (table.count == 0) continue;
       launch_project(table, dtype, nullptr);
       launch_turn(table, dtype, nullptr);
     }
     if (norms && update->flat.count > 0) {
-      launch_square_flat(update->flat, dtype, normalize == Normalize::kSgd, pairs, nullptr);
+      launch_square_flat(update->flat, dtype, scale == Scale::kGradientNorm, pairs, nullptr);
     }
     uint32_t first = update->flat.blocks;
     for (const TileTable& table : update->tiled) {
