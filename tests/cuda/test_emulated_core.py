@@ -65,6 +65,12 @@ def test_rank_equal_to_dim(emulator, dtype):
     check(emulator, [core], [core.trace()], [7])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_trace_below_that_of_the_core(emulator, dtype):
+    core = make_core(7, dtype)
+    check(emulator, [core], [0.9 * core.trace()], [30])
+
+
 @pytest.mark.parametrize(("rank", "dtype"), [(128, torch.float32), (88, torch.float64)])
 def test_the_greatest_rank(emulator, rank, dtype):
     core = make_core(rank, dtype)

@@ -69,7 +69,7 @@ def compile_object(source: Path, flags: tuple[str, ...]) -> Path:
 def rewrite_launches(text: str) -> str:
     """kernel<<<grid, block, shared, stream>>>(...) -> launch(kernel, grid, block, ..., ...)."""
     return re.sub(
-        r"([\w:]+(?:<[^;{}]*?>)?)<<<([^;{}]*?)>>>\(", r"::cuda_emulation::launch(\1, \2, ", text
+        r"([\w:]+(?:<[^;{}]*?>)?)\s*<<<([^;{}]*?)>>>\(", r"::cuda_emulation::launch(\1, \2, ", text
     )
 
 

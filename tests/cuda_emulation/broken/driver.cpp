@@ -1,8 +1,8 @@
+#include <emulation/driver.h>
+
 #include <string_view>
 
 #include "broken.cuh"
-
-#include <emulation/driver.h>
 
 using cuda_emulation::guarded;
 

@@ -1,9 +1,10 @@
 // A P, A U and its sums, by the launchers of rows.cu and sketch.cu.
 
+#include "products.h"
+
 #include <emulation/driver.h>
 
 #include "../../../csrc/cuda/sketch.h"
-#include "products.h"
 
 using namespace gls_fused::cuda;
 using cuda_emulation::guarded;

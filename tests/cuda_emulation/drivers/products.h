@@ -6,8 +6,8 @@
 namespace gls_fused::cuda {
 
 inline Product make_product(const void* x, Last kind, const void* last, const float* basis,
-                            const float* core_inverse, float* parts, float* turned,
-                            double* squares, int64_t n, int64_t size, int64_t x_row, int rank) {
+                            const float* core_inverse, float* parts, float* turned, double* squares,
+                            int64_t n, int64_t size, int64_t x_row, int rank) {
   Product p{};
   p.x = x;
   p.last = last;

@@ -1,4 +1,5 @@
-// refresh_subspaces by the launcher of subspace.cu: layers are added one by one, then moved together.
+// refresh_subspaces by the launcher of subspace.cu: layers are added one by one, then moved
+// together.
 
 #include "../../../csrc/cuda/subspace.h"
 
@@ -21,8 +22,8 @@ EMULATED add_move(const float* sketch, const float* core, float* rough, float* b
                   float* core_out, double* parts, double* triangles, int64_t dim, int rank) {
   return guarded([&] {
     const uint32_t blocks = move_blocks(dim);
-    table.entries[table.count++] = {sketch, core, rough,  basis,       core_out, parts, triangles,
-                                    dim,    rank, blocks, table.blocks};
+    table.entries[table.count++] = {sketch,    core, rough, basis,  core_out,    parts,
+                                    triangles, dim,  rank,  blocks, table.blocks};
     table.blocks += blocks;
   });
 }

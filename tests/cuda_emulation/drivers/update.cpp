@@ -37,9 +37,8 @@ EMULATED start_update() {
 }
 
 EMULATED add_layer(void* step, void* exp_avg_sq, int64_t numel) {
-  return guarded([&] {
-    update->layers.entries[update->layers.count++] = {step, exp_avg_sq, 0, 0, numel};
-  });
+  return guarded(
+      [&] { update->layers.entries[update->layers.count++] = {step, exp_avg_sq, 0, 0, numel}; });
 }
 
 // A parameter of the last layer, whose direction is given.
@@ -52,8 +51,14 @@ EMULATED add_flat(Dtype dtype, void* param, const void* direction, const void* g
     LayerSums& layer = update->layers.entries[update->layers.count - 1];
     if (layer.count == 0) layer.first = table.blocks;
     layer.count += blocks;
-    table.entries[table.count++] = {param, direction, gradient, exp_avg, exp_avg_sq, numel,
-                                    uint32_t(update->layers.count - 1), table.blocks};
+    table.entries[table.count++] = {param,
+                                    direction,
+                                    gradient,
+                                    exp_avg,
+                                    exp_avg_sq,
+                                    numel,
+                                    uint32_t(update->layers.count - 1),
+                                    table.blocks};
     table.blocks += blocks;
   });
 }

@@ -1,5 +1,5 @@
-// What nvcc knows without being told and what its cuda_runtime.h declares, with their meaning on the
-// host. Covers what kernels use; build.py makes <<<...>>> a call of cuda_emulation::launch.
+// What nvcc knows without being told and what its cuda_runtime.h declares, with their meaning on
+// the host. Covers what kernels use; build.py makes <<<...>>> a call of cuda_emulation::launch.
 
 #pragma once
 

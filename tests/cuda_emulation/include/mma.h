@@ -182,7 +182,8 @@ struct Product {
 }  // namespace detail
 
 template <int m, int n, int k, typename T, typename LayoutA, typename LayoutB, typename C>
-void mma_sync(fragment<accumulator, m, n, k, C>& d, const fragment<matrix_a, m, n, k, T, LayoutA>& a,
+void mma_sync(fragment<accumulator, m, n, k, C>& d,
+              const fragment<matrix_a, m, n, k, T, LayoutA>& a,
               const fragment<matrix_b, m, n, k, T, LayoutB>& b,
               const fragment<accumulator, m, n, k, C>& c, CUDA_EMULATION_HERE) {
   using Product = detail::Product<m, n, k, T, LayoutA, LayoutB, C>;

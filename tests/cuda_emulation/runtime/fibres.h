@@ -21,8 +21,8 @@ class Fibres {
   Fibres& operator=(const Fibres&) = delete;
   ~Fibres();
 
-  // Makes sure that there are `count`; a fibre runs the body again and again, once per `resume` after
-  // the body has returned.
+  // Makes sure that there are `count`; a fibre runs the body again and again, once per `resume`
+  // after the body has returned.
   void provide(size_t count);
 
   // Until it suspends itself or the body returns.

@@ -262,7 +262,8 @@ std::string Machine::describe_divergence() const {
 void Machine::access(uintptr_t address, size_t bytes, Access access) {
   if (fibres_.on_stack_of(fibres_.current(), address)) return;
   if (shared_.contains(address)) {
-    if (!shared_.allows(address, bytes)) fail("out of bounds: past the end of dynamic shared memory");
+    if (!shared_.allows(address, bytes))
+      fail("out of bounds: past the end of dynamic shared memory");
     check_race(shared_.histories(address), bytes, access, nullptr);
     return;
   }
@@ -314,7 +315,9 @@ dim3 block_dim() { return Machine::instance().launch().block; }
 dim3 grid_dim() { return Machine::instance().launch().grid; }
 unsigned lane() { return static_cast<unsigned>(Machine::instance().thread() % 32); }
 void fail(const char* what) { Machine::instance().fail(what); }
-int meet_block(bool predicate, Site site) { return Machine::instance().meet_block(predicate, site); }
+int meet_block(bool predicate, Site site) {
+  return Machine::instance().meet_block(predicate, site);
+}
 void meet_warp(unsigned mask, void* data, Combine combine, bool orders_memory, Site site) {
   Machine::instance().meet_warp(mask, data, combine, orders_memory, site);
 }

@@ -67,7 +67,7 @@ class Machine {
   Races races_;
   std::vector<Thread> threads_;
   std::map<const void*, size_t> dynamic_shared_;  // allowed to a kernel
-  std::vector<uint32_t> waiting_lanes_;  // of each warp
+  std::vector<uint32_t> waiting_lanes_;           // of each warp
   const Launch* launch_ = nullptr;
   std::string kernel_;
   uint3 block_index_{};

@@ -38,13 +38,13 @@ int collect_segments(dl_phdr_info* library, size_t, void* opaque) {
   auto& segments = *static_cast<Segments*>(opaque);
   bool mine = false;
   for (int i = 0; i < library->dlpi_phnum; ++i) {
-    const ElfW(Phdr)& header = library->dlpi_phdr[i];
+    const ElfW(Phdr) & header = library->dlpi_phdr[i];
     const uintptr_t begin = library->dlpi_addr + header.p_vaddr;
     if (header.p_type == PT_LOAD) mine |= segments.within - begin < header.p_memsz;
   }
   if (!mine) return 0;
   for (int i = 0; i < library->dlpi_phnum; ++i) {
-    const ElfW(Phdr)& header = library->dlpi_phdr[i];
+    const ElfW(Phdr) & header = library->dlpi_phdr[i];
     if (header.p_type == PT_LOAD) {
       segments.loaded.emplace_back(library->dlpi_addr + header.p_vaddr, header.p_memsz);
     } else if (header.p_type == PT_TLS) {

@@ -1,10 +1,10 @@
 // Finds accesses to the same byte that nothing orders, at least one of them a write.
 //
-// Time is cut into epochs: a block's start and each of its block-wide barriers begin a new one. Within
-// an epoch only __syncwarp orders accesses, kept as a vector clock over the lanes of each warp.
-// Between the blocks of a launch, a write is ordered before a later access by another block if the
-// writing block has executed __threadfence since (how the reader learns of it is not checked);
-// atomics are ordered against each other, and before what other blocks do later.
+// Time is cut into epochs: a block's start and each of its block-wide barriers begin a new one.
+// Within an epoch only __syncwarp orders accesses, kept as a vector clock over the lanes of each
+// warp. Between the blocks of a launch, a write is ordered before a later access by another block
+// if the writing block has executed __threadfence since (how the reader learns of it is not
+// checked); atomics are ordered against each other, and before what other blocks do later.
 
 #pragma once
 
@@ -54,8 +54,7 @@ class Races {
 
   uint32_t& clock(size_t thread, size_t lane) { return clocks_[thread][lane]; }
   bool is_ordered(size_t writer, uint32_t written, size_t thread) {
-    return writer == thread ||
-           (writer / 32 == thread / 32 && clock(thread, writer % 32) > written);
+    return writer == thread || (writer / 32 == thread / 32 && clock(thread, writer % 32) > written);
   }
   bool is_of_another_block(uint32_t epoch) const {
     return epoch >= launch_epoch_ && epoch < block_epoch_;

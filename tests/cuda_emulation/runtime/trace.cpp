@@ -36,7 +36,7 @@ void fail_at(const Found* found, const char* what) {
 
 }  // namespace
 
-#define TRACE(name, bytes)                                                    \
+#define TRACE(name, bytes)                                                        \
   void __tsan_read##name(void* address) { trace(address, bytes, Access::kRead); } \
   void __tsan_write##name(void* address) { trace(address, bytes, Access::kWrite); }
 
@@ -49,8 +49,8 @@ TRACE(8, 8)
 TRACE(16, 16)
 
 #undef TRACE
-#define TRACE(bytes)                                                                          \
-  void __tsan_unaligned_read##bytes(void* address) { trace(address, bytes, Access::kRead); }  \
+#define TRACE(bytes)                                                                         \
+  void __tsan_unaligned_read##bytes(void* address) { trace(address, bytes, Access::kRead); } \
   void __tsan_unaligned_write##bytes(void* address) { trace(address, bytes, Access::kWrite); }
 
 TRACE(2)

@@ -1,6 +1,6 @@
-#include "samples.cuh"
-
 #include <emulation/driver.h>
+
+#include "samples.cuh"
 
 using cuda_emulation::guarded;
 
@@ -24,7 +24,8 @@ EMULATED multiply(const float* a, const float* b, float* c, int m, int n, int k)
   constexpr int kTile = 8;
   const dim3 grid((n + kTile - 1) / kTile, (m + kTile - 1) / kTile), block(kTile, kTile);
   return guarded([&] {
-    samples::multiply_kernel<kTile><<<grid, block, 2 * kTile * kTile * sizeof(float), nullptr>>>(a, b, c, m, n, k);
+    samples::multiply_kernel<kTile>
+        <<<grid, block, 2 * kTile * kTile * sizeof(float), nullptr>>>(a, b, c, m, n, k);
   });
 }
 
@@ -52,9 +53,11 @@ EMULATED convert(bool half, bool widen, const void* from, void* to, int64_t n) {
   const auto run = [&](auto narrow) {
     using T = decltype(narrow);
     if (widen) {
-      samples::convert_kernel<T, float><<<blocks, 128, 0, nullptr>>>(static_cast<const T*>(from), static_cast<float*>(to), n);
+      samples::convert_kernel<T, float>
+          <<<blocks, 128, 0, nullptr>>>(static_cast<const T*>(from), static_cast<float*>(to), n);
     } else {
-      samples::convert_kernel<float, T><<<blocks, 128, 0, nullptr>>>(static_cast<const float*>(from), static_cast<T*>(to), n);
+      samples::convert_kernel<float, T>
+          <<<blocks, 128, 0, nullptr>>>(static_cast<const float*>(from), static_cast<T*>(to), n);
     }
   };
   return guarded([&] { half ? run(__half()) : run(__nv_bfloat16()); });

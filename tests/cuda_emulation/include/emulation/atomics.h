@@ -1,4 +1,5 @@
-// Atomics. Threads are only interrupted where they meet, so a plain update is one; not traced as one.
+// Atomics. Threads are only interrupted where they meet, so a plain update is one; not traced as
+// one.
 
 #pragma once
 
@@ -16,11 +17,12 @@ __attribute__((noinline, no_sanitize("thread"))) T update_atomically(T* address,
 
 }  // namespace cuda_emulation
 
-#define CUDA_EMULATION_ATOMIC(name, expression)                                        \
-  template <typename T>                                                                \
-  T name(T* address, std::common_type_t<T> value) {                                    \
-    return cuda_emulation::update_atomically(                                          \
-        address, [value](T old) __attribute__((no_sanitize("thread"))) -> T { return expression; }); \
+#define CUDA_EMULATION_ATOMIC(name, expression)                                             \
+  template <typename T>                                                                     \
+  T name(T* address, std::common_type_t<T> value) {                                         \
+    return cuda_emulation::update_atomically(                                               \
+        address,                                                                            \
+        [value](T old) __attribute__((no_sanitize("thread"))) -> T { return expression; }); \
   }
 
 CUDA_EMULATION_ATOMIC(atomicAdd, old + value)
@@ -37,6 +39,7 @@ CUDA_EMULATION_ATOMIC(atomicInc, old >= value ? T(0) : old + 1)
 template <typename T>
 T atomicCAS(T* address, std::common_type_t<T> compare, std::common_type_t<T> value) {
   return cuda_emulation::update_atomically(
-      address, [compare, value](T old) __attribute__((no_sanitize("thread")))
-                   -> T { return old == compare ? value : old; });
+      address, [compare, value](T old) __attribute__((no_sanitize("thread"))) -> T {
+        return old == compare ? value : old;
+      });
 }

@@ -32,7 +32,8 @@ int meet_block(bool predicate, Site site);
 // Runs once the lanes of a mask have arrived; data[lane] is null for a lane outside the mask.
 using Combine = void (*)(void* const data[32], unsigned mask);
 
-// `orders_memory`: writes before it are visible after it, as __syncwarp promises and shuffles don't.
+// `orders_memory`: writes before it are visible after it, as __syncwarp promises and shuffles
+// don't.
 void meet_warp(unsigned mask, void* data, Combine combine, bool orders_memory, Site site);
 
 unsigned lane();
@@ -52,7 +53,8 @@ struct Launch {
   size_t call_bytes;
 };
 
-// Throws std::runtime_error for a launch that a device would refuse, and for what a thread did wrong.
+// Throws std::runtime_error for a launch that a device would refuse, and for what a thread did
+// wrong.
 void run(const Launch& launch);
 
 // kernel<<<grid, block, dynamic_shared, stream>>>(arguments...), which ends before this returns.
