@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from cuda_emulation import build
+from cuda_emulation.emulator import ORDERS
 
 HERE = Path(__file__).parent
 BROKEN = build.HERE / "broken"
@@ -28,8 +29,8 @@ def program():
     return build.build_program([BROKEN / "driver.cpp", BROKEN / "main.cpp"], "sanitized")
 
 
-def run(program, name, kind, n):
-    command = [program, name, kind, str(n)]
+def run(program, name, kind, n, order=0):
+    command = [program, name, kind, str(n), str(order)]
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
@@ -45,6 +46,17 @@ def test_fault_is_caught(program, name):
 def test_mended_kernel_is_clean(program, name):
     done = run(program, name, "mended", FAULTS[name][0])
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# Without the race detector, which the sanitized build has not.
+@pytest.mark.parametrize("name", ["missing_barrier", "missing_second_barrier"])
+def test_a_missing_barrier_shows_in_the_results(program, name):
+    orders = [order for order, _ in ORDERS.values()]
+    broken = {run(program, name, "broken", 128, order).stdout for order in orders}
+    mended = {run(program, name, "mended", 128, order).stdout for order in orders}
+    assert len(broken) > 1
+    assert len(mended) == 1
+    assert "nan" not in mended.pop()
 
 
 def find_runtime(name):
