@@ -32,7 +32,7 @@ __device__ inline W step_element(W param, W direction, W& exp_avg, W& exp_avg_sq
   }
   if constexpr (kElementwise) {
     exp_avg_sq += (direction * direction - exp_avg_sq) * rates.square;
-    average /= std::sqrt(exp_avg_sq * rates.correction) + rates.eps;
+    average *= 1 / (std::sqrt(exp_avg_sq * rates.correction) + rates.eps);
   }
   return param * rates.decayed - rates.rate * average;
 }
