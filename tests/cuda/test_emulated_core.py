@@ -12,7 +12,7 @@ DAMPING = 0.3
 
 @pytest.fixture(scope="module")
 def emulator():
-    return Emulator("drivers/core.cpp", ["core.cu"])
+    return Emulator("drivers/core.cpp", ["core_kernels.cu"])
 
 
 def make_core(rank, dtype):

@@ -29,7 +29,7 @@ CASES += [(torch.float16, (33, 65, 9)), (torch.float16, (67, 136, 17))]
 
 @pytest.fixture(scope="module")
 def emulator():
-    return Emulator("drivers/products.cpp", ["rows.cu", "sketch.cu"])
+    return Emulator("drivers/products.cpp", ["rows_kernels.cu", "sketch_kernels.cu"])
 
 
 def draw(*shape, dtype, seed=0):

@@ -10,7 +10,7 @@ from gls_fused import reference
 
 @pytest.fixture(scope="module")
 def emulator():
-    return Emulator("drivers/subspace.cpp", ["subspace.cu"])
+    return Emulator("drivers/subspace.cpp", ["subspace_kernels.cu"])
 
 
 def draw(*shape, seed=0):

@@ -29,7 +29,9 @@ LAYERS = [
 
 @pytest.fixture(scope="module")
 def emulator():
-    return Emulator("drivers/update.cpp", ["update.cu", "rows.cu", "tile_update.cu"])
+    return Emulator(
+        "drivers/update.cpp", ["update_kernels.cu", "rows_kernels.cu", "tile_update_kernels.cu"]
+    )
 
 
 @dataclass

@@ -1,4 +1,5 @@
-// invert_cores by the launcher of core.cu: layers are added one by one, then inverted together.
+// invert_cores by the launcher of core_kernels.cu: layers are added one by one, then inverted
+// together.
 
 #include "../../../csrc/cuda/core.h"
 

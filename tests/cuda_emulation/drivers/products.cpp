@@ -1,4 +1,4 @@
-// A P, A U and its sums, by the launchers of rows.cu and sketch.cu.
+// A P, A U and its sums, by the launchers of rows_kernels.cu and sketch_kernels.cu.
 
 #include "products.h"
 

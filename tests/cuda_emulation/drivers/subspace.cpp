@@ -1,4 +1,4 @@
-// refresh_subspaces by the launcher of subspace.cu: layers are added one by one, then moved
+// refresh_subspaces by the launcher of subspace_kernels.cu: layers are added one by one, then moved
 // together.
 
 #include "../../../csrc/cuda/subspace.h"

@@ -1,5 +1,5 @@
-// update_layers_ by the launchers of update.cu, rows.cu and tile_update.cu: layers are added one by
-// one, then updated together.
+// update_layers_ by the launchers of update_kernels.cu, rows_kernels.cu and tile_update_kernels.cu:
+// layers are added one by one, then updated together.
 
 #include "../../../csrc/cuda/update.h"
 
