@@ -124,9 +124,7 @@ def compile_alone(source, folder, *options):
 
 
 def test_a_kernel_that_spills_is_seen(tmp_path):
-    kernels = read_resources(
-        compile_alone("update_kernels.cu", tmp_path, "-maxrregcount=32"), "sm_90"
-    )
+    kernels = read_resources(compile_alone("update_kernels.cu", tmp_path, "-maxrregcount=32"), "sm_90")
     with pytest.raises(AssertionError, match="update_flat_kernel"):
         check_resources(kernels["sm_90"])
 
