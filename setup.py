@@ -205,7 +205,7 @@ class BuildNative(BuildExtension):
             return
         self.extensions = rest + cuda
         flags = " ".join(cpp_extension._get_cuda_arch_flags())
-        self.cuda_architectures = re.findall(r"code=(\w+)", flags)
+        self.cuda_architectures = re.findall(r",code=(\w+)", flags)
 
     def record(self, failure: str | None, package: Path) -> None:
         """Makes `package` say how the build ended, whatever an earlier build left there."""

@@ -6,6 +6,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
+
+#include "ptx.cuh"
 
 namespace gls_fused::cuda {
 
@@ -25,11 +28,6 @@ using Wide = typename WideOf<T>::type;
 template <typename T>
 constexpr int kWidth = 16 / sizeof(T);
 
-template <typename T>
-struct alignas(16) Vector {
-  T values[kWidth<T>];
-};
-
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -45,9 +43,11 @@ template <int N, typename T>
 __device__ inline void load_elements(const T* from, Wide<T> (&to)[N]) {
 #pragma unroll
   for (int v = 0; v < N; v += kWidth<T>) {
-    const Vector<T> x = *reinterpret_cast<const Vector<T>*>(from + v);
+    const uint4 bits = *reinterpret_cast<const uint4*>(from + v);
+    T x[kWidth<T>];
+    std::memcpy(x, &bits, sizeof(bits));
 #pragma unroll
-    for (int k = 0; k < kWidth<T>; ++k) to[v + k] = widen(x.values[k]);
+    for (int k = 0; k < kWidth<T>; ++k) to[v + k] = widen(x[k]);
   }
 }
 
@@ -55,10 +55,12 @@ template <int N, typename T>
 __device__ inline void store_elements(const Wide<T> (&from)[N], T* to) {
 #pragma unroll
   for (int v = 0; v < N; v += kWidth<T>) {
-    Vector<T> x;
+    T x[kWidth<T>];
 #pragma unroll
-    for (int k = 0; k < kWidth<T>; ++k) narrow(from[v + k], x.values[k]);
-    *reinterpret_cast<Vector<T>*>(to + v) = x;
+    for (int k = 0; k < kWidth<T>; ++k) narrow(from[v + k], x[k]);
+    uint4 bits;
+    std::memcpy(&bits, x, sizeof(bits));
+    store_16(to + v, bits);
   }
 }
 

@@ -17,8 +17,8 @@ constexpr int kUpdateThreads = 256;
 // 64 bytes of each stream per thread: four independent 16-byte accesses in flight.
 constexpr int kChunkBytes = kUpdateThreads * 64;
 // Elements of a chunk, of this many bytes each; the state beside 16-bit parameters has 4 bytes. Of
-// float64 half as much, whose square roots and quotients are calls that would spill the rest.
-constexpr int chunk_elements(int bytes) { return bytes > 4 ? kChunkBytes / 16 : kChunkBytes / 4; }
+// float64 one access to a thread: its square roots and quotients are calls, which spill the rest.
+constexpr int chunk_elements(int bytes) { return bytes > 4 ? kChunkBytes / 32 : kChunkBytes / 4; }
 constexpr int kMaxTensors = 64;
 constexpr int kMaxLayers = 80;
 

@@ -73,19 +73,20 @@ def wide_accesses(name):
     # 16 bytes of a 16-bit parameter stand beside 32 bytes of its averages.
     state = 2 if half else 1
     flags = [argument == "true" for argument in arguments[1:]]
-    vectors = 4 if arguments[0] == "float" else 2
+    vectors = {"float": 4, "double": 1}.get(arguments[0], 2)
     rows = 4 if half else 8
     if kernel == "update_flat_kernel":
         averages = vectors * state * sum(flags)
         return 2 * vectors + averages, vectors + averages
     if kernel == "square_flat_kernel":
-        return 2 * vectors, 0
+        # Its result, a double2.
+        return 2 * vectors, 1
     if not flags or not flags[0]:
         return None
     if kernel == "update_tiles_kernel":
         averages = rows * state * sum(flags[1:])
         return 2 * rows + averages, rows + averages
-    return {"square_tiles_kernel": (rows, 0), "combine_kernel": (rows, rows)}.get(
+    return {"square_tiles_kernel": (rows, 1), "combine_kernel": (rows, rows)}.get(
         kernel, (1 if half else 2, 0)
     )
 
