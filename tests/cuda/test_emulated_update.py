@@ -124,7 +124,7 @@ def update_in(emulator, memory, layers, normalize, momentum, *, misaligned=None,
                 emulator.call(
                     "add_flat", code, param, gradient, gradient, average, square, p.numel()
                 )
-                blocks += p.numel() // 1024 + 1
+                blocks += p.numel() // 512 + 1  # at least as many as chunks
         else:
             n, size = layer.params[0].shape
             rank = layer.inverse.basis.shape[1]
