@@ -56,6 +56,7 @@ sanitize: setup ## Run the kernels' tests with AddressSanitizer and UndefinedBeh
 	  ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 \
 	  $(BIN)/python -m pytest -p no:cacheprovider -o pythonpath=build/sanitize/lib \
 	  -m "not slow" tests/test_backends.py tests/test_native.py tests/test_native_arguments.py
+	@$(BIN)/python -m pytest -m slow tests/cuda/test_sanitized.py
 
 lint: setup ## Check style, format and types
 	@$(BIN)/ruff check --quiet

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: tests, compute-sanitizer where present, kernel and epoch benchmarks, CUDA
-# graph replay. Needs torch, triton, pytest and no network; leaves results/device/*.json and report.md.
+# graph replay, of the Triton kernels and, where they were built, the native ones. Needs torch,
+# triton, pytest and no network; leaves results/device/*.json and report.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}

@@ -26,9 +26,6 @@ py::dict build_info() {
   info["compiler"] = kCompiler;
   info["flags"] = GLS_FUSED_CXX_FLAGS;
   info["cpu_capabilities"] = std::vector<std::string>{GLS_FUSED_CPU_CAPABILITIES};
-  // No CUDA kernel is built yet.
-  info["cuda"] = py::none();
-  info["cuda_architectures"] = py::list();
   return info;
 }
 

@@ -1,7 +1,56 @@
 // The one schema of every native op; kernels register themselves per device in files of their own.
 // gls_fused/backends/native.py gives them the names and signatures of gls_fused.reference.
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using Lists = std::tuple<std::vector<Tensor>, std::vector<Tensor>>;
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// One layer after the other, where a device has no kernel for some at once.
+
+Lists refresh_subspaces(at::TensorList cores, at::TensorList sketches) {
+  static const auto op = find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&)>(
+      "gls_fused::refresh_subspace");
+  TORCH_CHECK(cores.size() == sketches.size(), "refresh_subspaces: expected ", cores.size(),
+              " sketches, got ", sketches.size());
+  Lists results;
+  for (size_t i = 0; i < cores.size(); ++i) {
+    const auto [basis, core] = op.call(cores[i], sketches[i]);
+    std::get<0>(results).push_back(basis);
+    std::get<1>(results).push_back(core);
+  }
+  return results;
+}
+
+Lists invert_cores(at::TensorList cores, at::TensorList traces, at::IntArrayRef dims,
+                   double damping) {
+  static const auto op =
+      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, double)>(
+          "gls_fused::invert_core");
+  TORCH_CHECK(cores.size() == traces.size() && cores.size() == dims.size(),
+              "invert_cores: expected ", cores.size(), " traces and dims, got ", traces.size(),
+              " and ", dims.size());
+  Lists results;
+  for (size_t i = 0; i < cores.size(); ++i) {
+    const auto [core_inverse, shift] = op.call(cores[i], traces[i], dims[i], damping);
+    std::get<0>(results).push_back(core_inverse);
+    std::get<1>(results).push_back(shift);
+  }
+  return results;
+}
+
+}  // namespace
 
 TORCH_LIBRARY(gls_fused, m) {
   // Without a column of ones the second result is empty.
@@ -14,13 +63,25 @@ TORCH_LIBRARY(gls_fused, m) {
   m.def("sketch_rows(Tensor rows, Tensor basis, bool ones) -> (Tensor, Tensor, Tensor)");
   m.def("refresh_subspace(Tensor core, Tensor sketch) -> (Tensor, Tensor)");
   m.def("invert_core(Tensor core, Tensor trace, int dim, float damping) -> (Tensor, Tensor)");
+  m.def("refresh_subspaces(Tensor[] cores, Tensor[] sketches) -> (Tensor[], Tensor[])");
+  m.def(
+      "invert_cores(Tensor[] cores, Tensor[] traces, int[] dims, float damping)"
+      " -> (Tensor[], Tensor[])");
   // [n, ||A||_F^2, Y'Y, (A'Y)'] of some rows, added to the sums of a step where they are usable.
   m.def("add_sketch_(Tensor rows, Tensor basis, bool ones, Tensor(a!) sums) -> ()");
   // layer_sizes[i] consecutive params, gradients and exp_avgs belong to layer i, whose inverse is
   // the i-th of bases, core_inverses and shifts; None where gradients holds the directions.
+  // lr_tensor stands for lr; gradients are divided by grad_scale; where found_inf is not 0 no step
+  // is taken. All three are read on the device.
   m.def(
       "update_layers_(Tensor(a!)[] params, Tensor[] gradients, Tensor(b!)[] exp_avgs,"
       " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor?[] bases, Tensor?[] core_inverses,"
       " Tensor?[] shifts, int[] layer_sizes, str normalize, float lr, float momentum, float beta2,"
-      " float eps, float weight_decay) -> ()");
+      " float eps, float weight_decay, Tensor? lr_tensor=None, Tensor? grad_scale=None,"
+      " Tensor? found_inf=None) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(gls_fused, CompositeExplicitAutograd, m) {
+  m.impl("refresh_subspaces", &refresh_subspaces);
+  m.impl("invert_cores", &invert_cores);
 }

@@ -7,8 +7,6 @@ class BuildInfo(TypedDict):
     compiler: str
     flags: str
     cpu_capabilities: list[str]  # of torch's, those that csrc/cpu was compiled for: "AVX512"
-    cuda: str | None  # the toolkit's version, None where no CUDA kernel was built
-    cuda_architectures: list[str]  # "sm_90"
 
 def build_info() -> BuildInfo: ...
 

@@ -2,3 +2,6 @@
 
 native_failure: str | None  # why gls_fused._C was not built; None where it was
 torch_version: str  # the release setup.py ran with, without its local part: "2.14.1"
+cuda_failure: str | None  # why no CUDA kernel was built; None where they were
+cuda_version: str | None  # of the toolkit: "13.0"; None where no CUDA kernel was built
+cuda_architectures: list[str]  # "sm_90", "compute_120"

@@ -16,9 +16,10 @@ _MODULES = {
     "native": "gls_fused.backends.native",
     "reference": "gls_fused.reference",
 }
-# The devices a backend has kernels for, where that is not every device torch has. Triton's
-# interpreter also takes tensors on the CPU, but only who asks for it by name gets that.
-_DEVICES = {"triton": {"cuda"}, "native": {"cpu"}}
+# The devices a backend can have kernels for, where that is not every device torch has; `native` has
+# those for CUDA where they were built. Triton's interpreter also takes tensors on the CPU, but only
+# who asks for it by name gets that.
+_DEVICES = {"triton": {"cuda"}, "native": {"cpu", "cuda"}}
 
 
 def available_backends() -> dict[str, str | None]:
@@ -35,7 +36,7 @@ def resolve_backend(name: str, devices: Iterable[str]) -> ModuleType:
     Raises:
         ValueError: no such backend.
         RuntimeError: the backend is not available, with the build's or import's error as its cause,
-            or has no kernels for one of the devices.
+            or has no kernels for one of the devices; says what to install where that would help.
     """
     if name != "auto" and name not in _MODULES:
         raise ValueError(f"backend: expected auto, {', '.join(_MODULES)}, got {name!r}")
@@ -43,34 +44,62 @@ def resolve_backend(name: str, devices: Iterable[str]) -> ModuleType:
     if name == "auto":
         # Without a layer there is nothing to be fast at.
         known = [name for name in _MODULES if needed or name != "triton"]
-        usable = (name for name in known if needed <= _DEVICES.get(name, needed))
-        return next(module for module, _ in map(_load, usable) if module is not None)
+        loaded = ((name, _load(name)[0]) for name in known)
+        return next(
+            module
+            for name, module in loaded
+            if module is not None and not _missing(name, module, needed)
+        )
     module, error = _load(name)
     if module is None:
         raise RuntimeError(f"backend {name!r} is not available: {error}") from error
-    missing = needed - _DEVICES.get(name, needed)
+    missing = _missing(name, module, needed)
     if name == "triton" and _interprets():
         missing -= {"cpu"}
     if missing:
-        raise RuntimeError(f"backend {name!r} has no kernels for {min(missing)}, use 'auto'")
+        why = module.cuda_failure if (name, min(missing)) == ("native", "cuda") else None
+        raise RuntimeError(
+            f"backend {name!r} has no kernels for {min(missing)}, use 'auto'"
+            + (f"; they were not built: {why}" if why else "")
+        )
     return module
 
 
 def build_info() -> dict[str, object]:
-    """How the native backend was built, `_C.BuildInfo`, and "running", the CPU capability it uses.
+    """How the native backend was built, `_C.BuildInfo`, and more.
+
+        running: the CPU capability it uses
+        cuda: the version of the toolkit its CUDA kernels were built with; None without them
+        cuda_architectures: such as "sm_90"
+        cuda_failure: why there are no CUDA kernels; None where there are
 
     Raises:
         RuntimeError: it is not available, with the build's or import's error as its cause.
     """
     native = resolve_backend("native", ())
-    from gls_fused import _C
+    from gls_fused import _C, _build_info
 
-    return {**_C.build_info(), "running": native.cpu_capability}
+    failure = native.cuda_failure
+    return {
+        **_C.build_info(),
+        "running": native.cpu_capability,
+        "cuda": None if failure else _build_info.cuda_version,
+        "cuda_architectures": [] if failure else _build_info.cuda_architectures,
+        "cuda_failure": failure,
+    }
 
 
 def backend_name(backend: ModuleType) -> str:
     """The name under which `resolve_backend` gives this module."""
     return backend.__name__.rpartition(".")[2]
+
+
+def _missing(name: str, module: ModuleType, needed: set[str]) -> set[str]:
+    """The devices of `needed` that a backend has no kernels for."""
+    missing = needed - _DEVICES.get(name, needed)
+    if name == "native" and module.cuda_failure is not None:
+        missing |= needed & {"cuda"}
+    return missing
 
 
 @functools.cache

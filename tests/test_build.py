@@ -21,7 +21,12 @@ def run_python(*arguments, cwd=ROOT, **environment):
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
-        env={**os.environ, "GLS_FUSED_NATIVE": "auto", **environment},
+        env={
+            **os.environ,
+            "GLS_FUSED_NATIVE": "auto",
+            "GLS_FUSED_CUDA": "0",
+            **environment,
+        },
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -38,8 +43,12 @@ def build_wheel(source, destination, **environment):
     return run_python(*command, source, **environment)
 
 
+def record_of(package):
+    return run_path(str(package / "_build_info.py"))
+
+
 def native_failure(package):
-    return run_path(str(package / "_build_info.py"))["native_failure"]
+    return record_of(package)["native_failure"]
 
 
 @pytest.fixture
@@ -55,10 +64,19 @@ def source(tmp_path):
     return copy
 
 
-def test_unknown_mode_is_one_clear_line():
-    done = run_python("setup.py", "--name", GLS_FUSED_NATIVE="bad")
+@pytest.mark.parametrize("name", ["GLS_FUSED_NATIVE", "GLS_FUSED_CUDA"])
+def test_unknown_mode_is_one_clear_line(name):
+    done = run_python("setup.py", "--name", **{name: "bad"})
     assert done.returncode == 1
-    assert done.stderr == ("gls_fused: error: GLS_FUSED_NATIVE must be auto, 0 or 1, got 'bad'\n")
+    assert done.stderr == f"gls_fused: error: {name} must be auto, 0 or 1, got 'bad'\n"
+
+
+def test_cuda_without_native_is_one_clear_line():
+    done = run_python("setup.py", "--name", GLS_FUSED_NATIVE="0", GLS_FUSED_CUDA="1")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "gls_fused: error: GLS_FUSED_CUDA=1 needs GLS_FUSED_NATIVE auto or 1, got '0'\n"
+    )
 
 
 def test_missing_torch_is_one_clear_line():
@@ -78,7 +96,6 @@ def test_build_info_names_this_torch():
     assert info["torch"] == torch.__version__.split("+")[0]
     assert re.match(r"(gcc|clang) \d+", info["compiler"])
     assert "-O3" in info["flags"]
-    assert (info["cuda"], info["cuda_architectures"]) == (None, [])
     libraries = (path.name.split(".")[0] for path in (ROOT / "gls_fused").glob("_cpu_*.so"))
     assert {f"_cpu_{name.lower()}" for name in info["cpu_capabilities"]} == set(libraries)
     assert native_failure(ROOT / "gls_fused") is None
@@ -91,7 +108,9 @@ def test_build_info_names_the_running_kernels(capability):
     done = run_python("-c", report, ATEN_CPU_CAPABILITY=capability)
     assert done.returncode == 0, done.stderr
     info = json.loads(done.stdout)
-    running = info.pop("running")
+    running, record = info.pop("running"), record_of(ROOT / "gls_fused")
+    for key in ("version", "architectures", "failure"):
+        assert info.pop("cuda" if key == "version" else f"cuda_{key}") == record[f"cuda_{key}"]
     assert info == native.build_info()
     assert running in info["cpu_capabilities"]
     # torch takes less where the CPU has less.
@@ -168,3 +187,109 @@ def test_record_follows_the_last_build(source):
     assert build_in_place(source).returncode == 0
     assert "compil" in native_failure(package).lower()
     assert not list(package.glob("_C*.so"))
+
+
+# ---- the CUDA toolkit ---------------------------------------------------------------------------
+
+
+def find_toolkit(changes="", **environment):
+    """What setup.py finds, and its reason for finding nothing, after `changes` to torch."""
+    find = (
+        "import runpy, sys, torch, setuptools; from torch.utils import cpp_extension;"
+        f"{changes};"
+        "setuptools.setup = lambda **_: None; sys.argv = ['setup.py'];"
+        "found = runpy.run_path('setup.py'); toolkit = found['TOOLKIT'];"
+        "print(toolkit and toolkit.architectures, '|', found['NO_TOOLKIT'])"
+    )
+    done = run_python("-c", find, GLS_FUSED_CUDA="auto", **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().split(" | ")
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """Makes a CUDA toolkit of some version, of which only what setup.py looks at is there."""
+
+    def make(version, headers=True, runtime=True):
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "include").mkdir()
+        (tmp_path / "lib64").mkdir()
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.write_text(
+            "#!/bin/sh\ncase $1 in\n"
+            f"--version) echo 'Cuda compilation tools, release {version}, V{version}.1' ;;\n"
+            f"--dryrun) echo '#$ TOP={tmp_path}/bin/..' >&2 ;;\n"
+            "*) echo compute_80; echo compute_90 ;;\nesac\n"
+        )
+        nvcc.chmod(0o755)
+        for name in ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h") if headers else ():
+            (tmp_path / "include" / name).touch()
+        if runtime:
+            (tmp_path / "lib64" / "libcudart.so").touch()
+        return tmp_path
+
+    return make
+
+
+def at(root):
+    return f"torch.version.cuda = '13.0'; cpp_extension.CUDA_HOME = {str(root)!r}"
+
+
+def test_default_architectures_are_those_nvcc_knows(toolkit):
+    assert find_toolkit(at(toolkit("13.2"))) == ["['8.0', '9.0']", "None"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            {"version": "12.4"},
+            "nvcc is of CUDA 12.4 and torch of CUDA 13.0: the major",
+        ),
+        (
+            {"version": "13.0", "headers": False},
+            "no cuda_runtime.h in .*install the CUDA toolkit's",
+        ),
+        (
+            {"version": "13.0", "runtime": False},
+            "no libcudart.so in .*lib64; install CUDA's runtime",
+        ),
+    ],
+    ids=["major", "header", "runtime"],
+)
+def test_unfit_toolkit_is_one_clear_line(toolkit, options, reason):
+    found, why = find_toolkit(at(toolkit(**options)))
+    assert found == "None"
+    assert re.search(reason, why), why
+    assert "\n" not in why
+
+
+def test_missing_toolkit_and_torch_without_cuda_say_what_to_install(tmp_path):
+    assert find_toolkit(at(tmp_path)) == [
+        "None",
+        f"no CUDA toolkit: nvcc not found in {tmp_path}; install CUDA 13.0 or set CUDA_HOME",
+    ]
+    found, why = find_toolkit("torch.version.cuda = None")
+    assert (found, "install a build of torch for CUDA" in why) == ("None", True)
+
+
+def test_cuda_is_never_asked_for_a_gpu():
+    """A machine that builds need not have one."""
+    assert "is_available" not in (ROOT / "setup.py").read_text()
+
+
+@pytest.mark.slow
+def test_cuda_that_cannot_be_built_leaves_the_rest(source):
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    home = {"CUDA_HOME": "/nonexistent", "GLS_FUSED_CUDA": "auto"}
+    built = build_in_place(source, **home)
+    assert built.returncode == 0, built.stdout + built.stderr
+    record = record_of(source / "gls_fused")
+    assert record["native_failure"] is None
+    assert "no CUDA toolkit" in record["cuda_failure"]
+    assert (record["cuda_version"], record["cuda_architectures"]) == (None, [])
+
+    required = build_in_place(source, **home | {"GLS_FUSED_CUDA": "1"})
+    assert required.returncode == 1
+    assert "gls_fused: error: no CUDA kernels: no CUDA toolkit" in required.stderr

@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../check.h"
 #include "products.h"
 
 namespace gls_fused {
@@ -195,19 +196,10 @@ Matrix move_core(Matrix core, const Matrix& triangle, int64_t r, double eps, dou
 
 // U+ T = Z,  M+ = T (M + nu I)^-1 T'
 std::tuple<Tensor, Tensor> refresh_subspace(const Tensor& core, const Tensor& sketch) {
-  const at::ScalarType type = core.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble,
-              "refresh_subspace: expected core of Float or Double, got ", type);
-  TORCH_CHECK(sketch.dim() == 2 && sketch.size(0) >= sketch.size(1) &&
-                  sketch.scalar_type() == type,
-              "refresh_subspace: expected sketch [d, r] of ", type, " with r at most d, got ",
-              sketch.sizes(), " of ", sketch.scalar_type());
-  TORCH_CHECK(core.dim() == 2 && core.size(0) == sketch.size(1) && core.size(1) == sketch.size(1),
-              "refresh_subspace: expected core [", sketch.size(1), ", ", sketch.size(1), "], got ",
-              core.sizes());
+  check_refresh(core, sketch);
   const int64_t d = sketch.size(0), r = sketch.size(1);
   Tensor basis = at::empty({r, d}, sketch.options()), moved = at::empty({r, r}, core.options());
-  AT_DISPATCH_FLOATING_TYPES(type, "refresh_subspace", [&] {
+  AT_DISPATCH_FLOATING_TYPES(core.scalar_type(), "refresh_subspace", [&] {
     const double eps = std::numeric_limits<scalar_t>::epsilon();
     const double tiny = std::numeric_limits<scalar_t>::min();
     using Vec = at::vec::Vectorized<scalar_t>;
@@ -237,17 +229,10 @@ std::tuple<Tensor, Tensor> refresh_subspace(const Tensor& core, const Tensor& sk
 // lambda = damping t / d,  lambda' = lambda + rho,  C = (M + lambda I)^-1 - I / lambda'
 std::tuple<Tensor, Tensor> invert_core(const Tensor& core, const Tensor& trace, int64_t dim,
                                        double damping) {
-  const at::ScalarType type = core.scalar_type();
-  TORCH_CHECK(dim > 0, "invert_core: expected dim at least 1, got ", dim);
-  TORCH_CHECK(core.dim() == 2 && core.size(0) == core.size(1) && core.size(0) <= dim,
-              "invert_core: expected core [r, r] with r at most ", dim, ", got ", core.sizes());
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble,
-              "invert_core: expected core of Float or Double, got ", type);
-  TORCH_CHECK(trace.dim() == 0 && trace.scalar_type() == type, "invert_core: expected trace [] of ",
-              type, ", got ", trace.sizes(), " of ", trace.scalar_type());
+  check_core(core, trace, dim);
   const int64_t r = core.size(0);
   Tensor inverse = at::empty({r, r}, core.options()), shift = at::empty({}, core.options());
-  AT_DISPATCH_FLOATING_TYPES(type, "invert_core", [&] {
+  AT_DISPATCH_FLOATING_TYPES(core.scalar_type(), "invert_core", [&] {
     const double eps = std::numeric_limits<scalar_t>::epsilon();
     const double t = trace.item<double>(), damp = t * std::max(damping / dim, 32 * eps);
     const Matrix m = to_matrix<scalar_t>(core);

@@ -16,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../check.h"
 #include "products.h"
 
 namespace gls_fused {
@@ -59,34 +60,7 @@ void project_block(const T* x, int64_t x_row, int64_t first, int64_t rows, int64
   }
 }
 
-void check_matrix(const char* op, const char* name, const Tensor& x) {
-  TORCH_CHECK(x.dim() == 2 && at::isFloatingType(x.scalar_type()), op, ": expected ", name,
-              " of a floating-point dtype, got ", x.sizes(), " of ", x.scalar_type());
-}
-
-void check_basis(const char* op, int64_t dim, const Tensor& basis) {
-  const at::ScalarType type = basis.scalar_type();
-  TORCH_CHECK(basis.dim() == 2 && basis.size(0) == dim, op, ": expected basis [", dim,
-              ", r], got ", basis.sizes());
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble, op,
-              ": expected basis of Float or Double, got ", type);
-}
-
 }  // namespace
-
-void check_inverse(const char* op, int64_t dim, const Tensor& basis, const Tensor& core_inverse,
-                   const Tensor& shift) {
-  check_basis(op, dim, basis);
-  TORCH_CHECK(core_inverse.dim() == 2 && core_inverse.size(0) == basis.size(1) &&
-                  core_inverse.size(1) == basis.size(1),
-              op, ": expected core_inverse [", basis.size(1), ", ", basis.size(1), "], got ",
-              core_inverse.sizes());
-  TORCH_CHECK(core_inverse.scalar_type() == basis.scalar_type() &&
-                  shift.scalar_type() == basis.scalar_type(),
-              op, ": expected core_inverse and shift of ", basis.scalar_type(), ", got ",
-              core_inverse.scalar_type(), " and ", shift.scalar_type());
-  TORCH_CHECK(shift.dim() == 0, op, ": expected shift [], got ", shift.sizes());
-}
 
 void multiply_inverse(const Tensor& x, const std::optional<Tensor>& extra, const Tensor& basis,
                       const Tensor& core_inverse, const Tensor& shift, Tensor& product,
@@ -148,7 +122,7 @@ std::tuple<Tensor, Tensor> precondition_rows(const Tensor& rows, const Tensor& b
                                              const Tensor& core_inverse, const Tensor& shift,
                                              bool ones) {
   check_matrix("precondition_rows", "rows [n, k]", rows);
-  check_inverse("precondition_rows", rows.size(1) + ones, basis, core_inverse, shift);
+  check_inverse("precondition_rows", rows, rows.size(1) + ones, basis, core_inverse, shift);
   return precondition(rows, std::nullopt, ones, basis, core_inverse, shift);
 }
 
@@ -156,16 +130,8 @@ std::tuple<Tensor, Tensor> precondition_gradient(const Tensor& weight_gradient,
                                                  const std::optional<Tensor>& bias_gradient,
                                                  const Tensor& basis, const Tensor& core_inverse,
                                                  const Tensor& shift) {
-  check_matrix("precondition_gradient", "weight_gradient [m, k]", weight_gradient);
+  check_gradient(weight_gradient, bias_gradient, basis, core_inverse, shift);
   const bool extended = bias_gradient.has_value();
-  check_inverse("precondition_gradient", weight_gradient.size(1) + extended, basis, core_inverse,
-                shift);
-  TORCH_CHECK(!extended || (bias_gradient->dim() == 1 &&
-                            bias_gradient->size(0) == weight_gradient.size(0) &&
-                            bias_gradient->scalar_type() == weight_gradient.scalar_type()),
-              "precondition_gradient: expected bias_gradient [", weight_gradient.size(0), "] of ",
-              weight_gradient.scalar_type(), ", got ", bias_gradient->sizes(), " of ",
-              bias_gradient->scalar_type());
   return precondition(weight_gradient, bias_gradient, extended, basis, core_inverse, shift);
 }
 
@@ -220,8 +186,7 @@ void sketch_into(const Tensor& rows, const Tensor& basis, bool ones, Tensor& cor
 
 std::tuple<Tensor, Tensor, Tensor> sketch_rows(const Tensor& rows, const Tensor& basis,
                                                bool ones) {
-  check_matrix("sketch_rows", "rows [n, k]", rows);
-  check_basis("sketch_rows", rows.size(1) + ones, basis);
+  check_rows("sketch_rows", rows, basis, ones);
   const int64_t rank = basis.size(1);
   Tensor core = at::empty({rank, rank}, basis.options());
   Tensor transposed = at::empty({rank, basis.size(0)}, basis.options());
@@ -232,13 +197,8 @@ std::tuple<Tensor, Tensor, Tensor> sketch_rows(const Tensor& rows, const Tensor&
 
 // sums [2 + r r + r d] += [n, ||A||_F^2, Y'Y, (A'Y)'], unless these are not finite or all zero.
 void add_sketch_(const Tensor& rows, const Tensor& basis, bool ones, Tensor& sums) {
-  check_matrix("add_sketch_", "rows [n, k]", rows);
-  check_basis("add_sketch_", rows.size(1) + ones, basis);
+  check_sums(rows, basis, ones, sums);
   const int64_t rank = basis.size(1), square = rank * rank;
-  TORCH_CHECK(sums.dim() == 1 && sums.size(0) == 2 + square + basis.numel() &&
-                  sums.scalar_type() == basis.scalar_type(),
-              "add_sketch_: expected sums [", 2 + square + basis.numel(), "] of ",
-              basis.scalar_type(), ", got ", sums.sizes(), " of ", sums.scalar_type());
   Tensor fresh = at::empty(sums.sizes(), sums.options());
   Tensor trace = fresh[1];
   Tensor core = fresh.narrow(0, 2, square).view({rank, rank});

@@ -15,9 +15,5 @@ void multiply_inverse(const at::Tensor& x, const std::optional<at::Tensor>& extr
                       const at::Tensor& basis, const at::Tensor& core_inverse,
                       const at::Tensor& shift, at::Tensor& product, at::Tensor& last);
 
-// Raises unless P is of `dim` columns, its parts of one dtype, float32 or float64.
-void check_inverse(const char* op, int64_t dim, const at::Tensor& basis,
-                   const at::Tensor& core_inverse, const at::Tensor& shift);
-
 }  // namespace CPU_CAPABILITY
 }  // namespace gls_fused

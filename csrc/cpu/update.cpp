@@ -12,7 +12,6 @@
 // chunk order, so that the result does not depend on the number of threads.
 
 #include <ATen/Dispatch.h>
-#include <ATen/MemoryOverlap.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -25,6 +24,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../check.h"
 #include "products.h"
 #include "rows.h"
 
@@ -34,17 +34,6 @@ namespace {
 
 // 128 KiB of float32: short enough to share, and whatever is no longer is not worth a thread.
 constexpr int64_t kChunk = 32768;
-
-enum class Normalize { kRms, kAdam, kSgd, kNone };
-
-Normalize parse_normalize(c10::string_view name) {
-  if (name == "rms") return Normalize::kRms;
-  if (name == "adam") return Normalize::kAdam;
-  if (name == "sgd") return Normalize::kSgd;
-  TORCH_CHECK(name == "none", "update_layers_: expected normalize rms, adam, sgd or none, got ",
-              name);
-  return Normalize::kNone;
-}
 
 struct Scalars {
   double decayed;   // 1 - lr weight_decay
@@ -230,37 +219,11 @@ void update_flat(const std::vector<Slice<param_t, state_t>>& slices, at::TensorL
   });
 }
 
-// `tensor` itself where its memory is laid out as `like`'s and of this dtype, else a copy that is.
-at::Tensor in_layout_of(const at::Tensor& tensor, const at::Tensor& like, at::ScalarType type) {
-  if (tensor.strides() == like.strides() && tensor.scalar_type() == type) return tensor;
-  at::Tensor copy = at::empty_like(like, like.options().dtype(type));
-  copy.copy_(tensor);
-  return copy;
-}
-
-// Raises for a tensor that cannot be written to element by element.
-void check_written(const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) {
-  TORCH_CHECK(tensor.sizes() == sizes, "update_layers_: expected ", name, " ", sizes, ", got ",
-              tensor.sizes());
-  TORCH_CHECK(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, "update_layers_: expected ",
-              name, " whose elements do not share memory, got strides ", tensor.strides(), " for ",
-              sizes);
-}
-
-using OptionalTensors = c10::List<std::optional<at::Tensor>>;
-
 // D = D0 P of a layer's weight, and bias if it has one, in the gradients' dtype.
 void precondition_layer(std::vector<at::Tensor>& gradients, size_t first, bool has_bias,
                         const at::Tensor& basis, const at::Tensor& core_inverse,
                         const at::Tensor& shift) {
-  TORCH_CHECK(gradients[first].dim() >= 2,
-              "update_layers_: expected weight [m, ...] beside an inverse, got ",
-              gradients[first].sizes());
   const at::Tensor weight = gradients[first].flatten(1);
-  TORCH_CHECK(!has_bias || gradients[first + 1].sizes() == at::IntArrayRef(weight.size(0)),
-              "update_layers_: expected bias [", weight.size(0), "], got ",
-              gradients[first + 1].sizes());
-  check_inverse("update_layers_", weight.size(1) + has_bias, basis, core_inverse, shift);
   const at::ScalarType type = weight.scalar_type(), wide = basis.scalar_type();
   std::optional<at::Tensor> bias;
   if (has_bias) bias = gradients[first + 1].to(wide);
@@ -276,68 +239,34 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
                     const OptionalTensors& bases, const OptionalTensors& core_inverses,
                     const OptionalTensors& shifts, at::IntArrayRef layer_sizes,
                     c10::string_view normalize_name, double lr, double momentum, double beta2,
-                    double eps, double weight_decay) {
+                    double eps, double weight_decay, const std::optional<at::Tensor>& lr_tensor,
+                    const std::optional<at::Tensor>& grad_scale,
+                    const std::optional<at::Tensor>& found_inf) {
   if (params.empty()) return;
+  const std::vector<size_t> layer_of =
+      check_update(params, gradients, exp_avgs, exp_avg_sqs, steps, bases, core_inverses, shifts,
+                   layer_sizes, normalize_name, momentum);
+  check_scalar("lr_tensor", lr_tensor);
+  check_scalar("grad_scale", grad_scale);
+  check_scalar("found_inf", found_inf);
+  if (found_inf && found_inf->item<double>() != 0) return;
+  if (lr_tensor) lr = lr_tensor->item<double>();
   const Normalize normalize = parse_normalize(normalize_name);
   const size_t layers = layer_sizes.size();
-  TORCH_CHECK(gradients.size() == params.size(), "update_layers_: expected ", params.size(),
-              " gradients, got ", gradients.size());
-  TORCH_CHECK(steps.size() == layers, "update_layers_: expected ", layers, " steps, got ",
-              steps.size());
-  TORCH_CHECK(bases.size() == layers && core_inverses.size() == layers && shifts.size() == layers,
-              "update_layers_: expected ", layers, " bases, core_inverses and shifts, got ",
-              bases.size(), ", ", core_inverses.size(), " and ", shifts.size());
-  TORCH_CHECK(exp_avgs.size() == (momentum > 0 ? params.size() : 0),
-              "update_layers_: expected exp_avgs exactly with momentum, got ", exp_avgs.size(),
-              " for momentum ", momentum);
-  const size_t squares = normalize == Normalize::kRms    ? layers
-                         : normalize == Normalize::kAdam ? params.size()
-                                                         : 0;
-  TORCH_CHECK(exp_avg_sqs.size() == squares, "update_layers_: expected ", squares,
-              " exp_avg_sqs for normalize ", normalize_name, ", got ", exp_avg_sqs.size());
-  const at::ScalarType type = params[0].scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 ||
-                  type == at::kHalf,
-              "update_layers_: expected parameters of Float, Double, BFloat16 or Half, got ", type);
-  const at::ScalarType state_type = at::toOpMathType(type);
-  std::vector<size_t> layer_of;
-  for (size_t layer = 0; layer < layers; ++layer) {
-    TORCH_CHECK(layer_sizes[layer] == 1 || layer_sizes[layer] == 2,
-                "update_layers_: expected layer_sizes of 1 or 2, got ", layer_sizes[layer]);
-    TORCH_CHECK(steps[layer].dim() == 0, "update_layers_: expected steps [], got ",
-                steps[layer].sizes());
-    if (normalize == Normalize::kRms) {
-      TORCH_CHECK(exp_avg_sqs[layer].dim() == 0 && exp_avg_sqs[layer].scalar_type() == state_type,
-                  "update_layers_: expected exp_avg_sqs [] of ", state_type, ", got ",
-                  exp_avg_sqs[layer].sizes(), " of ", exp_avg_sqs[layer].scalar_type());
-    }
-    layer_of.insert(layer_of.end(), layer_sizes[layer], layer);
-  }
-  TORCH_CHECK(layer_of.size() == params.size(), "update_layers_: expected layer_sizes to sum to ",
-              params.size(), ", got ", layer_of.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    const at::IntArrayRef sizes = params[i].sizes();
-    TORCH_CHECK(params[i].scalar_type() == type, "update_layers_: expected parameters of ", type,
-                ", got ", params[i].scalar_type());
-    TORCH_CHECK(gradients[i].sizes() == sizes && at::isFloatingType(gradients[i].scalar_type()),
-                "update_layers_: expected gradients ", sizes, " of a floating-point dtype, got ",
-                gradients[i].sizes(), " of ", gradients[i].scalar_type());
-    check_written("params", params[i], sizes);
-    if (momentum > 0) check_written("exp_avgs", exp_avgs[i], sizes);
-    if (normalize == Normalize::kAdam) check_written("exp_avg_sqs", exp_avg_sqs[i], sizes);
-  }
+  const at::ScalarType type = params[0].scalar_type(), state_type = at::toOpMathType(type);
 
-  std::vector<at::Tensor> directions(gradients.begin(), gradients.end());
+  std::vector<at::Tensor> unscaled(gradients.begin(), gradients.end());
+  if (grad_scale) {
+    const double scale = grad_scale->item<double>();
+    for (at::Tensor& gradient : unscaled) gradient = gradient.to(state_type).div(scale);
+  }
+  std::vector<at::Tensor> directions = unscaled;
   for (size_t i = 0; i < params.size();) {
     const size_t layer = layer_of[i];
-    const std::optional<at::Tensor> basis = bases[layer], shift = shifts[layer];
-    const std::optional<at::Tensor> core_inverse = core_inverses[layer];
-    TORCH_CHECK(basis.has_value() == core_inverse.has_value() &&
-                    basis.has_value() == shift.has_value(),
-                "update_layers_: expected basis, core_inverse and shift of a layer together, got ",
-                basis.has_value(), ", ", core_inverse.has_value(), " and ", shift.has_value());
+    const std::optional<at::Tensor> basis = bases[layer];
     if (basis) {
-      precondition_layer(directions, i, layer_sizes[layer] == 2, *basis, *core_inverse, *shift);
+      precondition_layer(directions, i, layer_sizes[layer] == 2, *basis,
+                         *core_inverses.get(layer), *shifts.get(layer));
     }
     i += layer_sizes[layer];
   }
@@ -350,7 +279,7 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
     const at::Tensor& like = flat_params.back();
     flat_directions.push_back(in_layout_of(directions[i], like, type));
     if (normalize == Normalize::kSgd) {
-      flat_gradients.push_back(in_layout_of(gradients[i], like, type));
+      flat_gradients.push_back(in_layout_of(unscaled[i], like, type));
     }
     if (momentum > 0) flat_averages.push_back(in_layout_of(exp_avgs[i], like, state_type));
     if (normalize == Normalize::kAdam) {

@@ -1,7 +1,7 @@
-"""Backend `native`: the C++ ops of csrc/. Importing this module loads them.
+"""Backend `native`: the C++ and CUDA ops of csrc/. Importing this module loads them.
 
 Ops that are a single call into torch's own kernels, and dense curvature, which is the oracle, are
-the reference's.
+the reference's; on CUDA also bases that move, and cores, in float64 or of more than 64 columns.
 """
 
 from __future__ import annotations
@@ -65,12 +65,34 @@ def _load() -> str:
     return capability
 
 
+def _load_cuda() -> str | None:
+    """Load the CUDA kernels: why there are none, or None."""
+    if _build_info.cuda_failure is not None:
+        return _build_info.cuda_failure
+    from gls_fused import _C
+
+    found = list(Path(_C.__file__).parent.glob("_cuda.*"))
+    if not found:
+        return f"no library _cuda beside {_C.__file__}"
+    try:
+        torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        # As where this torch is one without CUDA.
+        return f"{error}; this is torch {torch.__version__}, install one for CUDA"
+    return None
+
+
 cpu_capability = _load()
+# Why there are no CUDA kernels, or None.
+cuda_failure = _load_cuda()
 
 # They exist once the extension is loaded.
 from gls_fused._C import LinearCapture, captured_linear  # noqa: E402
 
 _ops = torch.ops.gls_fused
+
+# kMaxRank of csrc/cuda/product.h.
+MAX_CUDA_RANK = 64
 
 
 def precondition_rows(
@@ -101,28 +123,32 @@ def sketch_rows(rows: Tensor, basis: Tensor, *, ones: bool) -> tuple[Tensor, Ten
 
 def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
     """See `gls_fused.reference.refresh_subspace`."""
-    basis, core = _ops.refresh_subspace(core, sketch)
-    return basis, core
+    (result,) = refresh_subspaces([core], [sketch])
+    return result
 
 
 def refresh_subspaces(
     cores: Sequence[Tensor], sketches: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     """See `gls_fused.reference.refresh_subspaces`."""
-    return [refresh_subspace(*layer) for layer in zip(cores, sketches, strict=True)]
+    if not _have_kernels(cores):
+        return reference.refresh_subspaces(cores, sketches)
+    return list(zip(*_ops.refresh_subspaces(cores, sketches), strict=True))
 
 
 def invert_core(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[Tensor, Tensor]:
     """See `gls_fused.reference.invert_core`."""
-    core_inverse, shift = _ops.invert_core(core, trace, dim, damping)
-    return core_inverse, shift
+    (result,) = invert_cores([core], [trace], [dim], damping)
+    return result
 
 
 def invert_cores(
     cores: Sequence[Tensor], traces: Sequence[Tensor], dims: Sequence[int], damping: float
 ) -> list[tuple[Tensor, Tensor]]:
     """See `gls_fused.reference.invert_cores`."""
-    return [invert_core(*layer, damping) for layer in zip(cores, traces, dims, strict=True)]
+    if not _have_kernels(cores):
+        return reference.invert_cores(cores, traces, dims, damping)
+    return list(zip(*_ops.invert_cores(cores, traces, dims, damping), strict=True))
 
 
 def update_layers_(
@@ -163,11 +189,20 @@ def update_layers_(
         *(list(part) for part in parts),
         layer_sizes,
         normalize,
-        float(lr),
+        0.0 if isinstance(lr, Tensor) else lr,
         momentum,
         beta2,
         eps,
         weight_decay,
+        lr if isinstance(lr, Tensor) else None,
+    )
+
+
+def _have_kernels(cores: Sequence[Tensor]) -> bool:
+    """Whether there are kernels for these cores: on CUDA not for all, and nowhere for none."""
+    return bool(cores) and not any(
+        core.is_cuda and (core.dtype != torch.float32 or len(core) > MAX_CUDA_RANK)
+        for core in cores
     )
 
 
@@ -213,6 +248,22 @@ def _(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
     return sketch.new_empty(sketch.shape[::-1]).T, core.new_empty(core.shape)
 
 
+@torch.library.register_fake("gls_fused::refresh_subspaces")
+def _(cores: list[Tensor], sketches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    _check_device("refresh_subspaces", *cores, *sketches)
+    bases = [sketch.new_empty(sketch.shape[::-1]).T for sketch in sketches]
+    return bases, [core.new_empty(core.shape) for core in cores]
+
+
+@torch.library.register_fake("gls_fused::invert_cores")
+def _(
+    cores: list[Tensor], traces: list[Tensor], dims: list[int], damping: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    _check_device("invert_cores", *cores, *traces)
+    inverses = [core.new_empty(core.shape) for core in cores]
+    return inverses, [core.new_empty(()) for core in cores]
+
+
 @torch.library.register_fake("gls_fused::invert_core")
 def _(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[Tensor, Tensor]:
     _check_device("invert_core", core, trace)
@@ -225,6 +276,6 @@ def _(rows: Tensor, basis: Tensor, ones: bool, sums: Tensor) -> None:
 
 
 @torch.library.register_fake("gls_fused::update_layers_")
-def _(*args: Any) -> None:
+def _(*args: Any, **scalars: Any) -> None:
     # params to shifts.
     _check_device("update_layers_", *itertools.chain(*args[:8]))

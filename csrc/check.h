@@ -1,0 +1,247 @@
+// Raises for arguments that an op cannot take, alike on every device.
+#pragma once
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/OpMathType.h>
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+
+#include <optional>
+#include <vector>
+
+namespace gls_fused {
+// csrc/cpu is compiled once per CPU capability, and a library must not run another's code.
+#ifdef CPU_CAPABILITY
+inline namespace CPU_CAPABILITY {
+#endif
+
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+
+enum class Normalize { kRms, kAdam, kSgd, kNone };
+
+inline Normalize parse_normalize(c10::string_view name) {
+  if (name == "rms") return Normalize::kRms;
+  if (name == "adam") return Normalize::kAdam;
+  if (name == "sgd") return Normalize::kSgd;
+  TORCH_CHECK(name == "none", "update_layers_: expected normalize rms, adam, sgd or none, got ",
+              name);
+  return Normalize::kNone;
+}
+
+inline void check_device(const char* op, const at::Tensor& first, const at::Tensor& other) {
+  TORCH_CHECK(first.device() == other.device(), op, ": expected tensors on one device, got ",
+              first.device(), " and ", other.device());
+}
+
+inline void check_matrix(const char* op, const char* name, const at::Tensor& x) {
+  TORCH_CHECK(x.dim() == 2 && at::isFloatingType(x.scalar_type()), op, ": expected ", name,
+              " of a floating-point dtype, got ", x.sizes(), " of ", x.scalar_type());
+}
+
+// U [dim, r] beside the matrix it is for.
+inline void check_basis(const char* op, const at::Tensor& beside, int64_t dim,
+                        const at::Tensor& basis) {
+  const at::ScalarType type = basis.scalar_type();
+  check_device(op, beside, basis);
+  TORCH_CHECK(basis.dim() == 2 && basis.size(0) == dim, op, ": expected basis [", dim,
+              ", r], got ", basis.sizes());
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble, op,
+              ": expected basis of Float or Double, got ", type);
+}
+
+// P, of `dim` columns, its parts of one dtype.
+inline void check_inverse(const char* op, const at::Tensor& beside, int64_t dim,
+                          const at::Tensor& basis, const at::Tensor& core_inverse,
+                          const at::Tensor& shift) {
+  check_basis(op, beside, dim, basis);
+  check_device(op, beside, core_inverse);
+  check_device(op, beside, shift);
+  TORCH_CHECK(core_inverse.dim() == 2 && core_inverse.size(0) == basis.size(1) &&
+                  core_inverse.size(1) == basis.size(1),
+              op, ": expected core_inverse [", basis.size(1), ", ", basis.size(1), "], got ",
+              core_inverse.sizes());
+  TORCH_CHECK(core_inverse.scalar_type() == basis.scalar_type() &&
+                  shift.scalar_type() == basis.scalar_type(),
+              op, ": expected core_inverse and shift of ", basis.scalar_type(), ", got ",
+              core_inverse.scalar_type(), " and ", shift.scalar_type());
+  TORCH_CHECK(shift.dim() == 0, op, ": expected shift [], got ", shift.sizes());
+}
+
+inline void check_rows(const char* op, const at::Tensor& rows, const at::Tensor& basis,
+                       bool ones) {
+  check_matrix(op, "rows [n, k]", rows);
+  check_basis(op, rows, rows.size(1) + ones, basis);
+}
+
+inline void check_gradient(const at::Tensor& weight_gradient,
+                           const std::optional<at::Tensor>& bias_gradient,
+                           const at::Tensor& basis, const at::Tensor& core_inverse,
+                           const at::Tensor& shift) {
+  const char* op = "precondition_gradient";
+  check_matrix(op, "weight_gradient [m, k]", weight_gradient);
+  check_inverse(op, weight_gradient, weight_gradient.size(1) + bias_gradient.has_value(), basis,
+                core_inverse, shift);
+  if (!bias_gradient) return;
+  check_device(op, weight_gradient, *bias_gradient);
+  TORCH_CHECK(bias_gradient->dim() == 1 && bias_gradient->size(0) == weight_gradient.size(0) &&
+                  bias_gradient->scalar_type() == weight_gradient.scalar_type(),
+              op, ": expected bias_gradient [", weight_gradient.size(0), "] of ",
+              weight_gradient.scalar_type(), ", got ", bias_gradient->sizes(), " of ",
+              bias_gradient->scalar_type());
+}
+
+inline void check_sums(const at::Tensor& rows, const at::Tensor& basis, bool ones,
+                       const at::Tensor& sums) {
+  check_rows("add_sketch_", rows, basis, ones);
+  check_device("add_sketch_", rows, sums);
+  const int64_t numel = 2 + basis.size(1) * basis.size(1) + basis.numel();
+  TORCH_CHECK(sums.dim() == 1 && sums.size(0) == numel && sums.scalar_type() == basis.scalar_type(),
+              "add_sketch_: expected sums [", numel, "] of ", basis.scalar_type(), ", got ",
+              sums.sizes(), " of ", sums.scalar_type());
+}
+
+inline void check_refresh(const at::Tensor& core, const at::Tensor& sketch) {
+  check_device("refresh_subspace", core, sketch);
+  TORCH_CHECK(sketch.dim() == 2 && core.dim() == 2 && core.size(0) == sketch.size(1) &&
+                  core.size(1) == sketch.size(1) && core.scalar_type() == sketch.scalar_type(),
+              "refresh_subspace: expected core [r, r] and sketch [d, r] of one dtype, got ",
+              core.sizes(), " and ", sketch.sizes());
+}
+
+inline void check_core(const at::Tensor& core, const at::Tensor& trace, int64_t dim) {
+  const at::ScalarType type = core.scalar_type();
+  check_device("invert_core", core, trace);
+  TORCH_CHECK(dim > 0, "invert_core: expected dim at least 1, got ", dim);
+  TORCH_CHECK(core.dim() == 2 && core.size(0) == core.size(1) && core.size(0) <= dim,
+              "invert_core: expected core [r, r] with r at most ", dim, ", got ", core.sizes());
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble,
+              "invert_core: expected core of Float or Double, got ", type);
+  TORCH_CHECK(trace.dim() == 0 && trace.scalar_type() == type, "invert_core: expected trace [] of ",
+              type, ", got ", trace.sizes(), " of ", trace.scalar_type());
+}
+
+// A tensor that is written to element by element.
+inline void check_written(const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) {
+  TORCH_CHECK(tensor.sizes() == sizes, "update_layers_: expected ", name, " ", sizes, ", got ",
+              tensor.sizes());
+  TORCH_CHECK(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, "update_layers_: expected ",
+              name, " whose elements do not share memory, got strides ", tensor.strides(), " for ",
+              sizes);
+}
+
+inline void check_scalar(const char* name, const std::optional<at::Tensor>& tensor) {
+  TORCH_CHECK(!tensor || (tensor->numel() == 1 && (tensor->scalar_type() == at::kFloat ||
+                                                   tensor->scalar_type() == at::kDouble)),
+              "update_layers_: expected ", name, " of one Float or Double, got ", tensor->sizes(),
+              " of ", tensor->scalar_type());
+}
+
+// A layer's P, and that weight and bias are of its shape. Its gradients begin at `gradients`.
+inline void check_layer_inverse(const at::Tensor* gradients, bool has_bias,
+                                const std::optional<at::Tensor>& basis,
+                                const std::optional<at::Tensor>& core_inverse,
+                                const std::optional<at::Tensor>& shift) {
+  TORCH_CHECK(basis.has_value() == core_inverse.has_value() &&
+                  basis.has_value() == shift.has_value(),
+              "update_layers_: expected basis, core_inverse and shift of a layer together, got ",
+              basis.has_value(), ", ", core_inverse.has_value(), " and ", shift.has_value());
+  if (!basis) return;
+  TORCH_CHECK(gradients[0].dim() >= 2,
+              "update_layers_: expected weight [m, ...] beside an inverse, got ",
+              gradients[0].sizes());
+  const int64_t outputs = gradients[0].size(0);
+  TORCH_CHECK(!has_bias || gradients[1].sizes() == at::IntArrayRef(outputs),
+              "update_layers_: expected bias [", outputs, "], got ", gradients[1].sizes());
+  int64_t size = 1;
+  for (const int64_t extent : gradients[0].sizes().slice(1)) size *= extent;
+  check_inverse("update_layers_", gradients[0], size + has_bias, *basis, *core_inverse, *shift);
+}
+
+// All lists of update_layers_; the layer of each parameter.
+inline std::vector<size_t> check_update(at::TensorList params, at::TensorList gradients,
+                                        at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+                                        at::TensorList steps, const OptionalTensors& bases,
+                                        const OptionalTensors& core_inverses,
+                                        const OptionalTensors& shifts,
+                                        at::IntArrayRef layer_sizes,
+                                        c10::string_view normalize_name, double momentum) {
+  const Normalize normalize = parse_normalize(normalize_name);
+  const size_t layers = layer_sizes.size();
+  TORCH_CHECK(gradients.size() == params.size(), "update_layers_: expected ", params.size(),
+              " gradients, got ", gradients.size());
+  TORCH_CHECK(steps.size() == layers, "update_layers_: expected ", layers, " steps, got ",
+              steps.size());
+  TORCH_CHECK(bases.size() == layers && core_inverses.size() == layers && shifts.size() == layers,
+              "update_layers_: expected ", layers, " bases, core_inverses and shifts, got ",
+              bases.size(), ", ", core_inverses.size(), " and ", shifts.size());
+  TORCH_CHECK(exp_avgs.size() == (momentum > 0 ? params.size() : 0),
+              "update_layers_: expected exp_avgs exactly with momentum, got ", exp_avgs.size(),
+              " for momentum ", momentum);
+  const size_t squares = normalize == Normalize::kRms    ? layers
+                         : normalize == Normalize::kAdam ? params.size()
+                                                         : 0;
+  TORCH_CHECK(exp_avg_sqs.size() == squares, "update_layers_: expected ", squares,
+              " exp_avg_sqs for normalize ", normalize_name, ", got ", exp_avg_sqs.size());
+  const at::ScalarType type = params[0].scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 ||
+                  type == at::kHalf,
+              "update_layers_: expected parameters of Float, Double, BFloat16 or Half, got ", type);
+  const at::ScalarType state_type = at::toOpMathType(type);
+  std::vector<size_t> layer_of;
+  for (size_t layer = 0; layer < layers; ++layer) {
+    TORCH_CHECK(layer_sizes[layer] == 1 || layer_sizes[layer] == 2,
+                "update_layers_: expected layer_sizes of 1 or 2, got ", layer_sizes[layer]);
+    TORCH_CHECK(steps[layer].dim() == 0, "update_layers_: expected steps [], got ",
+                steps[layer].sizes());
+    check_device("update_layers_", params[0], steps[layer]);
+    if (normalize == Normalize::kRms) {
+      check_device("update_layers_", params[0], exp_avg_sqs[layer]);
+      TORCH_CHECK(exp_avg_sqs[layer].dim() == 0 && exp_avg_sqs[layer].scalar_type() == state_type,
+                  "update_layers_: expected exp_avg_sqs [] of ", state_type, ", got ",
+                  exp_avg_sqs[layer].sizes(), " of ", exp_avg_sqs[layer].scalar_type());
+    }
+    layer_of.insert(layer_of.end(), layer_sizes[layer], layer);
+  }
+  TORCH_CHECK(layer_of.size() == params.size(), "update_layers_: expected layer_sizes to sum to ",
+              params.size(), ", got ", layer_of.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    const at::IntArrayRef sizes = params[i].sizes();
+    check_device("update_layers_", params[0], params[i]);
+    check_device("update_layers_", params[0], gradients[i]);
+    TORCH_CHECK(params[i].scalar_type() == type, "update_layers_: expected parameters of ", type,
+                ", got ", params[i].scalar_type());
+    TORCH_CHECK(gradients[i].sizes() == sizes && at::isFloatingType(gradients[i].scalar_type()),
+                "update_layers_: expected gradients ", sizes, " of a floating-point dtype, got ",
+                gradients[i].sizes(), " of ", gradients[i].scalar_type());
+    check_written("params", params[i], sizes);
+    if (momentum > 0) {
+      check_device("update_layers_", params[0], exp_avgs[i]);
+      check_written("exp_avgs", exp_avgs[i], sizes);
+    }
+    if (normalize == Normalize::kAdam) {
+      check_device("update_layers_", params[0], exp_avg_sqs[i]);
+      check_written("exp_avg_sqs", exp_avg_sqs[i], sizes);
+    }
+  }
+  for (size_t i = 0; i < params.size(); i += layer_sizes[layer_of[i]]) {
+    const size_t layer = layer_of[i];
+    check_layer_inverse(&gradients[i], layer_sizes[layer] == 2, bases.get(layer),
+                        core_inverses.get(layer), shifts.get(layer));
+  }
+  return layer_of;
+}
+
+// `tensor` itself where its memory is laid out as `like`'s and of this dtype, else a copy that is.
+inline at::Tensor in_layout_of(const at::Tensor& tensor, const at::Tensor& like,
+                               at::ScalarType type) {
+  if (tensor.strides() == like.strides() && tensor.scalar_type() == type) return tensor;
+  at::Tensor copy = at::empty_like(like, like.options().dtype(type));
+  copy.copy_(tensor);
+  return copy;
+}
+
+#ifdef CPU_CAPABILITY
+}  // namespace CPU_CAPABILITY
+#endif
+}  // namespace gls_fused

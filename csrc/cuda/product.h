@@ -1,0 +1,74 @@
+// What the kernels of X P = X / lambda' + T U', T = (X U) C, are told; see product.cuh.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace gls_fused::cuda {
+
+// At rank 64 X U takes 128 flop per 4 bytes of X, past the 20 flop per byte at which an H100's
+// float32 units (67 Tflop/s, 3.35 TB/s) are the bound. Beyond it cuBLAS has the better kernels.
+constexpr int kMaxRank = 64;
+
+constexpr int kProductThreads = 256;
+// Of X U: rows and columns of X that a block holds at a time.
+constexpr int kProjectRows = 32;
+constexpr int kProjectColumns = 64;
+constexpr int kMaxProducts = 28;
+
+// What stands in the column of X beyond `size`.
+enum class Last { kAbsent, kOnes, kColumn };
+
+struct Product {
+  const void* x;              // [n, size], a row's elements adjacent
+  const void* last;           // [n], where the last column is given
+  const float* basis;         // U' [rank, size (+ 1)], a row's elements adjacent
+  const float* core_inverse;  // C [rank, rank], contiguous
+  float* parts;               // [splits, n, rank]: X U over a part of the columns
+  float* turned;              // T [n, rank]; Y, where core_inverse is null
+  double* squares;            // of X, one number per block of the projection; or null
+  int64_t n;
+  int64_t size;
+  int64_t x_row;
+  int64_t basis_row;
+  int64_t last_stride;
+  int64_t columns;  // of a part, a multiple of kProjectColumns
+  int32_t rank;
+  int32_t splits;
+  Last kind;
+  uint32_t first;  // its first block in this launch
+};
+
+struct ProductTable {
+  Product entries[kMaxProducts];
+  int32_t count;
+  uint32_t blocks;
+  uint32_t most_rows;  // blocks of kProjectRows rows in the largest entry
+  bool wide;           // whether every row of every X begins at 16 bytes and ends there
+};
+
+// Where P is applied to a matrix by itself.
+struct Combination {
+  Product product;
+  const float* shift;
+  void* output;       // [n, size], contiguous
+  void* output_last;  // [n]
+  bool wide;          // whether every row of X and of the output begins at 16 bytes and ends there
+};
+
+// Parts of the columns; a function of the shape alone, so that sums repeat to the last bit. 132 SMs
+// want some hundreds of blocks, and a part writes 4 rank bytes per row, 6% of 512 columns.
+inline int count_splits(int64_t n, int64_t size) {
+  const int64_t down = (n + kProjectRows - 1) / kProjectRows;
+  const int64_t wanted = down < 512 ? (size + 511) / 512 : (size + 4095) / 4096;
+  return wanted < 1 ? 1 : wanted > 64 ? 64 : int(wanted);
+}
+
+void launch_project(const ProductTable& table, Dtype dtype, cudaStream_t stream);
+void launch_turn(const ProductTable& table, Dtype dtype, cudaStream_t stream);
+void launch_combine(const Combination& combination, Dtype dtype, cudaStream_t stream);
+
+}  // namespace gls_fused::cuda

@@ -1,0 +1,42 @@
+// What the kernels that move the bases are told; see subspace.cuh.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace gls_fused::cuda {
+
+constexpr int kMoveThreads = 256;
+// Columns of Z' to a block: d = 3072 makes 24 of them.
+constexpr int kMoveColumns = 128;
+constexpr int kMaxMoves = 32;
+
+struct Move {
+  const float* sketch;  // Z' [rank, dim], contiguous
+  const float* core;    // M [rank, rank], contiguous
+  float* rough;         // Q' [rank, dim], of the first round
+  float* basis;         // U+' [rank, dim]
+  float* core_out;      // M+ [rank, rank]
+  double* parts;        // [blocks, rank, rank] of Z'Z, then of Q'Q
+  double* triangles;    // [3, rank, rank]: R of the first round, R of the second, R^-1 of either
+  int64_t dim;
+  int32_t rank;
+  uint32_t blocks;
+  uint32_t first;  // its first block in the launches over dim
+};
+
+struct MoveTable {
+  Move entries[kMaxMoves];
+  int32_t count;
+  uint32_t blocks;
+};
+
+inline uint32_t move_blocks(int64_t dim) {
+  return uint32_t((dim + kMoveColumns - 1) / kMoveColumns);
+}
+
+// All seven launches.
+void launch_moves(const MoveTable& table, cudaStream_t stream);
+
+}  // namespace gls_fused::cuda

@@ -1,0 +1,243 @@
+"""update.cuh and tile_update.cuh, emulated, against gls_fused.reference in float64."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from cuda_emulation.emulator import VARIANT, Emulator
+from tolerances import PRODUCT, assert_near
+
+from gls_fused import reference
+from gls_fused.reference import SubspaceInverse
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# What the layer is scaled with: csrc/cuda/update.h.
+NORMALIZE = {"rms": 1, "adam": 0, "sgd": 2, "none": 0}
+OPTIONS = {"lr": 0.3, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.2}
+# Weight, whether there is a bias, rank of the inverse (None: the direction is given; these come
+# first). 16-byte rows and others, several chunks and tiles, one element, none.
+LAYERS = [
+    ((3, 5), True, None),
+    ((70, 64), False, None),
+    ((1, 1), True, None),
+    ((0, 4), False, None),
+    ((67, 136), True, 9),
+    ((5, 33), True, 3),
+    ((1, 8), False, 1),
+]
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    return Emulator(
+        "drivers/update.cpp", ["update_kernels.cu", "rows_kernels.cu", "tile_update_kernels.cu"]
+    )
+
+
+@dataclass
+class Layer:
+    params: list
+    gradients: list
+    exp_avgs: list
+    exp_avg_sqs: list  # one per layer for "rms", per parameter for "adam"
+    step: torch.Tensor
+    inverse: SubspaceInverse | None
+
+
+def draw(*shape, dtype):
+    return torch.randn(shape, dtype=torch.float64, generator=GENERATOR).to(dtype)
+
+
+GENERATOR = torch.Generator()
+
+
+def make_layers(layers, dtype, normalize, momentum):
+    GENERATOR.manual_seed(0)
+    state = torch.promote_types(dtype, torch.float32)
+    made = []
+    for weight, bias, rank in layers:
+        shapes = [weight, weight[:1]] if bias else [weight]
+        dim = weight[1] + bias
+        per_param = normalize == "adam"
+        sizes = shapes if per_param else [()] if normalize == "rms" else []
+        inverse = None
+        if rank is not None:
+            basis = torch.linalg.qr(draw(dim, rank, dtype=torch.float64))[0]
+            root = draw(rank, rank, dtype=torch.float64)
+            core = root @ root.T
+            exact = (basis, *reference.invert_core(core, 2 * core.trace(), dim, 0.3))
+            inverse = SubspaceInverse(*(x.to(state) for x in exact))
+        made.append(
+            Layer(
+                [draw(*s, dtype=dtype) for s in shapes],
+                [draw(*s, dtype=dtype) for s in shapes],
+                [draw(*s, dtype=state) for s in shapes] if momentum else [],
+                [draw(*s, dtype=state).square() for s in sizes],
+                torch.tensor(3.0),
+                inverse,
+            )
+        )
+    return made
+
+
+def update_by_reference(layers, normalize, momentum, scale=1.0, **options):
+    """In float64: params, exp_avgs, exp_avg_sqs, steps afterwards."""
+
+    def flat(name):
+        return [x.double().clone() for layer in layers for x in getattr(layer, name)]
+
+    params, averages, squares = flat("params"), flat("exp_avgs"), flat("exp_avg_sqs")
+    steps = [layer.step.double().clone() for layer in layers]
+    inverses = [x.inverse and SubspaceInverse(*(y.double() for y in x.inverse)) for x in layers]
+    reference.update_layers_(
+        params, [g * scale for g in flat("gradients")], averages, squares, steps, inverses,
+        layer_sizes=[len(layer.params) for layer in layers], normalize=normalize,
+        momentum=momentum, **{**OPTIONS, **options},
+    )  # fmt: skip
+    return params, averages, squares, steps
+
+
+def update_in(emulator, memory, layers, normalize, momentum, *, misaligned=None, grad_scale=None,
+              found_inf=None, lr=None):  # fmt: skip
+    """The same buffers, in the same order as `update_by_reference`."""
+    dtype = layers[0].params[0].dtype
+    code = DTYPES[dtype]
+    emulator.call("start_update")
+    params, averages, squares, steps = [], [], [], []
+    blocks = 0
+
+    def place(name, tensor, **options):
+        return memory.copy(name, tensor, offset=int(name == misaligned), **options)
+
+    for layer in layers:
+        mine = [place("param", p, writable=True) for p in layer.params]
+        gradients = [place("gradient", g) for g in layer.gradients]
+        m = [place("exp_avg", x, writable=True) for x in layer.exp_avgs]
+        v = [place("exp_avg_sq", x, writable=True) for x in layer.exp_avg_sqs]
+        step = memory.copy("step", layer.step, writable=True)
+        numel = sum(p.numel() for p in layer.params)
+        emulator.call("add_layer", step, v[0] if normalize == "rms" else None, numel)
+        per_param = v if normalize == "adam" else [None] * len(mine)
+        arrays = list(zip(mine, gradients, m or [None] * len(mine), per_param, strict=True))
+        if layer.inverse is None:
+            for p, (param, gradient, average, square) in zip(layer.params, arrays, strict=True):
+                emulator.call(
+                    "add_flat", code, param, gradient, gradient, average, square, p.numel()
+                )
+                blocks += p.numel() // 512 + 1  # at least as many as chunks
+        else:
+            n, size = layer.params[0].shape
+            rank = layer.inverse.basis.shape[1]
+            inverse = [
+                memory.copy("basis", layer.inverse.basis.T),
+                memory.copy("core_inverse", layer.inverse.core_inverse),
+                memory.copy("shift", layer.inverse.shift),
+            ]
+            scratch = [
+                memory.poison("parts", (64, n, rank), torch.float32),
+                memory.poison("turned", (n, rank), torch.float32),
+            ]
+            arrays += [(None,) * 4] * (2 - len(arrays))
+            emulator.call(
+                "add_tiled", code, *arrays[0], *arrays[1], *inverse, *scratch, n, size, rank
+            )
+            blocks += (n // 32 + 1) * (size // 128 + 1)
+        params += mine
+        averages += m
+        squares += v
+        steps.append(step)
+    emulator.call(
+        "run_update", code, NORMALIZE[normalize], OPTIONS["lr"] if lr is None else 0.0,
+        None if lr is None else memory.copy("lr", lr), lr is not None and lr.dtype != torch.float32,
+        None if grad_scale is None else memory.copy("grad_scale", grad_scale),
+        None if found_inf is None else memory.copy("found_inf", found_inf), float(momentum),
+        OPTIONS["beta2"], OPTIONS["eps"], OPTIONS["weight_decay"],
+        memory.poison("squares", (blocks, 2), torch.float64),
+        memory.poison("layer_steps", (len(layers), 5), torch.float64),
+    )  # fmt: skip
+    return params, averages, squares, steps
+
+
+def assert_updated(found, expected, dtype):
+    state = torch.promote_types(dtype, torch.float32)
+    for group, wanted, kind in zip(found, expected, (dtype, state, state, state), strict=True):
+        assert len(group) == len(wanted)
+        for actual, sought in zip(group, wanted, strict=True):
+            assert_near(actual, sought, PRODUCT[kind])
+
+
+def check(emulator, layers, normalize, momentum, **options):
+    dtype = layers[0].params[0].dtype
+    counts = []
+
+    def run(memory):
+        groups = update_in(emulator, memory, layers, normalize, momentum, **options)
+        counts[:] = [len(group) for group in groups]
+        return [buffer for group in groups for buffer in group]
+
+    results = list(emulator.run_in_every_order(run))
+    found = [[results.pop(0) for _ in range(count)] for count in counts]
+    lr = {} if options.get("lr") is None else {"lr": options["lr"].double()}
+    scale = 1 / float(options.get("grad_scale", torch.ones(())))
+    assert_updated(found, update_by_reference(layers, normalize, momentum, scale, **lr), dtype)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_update(emulator, dtype, normalize, momentum):
+    # In float64, D is formed by torch's products.
+    layers = [x for x in LAYERS if x[2] is None or dtype != torch.float64]
+    check(emulator, make_layers(layers, dtype, normalize, momentum), normalize, momentum)
+
+
+@pytest.mark.parametrize("name", ["param", "gradient", "exp_avg"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_address_that_is_no_multiple_of_16_bytes(emulator, dtype, name):
+    check(emulator, make_layers(LAYERS, dtype, "rms", 0.8), "rms", 0.8, misaligned=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_learning_rate_and_loss_scale_in_device_memory(emulator, dtype):
+    layers = make_layers(LAYERS, torch.float32, "sgd", 0.8)
+    options = {"lr": torch.tensor(0.7, dtype=dtype), "grad_scale": torch.tensor(8.0)}
+    check(emulator, layers, "sgd", 0.8, **options)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_a_step_that_is_not_taken(emulator, normalize):
+    layers = make_layers(LAYERS, torch.float32, normalize, 0.8)
+    with emulator.memory() as memory:
+        found = update_in(
+            emulator, memory, layers, normalize, 0.8, found_inf=torch.ones(()),
+            grad_scale=torch.tensor(2.0),
+        )  # fmt: skip
+        names = ("params", "exp_avgs", "exp_avg_sqs")
+        for group, name in zip(found, names, strict=False):
+            before = [x for layer in layers for x in getattr(layer, name)]
+            assert all(torch.equal(a.read(), b) for a, b in zip(group, before, strict=True))
+        assert all(step.read() == 3 for step in found[3])
+
+
+# ---- bytes of global memory ---------------------------------------------------------------------
+
+# Per float32 parameter without norms, and for the norm of D where it is formed from memory.
+BYTES = {(0.0, False): 12, (0.8, False): 20, (0.0, True): 16, (0.8, True): 24}
+
+
+@pytest.mark.skipif(VARIANT != "traced", reason="the sanitized build traces nothing")
+@pytest.mark.parametrize("normalize", ["none", "rms"])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_bytes_per_parameter(emulator, momentum, fused, normalize):
+    shape = (128, 256)
+    layers = make_layers([(shape, False, 8 if fused else None)], torch.float32, normalize, momentum)
+    with emulator.memory() as memory, emulator.traffic() as moved:
+        update_in(emulator, memory, layers, normalize, momentum)
+    large = {"param", "gradient", "exp_avg"}
+    total = sum(
+        sum(bytes_) for buffers in moved.values() for name, bytes_ in buffers.items()
+        if name in large
+    )  # fmt: skip
+    extra = 4 if normalize == "rms" else 0
+    assert total == (BYTES[momentum, fused] + extra) * shape[0] * shape[1]
