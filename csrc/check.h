@@ -103,10 +103,16 @@ inline void check_sums(const at::Tensor& rows, const at::Tensor& basis, bool one
 
 inline void check_refresh(const at::Tensor& core, const at::Tensor& sketch) {
   check_device("refresh_subspace", core, sketch);
-  TORCH_CHECK(sketch.dim() == 2 && core.dim() == 2 && core.size(0) == sketch.size(1) &&
-                  core.size(1) == sketch.size(1) && core.scalar_type() == sketch.scalar_type(),
-              "refresh_subspace: expected core [r, r] and sketch [d, r] of one dtype, got ",
-              core.sizes(), " and ", sketch.sizes());
+  const at::ScalarType type = core.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble,
+              "refresh_subspace: expected core of Float or Double, got ", type);
+  TORCH_CHECK(sketch.dim() == 2 && sketch.size(0) >= sketch.size(1) &&
+                  sketch.scalar_type() == type,
+              "refresh_subspace: expected sketch [d, r] of ", type, " with r at most d, got ",
+              sketch.sizes(), " of ", sketch.scalar_type());
+  TORCH_CHECK(core.dim() == 2 && core.size(0) == sketch.size(1) && core.size(1) == sketch.size(1),
+              "refresh_subspace: expected core [", sketch.size(1), ", ", sketch.size(1), "], got ",
+              core.sizes());
 }
 
 inline void check_core(const at::Tensor& core, const at::Tensor& trace, int64_t dim) {

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import PRODUCT, SOLVE, assert_near
 
-from gls_fused import GLS, available_backends, reference
+from gls_fused import GLS, available_backends, build_info, reference
 from gls_fused.dispatch import resolve_backend
 from gls_fused.reference import SubspaceInverse
 
@@ -246,6 +246,8 @@ def test_native_ops_are_proper_torch_ops():
     check(ops.sketch_rows.default, (rows, basis, True), test_utils=tests)
     check(ops.refresh_subspace.default, (core, sketch), test_utils=tests)
     check(ops.invert_core.default, (core, trace, 8, 0.3), test_utils=tests)
+    check(ops.refresh_subspaces.default, ([core], [sketch]), test_utils=tests)
+    check(ops.invert_cores.default, ([core], [trace], [8], 0.3), test_utils=tests)
     check(ops.add_sketch_.default, (rows, basis, True, torch.zeros(2 + 9 + 24)), test_utils=tests)
     *tensors, inverses = (update.pop(key) for key in LISTS)
     parts = zip(*(inverse or (None,) * 3 for inverse in inverses), strict=True)
@@ -256,10 +258,29 @@ def test_native_ops_are_proper_torch_ops():
 def test_unknown_and_unavailable_backends():
     with pytest.raises(ValueError, match=r"expected auto, triton, native, reference, got 'cuda'"):
         GLS(torch.nn.Linear(2, 2), backend="cuda")
-    with pytest.raises(RuntimeError, match="no kernels for cuda"):
-        resolve_backend("native", ["cuda"]) if "native" in BACKENDS else pytest.skip()
+    with pytest.raises(RuntimeError, match="'native' has no kernels for mps, use 'auto'"):
+        resolve_backend("native", ["mps"]) if "native" in BACKENDS else pytest.skip()
+
+
+def test_cuda_kernels_that_were_not_built_raise_with_the_reason(monkeypatch):
+    if "native" not in BACKENDS:
+        pytest.skip(available_backends()["native"])
+    native = resolve_backend("native", ["cpu"])
+    reason = "no CUDA toolkit: nvcc not found in PATH; install CUDA 13.0 or set CUDA_HOME"
+    monkeypatch.setattr(native, "cuda_failure", reason)
+    with pytest.raises(RuntimeError, match=f"'native' has no kernels for cuda, .*{reason}"):
+        resolve_backend("native", ["cuda"])
+    # The CPU's are as they were.
+    assert resolve_backend("native", ["cpu"]) is native
+    info = build_info()
+    assert (info["cuda"], info["cuda_architectures"]) == (None, [])
+    assert info["cuda_failure"] == reason
     if available_backends()["triton"] is not None:
         assert resolve_backend("auto", ["cuda"]) is reference
+    monkeypatch.setattr(native, "cuda_failure", None)
+    assert resolve_backend("native", ["cuda"]) is native
+    if available_backends()["triton"] is not None:
+        assert resolve_backend("auto", ["cuda"]) is native
 
 
 def test_triton_without_a_gpu_raises_with_the_reason(monkeypatch):

@@ -196,3 +196,50 @@ def test_ten_steps_are_the_references(kind, normalize):
         trained.append(list(model.parameters()))
     for ours, theirs in zip(*trained, strict=True):
         assert_near(ours, theirs, SAME_STEPS)
+
+
+# ---- what the update is told in tensors ---------------------------------------------------------
+
+
+def run_scaled(grad_scale=None, found_inf=None, lr=0.1, lr_tensor=None):
+    """All tensors of a step of one layer with P, its gradients multiplied by `grad_scale`."""
+    basis, core_inverse, shift = make_inverse(4, 2, torch.float32)
+    gradients = [draw(2, 3, dtype=torch.float32), draw(2, dtype=torch.float32)]
+    if grad_scale is not None:
+        gradients = [gradient * grad_scale for gradient in gradients]
+    options = update_options(
+        gradients=gradients, exp_avgs=[ones(2, 3), ones(2)], exp_avg_sqs=[ones()], bases=[basis],
+        core_inverses=[core_inverse], shifts=[shift], normalize="rms", momentum=0.9, lr=lr,
+    )  # fmt: skip
+    before = [gradient.clone() for gradient in gradients]
+    scalars = {"grad_scale": grad_scale, "found_inf": found_inf, "lr_tensor": lr_tensor}
+    ops.update_layers_(**options, layer_sizes=[2], **scalars)
+    assert all(map(torch.equal, gradients, before))
+    return [*options["params"], *options["exp_avgs"], *options["exp_avg_sqs"], *options["steps"]]
+
+
+def test_scaled_gradients_take_the_same_step():
+    for found, expected in zip(run_scaled(torch.tensor(1024.0)), run_scaled(), strict=True):
+        assert_near(found, expected, PRODUCT[torch.float32])
+
+
+def test_a_step_with_infinite_gradients_is_not_taken():
+    scale = torch.tensor(float("inf"))
+    found = run_scaled(scale, torch.tensor(1.0))
+    start = [ones(2, 3), ones(2), ones(2, 3), ones(2), ones(), torch.zeros(())]
+    assert all(map(torch.equal, found, start))
+    assert not torch.equal(run_scaled(None, torch.tensor(0.0))[0], start[0])
+
+
+def test_lr_may_be_a_tensor():
+    for found, expected in zip(
+        run_scaled(lr=7.0, lr_tensor=torch.tensor(0.1, dtype=torch.float64)), run_scaled(),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf", "lr_tensor"])
+def test_a_scalar_of_two_numbers_is_refused(name):
+    with pytest.raises(RuntimeError, match=rf"expected {name} of one Float or Double, got \[2\]"):
+        ops.update_layers_(**update_options(), layer_sizes=[2], **{name: ones(2)})

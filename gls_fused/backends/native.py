@@ -169,14 +169,11 @@ def update_layers_(
     skip: Tensor | None = None,
 ) -> None:
     """See `gls_fused.reference.update_layers_`."""
-    # On the CPU this waits for nothing.
-    if skip is not None and skip:
-        return
     if any(isinstance(inverse, DenseInverse) for inverse in inverses):
         reference.update_layers_(
             params, gradients, exp_avgs, exp_avg_sqs, steps, inverses, layer_sizes=layer_sizes,
             normalize=normalize, lr=lr, momentum=momentum, beta2=beta2, eps=eps,
-            weight_decay=weight_decay,
+            weight_decay=weight_decay, skip=skip,
         )  # fmt: skip
         return
     parts = zip(*(inverse or (None, None, None) for inverse in inverses), strict=True)
@@ -195,6 +192,8 @@ def update_layers_(
         eps,
         weight_decay,
         lr if isinstance(lr, Tensor) else None,
+        None,
+        None if skip is None else skip.float(),
     )
 
 
