@@ -24,8 +24,10 @@ $(STAMP): pyproject.toml setup.py requirements-build.txt constraints.txt $(shell
 	@$(PIP) -r requirements-build.txt
 	@$(PIP) --no-build-isolation -e '.[dev]'
 	@$(BIN)/python -c 'from runpy import run_path; \
-	  why = run_path("gls_fused/_build_info.py")["native_failure"]; \
-	  why and print(f"setup: without the native extension: {why}. Once mended, run `make clean setup`")'
+	  built = run_path("gls_fused/_build_info.py"); \
+	  kinds = {"native extension": built["native_failure"], "CUDA kernels": built["cuda_failure"]}; \
+	  [print(f"setup: without the {kind}: {why}. Once mended, run `make clean setup`") \
+	   for kind, why in kinds.items() if why]'
 	@touch $@
 
 data: ## Install Fashion-MNIST, as Debian's package, where apt-get can

@@ -23,7 +23,7 @@ from gls_fused.curvature import Curvature, Subspace
 from gls_fused.dispatch import backend_name
 from gls_fused.reference import Inverse, Window
 from gls_fused.rows import SKETCH_ROWS, Conv2d, ImageRows, Linear, LinearRows, Rows
-from gls_fused.sharding import is_sharded, shard_group, sharding_problem
+from gls_fused.sharding import is_sharded, sharding_problem, shards_of
 from gls_fused.traced import traced_conv2d, traced_linear
 
 
@@ -39,7 +39,7 @@ class Layer(Rows):
         tally: in graphs that torch.compile traces, the leaf whose gradient is the sums; one number
             in memory. None before the first step that gathers.
         captured: False once another optimizer has taken the modules over.
-        shards: the process group over which the rows of weight and bias are spread, or None.
+        shards: over which ranks the rows of weight and bias are spread, see gls_fused.sharding.
     """
 
     kind: ClassVar[str]
@@ -51,7 +51,7 @@ class Layer(Rows):
         assert isinstance(weight, Tensor)
         self.weight = weight
         self.bias = bias
-        self.shards = shard_group(weight)
+        self.shards = shards_of(weight)
         self.ones = bias is not None
         self.size = weight.shape[1:].numel()
         self.dim = self.size + self.ones

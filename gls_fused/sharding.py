@@ -38,11 +38,15 @@ def rows_here(tensor: Tensor) -> Tensor:
     return local
 
 
-def shard_group(weight: Any) -> Any:
-    """The process group over which the rows of a weight are spread, or None."""
+def shards_of(weight: Any) -> tuple[Any, int] | None:
+    """Device mesh and its dimension over which the rows of a weight are spread, or None.
+
+    Not the process group: one that somebody still holds when Python ends brings its threads down
+    with it.
+    """
     if not is_sharded(weight):
         return None
-    return weight.device_mesh.get_group(_sharded_dimensions(weight)[0])
+    return weight.device_mesh, _sharded_dimensions(weight)[0]
 
 
 def sharding_problem(weight: Any, bias: Any) -> str | None:
@@ -89,7 +93,10 @@ def update_shards_(
         params: DTensors, as are gradients, exp_avgs and, for "adam", exp_avg_sqs; the rest is the
             same on all ranks.
     """
-    group, elements = shard_group(params[0]), [param.numel() for param in params]
+    shards = shards_of(params[0])
+    assert shards is not None
+    mesh, dimension = shards
+    elements = [param.numel() for param in params]
     params, gradients, exp_avgs, exp_avg_sqs = (
         [rows_here(tensor) for tensor in tensors]
         for tensors in (params, gradients, exp_avgs, exp_avg_sqs)
@@ -110,7 +117,7 @@ def update_shards_(
     if normalize == "sgd":
         first = torch.stack([_square_sum(gradients[mine]) for mine in layers])
         squares = torch.cat([squares, first[None]])
-    dist.all_reduce(squares, group=group)
+    dist.all_reduce(squares, group=mesh.get_group(dimension))
     with kept_where(skip, [*params, *exp_avgs, *exp_avg_sqs, *steps]):
         for layer, mine in enumerate(layers):
             steps[layer].add_(1)

@@ -1,0 +1,31 @@
+"""What the docs name exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+DOCS = TESTS.parent / "docs"
+TEXT = (DOCS / "expectations.md").read_text()
+NAMED = sorted(set(re.findall(r"`([\w/]+\.py)::(\w+)`", TEXT)))
+
+
+@pytest.mark.parametrize(("file", "name"), NAMED)
+def test_named_test_exists(file, name):
+    assert re.search(rf"^def {name}\(", (TESTS / file).read_text(), re.MULTILINE)
+
+
+def test_every_row_names_a_test():
+    rows = [line for line in TEXT.splitlines() if line.startswith("| ")]
+    bodies = [row for row in rows if not row.startswith(("| expectation |", "| complaint "))]
+    assert len(bodies) > 30
+    for row in bodies:
+        assert "::test_" in row
+
+
+@pytest.mark.parametrize("page", ["../README.md", *sorted(p.name for p in DOCS.glob("*.md"))])
+def test_linked_files_exist(page):
+    path = DOCS / page
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
