@@ -80,11 +80,12 @@ def test_lightning_resumes_as_if_never_stopped(fit, tmp_path):
     assert_same_parameters(resumed, model)
 
 
-def test_lightning_accumulates_and_clips(fit):
+@pytest.mark.parametrize("options", [{"gradient_clip_val": 1.0}, {"precision": "bf16-mixed"}])
+def test_lightning_accumulates_and_clips_or_autocasts(fit, options):
     torch.manual_seed(0)
     model = fit.make_model()
     before = copy.deepcopy(model)
-    fit(model, 1, accumulate_grad_batches=4, gradient_clip_val=1.0, precision="bf16-mixed")
+    fit(model, 1, accumulate_grad_batches=4, **options)
     for p, q in zip(model.parameters(), before.parameters(), strict=True):
         assert p.isfinite().all()
         assert not torch.equal(p, q)
