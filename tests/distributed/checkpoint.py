@@ -12,14 +12,8 @@ def save(folder, model, optimizer):
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=os.fspath(folder))
 
 
-def load(folder, model, optimizer, take_step):
-    """Into a fresh model and optimizer, on any number of ranks.
-
-    Args:
-        take_step: any step of the optimizer; it makes the tensors that the saved ones are read
-            into, as a state is empty before the first.
-    """
-    take_step()
+def load(folder, model, optimizer):
+    """Into a fresh model and optimizer, on any number of ranks."""
     weights, state = get_state_dict(model, optimizer)
     found = {"model": weights, "optimizer": state}
     dcp.load(found, checkpoint_id=os.fspath(folder))

@@ -46,8 +46,7 @@ def load(folder, model, optimizer):
         model.module.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     else:
-        take_step = lambda: train(model, optimizer, range(1))  # noqa: E731
-        checkpoint.load(folder / str(step), model, optimizer, take_step)
+        checkpoint.load(folder / str(step), model, optimizer)
     return step
 
 
