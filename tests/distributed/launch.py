@@ -78,7 +78,7 @@ def start_worker():
 
 
 def stop_worker():
-    # A rank that had gloo groups aborts now and then while its interpreter ends, and torchrun then
+    # Ranks have been seen to abort while Python ended, for a reason not found, and torchrun then
     # ends the others: what they write must be there by then, and is what counts.
     dist.barrier()
     dist.destroy_process_group()
