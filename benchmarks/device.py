@@ -95,8 +95,8 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float(gap / torch.linalg.vector_norm(expected.double()))
 
 
-def check(backend: Any) -> float:
-    """The largest error of rows and update against the reference; no figure without it."""
+def check(backend: Any) -> list[float]:
+    """The errors of rows and update against the reference; no figure without them."""
     inverse = make_inverse(WIDTHS[0] + 1)
     rows = torch.randn(BATCH, WIDTHS[0], device="cuda")
     found, _ = backend.precondition_rows(rows, inverse, ones=True)
@@ -107,7 +107,7 @@ def check(backend: Any) -> float:
         mine.run(backend)
         its.run(reference)
     pairs = zip(mine.params, its.params, strict=True)
-    return max(errors + [error(one, two) for one, two in pairs])
+    return errors + [error(one, two) for one, two in pairs]
 
 
 def find_backends() -> dict[str, Any]:
@@ -167,7 +167,8 @@ def main() -> int:
         return 1
     backends = find_backends()
     errors = {name: check(backend) for name, backend in backends.items()}
-    if not backends or not max(errors.values()) <= TOLERANCE:
+    # Not their maximum, which passes over a NaN.
+    if not backends or not all(x <= TOLERANCE for found in errors.values() for x in found):
         print(f"error: {errors} from the reference, nothing is measured", file=sys.stderr)
         return 1
     if arguments.sanitize:

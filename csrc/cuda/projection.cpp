@@ -18,7 +18,8 @@ Dtype dtype_of(at::ScalarType type) {
     case at::kDouble: return Dtype::kDouble;
     case at::kBFloat16: return Dtype::kBFloat16;
     case at::kHalf: return Dtype::kHalf;
-    default: return Dtype::kFloat;
+    case at::kFloat: return Dtype::kFloat;
+    default: TORCH_CHECK(false, "gls_fused: expected Float, Double, BFloat16 or Half, got ", type);
   }
 }
 

@@ -29,7 +29,9 @@ namespace {
 
 using at::Tensor;
 
-void* address(const Tensor& tensor) { return const_cast<void*>(tensor.const_data_ptr()); }
+// Of what is read, and of what is written.
+const void* source_of(const Tensor& tensor) { return tensor.const_data_ptr(); }
+void* target_of(const Tensor& tensor) { return tensor.mutable_data_ptr(); }
 
 // Sums of squares of a layer: where they begin, and how many.
 struct Slots {
@@ -201,9 +203,9 @@ class Update {
   }
 
   TileArrays arrays_of(size_t i) const {
-    return {address(params_[i]), address(gradients_[i]),
-            exp_avgs_.empty() ? nullptr : address(exp_avgs_[i]),
-            normalize_ == Normalize::kAdam ? address(exp_avg_sqs_[i]) : nullptr};
+    return {target_of(params_[i]), source_of(gradients_[i]),
+            exp_avgs_.empty() ? nullptr : target_of(exp_avgs_[i]),
+            normalize_ == Normalize::kAdam ? target_of(exp_avg_sqs_[i]) : nullptr};
   }
 
   void add_tiles(size_t layer, size_t first, const Tensor& basis, const Tensor& core_inverse,
@@ -239,23 +241,23 @@ class Update {
     const Tensor& like = arrays.param;
     arrays.direction = in_layout_of(direction, like, type_);
     FlatTensor tensor{};
-    tensor.param = address(arrays.param);
-    tensor.direction = address(arrays.direction);
+    tensor.param = target_of(arrays.param);
+    tensor.direction = source_of(arrays.direction);
     tensor.numel = like.numel();
     tensor.layer = uint32_t(layer);
     write_back(params_[i], arrays.param);
     if (normalize_ == Normalize::kSgd) {
       arrays.gradient = in_layout_of(gradients_[i], like, type_);
-      tensor.gradient = address(arrays.gradient);
+      tensor.gradient = source_of(arrays.gradient);
     }
     if (!exp_avgs_.empty()) {
       arrays.exp_avg = in_layout_of(exp_avgs_[i], like, state_type_);
-      tensor.exp_avg = address(arrays.exp_avg);
+      tensor.exp_avg = target_of(arrays.exp_avg);
       write_back(exp_avgs_[i], arrays.exp_avg);
     }
     if (normalize_ == Normalize::kAdam) {
       arrays.exp_avg_sq = in_layout_of(exp_avg_sqs_[i], like, state_type_);
-      tensor.exp_avg_sq = address(arrays.exp_avg_sq);
+      tensor.exp_avg_sq = target_of(arrays.exp_avg_sq);
       write_back(exp_avg_sqs_[i], arrays.exp_avg_sq);
     }
     kept_.push_back(std::move(arrays));
@@ -273,8 +275,8 @@ class Update {
       LayerTable table{};
       for (size_t layer = begin; layer < slots_.size() && table.count < kMaxLayers; ++layer) {
         LayerSums& entry = table.entries[table.count++];
-        entry.step = address(steps[layer]);
-        if (normalize_ == Normalize::kRms) entry.exp_avg_sq = address(exp_avg_sqs_[layer]);
+        entry.step = target_of(steps[layer]);
+        if (normalize_ == Normalize::kRms) entry.exp_avg_sq = target_of(exp_avg_sqs_[layer]);
         entry.first = slots_[layer].first;
         entry.count = slots_[layer].count;
         for (int64_t i = 0; i < layer_sizes_[layer]; ++i) entry.numel += params_[first++].numel();

@@ -7,7 +7,7 @@ the reference's; on CUDA also bases that move, and cores, in float64 or of more 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,9 @@ from gls_fused._C import LinearCapture, captured_linear  # noqa: E402
 
 _ops = torch.ops.gls_fused
 
-# kMaxRank of csrc/cuda/product.h.
-MAX_CUDA_RANK = 64
+# Ranks with CUDA kernels, by dtype: kMaxRank of csrc/cuda/product.h, kMaxCoreRank of core.h.
+CUDA_BASIS_RANKS = {torch.float32: 64}
+CUDA_CORE_RANKS = {torch.float32: 128, torch.float64: 88}
 
 
 def precondition_rows(
@@ -131,9 +132,15 @@ def refresh_subspaces(
     cores: Sequence[Tensor], sketches: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     """See `gls_fused.reference.refresh_subspaces`."""
-    if not _have_kernels(cores):
-        return reference.refresh_subspaces(cores, sketches)
-    return list(zip(*_ops.refresh_subspaces(cores, sketches), strict=True))
+    results: list[Any] = [None] * len(cores)
+    for mine in _with_kernels(cores, CUDA_BASIS_RANKS):
+        moved = _ops.refresh_subspaces([cores[i] for i in mine], [sketches[i] for i in mine])
+        for i, result in zip(mine, zip(*moved, strict=True), strict=True):
+            results[i] = result
+    return [
+        reference.refresh_subspace(*layer) if result is None else result
+        for layer, result in zip(zip(cores, sketches, strict=True), results, strict=True)
+    ]
 
 
 def invert_core(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[Tensor, Tensor]:
@@ -146,9 +153,16 @@ def invert_cores(
     cores: Sequence[Tensor], traces: Sequence[Tensor], dims: Sequence[int], damping: float
 ) -> list[tuple[Tensor, Tensor]]:
     """See `gls_fused.reference.invert_cores`."""
-    if not _have_kernels(cores):
-        return reference.invert_cores(cores, traces, dims, damping)
-    return list(zip(*_ops.invert_cores(cores, traces, dims, damping), strict=True))
+    results: list[Any] = [None] * len(cores)
+    for mine in _with_kernels(cores, CUDA_CORE_RANKS):
+        parts = ([part[i] for i in mine] for part in (cores, traces, dims))
+        inverted = _ops.invert_cores(*parts, damping)
+        for i, result in zip(mine, zip(*inverted, strict=True), strict=True):
+            results[i] = result
+    return [
+        reference.invert_core(*layer, damping) if result is None else result
+        for layer, result in zip(zip(cores, traces, dims, strict=True), results, strict=True)
+    ]
 
 
 def update_layers_(
@@ -197,12 +211,15 @@ def update_layers_(
     )
 
 
-def _have_kernels(cores: Sequence[Tensor]) -> bool:
-    """Whether there are kernels for these cores: on CUDA not for all, and nowhere for none."""
-    return bool(cores) and not any(
-        core.is_cuda and (core.dtype != torch.float32 or len(core) > MAX_CUDA_RANK)
-        for core in cores
-    )
+def _with_kernels(
+    cores: Sequence[Tensor], cuda_ranks: Mapping[torch.dtype, int]
+) -> Iterable[list[int]]:
+    """Those that one call takes: alike in dtype and device, on CUDA up to a rank."""
+    calls: dict[tuple[torch.dtype, int], list[int]] = {}
+    for index, core in enumerate(cores):
+        if not core.is_cuda or len(core) <= cuda_ranks.get(core.dtype, -1):
+            calls.setdefault((core.dtype, core.get_device()), []).append(index)
+    return calls.values()
 
 
 def _check_device(op: str, *tensors: Tensor | None) -> None:
