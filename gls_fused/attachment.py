@@ -135,8 +135,8 @@ class Attachment:
 
     def _take_sums(self, layers: list[Layer], skip: Tensor | None) -> dict[Layer, Tensor]:
         if self._ranks.size > 1:
-            terms = [f"step {self._step}, {self._options}"]
-            self._ranks.agree(terms + describe_layers([self._preconditioner]))
+            terms = f"step {self._step}, {self._options}"
+            self._ranks.agree(lambda: [terms, *describe_layers([self._preconditioner])])
         return take_sums(layers, self._ranks, skip)
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,7 +164,6 @@ class Attachment:
             saved = state_dict["layers"][layer.name]
             self._states[layer.name] = copy_tensors(saved, layer.weight)
         self._preconditioner.restart(self._step, self._options)
-        self._ranks.disagree()
 
     def detach(self) -> None:
         """Leave the model and the optimizer exactly as they were."""

@@ -12,6 +12,7 @@ from gls_fused.curvature import State
 from gls_fused.layers import Layer
 from gls_fused.preconditioner import Preconditioner
 from gls_fused.reference import damping_of
+from gls_fused.sharding import everywhere
 
 
 def diagnose(
@@ -19,7 +20,7 @@ def diagnose(
     options: Sequence[Mapping[str, Any]],
     squares_of: Callable[[Layer], list[Tensor]],
 ) -> dict[str, float]:
-    """See `GLS.diagnostics`; waits for the device once.
+    """See `GLS.diagnostics`; waits for the device once. Of sharded layers, all ranks must ask.
 
     Args:
         options: of each preconditioner; damping and, where there are squares, beta2.
@@ -55,7 +56,7 @@ def _of_layer(
         "damping": damping_of(trace, layer.dim, options["damping"]),
     }
     if squares:
-        total = torch.stack([square.double().sum() for square in squares]).sum()
+        total = torch.stack([everywhere(square.double().sum()) for square in squares]).sum()
         count = sum(square.numel() for square in squares)
         corrected = total / count / (1 - options["beta2"] ** state["step"].double())
         values["update_rms"] = corrected.sqrt()

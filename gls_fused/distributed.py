@@ -8,7 +8,7 @@ DistributedDataParallel and fully_shard average.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,8 +59,11 @@ class Ranks:
                 joint[index] = piece
         return joint
 
-    def agree(self, terms: Sequence[str]) -> None:
+    def agree(self, terms: Callable[[], Sequence[str]]) -> None:
         """Compare what each rank is about to do; once, and again after `disagree`.
+
+        Args:
+            terms: asked where they are compared.
 
         Raises:
             RuntimeError: on every rank, naming the first terms that differ.
@@ -68,7 +71,7 @@ class Ranks:
         if self._agreed:
             return
         everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, list(terms), group=self.group)
+        dist.all_gather_object(everyone, list(terms()), group=self.group)
         for rank, theirs in enumerate(everyone):
             if theirs != everyone[0]:
                 ours, theirs = _first_difference(everyone[0], theirs)

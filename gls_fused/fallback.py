@@ -23,6 +23,12 @@ def start_adam(param: Tensor, state: dict[str, Any]) -> None:
     state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
 
 
+def forget_adam(state: dict[str, Any]) -> None:
+    """Drop what `start_adam` filled, where there is any."""
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        state.pop(key, None)
+
+
 def adam_(
     params: Sequence[Tensor],
     states: Sequence[dict[str, Any]],

@@ -30,7 +30,12 @@ def check_group_options(options: Mapping[str, Any], site: str) -> None:
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < MOST_SEEDS:
         raise ValueError(f"seed: expected a whole number in [0, {MOST_SEEDS}), got {seed!r}")
     check_options(options)
-    if options["normalize"] == "sgd" and site == "backward":
+    check_site(options["normalize"], site)
+
+
+def check_site(normalize: str, site: str) -> None:
+    """Raises ValueError where the site does not keep what the step's size is made of."""
+    if normalize == "sgd" and site == "backward":
         raise ValueError(
             "site: normalize='sgd' needs the true gradient, expected auto, step, got 'backward'"
         )
@@ -61,6 +66,13 @@ def name_params(
     for prefix, module in modules:
         names.update({param: name for name, param in module.named_parameters(prefix)})
     return names
+
+
+def describe_options(group: Mapping[str, Any]) -> str:
+    """A group's options, alike on all ranks."""
+    options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    # A tensor's text tells its device.
+    return str({k: float(v) if isinstance(v, Tensor) else v for k, v in options.items()})
 
 
 def describe_bare(

@@ -72,8 +72,9 @@ class Layer(Rows):
     def expect(self, inverse: Inverse | None, *, gathers: bool, at_backward: bool) -> None:
         """What the coming step asks of the layer; see `Rows`."""
         self.inverse = inverse
-        self.test_matrix = None
-        if inverse is None:
+        if inverse is not None:
+            self.test_matrix = None
+        elif self.test_matrix is None:
             device = self.weight.device
             self.test_matrix = self.curvature.test_matrix(self.statistics_dtype, device)
         self.gathers = gathers

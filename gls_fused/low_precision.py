@@ -9,7 +9,6 @@ The update is made on float32 copies of parameters and gradients, with float32 a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from gls_fused.sharding import rows_here
 
-Bits: TypeAlias = Callable[[], torch.Generator]
+Bits: TypeAlias = Callable[[Tensor], torch.Generator]
 
 MOST_SEEDS = 1 << 32
 LOW_DTYPES = frozenset((torch.bfloat16, torch.float16))
@@ -30,17 +29,27 @@ def is_low(tensor: Tensor) -> bool:
     return tensor.dtype in LOW_DTYPES
 
 
-def make_bits(options: Mapping[str, Any], device: torch.device) -> Bits:
-    """The generator of one step of a group, made when it is first asked for.
+def make_bits(options: Mapping[str, Any]) -> Bits:
+    """The generators of one step of a group, by parameter.
 
-    Its bits are the same on every rank, and after a resume.
+    A parameter's bits are the same on every rank, whatever the rank holds of others, and after a
+    resume.
 
     Args:
-        options: seed, and step, the calls of `step` so far.
+        options: params, seed, and step, the calls of `step` so far.
     """
-    # The CPU's generator knows 32 bits of a seed; odd factors keep steps, and seeds, apart.
-    mixed = options["seed"] * 0x9E3779B1 + options["step"] * 0x85EBCA77
-    return functools.cache(lambda: torch.Generator(device).manual_seed(mixed % MOST_SEEDS))
+    places: dict[Tensor, int] = {}
+
+    def make(param: Tensor) -> torch.Generator:
+        if not places:
+            places.update((other, place) for place, other in enumerate(options["params"]))
+        # The CPU's generator knows 32 bits of a seed; odd factors keep seeds, steps and parameters
+        # apart.
+        mixed = options["seed"] * 0x9E3779B1 + options["step"] * 0x85EBCA77
+        mixed += places[param] * 0xC2B2AE3D
+        return torch.Generator(param.device).manual_seed(mixed % MOST_SEEDS)
+
+    return make
 
 
 def open_copies(
@@ -79,7 +88,7 @@ def close_copies(
         if copy is param:
             continue
         if options["low_precision"] == "stochastic":
-            copy = round_stochastically(rows_here(copy), param.dtype, bits())
+            copy = round_stochastically(rows_here(copy), param.dtype, bits(param))
         rows_here(param).copy_(rows_here(copy))
 
 

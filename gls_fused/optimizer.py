@@ -13,12 +13,15 @@ from torch._compile import _disable_dynamo
 from typing_extensions import Self
 
 from gls_fused.diagnostics import diagnose
+from gls_fused.dispatch import resolve_backend
 from gls_fused.distributed import Ranks
-from gls_fused.fallback import adam_
+from gls_fused.fallback import adam_, forget_adam
 from gls_fused.groups import (
     check_dense,
     check_group_options,
+    check_site,
     describe_bare,
+    describe_options,
     name_params,
     split_group,
 )
@@ -169,6 +172,8 @@ class GLS(torch.optim.Optimizer):
         if not params:
             raise ValueError("params: got no parameters (an empty model, or one without any)")
         layers, reasons = find_layers(modules)
+        # Before anything is changed.
+        resolve_backend(self._backend, {layer.weight.device.type for layer in layers})
         new = {**param_group, "params": params, "step": 0, "version": VERSION}
         super().add_param_group(new)
         index = len(self.param_groups) - 1
@@ -229,7 +234,7 @@ class GLS(torch.optim.Optimizer):
                 for layer in preconditioner.layers
                 if layer.weight.grad is not None and layer.inverse is not None
             ]
-            bits = make_bits(group, group["params"][0].device)
+            bits = make_bits(group)
             for alike in _group_layers(ready, group):
                 self._update(preconditioner, alike, group, bits, skip)
             owned = {param for layer in ready for param in layer.params}
@@ -259,6 +264,8 @@ class GLS(torch.optim.Optimizer):
 
         def check(_: torch.optim.Optimizer, found: dict[str, Any]) -> dict[str, Any]:
             checked.update(upgrade_state(found, self._options))
+            for group in checked["param_groups"]:
+                check_site(group["normalize"], self._site)
             check_state(checked, self.param_groups, layers, self._names)
             return checked
 
@@ -373,8 +380,8 @@ class GLS(torch.optim.Optimizer):
 
     def _restart(self) -> None:
         for group, preconditioner in zip(self.param_groups, self._preconditioners, strict=True):
+            preconditioner.site = self._site_for(group)
             preconditioner.restart(group["step"], group)
-        self._ranks.disagree()
 
     def _squares_of(self, layer: Layer) -> list[Tensor]:
         states = (self.state[param] for param in layer.params if param in self.state)
@@ -387,10 +394,11 @@ class GLS(torch.optim.Optimizer):
     def _take_sums(self, skip: Tensor | None) -> dict[Layer, Tensor]:
         """The sums of this step over the rows of all ranks."""
         if self._ranks.size > 1:
-            free = ("params", "param_names")
             self._ranks.agree(
-                [str({k: v for k, v in g.items() if k not in free}) for g in self.param_groups]
-                + describe_layers(self._preconditioners)
+                lambda: [
+                    *map(describe_options, self.param_groups),
+                    *describe_layers(self._preconditioners),
+                ]
             )
         layers = [layer for p in self._preconditioners for layer in p.layers]
         return take_sums(layers, self._ranks, skip)
@@ -403,8 +411,7 @@ class GLS(torch.optim.Optimizer):
         waiting = [layer for layer in preconditioner.layers if layer.inverse is None]
         primed = [layer for layer in waiting if "rows" in self._state_of(layer, False)]
         for param in (param for layer in started + primed for param in layer.params):
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                self.state[param].pop(key, None)
+            forget_adam(self.state[param])
         for layer in primed:
             self.state[layer.weight].clear()
 
@@ -470,7 +477,9 @@ def _group_layers(layers: list[Layer], options: Mapping[str, Any]) -> list[list[
     for layer in layers:
         key: tuple[object, ...] = (layer.weight.dtype, layer.weight.get_device(), layer.shards)
         # One by one, so that the float32 copies of a single layer are alive at a time.
-        if options["low_precision"] == "stochastic" and is_low(layer.weight):
+        # Not where they share an all-reduce.
+        alone = layer.shards is None and options["low_precision"] == "stochastic"
+        if alone and is_low(layer.weight):
             key = (*key, layer.name)
         groups.setdefault(key, []).append(layer)
     return list(groups.values())

@@ -173,6 +173,7 @@ class Preconditioner:
         """`expect`, where the layers' states may have been replaced."""
         # The rows gathered so far were sketched with a basis that is no longer in force.
         self.discard_sums()
+        self.ranks.disagree()
         self._settled = False
         self.expect(step, options)
 

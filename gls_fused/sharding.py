@@ -38,6 +38,12 @@ def rows_here(tensor: Tensor) -> Tensor:
     return local
 
 
+def everywhere(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every rank; what is not sharded is returned as it is."""
+    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return found
+
+
 def shards_of(weight: Any) -> tuple[Any, int] | None:
     """Device mesh and its dimension over which the rows of a weight are spread, or None.
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gls_fused.curvature import State, empty_state
-from gls_fused.fallback import start_adam
+from gls_fused.curvature import State, empty_state, make_curvature
+from gls_fused.fallback import forget_adam, start_adam
 from gls_fused.layers import Layer
 from gls_fused.low_precision import open_copies
+from gls_fused.sharding import is_sharded
 
 # 0: without a version, "low_precision", "seed" and "outputs".
 VERSION = 1
@@ -86,6 +87,7 @@ def check_state(
         states = {param: saved.get(key, {}) for param, key in keys.items()}
         owners = {param: layer for layer in mine for param in layer.params}
         for param, state in states.items():
+            _check_sharding(names[param], param, state)
             layer = owners.get(param)
             if layer is None:
                 _check_shapes(f"parameter {names[param]!r}", state, _shapes(param))
@@ -95,6 +97,8 @@ def check_state(
                 shapes |= _layer_shapes(layer, param, saved_group["normalize"])
             _check_layer(layer, param, state)
             _check_shapes(f"layer {layer.name!r}", state, shapes)
+        for own in mine:
+            _check_kind(own, saved_group)
     _check_count("groups", len(groups), len(saved_groups))
     for index, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
         what = f"parameters in group {index}"
@@ -140,8 +144,7 @@ def fill_layer_states(
     for state in states[1:]:
         # A bias that took Adam's steps while its weight was frozen averaged another quantity.
         if "step" in state:
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                del state[key]
+            forget_adam(state)
     for param, state in zip(params, states, strict=True):
         if group["momentum"] and "exp_avg" not in state:
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
@@ -210,6 +213,24 @@ def _check_layer(layer: Layer, param: Tensor, state: Mapping[str, Any]) -> None:
             f"layer {layer.name!r}: expected {_describe(layer.curvature.shapes())}, "
             f"got {_describe(_tensor_shapes(state))}"
         )
+
+
+def _check_kind(layer: Layer, saved_group: Mapping[str, Any]) -> None:
+    kind, rank = saved_group["curvature"], saved_group["rank"]
+    saved = make_curvature(kind, layer.dim, layer.outputs, rank, layer.backend)
+    if saved.shapes() != layer.curvature.shapes():
+        raise ValueError(
+            f"layer {layer.name!r}: expected {_describe(layer.curvature.shapes())}, got a state "
+            f"for {_describe(saved.shapes())}"
+        )
+
+
+def _check_sharding(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
+    for key in ("exp_avg", "exp_avg_sq", "master"):
+        value = state.get(key)
+        if isinstance(value, Tensor) and value.ndim and is_sharded(value) != is_sharded(param):
+            found, sought = type(value).__name__, "DTensor" if is_sharded(param) else "Tensor"
+            raise ValueError(f"parameter {name!r}: expected {key} as a {sought}, got a {found}")
 
 
 def _check_shapes(

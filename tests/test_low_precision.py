@@ -77,11 +77,11 @@ def test_bits_are_those_of_the_seed(dtype, normalize):
 
 
 def test_every_step_of_every_seed_has_bits_of_its_own():
-    drawn = set()
+    drawn, params = set(), [torch.ones(1), torch.ones(1)]
     for seed in range(20):
-        for step in range(20):
-            bits = make_bits({"seed": seed, "step": step}, torch.device("cpu"))
-            drawn.add(torch.rand((), generator=bits()).item())
+        for step in range(10):
+            bits = make_bits({"seed": seed, "step": step, "params": params})
+            drawn.update(torch.rand((), generator=bits(param)).item() for param in params)
     # Of 400 draws of 24 bits two are alike with a probability of 1 in 200.
     assert len(drawn) == 400
 

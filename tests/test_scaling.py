@@ -202,7 +202,7 @@ def test_attached_optimizer_skips_with_its_statistics(make_other, fused):
 def test_host_never_waits(monkeypatch, normalize, low_precision):
     """Tensors on a device that have no values: whoever asks for one raises."""
     # There is no generator on a device that is not there.
-    monkeypatch.setattr("gls_fused.optimizer.make_bits", lambda *_: torch.Generator)
+    monkeypatch.setattr("gls_fused.optimizer.make_bits", lambda *_: lambda _: torch.Generator())
     options = {"rank": 4, "normalize": normalize, "low_precision": low_precision}
     dtype = torch.float32 if low_precision == "nearest" else torch.bfloat16
     where = {"device": "cuda", "dtype": dtype}

@@ -210,7 +210,12 @@ def make_trained_on(model, width):
     return optimizer
 
 
+def other_rank_before_the_first_step(saved):
+    return GLS(make_net("mlp"), **{**OPTIONS, "rank": 3}).state_dict()
+
+
 REFUSED = {
+    other_rank_before_the_first_step: r"expected basis \[7, 4\].*, got a state for basis \[7, 3\]",
     other_width: r"layer 'stem': expected (exp_avg|basis) \[., .\], got \[8, .\]",
     other_rank: r"layer 'stem': expected basis \[7, 4\], got \[7, 3\]",
     other_curvature: r"layer 'stem': expected basis \[7, 4\], .*, got gram \[7, 7\], matrix \[7, 7",
@@ -238,6 +243,22 @@ def test_state_that_does_not_fit_is_refused_whole(spoil):
     # The rows gathered and the inverses are as they were too.
     steps = range(4, 7)
     assert_equal(train(model, optimizer, steps), train(twin, untouched, steps))
+
+
+def test_step_size_of_the_gradient_needs_the_site_that_keeps_it():
+    model, optimizer = make_trained(normalize="sgd")
+    saved = copy.deepcopy(optimizer.state_dict())
+    later = make_net("mlp")
+    with pytest.raises(ValueError, match=r"^site: normalize='sgd' needs the true gradient"):
+        GLS(later, **OPTIONS, site="backward").load_state_dict(saved)
+    for state in saved["state"].values():
+        # "auto" then takes the backward, where it may.
+        state.update(rows=1) if "rows" in state else None
+    twin = GLS(later, **OPTIONS)
+    twin.load_state_dict(saved)
+    assert twin.report().count("site step") == twin.report().count("GLS (")
+    later.load_state_dict(model.state_dict())
+    assert_equal(train(later, twin, range(4, 8)), train(model, optimizer, range(4, 8)))
 
 
 def test_state_without_a_version_is_taken():

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from ranks import (
     Traffic,
     alone,
     assert_one_preconditioner,
+    assert_same_bits,
     assert_same_weights,
     even,
     part_of,
@@ -179,6 +181,22 @@ def some_layers_whole_on_every_rank():
 
 
 @case
+def whole_16_bit_weights_stay_alike():
+    """Each rank draws bits for its shards, of which one has more than the other."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).bfloat16()
+    fully_shard(model[0], mesh=line_mesh())
+    optimizer = GLS(model, **OPTIONS)
+    for step in range(5):
+        optimizer.zero_grad()
+        torch.manual_seed(step)
+        model(torch.randn(8, 6).bfloat16()).square().mean().backward()
+        optimizer.step()
+    for param in model[2].parameters():
+        assert_same_bits(param.detach())
+
+
+@case
 def mixed_precision_policy():
     """Against the same policy in one process."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -201,16 +219,20 @@ def mixed_precision_policy():
 @case
 def communication_is_counted():
     sums = sum(2 + 4 * 4 + 4 * d for d in (7, 11))
-    for normalize, norms in (("rms", [2]), ("sgd", [4]), ("adam", []), ("none", [])):
-        model = sharded(make("uneven"))
+    kinds = (("rms", [2]), ("sgd", [4]), ("adam", []), ("none", []))
+    for (normalize, norms), dtype in itertools.product(kinds, (torch.float64, torch.bfloat16)):
+        model = sharded(make("uneven").to(dtype))
         optimizer = GLS(model, **{**OPTIONS, "normalize": normalize})
         for step in range(5):
             optimizer.zero_grad()
-            loss_of(model, part_of(make_batch("mlp", 8, step), even(8))).backward()
+            batch = [x.to(dtype) for x in make_batch("mlp", 8, step)]
+            loss_of(model, part_of(batch, even(8))).backward()
             with Traffic() as traffic:
                 optimizer.step()
             assert traffic.reduced == ([] if step % 3 else [sums]) + norms, traffic.reduced
             assert bool(traffic.others) == (step == 0), traffic.others
+        # Where the squares are shards, their sums are of all ranks.
+        assert all(math.isfinite(x) for x in optimizer.diagnostics().values())
 
 
 @case
