@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse
+from gls_fused.scaling import where_flag
 
 State: TypeAlias = dict[str, Any]
 
@@ -237,4 +238,4 @@ def _store(state: State, skip: Tensor | None, **tensors: Tensor) -> None:
             state[name] = tensor if name == "basis" else tensor.contiguous()
             continue
         kept = state[name]
-        kept.copy_(tensor if skip is None else torch.where(skip, kept, tensor))
+        kept.copy_(tensor if skip is None else where_flag(skip, kept, tensor))

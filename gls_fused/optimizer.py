@@ -466,7 +466,7 @@ class GLS(torch.optim.Optimizer):
             beta2=group["beta2"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            skip=skip,
+            skip=None if skip is None else skip.to(layers[0].weight.device, non_blocking=True),
         )
         close_copies(params, copies, group, bits)
 

@@ -13,6 +13,7 @@ from gls_fused.curvature import State, make_curvature, settle
 from gls_fused.dispatch import backend_name, resolve_backend
 from gls_fused.distributed import Ranks
 from gls_fused.layers import Layer
+from gls_fused.scaling import where_flag
 
 CURVATURES = ("subspace", "dense")
 SITES = ("auto", "step", "backward")
@@ -208,7 +209,8 @@ def take_sums(
     taking = [layer for layer in layers if layer.gathers and layer.weight.requires_grad]
     own = {layer: sums for layer in taking if (sums := layer.take_sums()) is not None}
     if skip is not None:
-        own = {layer: torch.where(skip, torch.zeros_like(x), x) for layer, x in own.items()}
+        for layer, sums in own.items():
+            own[layer] = where_flag(skip, torch.zeros_like(sums), sums)
     if ranks.size == 1 or not taking:
         return own
     parts = [own[layer] if layer in own else layer.no_sums() for layer in taking]

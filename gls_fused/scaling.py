@@ -16,6 +16,11 @@ def take_flag(optimizer: torch.optim.Optimizer) -> Tensor | None:
     return found.reshape(()) != 0 if isinstance(found, Tensor) else None
 
 
+def where_flag(skip: Tensor, skipped: Tensor, otherwise: Tensor) -> Tensor:
+    """`skipped` where the flag, which is on one of a model's devices, is true."""
+    return torch.where(skip.to(otherwise.device, non_blocking=True), skipped, otherwise)
+
+
 def unscale_(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> None:
     """Divide the gradients by the scale, unless the scaler's own `unscale_` has done so."""
     scale = getattr(optimizer, "grad_scale", None)

@@ -225,6 +225,30 @@ def test_host_never_waits(monkeypatch, normalize, low_precision):
             bool(optimizer.found_inf)
 
 
+def test_model_on_several_devices(monkeypatch):
+    """The scaler leaves its flag on one of them. Without values, as above."""
+    monkeypatch.setattr("gls_fused.optimizer.make_bits", lambda *_: lambda _: torch.Generator())
+    with FakeTensorMode():
+        model = nn.Sequential(
+            nn.Linear(6, 8, device="cuda:0"),
+            nn.LayerNorm(8, device="cuda:1"),
+            nn.Linear(8, 3, device="cuda:1"),
+        )
+        optimizer = GLS(model, backend="reference", curvature_every=1, rank=4)
+        start_without_values(optimizer)
+        optimizer.grad_scale, optimizer.found_inf = torch.ones(2, device="cuda:0").unbind()
+        for _ in range(2):
+            for param in model.parameters():
+                param.grad = torch.zeros_like(param)
+            for layer in optimizer._preconditioners[0].layers:
+                layer.sums = layer.no_sums()
+            optimizer.step()
+        for layer in optimizer._preconditioners[0].layers:
+            state = optimizer.state[layer.weight]
+            devices = {x.device for x in state.values() if isinstance(x, torch.Tensor)}
+            assert devices == {layer.weight.device}
+
+
 def start_without_values(optimizer):
     """As if every layer had seen rows, which a host does have to read, once."""
     for param in optimizer.param_groups[0]["params"]:
