@@ -139,6 +139,8 @@ class BuildNative(BuildExtension):
     """
 
     def run(self) -> None:
+        if CUDA == "1" and TOOLKIT is None:
+            raise SystemExit(f"gls_fused: error: no CUDA kernels: {NO_TOOLKIT}")
         failure = None
         self.cuda_failure, self.cuda_architectures = NO_TOOLKIT, []
         # setuptools clears `inplace` while it builds, and leaves it so where that fails.
@@ -180,8 +182,6 @@ class BuildNative(BuildExtension):
             ) from error
         if cuda:
             self.build_cuda(cuda)
-        elif CUDA == "1":
-            raise SystemExit(f"gls_fused: error: no CUDA kernels: {self.cuda_failure}")
 
     def build_cuda(self, cuda: list[setuptools.Extension]) -> None:
         """After the rest, which is of use without it."""
