@@ -177,12 +177,12 @@ def prime_states(
         empty = empty_state(layer.curvature, layer.statistics_dtype, layer.weight.device)
         found[0].update(empty, rows=0, outputs=layer.outputs)
         fill_layer_states(layer, mine, found, group)
-        if group["low_precision"] == "master":
-            open_copies(mine, found, group)
     others = [p for p in group["params"] if p.grad is not None and p not in owned]
     for param in others:
         start_adam(param, states[param])
-    open_copies(others, [states[param] for param in others], group)
+    if group["low_precision"] == "master":
+        params = [*owned, *others]
+        open_copies(params, [states[param] for param in params], group)
 
 
 def _shapes(param: Tensor) -> dict[str, Sequence[int]]:

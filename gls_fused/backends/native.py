@@ -1,13 +1,14 @@
 """Backend `native`: the C++ and CUDA ops of csrc/. Importing this module loads them.
 
 Ops that are a single call into torch's own kernels, and dense curvature, which is the oracle, are
-the reference's; on CUDA also bases that move, and cores, in float64 or of more than 64 columns.
+the reference's; on CUDA also bases that move, and cores, beyond the ranks that have kernels.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,15 +133,8 @@ def refresh_subspaces(
     cores: Sequence[Tensor], sketches: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     """See `gls_fused.reference.refresh_subspaces`."""
-    results: list[Any] = [None] * len(cores)
-    for mine in _with_kernels(cores, CUDA_BASIS_RANKS):
-        moved = _ops.refresh_subspaces([cores[i] for i in mine], [sketches[i] for i in mine])
-        for i, result in zip(mine, zip(*moved, strict=True), strict=True):
-            results[i] = result
-    return [
-        reference.refresh_subspace(*layer) if result is None else result
-        for layer, result in zip(zip(cores, sketches, strict=True), results, strict=True)
-    ]
+    fused, plain = _ops.refresh_subspaces, reference.refresh_subspace
+    return _by_layer(fused, plain, CUDA_BASIS_RANKS, cores, sketches)
 
 
 def invert_core(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[Tensor, Tensor]:
@@ -153,16 +147,9 @@ def invert_cores(
     cores: Sequence[Tensor], traces: Sequence[Tensor], dims: Sequence[int], damping: float
 ) -> list[tuple[Tensor, Tensor]]:
     """See `gls_fused.reference.invert_cores`."""
-    results: list[Any] = [None] * len(cores)
-    for mine in _with_kernels(cores, CUDA_CORE_RANKS):
-        parts = ([part[i] for i in mine] for part in (cores, traces, dims))
-        inverted = _ops.invert_cores(*parts, damping)
-        for i, result in zip(mine, zip(*inverted, strict=True), strict=True):
-            results[i] = result
-    return [
-        reference.invert_core(*layer, damping) if result is None else result
-        for layer, result in zip(zip(cores, traces, dims, strict=True), results, strict=True)
-    ]
+    fused = functools.partial(_ops.invert_cores, damping=damping)
+    plain = functools.partial(reference.invert_core, damping=damping)
+    return _by_layer(fused, plain, CUDA_CORE_RANKS, cores, traces, dims)
 
 
 def update_layers_(
@@ -211,15 +198,33 @@ def update_layers_(
     )
 
 
-def _with_kernels(
-    cores: Sequence[Tensor], cuda_ranks: Mapping[torch.dtype, int]
-) -> Iterable[list[int]]:
-    """Those that one call takes: alike in dtype and device, on CUDA up to a rank."""
+def _by_layer(
+    fused: Callable[..., Any],
+    plain: Callable[..., tuple[Tensor, Tensor]],
+    cuda_ranks: Mapping[torch.dtype, int],
+    cores: Sequence[Tensor],
+    *parts: Sequence[Any],
+) -> list[tuple[Tensor, Tensor]]:
+    """Two results per layer: `fused` gives those of all that are alike in dtype and device at once.
+
+    Args:
+        plain: for a layer on CUDA whose core has no kernel.
+        cuda_ranks: the largest rank with kernels on CUDA, by dtype.
+        cores, parts: the arguments, of each layer one.
+    """
+    results: list[Any] = [None] * len(cores)
     calls: dict[tuple[torch.dtype, int], list[int]] = {}
-    for index, core in enumerate(cores):
-        if not core.is_cuda or len(core) <= cuda_ranks.get(core.dtype, -1):
+    for index, layer in enumerate(zip(cores, *parts, strict=True)):
+        core = layer[0]
+        if core.is_cuda and len(core) > cuda_ranks.get(core.dtype, -1):
+            results[index] = plain(*layer)
+        else:
             calls.setdefault((core.dtype, core.get_device()), []).append(index)
-    return calls.values()
+    for mine in calls.values():
+        found = fused(*([part[index] for index in mine] for part in (cores, *parts)))
+        for index, result in zip(mine, zip(*found, strict=True), strict=True):
+            results[index] = result
+    return results
 
 
 def _check_device(op: str, *tensors: Tensor | None) -> None:
