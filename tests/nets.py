@@ -68,6 +68,25 @@ def snapshot(model):
     return [p.detach().clone() for p in model.parameters()]
 
 
+def assert_equal(actual, expected):
+    """Tensors, bit for bit."""
+    for p, q in zip(actual, expected, strict=True):
+        assert p.dtype == q.dtype
+        assert torch.equal(p, q)
+
+
+def assert_same_state(actual, expected):
+    """Two state dicts, bit for bit."""
+    assert actual["param_groups"] == expected["param_groups"]
+    assert actual["state"].keys() == expected["state"].keys()
+    for index, state in expected["state"].items():
+        assert actual["state"][index].keys() == state.keys()
+        for key, value in state.items():
+            found = actual["state"][index][key]
+            assert type(found) is type(value), key
+            assert_equal([torch.as_tensor(found)], [torch.as_tensor(value)])
+
+
 def gradients(model):
     """A copy of all the gradients, None where there is none."""
     return [None if p.grad is None else p.grad.clone() for p in model.parameters()]

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from nets import KINDS, loss_of, make_batch, make_net, snapshot
+from nets import KINDS, assert_equal, loss_of, make_batch, make_net, snapshot
 from torch import nn
 
 from gls_fused import GLS, attach
@@ -190,12 +190,6 @@ def states(optimizer):
 
 def assert_finite(tensors):
     assert all(x.isfinite().all() for x in tensors)
-
-
-def assert_equal(actual, expected):
-    assert len(actual) == len(expected)
-    for p, q in zip(actual, expected, strict=True):
-        assert torch.equal(p, q)
 
 
 def run_with_bad_batches(kind, bad_value, bad_steps, **options):

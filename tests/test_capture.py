@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from nets import KINDS, gradients, loss_of, make_batch, make_net, snapshot
+from nets import KINDS, assert_equal, gradients, loss_of, make_batch, make_net, snapshot
 from tolerances import PRODUCT, SAME_STEPS, SOLVE, assert_near, relative_error
 from torch import nn
 from torch.nn import functional as F
@@ -21,11 +21,6 @@ def train(model, optimizer, kind, steps, start=0):
         loss_of(model, make_batch(kind, 5, step)).backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def assert_equal(actual, expected):
-    for p, q in zip(actual, expected, strict=True):
-        assert torch.equal(p, q)
 
 
 def lines_of(report):

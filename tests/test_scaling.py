@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from nets import KINDS, loss_of, make_batch, make_net, snapshot
+from nets import KINDS, assert_equal, assert_same_state, loss_of, make_batch, make_net, snapshot
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
@@ -31,21 +31,6 @@ def make(kind="mlp", dtype=torch.float32):
 
 def batch_of(kind, step, dtype=torch.float32):
     return tuple(x.to(dtype) for x in make_batch(kind, 9, step))
-
-
-def assert_equal(actual, expected):
-    for p, q in zip(actual, expected, strict=True):
-        assert torch.equal(p, q)
-
-
-def assert_same_state(actual, expected):
-    assert actual["param_groups"] == expected["param_groups"]
-    assert actual["state"].keys() == expected["state"].keys()
-    for index, state in expected["state"].items():
-        assert actual["state"][index].keys() == state.keys()
-        for key, value in state.items():
-            found = torch.as_tensor(actual["state"][index][key])
-            assert torch.equal(found, torch.as_tensor(value)), key
 
 
 def backward(model, optimizer, scaler, kind, step, overflow=None, clip=None):

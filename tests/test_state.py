@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from nets import loss_of, make_batch, make_net, snapshot
+from nets import assert_equal, assert_same_state, loss_of, make_batch, make_net, snapshot
 from resume import CUT, SPECS, STEPS, Run
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -37,24 +37,6 @@ def make_trained(steps=4, kind="mlp", **options):
     optimizer = GLS(model, **{**OPTIONS, **options})
     train(model, optimizer, range(steps), kind)
     return model, optimizer
-
-
-def assert_equal(actual, expected):
-    for p, q in zip(actual, expected, strict=True):
-        assert p.dtype == q.dtype
-        assert torch.equal(p, q)
-
-
-def assert_same_state(actual, expected):
-    """Two state dicts, bit for bit."""
-    assert actual["param_groups"] == expected["param_groups"]
-    assert actual["state"].keys() == expected["state"].keys()
-    for index, state in expected["state"].items():
-        assert actual["state"][index].keys() == state.keys()
-        for key, value in state.items():
-            found = actual["state"][index][key]
-            assert type(found) is type(value)
-            assert torch.equal(torch.as_tensor(found), torch.as_tensor(value))
 
 
 @pytest.fixture(scope="session")

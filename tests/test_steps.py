@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from nets import KINDS, loss_of, make_batch, make_net, snapshot
+from nets import KINDS, assert_equal, loss_of, make_batch, make_net, snapshot
 from tolerances import SAME_STEPS, assert_near
 
 from gls_fused import GLS
@@ -17,11 +17,6 @@ def train(model, optimizer, steps, start=0, kind="mlp"):
         loss_of(model, make_batch(kind, 5, step)).backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def assert_equal(actual, expected):
-    for p, q in zip(actual, expected, strict=True):
-        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,7 @@ import io
 
 import pytest
 import torch
-from nets import loss_of, make_batch, make_net, snapshot
+from nets import assert_equal, assert_same_state, loss_of, make_batch, make_net, snapshot
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -37,22 +37,6 @@ def take_steps(model, optimizer, steps=3, dtype=torch.float64):
         loss_of(model, [x.to(dtype) for x in make_batch("mlp", 9, step)]).backward()
         optimizer.step()
     return snapshot(model)
-
-
-def assert_equal(actual, expected):
-    for p, q in zip(actual, expected, strict=True):
-        assert torch.equal(p, q)
-
-
-def assert_same_state(actual, expected):
-    assert actual["param_groups"] == expected["param_groups"]
-    assert actual["state"].keys() == expected["state"].keys()
-    for index, state in expected["state"].items():
-        assert actual["state"][index].keys() == state.keys()
-        for key, value in state.items():
-            found = torch.as_tensor(actual["state"][index][key])
-            assert found.dtype == torch.as_tensor(value).dtype
-            assert torch.equal(found, torch.as_tensor(value))
 
 
 # ---- test_forloop_goes_right_direction -----------------------------------------------------------

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from nets import KINDS, loss_of, make_batch, make_net, snapshot
+from nets import KINDS, assert_equal, loss_of, make_batch, make_net, snapshot
 from tolerances import SAME_STEPS, assert_near
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
@@ -23,11 +23,6 @@ def train(model, optimizer, steps, kind="mlp", after=None):
         if after is not None:
             after()
     return snapshot(model)
-
-
-def assert_equal(actual, expected):
-    for p, q in zip(actual, expected, strict=True):
-        assert torch.equal(p, q)
 
 
 # ---- schedulers ----------------------------------------------------------------------------------
