@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, cast, overload
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from typing_extensions import Self
 
+from gls_fused.apply import step_layers_
 from gls_fused.diagnostics import diagnose
 from gls_fused.dispatch import resolve_backend
 from gls_fused.distributed import Ranks
@@ -26,7 +26,7 @@ from gls_fused.groups import (
     split_group,
 )
 from gls_fused.layers import Layer, find_layers
-from gls_fused.low_precision import Bits, close_copies, is_low, make_bits, open_copies
+from gls_fused.low_precision import make_bits
 from gls_fused.preconditioner import (
     SITES,
     Preconditioner,
@@ -34,14 +34,12 @@ from gls_fused.preconditioner import (
     describe_layers,
     take_sums,
 )
-from gls_fused.reference import Inverse, Normalize
+from gls_fused.reference import Normalize
 from gls_fused.scaling import take_flag, unscale_
-from gls_fused.sharding import update_shards_
 from gls_fused.state import (
     VERSION,
     check_state,
     copy_state,
-    fill_layer_states,
     is_priming,
     prime_states,
     upgrade_group,
@@ -235,8 +233,7 @@ class GLS(torch.optim.Optimizer):
                 if layer.weight.grad is not None and layer.inverse is not None
             ]
             bits = make_bits(group)
-            for alike in _group_layers(ready, group):
-                self._update(preconditioner, alike, group, bits, skip)
+            step_layers_(preconditioner.backend, ready, self.state, group, bits, skip)
             owned = {param for layer in ready for param in layer.params}
             others = [p for p in group["params"] if p.grad is not None and p not in owned]
             adam_(others, [self.state[p] for p in others], group, bits, skip)
@@ -308,8 +305,6 @@ class GLS(torch.optim.Optimizer):
         own = dict(state)
         layers, captured = own.pop("_layers", None), own.pop("_captured", None)
         super().__setstate__(own)
-        for index, group in enumerate(self.param_groups):
-            group.update(upgrade_group(group, index, self._options))
         if layers is None:
             if "_preconditioners" not in vars(self):
                 raise ValueError(
@@ -317,6 +312,8 @@ class GLS(torch.optim.Optimizer):
                     "load its state_dict() instead"
                 )
             return
+        for index, group in enumerate(self.param_groups):
+            group.update(upgrade_group(group, index, self._options))
         self._preconditioners = []
         pairs = zip(self.param_groups, layers, captured, strict=True)
         for group, mine, flags in pairs:
@@ -414,72 +411,3 @@ class GLS(torch.optim.Optimizer):
             forget_adam(self.state[param])
         for layer in primed:
             self.state[layer.weight].clear()
-
-    def _update(
-        self,
-        preconditioner: Preconditioner,
-        layers: list[Layer],
-        group: Mapping[str, Any],
-        bits: Bits,
-        skip: Tensor | None,
-    ) -> None:
-        """One update of layers that are alike, with P where the backward has not applied it."""
-        params: list[Tensor] = []
-        inverses: list[Inverse | None] = []
-        sizes: list[int] = []
-        for layer in layers:
-            mine = [param for param in layer.params if param.grad is not None]
-            params += mine
-            sizes.append(len(mine))
-            with_bias = len(mine) == len(layer.params)
-            inverses.append(None if layer.at_backward else layer.inverse_for(with_bias))
-            fill_layer_states(layer, mine, [self.state[param] for param in mine], group)
-        states = [self.state[param] for param in params]
-        steps = [self.state[layer.weight]["step"] for layer in layers]
-        squares: list[Tensor] = []
-        if group["normalize"] == "rms":
-            squares = [self.state[layer.weight]["exp_avg_sq"] for layer in layers]
-        elif group["normalize"] == "adam":
-            squares = [state["exp_avg_sq"] for state in states]
-        # The backends round to the nearest themselves.
-        copies = params
-        if group["low_precision"] != "nearest":
-            copies = open_copies(params, states, group)
-        pairs = zip(params, copies, strict=True)
-        gradients = [
-            p.grad if copy is p else p.grad.float() for p, copy in pairs if p.grad is not None
-        ]
-        update_layers_ = preconditioner.backend.update_layers_
-        if layers[0].shards is not None:
-            update_layers_ = functools.partial(update_shards_, preconditioner.backend)
-        update_layers_(
-            copies,
-            gradients,
-            [state["exp_avg"] for state in states] if group["momentum"] else [],
-            squares,
-            steps,
-            inverses,
-            layer_sizes=sizes,
-            normalize=group["normalize"],
-            lr=group["lr"],
-            momentum=group["momentum"],
-            beta2=group["beta2"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            skip=None if skip is None else skip.to(layers[0].weight.device, non_blocking=True),
-        )
-        close_copies(params, copies, group, bits)
-
-
-def _group_layers(layers: list[Layer], options: Mapping[str, Any]) -> list[list[Layer]]:
-    """Layers that one update takes together: of one dtype, device and sharding."""
-    groups: dict[tuple[object, ...], list[Layer]] = {}
-    for layer in layers:
-        key: tuple[object, ...] = (layer.weight.dtype, layer.weight.get_device(), layer.shards)
-        # One by one, so that the float32 copies of a single layer are alive at a time.
-        # Not where they share an all-reduce.
-        alone = layer.shards is None and options["low_precision"] == "stochastic"
-        if alone and is_low(layer.weight):
-            key = (*key, layer.name)
-        groups.setdefault(key, []).append(layer)
-    return list(groups.values())
