@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse
+from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse, split_sums
 from gls_fused.scaling import where_flag
 
 State: TypeAlias = dict[str, Any]
@@ -28,6 +28,14 @@ State: TypeAlias = dict[str, Any]
 TEST_MATRIX_SEED = 2147483647
 
 AUTO_RANK = 32
+
+
+class Moments(NamedTuple):
+    """An estimate before its basis moves."""
+
+    sketch: Tensor  # Z [d, r]
+    core: Tensor  # M [r, r]
+    trace: Tensor  # t, 0-d
 
 
 class Curvature(Protocol):
@@ -45,18 +53,11 @@ class Curvature(Protocol):
     def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """What the rows are sketched with in place of U before there is an estimate."""
 
-    def start(self, state: State, sums: Tensor) -> Tensor | None:
+    def start(self, state: State, sums: Tensor) -> Moments | None:
         """Fill `state` from the first sums, which must count at least one row.
 
         Returns:
-            Of a subspace, Z [d, r]; `settle` has to follow.
-        """
-
-    def blend(self, state: State, sums: Tensor, beta: float) -> Tensor | None:
-        """Blend new sums in, in place; sums that count no row do not change the estimate.
-
-        Returns:
-            As `start`.
+            Of a subspace, what `settle` has to be given.
         """
 
     def inverse(self, state: Mapping[str, Any]) -> Inverse:
@@ -81,14 +82,14 @@ class Dense:
     def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         return None
 
-    def start(self, state: State, sums: Tensor) -> Tensor | None:
+    def start(self, state: State, sums: Tensor) -> None:
         state["gram"] = self._gram(sums / sums[0])
-        return None
 
-    def blend(self, state: State, sums: Tensor, beta: float) -> Tensor | None:
-        means, weight = _means(sums, beta)
-        state["gram"].lerp_(self._gram(means), weight)
-        return None
+    def blend(self, state: State, sums: Tensor, beta: float) -> None:
+        """Blend new sums in, in place."""
+        count = sums[0]
+        weight = (count > 0) * torch.full_like(count, 1 - beta)
+        state["gram"].lerp_(self._gram(sums / count.clamp(min=1)), weight)
 
     def inverse(self, state: Mapping[str, Any]) -> Inverse:
         return DenseInverse(state["matrix"])
@@ -125,29 +126,12 @@ class Subspace:
         basis: Tensor = torch.linalg.qr(gaussian)[0]
         return _by_columns(basis.to(device, dtype))
 
-    def start(self, state: State, sums: Tensor) -> Tensor:
-        trace, core, sketch = self._moments(sums / sums[0])
-        state.update(trace=trace.clone(), core=core.clone())
-        return sketch
-
-    def blend(self, state: State, sums: Tensor, beta: float) -> Tensor:
-        means, weight = _means(sums, beta)
-        trace, core, sketch = self._moments(means)
-        state["trace"].lerp_(trace, weight)
-        # The basis moved with the last commit, so the estimate is U M U', and its sketch is U M.
-        earlier = (state["core"] @ state["basis"].T).T
-        state["core"].lerp_(core, weight)
-        blended: Tensor = earlier.lerp(sketch, weight)
-        return blended
+    def start(self, state: State, sums: Tensor) -> Moments:
+        _, trace, core, sketch = split_sums(sums / sums[0], self.dim, self.rank)
+        return Moments(sketch, core, trace.clone())
 
     def inverse(self, state: Mapping[str, Any]) -> Inverse:
         return SubspaceInverse(state["basis"], state["core_inverse"], state["shift"])
-
-    def _moments(self, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Trace (0-d), core [r, r] and sketch [d, r]."""
-        split = 2 + self.rank * self.rank
-        core = means[2:split].view(self.rank, self.rank)
-        return means[1], core, means[split:].view(self.rank, self.dim).T
 
 
 def auto_rank(outputs: int) -> int:
@@ -175,8 +159,35 @@ def empty_state(curvature: Curvature, dtype: torch.dtype, device: torch.device) 
     return state
 
 
+def blend(
+    layers: Sequence[tuple[Curvature, State, Tensor]], beta: float
+) -> list[tuple[Curvature, State, Moments | None]]:
+    """Blend new sums in; those that count no row do not change the estimate.
+
+    Returns:
+        What `settle` has to be given.
+    """
+    blended: list[tuple[Curvature, State, Moments | None]] = []
+    moving = []
+    for kind, state, sums in layers:
+        if isinstance(kind, Dense):
+            kind.blend(state, sums, beta)
+            blended.append((kind, state, None))
+        else:
+            moving.append((kind, state, sums))
+    if moving:
+        kinds, states, all_sums = zip(*moving, strict=True)
+        bases, cores, traces = (
+            [state[name] for state in states] for name in ("basis", "core", "trace")
+        )
+        found = kinds[0].backend.blend_subspaces(bases, cores, traces, all_sums, beta)
+        moments = [Moments(*parts) for parts in found]
+        blended += zip(kinds, states, moments, strict=True)
+    return blended
+
+
 def settle(
-    layers: Sequence[tuple[Curvature, State, Tensor | None]],
+    layers: Sequence[tuple[Curvature, State, Moments | None]],
     damping: float,
     skip: Tensor | None = None,
 ) -> None:
@@ -188,20 +199,26 @@ def settle(
         layers: with what `start` or `blend` gave.
         skip: 0-d bool; where it is true the states stay as they are.
     """
-    moving = [(kind, state, z) for kind, state, z in layers if isinstance(kind, Subspace)]
+    moving = [(kind, state, found) for kind, state, found in layers if found is not None]
     if moving:
-        kinds, states, sketches = zip(*moving, strict=True)
+        kinds, states, moments = zip(*moving, strict=True)
+        sketches, cores, traces = zip(*moments, strict=True)
         backend, dims = kinds[0].backend, [kind.dim for kind in kinds]
-        moved = backend.refresh_subspaces([state["core"] for state in states], sketches)
-        for state, (basis, core) in zip(states, moved, strict=True):
-            _store(state, skip, basis=_by_columns(basis), core=core)
-        cores, traces = ([state[key] for state in states] for key in ("core", "trace"))
+        bases, cores = zip(*backend.refresh_subspaces(cores, sketches), strict=True)
         inverses = backend.invert_cores(cores, traces, dims, damping)
-        for state, (core_inverse, shift) in zip(states, inverses, strict=True):
-            _store(state, skip, core_inverse=core_inverse, shift=shift)
+        core_inverses, shifts = zip(*inverses, strict=True)
+        _store(
+            states,
+            skip,
+            basis=[_by_columns(basis) for basis in bases],
+            core=cores,
+            trace=traces,
+            core_inverse=core_inverses,
+            shift=shifts,
+        )
     for kind, state, _ in layers:
         if isinstance(kind, Dense):
-            _store(state, skip, matrix=kind.backend.invert_gram(state["gram"], damping))
+            _store([state], skip, matrix=[kind.backend.invert_gram(state["gram"], damping)])
 
 
 def add_sums(
@@ -219,23 +236,24 @@ def add_sums(
     return new if sums is None else sums + new
 
 
-def _means(sums: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Sums over n, and the weight with which they blend in: 1 - beta, or 0 where n is 0."""
-    count = sums[0]
-    return sums / count.clamp(min=1), (count > 0) * torch.full_like(count, 1 - beta)
-
-
 def _by_columns(matrix: Tensor) -> Tensor:
     """The same matrix, its columns contiguous."""
     return matrix.T.contiguous().T
 
 
-def _store(state: State, skip: Tensor | None, **tensors: Tensor) -> None:
-    """In place where the tensor exists, so that views on the state stay valid."""
-    for name, tensor in tensors.items():
-        if name not in state:
-            # Not the strides a solver left: a saved state is read into those of `empty_state`.
-            state[name] = tensor if name == "basis" else tensor.contiguous()
-            continue
-        kept = state[name]
-        kept.copy_(tensor if skip is None else where_flag(skip, kept, tensor))
+def _store(states: Sequence[State], skip: Tensor | None, **results: Sequence[Tensor]) -> None:
+    """In place where the tensors exist, so that views on a state stay valid."""
+    kept: list[Tensor] = []
+    found: list[Tensor] = []
+    for name, tensors in results.items():
+        for state, tensor in zip(states, tensors, strict=True):
+            if name in state:
+                kept.append(state[name])
+                found.append(tensor)
+            else:
+                # Not the strides a solver left: a saved state is read into those of `empty_state`.
+                state[name] = tensor if name == "basis" else tensor.contiguous()
+    if skip is not None:
+        found = [where_flag(skip, *pair) for pair in zip(kept, found, strict=True)]
+    if kept:
+        torch._foreach_copy_(kept, found)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gls_fused.curvature import State, make_curvature, settle
+from gls_fused.curvature import State, blend, make_curvature, settle
 from gls_fused.dispatch import backend_name, resolve_backend
 from gls_fused.distributed import Ranks
 from gls_fused.layers import Layer
@@ -147,13 +147,12 @@ class Preconditioner:
             sums: of `take_sums`, which count no row where `skip` is true.
             skip: 0-d bool; where it is true the states stay as they are.
         """
-        blended = []
-        for layer in self.layers:
-            if layer in sums:
-                state = self.state_of(layer, True)
-                sketch = layer.curvature.blend(state, sums[layer], options["beta"])
-                blended.append((layer.curvature, state, sketch))
-        settle(blended, options["damping"], skip)
+        own = [
+            (layer.curvature, self.state_of(layer, True), sums[layer])
+            for layer in self.layers
+            if layer in sums
+        ]
+        settle(blend(own, options["beta"]), options["damping"], skip)
 
     def expect(self, step: int, options: Mapping[str, Any]) -> None:
         """Tell the layers what the coming step asks of them: to gather, and where P applies."""

@@ -119,6 +119,47 @@ def sketch_images(
 # ---- curvature: the streaming subspace ----------------------------------------------------------
 
 
+def split_sums(sums: Tensor, dim: int, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """n, ||A||_F^2, Y'Y [r, r] and A'Y [d, r]: views on the sums [2 + r r + r d] of a step."""
+    count, trace, core, sketch = torch.split(sums, [1, 1, rank * rank, rank * dim])
+    return count[0], trace[0], core.view(rank, rank), sketch.view(rank, dim).T
+
+
+def blend_subspace(
+    basis: Tensor, core: Tensor, trace: Tensor, sums: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The running estimate, which stands for U M U' and its trace t, takes in a step's sums.
+
+        Z = (1 - w) U M + w A'Y / n,   M <- (1 - w) M + w Y'Y / n,
+        t <- (1 - w) t + w ||A||_F^2 / n,   w = 1 - beta, or 0 where n = 0
+
+    Args:
+        basis: U [d, r], orthonormal, that Y = A U was formed with.
+        core: M [r, r].
+        trace: t, 0-d.
+        sums: see `split_sums`.
+    Returns:
+        Z [d, r], M [r, r] and t (0-d); `refresh_subspace` has to follow.
+    """
+    count, squares, gram, rows_y = split_sums(sums, *basis.shape)
+    n = count.clamp(min=1)
+    weight = (count > 0) * torch.full_like(count, 1 - beta)
+    sketch = (core @ basis.T).T.lerp(rows_y / n, weight)
+    return sketch, core.lerp(gram / n, weight), trace.lerp(squares / n, weight)
+
+
+def blend_subspaces(
+    bases: Sequence[Tensor],
+    cores: Sequence[Tensor],
+    traces: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    beta: float,
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """`blend_subspace` of some layers."""
+    layers = zip(bases, cores, traces, sums, strict=True)
+    return [blend_subspace(*layer, beta) for layer in layers]
+
+
 def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
     """The basis moves one step towards the leading eigenvectors of Sigma.
 

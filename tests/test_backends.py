@@ -123,6 +123,34 @@ def test_refresh_and_inverse(name, dtype, dim, rank, scale):
     assert_same(inverse, reference.invert_core(moved[1], trace, dim, 0.3), SOLVE, dtype)
 
 
+def draw_estimates(dtype):
+    """Arguments of blend_subspaces for three layers, the second of which got no rows."""
+    shapes = [(1, 3), (5, 70), (32, 33)]
+    bases = [make_inverse(dim, rank, dtype).basis for rank, dim in shapes]
+    cores = [draw(rank, rank, dtype=dtype) for rank, _ in shapes]
+    traces = [draw(1, dtype=dtype)[0] for _ in shapes]
+    sums = [draw(2 + rank * (rank + dim), dtype=dtype) for rank, dim in shapes]
+    for mine, count in zip(sums, (9, 0, 200), strict=True):
+        mine[0] = count
+        if not count:
+            mine.zero_()
+    return bases, cores, traces, sums
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sums_blend_in(name, dtype):
+    bases, cores, traces, sums = draw_estimates(dtype)
+    given = [x.clone() for x in (*cores, *traces)]
+    found = resolve_backend(name, ["cpu"]).blend_subspaces(bases, cores, traces, sums, 0.9)
+    for *layer, actual in zip(bases, cores, traces, sums, found, strict=True):
+        assert_same(actual, reference.blend_subspace(*layer, 0.9), PRODUCT, dtype)
+    assert_same([*cores, *traces], given, PRODUCT, dtype)
+    # No rows, no change.
+    assert torch.equal(found[1][1], cores[1])
+    assert torch.equal(found[1][2], traces[1])
+
+
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_some_layers_at_once(name, dtype):

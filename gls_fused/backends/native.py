@@ -20,6 +20,8 @@ from gls_fused.reference import (
     DenseInverse,
     Inverse,
     Normalize,
+    blend_subspace,
+    blend_subspaces,
     invert_gram,
     sketch_images,
     sum_gram,
@@ -28,6 +30,8 @@ from gls_fused.reference import (
 
 __all__ = [
     "LinearCapture",
+    "blend_subspace",
+    "blend_subspaces",
     "captured_linear",
     "invert_core",
     "invert_cores",

@@ -46,7 +46,9 @@ def launch_statistics(rank):
     backend.invert_core(torch.eye(rank), torch.ones(()), SIZE, 0.3)
     if rank <= configs.MAX_RANK:
         backend.invert_core(torch.eye(rank).double(), torch.ones(()).double(), SIZE, 0.3)
-        backend.refresh_subspace(torch.eye(rank), torch.zeros(SIZE, rank))
+        core, sums = torch.eye(rank), torch.zeros(2 + rank * (rank + SIZE))
+        backend.blend_subspace(torch.zeros(rank, SIZE).T, core, torch.ones(()), sums, 0.9)
+        backend.refresh_subspace(core, torch.zeros(SIZE, rank))
 
 
 def launch_updates(dtype, rank, *, momentum=0.9, odd=False, by_columns=False, skip=None):

@@ -8,6 +8,7 @@ from test_backends import (
     assert_same,
     assert_same_estimate,
     draw,
+    draw_estimates,
     make_inverse,
     make_update,
     run_skipping,
@@ -158,6 +159,16 @@ def test_bases_of_all_layers_at_once(monkeypatch):
     assert len(launches) == 10
     for layer, actual in zip(layers, found, strict=True):
         assert_same_estimate(actual, reference.refresh_subspace(*layer))
+
+
+def test_sums_of_all_layers_at_once(monkeypatch):
+    """A launch per padded rank; d is more than one block."""
+    launches = record_launches(monkeypatch, backend.blend)
+    bases, cores, traces, sums = draw_estimates(torch.float32)
+    found = backend.blend_subspaces(bases, cores, traces, sums, 0.9)
+    assert len(launches) == 2
+    for *layer, actual in zip(bases, cores, traces, sums, found, strict=True):
+        assert_same(actual, reference.blend_subspace(*layer, 0.9), PRODUCT, torch.float32)
 
 
 def check_refresh(core, sketch, scale):

@@ -3,6 +3,7 @@
     rows.py            X P for rows and gradients, in one kernel
     sketch.py          Y'Y, A'Y and ||A||_F^2, added up in a fixed order
     core.py            C and lambda', all layers in one launch
+    blend.py           a step's sums enter the estimates, all layers in one launch
     subspace.py        the bases move: Cholesky QR, twice, all layers in five launches
     update.py          the update of all layers at once; its kernels are in update_kernels.py
     configs.py         block sizes, a table
@@ -12,6 +13,7 @@ Convolutions' sketches and dense curvature are the reference's: torch's own conv
 products. On a CPU the kernels run in Triton's interpreter only (TRITON_INTERPRET=1), for tests.
 """
 
+from gls_fused.backends.triton.blend import blend_subspace, blend_subspaces
 from gls_fused.backends.triton.core import invert_core, invert_cores
 from gls_fused.backends.triton.rows import precondition_gradient, precondition_rows
 from gls_fused.backends.triton.sketch import sketch_rows
@@ -20,6 +22,8 @@ from gls_fused.backends.triton.update import update_layers_
 from gls_fused.reference import invert_gram, sketch_images, sum_gram, unfold_images
 
 __all__ = [
+    "blend_subspace",
+    "blend_subspaces",
     "invert_core",
     "invert_cores",
     "invert_gram",
