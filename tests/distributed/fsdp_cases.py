@@ -24,6 +24,7 @@ from ranks import (
     part_of,
     train_on_all,
     train_on_part,
+    uneven,
     whole,
 )
 from tolerances import PRODUCT, assert_near
@@ -75,9 +76,8 @@ def make(kind):
 
 
 def sizes_of(kind):
-    """Of the ranks' parts of a batch; a convolution sketches no more than 16 images."""
-    sizes = [3, 5] if dist.get_world_size() == 2 else [3, 5, 2, 4]
-    return sizes if kind == "cnn" else [2 * size for size in sizes]
+    """Of the ranks' parts of a batch."""
+    return uneven() if kind == "cnn" else [2 * size for size in uneven()]
 
 
 def check_equals_one_process(kind, options, **policy):

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 HERE = Path(__file__).parent
-QUICK = ("ddp_cases", "fsdp_cases")
+QUICK = ("ddp_cases", "fsdp_cases", "loop_cases")
 # A rank that waits this long for another one fails.
 PATIENCE = timedelta(seconds=60)
 
