@@ -162,21 +162,53 @@ def attached_optimizer():
     assert_one_preconditioner(handle.state_dict()["layers"].values())
 
 
+def average_whole(model):
+    """The gradients that fully_shard leaves alone, by hand."""
+    for p in model.parameters():
+        if not isinstance(p, DTensor):
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+
+
 @case
 def some_layers_whole_on_every_rank():
-    """The gradients of those are averaged by hand, as fully_shard leaves them alone."""
-
-    def average(model):
-        for p in model.parameters():
-            if not isinstance(p, DTensor):
-                dist.all_reduce(p.grad)
-                p.grad /= dist.get_world_size()
-
     expected, model, sizes = make_net("mlp"), make_net("mlp"), sizes_of("mlp")
     train_on_all(expected, GLS(expected, **OPTIONS, process_group=alone()), "mlp", sum(sizes))
     fully_shard(model.first, mesh=line_mesh())
     fully_shard(model.head, mesh=line_mesh())
-    train_on_part(model, GLS(model, **OPTIONS), "mlp", sizes, average=average)
+    train_on_part(model, GLS(model, **OPTIONS), "mlp", sizes, average=average_whole)
+    assert_same_weights(model, expected)
+
+
+class Embedded(nn.Module):
+    """Embedding, norms and an unsharded layer around a block that fully_shard covers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(2, 6)
+        self.block = nn.Sequential(nn.Linear(6, 10), nn.LayerNorm(10), nn.PReLU())
+        self.norm = nn.LayerNorm(10)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, inputs):
+        known = self.embedding((inputs[:, 0] > 0).long())
+        return self.head(self.norm(self.block(inputs + known)))
+
+
+@case
+def some_of_adams_parameters_whole_on_every_rank():
+    """In one group; the slope of the block is on one rank only."""
+
+    def make():
+        torch.manual_seed(0)
+        return Embedded().double()
+
+    expected, model, sizes = make(), make(), sizes_of("mlp")
+    train_on_all(expected, GLS(expected, **OPTIONS, process_group=alone()), "mlp", sum(sizes))
+    fully_shard(model.block, mesh=line_mesh())
+    train_on_part(model, GLS(model, **OPTIONS), "mlp", sizes, average=average_whole)
+    assert isinstance(model.block[1].weight, DTensor)
+    assert not isinstance(model.norm.weight, DTensor)
     assert_same_weights(model, expected)
 
 

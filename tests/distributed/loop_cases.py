@@ -97,18 +97,22 @@ for site in ("step", "backward"):
 
 @case
 def scheduled_tensor_lr(wrap):
-    def start(model, **options):
-        optimizer = GLS(model, **{**OPTIONS, "lr": torch.tensor(0.02)}, **options)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-        optimizer.register_step_post_hook(lambda *_: scheduler.step())
-        return optimizer
+    """Against numbers."""
+
+    def decay(optimizer, args, kwargs):
+        optimizer.param_groups[0]["lr"] *= 0.8
 
     expected, model = make_net("mlp"), make_net("mlp")
-    train_on_all(expected, start(expected, process_group=alone()), "mlp", sum(uneven()))
+    reference = GLS(expected, **OPTIONS, process_group=alone())
+    reference.register_step_post_hook(decay)
+    train_on_all(expected, reference, "mlp", sum(uneven()))
     wrapped = wrap(model)
-    optimizer = start(wrapped)
+    rate = torch.tensor(OPTIONS["lr"], dtype=torch.float64)
+    optimizer = GLS(wrapped, **{**OPTIONS, "lr": rate})
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+    optimizer.register_step_post_hook(lambda *_: scheduler.step())
     train_on_part(wrapped, optimizer, "mlp", uneven())
-    assert optimizer.param_groups[0]["lr"] < 1e-3
+    assert rate < OPTIONS["lr"] / 50
     assert_same_weights(model, expected)
 
 
