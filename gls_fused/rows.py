@@ -285,7 +285,7 @@ class Conv2d(torch.autograd.Function):
 
 
 def _times_root(inverse: Inverse) -> tuple[Inverse, Tensor]:
-    """sqrt(lambda') P and sqrt(lambda') [1]; of a dense P, one over its largest diagonal is taken."""
+    """sqrt(lambda') P and sqrt(lambda') [1]; 1 / lambda' is the largest diagonal of a dense P."""
     if isinstance(inverse, DenseInverse):
         root = inverse.matrix.diagonal().amax().rsqrt()
         return DenseInverse(inverse.matrix * root), root[None]
