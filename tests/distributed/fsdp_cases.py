@@ -1,5 +1,6 @@
 """Cases under fully_shard (FSDP2); see launch.py."""
 
+import copy
 import functools
 import itertools
 import math
@@ -31,7 +32,7 @@ from tolerances import PRODUCT, assert_near
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from gls_fused import GLS, attach
@@ -209,6 +210,25 @@ def some_of_adams_parameters_whole_on_every_rank():
     train_on_part(model, GLS(model, **OPTIONS), "mlp", sizes, average=average_whole)
     assert isinstance(model.block[1].weight, DTensor)
     assert not isinstance(model.norm.weight, DTensor)
+    assert_same_weights(model, expected)
+
+
+@case
+def adams_partial_gradients_are_added_up():
+    """Of DTensors that every rank has whole, with inputs that are sharded."""
+    expected = nn.LayerNorm(6, dtype=torch.float64)
+    model = distribute_module(copy.deepcopy(expected), line_mesh())
+    optimizers = [GLS([{"params": list(m.parameters())}], **OPTIONS) for m in (expected, model)]
+    for step in range(STEPS):
+        inputs, _ = make_batch("mlp", 8, step)
+        for m, optimizer in zip((expected, model), optimizers, strict=True):
+            optimizer.zero_grad()
+            if m is model:
+                inputs = distribute_tensor(inputs, line_mesh(), [Shard(0)])
+            (m(inputs) - 0.5).square().mean().backward()
+        assert model.weight.grad.placements[0].is_partial()
+        for optimizer in optimizers:
+            optimizer.step()
     assert_same_weights(model, expected)
 
 
