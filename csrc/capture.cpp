@@ -24,21 +24,22 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
 }
 
 std::tuple<Tensor, Tensor> precondition_rows(const Tensor& rows, const Tensor& basis,
-                                             const LinearCapture& capture, bool ones) {
+                                             const Tensor& core_inverse, const Tensor& shift,
+                                             bool ones) {
   static const auto op = find_op<std::tuple<Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool)>(
       "gls_fused::precondition_rows");
-  return op.call(rows, basis, capture.core_inverse, capture.shift, ones);
+  return op.call(rows, basis, core_inverse, shift, ones);
 }
 
 std::tuple<Tensor, Tensor> precondition_gradient(const Tensor& weight_gradient,
                                                  const std::optional<Tensor>& bias_gradient,
-                                                 const Tensor& basis,
-                                                 const LinearCapture& capture) {
+                                                 const Tensor& basis, const Tensor& core_inverse,
+                                                 const Tensor& shift) {
   static const auto op = find_op<std::tuple<Tensor, Tensor>(
       const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&)>(
       "gls_fused::precondition_gradient");
-  return op.call(weight_gradient, bias_gradient, basis, capture.core_inverse, capture.shift);
+  return op.call(weight_gradient, bias_gradient, basis, core_inverse, shift);
 }
 
 }  // namespace
@@ -123,16 +124,23 @@ struct CapturedLinear : torch::autograd::Function<CapturedLinear> {
     const bool ones = capture->ones && needs_bias;
     const Tensor basis =
         ones ? capture->basis : capture->basis.narrow(0, 0, weight.size(1));
+    Tensor core_inverse = capture->core_inverse, shift = capture->shift, factor = gradient.t();
+    if (rows.scalar_type() == at::kHalf) {
+      // As LinearRows.weight_gradient does, and why.
+      shift = shift.sqrt();
+      core_inverse = core_inverse * shift;
+      factor = (factor / shift.unsqueeze(0)).to(at::kHalf);
+    }
     if (rows.size(0) <= weight.size(0)) {
-      const auto [product, last] = precondition_rows(rows, basis, *capture, ones);
-      weight_gradient = at::mm(gradient.t(), product);
-      if (ones) bias_gradient = at::mv(gradient.t(), last);
+      const auto [product, last] = precondition_rows(rows, basis, core_inverse, shift, ones);
+      weight_gradient = at::mm(factor, product);
+      if (ones) bias_gradient = at::mv(factor, last);
     } else {
       // Fewer outputs than rows: by linearity, P is cheaper on this call's gradient.
       std::optional<Tensor> plain;
-      if (ones) plain = gradient.sum(0);
+      if (ones) plain = factor.sum(1);
       std::tie(weight_gradient, bias_gradient) =
-          precondition_gradient(at::mm(gradient.t(), rows), plain, basis, *capture);
+          precondition_gradient(at::mm(factor, rows), plain, basis, core_inverse, shift);
     }
     if (!ones) bias_gradient = needs_bias ? gradient.sum(0) : Tensor();
     return {input_gradient, weight_gradient, bias_gradient, Tensor()};

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from gls_fused.low_precision import Bits, close_copies, open_copies
+from gls_fused.sharding import gradient_here, rows_here
 
 
 def start_adam(param: Tensor, state: dict[str, Any]) -> None:
@@ -51,11 +52,12 @@ def adam_(
         start_adam(param, state)
     copies = open_copies(params, states, options)
     pairs = zip(params, copies, strict=True)
+    # Element by element, so a rank's parts are enough; torch refuses a mix of shards and the rest.
     adamw(
-        copies,
-        [p.grad if copy is p else p.grad.float() for p, copy in pairs if p.grad is not None],
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        [rows_here(copy) for copy in copies],
+        [gradient_here(p).to(copy.dtype) for p, copy in pairs],
+        [rows_here(state["exp_avg"]) for state in states],
+        [rows_here(state["exp_avg_sq"]) for state in states],
         [],
         [state["step"] for state in states],
         fused=True,

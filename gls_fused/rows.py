@@ -141,18 +141,20 @@ class LinearRows(Rows):
         if with_bias and not self.ones:
             # The module's bias is not the layer's: its gradient stays true.
             return self.weight_gradient(inputs, output_gradient, False)[0], gradient.sum(0)
-        if self.at_backward and rows.shape[0] <= gradient.shape[1]:
-            product, ones = self.backend.precondition_rows(
-                rows, self.inverse_for(with_bias), ones=with_bias
-            )
-            return gradient.T @ product, None if ones is None else gradient.T @ ones
-        direction = gradient.T @ rows
-        bias_direction = gradient.sum(0) if with_bias else None
         if not self.at_backward:
-            return direction, bias_direction
+            return gradient.T @ rows, gradient.sum(0) if with_bias else None
+        inverse = self.inverse_for(with_bias)
+        if rows.dtype == torch.float16:
+            # The entries of A P are of the order of 1 / sqrt(lambda'): more than it holds where the
+            # inputs are small. With that factor on the gradients all is as large as the direction.
+            inverse, root = _times_root(inverse)
+            gradient = (gradient / root).to(gradient.dtype)
+        if rows.shape[0] <= gradient.shape[1]:
+            product, ones = self.backend.precondition_rows(rows, inverse, ones=with_bias)
+            return gradient.T @ product, None if ones is None else gradient.T @ ones
         # Fewer outputs than rows: by linearity, P is cheaper on this call's gradient.
         return self.backend.precondition_gradient(  # type: ignore[no-any-return]
-            direction, bias_direction, self.inverse_for(with_bias)
+            gradient.T @ rows, gradient.sum(0) if with_bias else None, inverse
         )
 
 
@@ -280,6 +282,15 @@ class Conv2d(torch.autograd.Function):
             )
             weight_gradient, bias_gradient = (*directions, bias_gradient)[:2]
         return image_gradient, weight_gradient, bias_gradient, sums, None
+
+
+def _times_root(inverse: Inverse) -> tuple[Inverse, Tensor]:
+    """sqrt(lambda') P and sqrt(lambda') [1]; 1 / lambda' is the largest diagonal of a dense P."""
+    if isinstance(inverse, DenseInverse):
+        root = inverse.matrix.diagonal().amax().rsqrt()
+        return DenseInverse(inverse.matrix * root), root[None]
+    root = inverse.shift.sqrt()
+    return inverse._replace(core_inverse=inverse.core_inverse * root, shift=root), root[None]
 
 
 def _every(inputs: Tensor, most: int) -> tuple[Tensor, int]:

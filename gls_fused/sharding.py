@@ -38,6 +38,14 @@ def rows_here(tensor: Tensor) -> Tensor:
     return local
 
 
+def gradient_here(param: Any) -> Tensor:
+    """The gradient of this rank's part of a parameter that has one."""
+    gradient = param.grad
+    if is_sharded(gradient) and gradient.placements != param.placements:
+        gradient = gradient.redistribute(placements=param.placements)
+    return rows_here(gradient)
+
+
 def everywhere(tensor: Tensor) -> Tensor:
     """All of a tensor, on every rank; what is not sharded is returned as it is."""
     found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

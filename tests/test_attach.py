@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from nets import gradients, loss_of, make_batch, make_net
+from nets import assert_equal, gradients, loss_of, make_batch, make_net
 from tolerances import SAME_STEPS, assert_near
 
 from gls_fused import GLS, attach
@@ -108,6 +108,35 @@ def test_state_is_restored(kind):
     for target, state in zip((model, optimizer, handle), saved, strict=True):
         target.load_state_dict(state)
     assert train(model, optimizer, kind, 5) == expected
+
+
+def test_rows_of_a_step_that_is_left_out_count_as_accumulated():
+    """A GradScaler does not call an optimizer that is not fused where a gradient overflows."""
+    states = []
+    for left_out in (True, False):
+        model = make_net("mlp")
+        optimizer = sgd(model)
+        handle = attach(model, optimizer, **OPTIONS)
+        scaler = torch.amp.GradScaler("cpu")
+        for step in range(5):
+            if step in (0, 2):
+                # Of the other run, a micro-batch of no weight.
+                loss = loss_of(model, make_batch("mlp", 12, 10 + step))
+                (scaler.scale(loss) * (torch.inf if left_out else 0)).backward()
+            if step in (0, 2) and left_out:
+                scaler.step(optimizer)
+                scaler.update()
+                model.zero_grad()
+            scaler.scale(loss_of(model, make_batch("mlp", 12, step))).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            model.zero_grad()
+        states.append(handle.state_dict())
+    assert states[0]["step"] == states[1]["step"] == 5
+    for name, state in states[1]["layers"].items():
+        found = states[0]["layers"][name]
+        assert found.keys() == state.keys()
+        assert_equal(map(torch.as_tensor, found.values()), map(torch.as_tensor, state.values()))
 
 
 def test_state_of_another_model_is_refused():

@@ -1,4 +1,4 @@
-"""What a captured module computes and counts, which modules are captured, and their copies."""
+"""What a captured module computes and counts, its copies, and what removal leaves."""
 
 import copy
 import io
@@ -21,10 +21,6 @@ def train(model, optimizer, kind, steps, start=0):
         loss_of(model, make_batch(kind, 5, step)).backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def lines_of(report):
-    return dict(line.split(": ", 1) for line in report.splitlines())
 
 
 # ---- outputs and gradients -----------------------------------------------------------------------
@@ -311,69 +307,6 @@ def test_rows_do_not_count_in_inference_mode(backend):
         model(make_batch("mlp", 7, 1)[0])
     loss_of(model, make_batch("mlp", 5, 0)).backward()
     assert rows_of_first_step(optimizer, model) == [5] * 4
-
-
-# ---- which modules -------------------------------------------------------------------------------
-
-
-class Doubled(nn.Linear):
-    """With a forward of its own."""
-
-    def forward(self, inputs):
-        return 2 * super().forward(inputs)
-
-
-class Named(nn.Linear):
-    """Without one."""
-
-
-def test_subclasses():
-    lines = lines_of(GLS(nn.Sequential(Doubled(3, 3), Named(3, 3))).report())
-    assert lines["0.weight"] == "Adam (Doubled overrides forward)"
-    assert lines["1"].startswith("GLS")
-
-
-def test_forward_replaced_on_the_instance():
-    model = nn.Linear(3, 3)
-    model.forward = lambda inputs: inputs
-    optimizer = GLS(model)
-    assert "replaced on the instance" in optimizer.report()
-    assert "CapturedForward" not in repr(model.forward)
-
-
-def test_weight_used_in_two_roles():
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    model[0].register_parameter("extra", model[1].weight)
-    lines = lines_of(GLS(model).report())
-    assert lines["0"].startswith("GLS")
-    assert lines["0.extra"] == "Adam (shared by 0, 1: its weight is used in two roles)"
-    assert "0.weight" not in lines
-
-
-def test_convolutions_that_share_a_weight_but_not_their_geometry():
-    torch.manual_seed(0)
-    plain, dilated = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=2, dilation=2)
-    dilated.weight, dilated.bias = plain.weight, plain.bias
-    model = nn.Sequential(plain, dilated)
-    images = torch.randn(2, 2, 6, 6)
-    expected = model(images)
-    optimizer = GLS(model)
-    assert torch.equal(model(images), expected)
-    assert "differ in stride, padding or dilation" in optimizer.report()
-
-
-def test_bias_goes_on_when_its_weight_is_frozen_and_thawed(backend):
-    model = make_net("mlp")
-    optimizer = GLS(model, backend=backend, **EVERY_STEP)
-    for step in range(9):
-        frozen = step in (3, 4, 5)
-        model.stem.weight.requires_grad_(not frozen)
-        before = snapshot(model)
-        train(model, optimizer, "mlp", 1, step)
-        weight, bias, *_ = (torch.equal(p, q) for p, q in zip(snapshot(model), before, strict=True))
-        assert weight == frozen
-        assert not bias
-    assert all(p.isfinite().all() for p in model.parameters())
 
 
 # ---- copies and removal --------------------------------------------------------------------------

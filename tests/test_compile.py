@@ -1,5 +1,6 @@
 """torch.compile: the same steps as eager, in whole graphs, of which there are few."""
 
+import functools
 import itertools
 
 import pytest
@@ -54,9 +55,9 @@ def batches_of_many_sizes(net, optimizer, step, batch):
     loss_of(net, batch(step, n=5 + step * 7 % 30)).backward()
 
 
-def backward_under_autocast(net, optimizer, step, batch):
+def backward_under_autocast(net, optimizer, step, batch, dtype):
     inputs, targets = batch(step)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         (net(inputs) - targets).square().mean().backward()
 
 
@@ -141,12 +142,21 @@ def test_batches_of_many_sizes():
 
 
 @pytest.mark.parametrize(
-    ("kind", "backend"),
-    crossed(KINDS, ("auto", "reference"), ("mlp", "reference"), ("cnn", "auto")),
+    ("kind", "how"),
+    crossed(
+        KINDS,
+        [*itertools.product(("auto", "reference"), (torch.bfloat16, torch.float16))],
+        ("mlp", ("reference", torch.bfloat16)),
+        ("mlp", ("auto", torch.float16)),
+        ("cnn", ("auto", torch.bfloat16)),
+    ),
+    ids=str,
 )
-def test_autocast(kind, backend):
+def test_autocast(kind, how):
     """The same casts; the statistics stay in float32."""
-    options = {"dtype": torch.float32, "feed": backward_under_autocast, "backend": backend}
+    backend, low = how
+    feed = functools.partial(backward_under_autocast, dtype=low)
+    options = {"dtype": torch.float32, "feed": feed, "backend": backend}
     assert_trains_as_eager(kind, PRODUCT[torch.float32], **options)
 
 

@@ -16,12 +16,16 @@ def test_named_test_exists(file, name):
     assert re.search(rf"^def {name}\(", (TESTS / file).read_text(), re.MULTILINE)
 
 
-def test_every_row_names_a_test():
-    rows = [line for line in TEXT.splitlines() if line.startswith("| ")]
-    bodies = [row for row in rows if not row.startswith(("| expectation |", "| complaint "))]
-    assert len(bodies) > 30
-    for row in bodies:
-        assert "::test_" in row
+def test_every_row_names_a_test_and_has_no_gap():
+    tables = [block.splitlines() for block in TEXT.split("\n\n") if block.startswith("| ")]
+    assert len(tables) == 2
+    for header, _, *rows in tables:
+        assert len(rows) > 10
+        for row in rows:
+            assert "::test_" in row
+            cells = [cell.strip() for cell in row.strip().split("|")[1:-1]]
+            assert len(cells) == header.count("|") - 1
+            assert all(cells)
 
 
 @pytest.mark.parametrize("page", ["../README.md", *sorted(p.name for p in DOCS.glob("*.md"))])

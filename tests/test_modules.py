@@ -286,3 +286,49 @@ def test_ensemble_of_copies():
         assert_near(output, model(inputs), PRODUCT[torch.float64])
     outputs.sum().backward()
     assert all(stacked.grad is not None for stacked in params.values())
+
+
+class Doubled(nn.Linear):
+    """With a forward of its own."""
+
+    def forward(self, inputs):
+        return 2 * super().forward(inputs)
+
+
+class Named(nn.Linear):
+    """Without one."""
+
+
+def test_subclasses():
+    lines = lines_of(GLS(nn.Sequential(Doubled(3, 3), Named(3, 3))))
+    assert lines["0.weight"] == "Adam (Doubled overrides forward)"
+    assert lines["1"].startswith("GLS")
+
+
+def test_forward_replaced_on_the_instance():
+    model = nn.Linear(3, 3)
+    model.forward = lambda inputs: inputs
+    optimizer = GLS(model)
+    assert "replaced on the instance" in optimizer.report()
+    assert "CapturedForward" not in repr(model.forward)
+
+
+def test_weight_used_in_two_roles():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].register_parameter("extra", model[1].weight)
+    lines = lines_of(GLS(model))
+    assert lines["0"].startswith("GLS")
+    assert lines["0.extra"] == "Adam (shared by 0, 1: its weight is used in two roles)"
+    assert "0.weight" not in lines
+
+
+def test_convolutions_that_share_a_weight_but_not_their_geometry():
+    torch.manual_seed(0)
+    plain, dilated = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=2, dilation=2)
+    dilated.weight, dilated.bias = plain.weight, plain.bias
+    model = nn.Sequential(plain, dilated)
+    images = torch.randn(2, 2, 6, 6)
+    expected = model(images)
+    optimizer = GLS(model)
+    assert torch.equal(model(images), expected)
+    assert "differ in stride, padding or dilation" in optimizer.report()

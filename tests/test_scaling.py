@@ -5,7 +5,17 @@ import itertools
 
 import pytest
 import torch
-from nets import KINDS, assert_equal, assert_same_state, loss_of, make_batch, make_net, snapshot
+from nets import (
+    KINDS,
+    assert_equal,
+    assert_same_state,
+    gradients,
+    loss_of,
+    make_batch,
+    make_net,
+    snapshot,
+)
+from tolerances import PRODUCT, assert_near
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
@@ -275,3 +285,37 @@ def test_autocast_trains_as_float32_does(kind, site, dtype):
     (first, *_, last), (_, *_, mixed) = losses[False], losses[True]
     assert last < first / 2
     assert abs(mixed - last) < 0.1 * (first - last)
+
+
+@pytest.mark.parametrize("curvature", ["subspace", "dense"])
+@pytest.mark.parametrize(
+    ("size", "bias"),
+    [(1e-6, False), (1e-4, False), (1.0, False), (1e4, False), (1e-4, True), (1.0, True)],
+)
+@pytest.mark.parametrize("rows", [8, 40], ids=["few rows", "many rows"])
+def test_inputs_of_any_size_under_float16_autocast(backend, rows, size, bias, curvature):
+    """The backward site's gradient is the direction that float32 takes at the step site."""
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 24, bias=bias)
+    inputs, targets = (torch.randn(rows, 12) * size).half(), torch.randn(rows, 24)
+    found = {}
+    for site, dtype, steps in (("step", torch.float32, 2), ("backward", torch.float16, 40)):
+        # The weights stay, the statistics are the first step's.
+        options = {"lr": 1e-30, "curvature_every": 1000, "curvature": curvature, "rank": 4}
+        optimizer = GLS(layer, site=site, backend=backend, **options)
+        scaler = torch.amp.GradScaler("cpu", enabled=site == "backward")
+        for _ in range(steps):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16, enabled=site == "backward"):
+                outputs = layer(inputs.to(dtype))
+            scaler.scale((outputs.float() - targets).square().mean()).backward()
+            scaler.unscale_(optimizer)
+            found[site] = gradients(layer)
+            scaler.step(optimizer)
+            scaler.update()
+        (captured,) = optimizer._preconditioners[0].layers
+        if site == "step":
+            found[site] = captured.direction(found[site])
+        optimizer.detach()
+    for sought, expected in zip(found["backward"], found["step"], strict=True):
+        assert_near(sought, expected, PRODUCT[torch.float16])

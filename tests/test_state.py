@@ -1,35 +1,20 @@
-"""A saved state: in another process, of another model, copied, pickled, in checkpoints."""
+"""A saved state: in another process, of another model, of other options."""
 
 import copy
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from nets import assert_equal, assert_same_state, loss_of, make_batch, make_net, snapshot
+from nets import assert_equal, assert_same_state, make_net, train
 from resume import CUT, SPECS, STEPS, Run
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
 from gls_fused import GLS, attach
 
 OPTIONS = {"rank": 4, "curvature_every": 2, "lr": 0.01}
-
-
-def train(model, optimizer, steps, kind="mlp"):
-    for step in steps:
-        optimizer.zero_grad()
-        loss_of(model, make_batch(kind, 9, step)).backward()
-        optimizer.step()
-    return snapshot(model)
 
 
 def make_trained(steps=4, kind="mlp", **options):
@@ -286,157 +271,3 @@ def test_attachment_refuses_whole_what_does_not_fit(change, message):
         {"state": after["layers"], "param_groups": []},
         {"state": before["layers"], "param_groups": []},
     )
-
-
-# ---- copies and pickles --------------------------------------------------------------------------
-
-
-def through_pickle(objects):
-    return pickle.loads(pickle.dumps(objects))
-
-
-@pytest.mark.parametrize("how", [copy.deepcopy, through_pickle])
-@pytest.mark.parametrize("order", ["model first", "optimizer first"])
-@pytest.mark.parametrize("kind", ["mlp", "cnn"])
-def test_copy_with_its_model_trains_alike_and_apart(how, order, kind):
-    model, optimizer = make_trained(kind=kind)
-    if order == "model first":
-        twin, copied = how((model, optimizer))
-    else:
-        copied, twin = how((optimizer, model))
-    before = snapshot(model)
-    found = train(twin, copied, range(4, 8), kind)
-    assert_equal(snapshot(model), before)
-    assert_equal(found, train(model, optimizer, range(4, 8), kind))
-    assert_same_state(copied.state_dict(), optimizer.state_dict())
-    copied.detach()
-    assert "forward" not in vars(twin.stem)
-    train(model, optimizer, [8], kind)
-
-
-def test_copy_of_a_detached_optimizer_is_detached():
-    _, optimizer = make_trained()
-    optimizer.detach()
-    copied = copy.deepcopy(optimizer)
-    with pytest.raises(RuntimeError, match="no longer captured"):
-        copied.step()
-
-
-def test_pickle_without_layers_is_refused():
-    """As the base class alone would have made it."""
-    _, optimizer = make_trained()
-    bare = torch.optim.Optimizer.__getstate__(optimizer)
-    with pytest.raises(ValueError, match="layers"):
-        GLS.__new__(GLS).__setstate__(bare)
-
-
-@pytest.mark.parametrize("how", [copy.deepcopy, through_pickle])
-def test_copy_of_an_attachment_follows_the_copied_optimizer(how):
-    model = make_net("mlp")
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    handle = attach(model, optimizer, rank=4, curvature_every=2)
-    train(model, optimizer, range(4))
-    twin, copied, twin_handle = how((model, optimizer, handle))
-    found = train(twin, copied, range(4, 8))
-    assert_equal(found, train(model, optimizer, range(4, 8)))
-    assert twin_handle.state_dict()["step"] == handle.state_dict()["step"] == 8
-    twin_handle.detach()
-    assert "forward" not in vars(twin.stem)
-
-
-# ---- torch.distributed.checkpoint ----------------------------------------------------------------
-
-
-class Mixed(nn.Module):
-    """Layers, and parameters that take Adam's update."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(3)
-        self.net = make_net("mlp")
-        self.norm = nn.LayerNorm(3, dtype=torch.float64)
-
-    def forward(self, inputs):
-        return self.norm(self.net(inputs))
-
-
-@pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"momentum": 0.0},
-        {"normalize": "adam", "site": "step"},
-        {"normalize": "none", "momentum": 0.0},
-        {"curvature": "dense"},
-        {"low_precision": "master"},
-        {"lr": torch.tensor(0.01)},
-    ],
-    ids=str,
-)
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_distributed_checkpoint(tmp_path, options, flatten):
-    """In one process; a fresh optimizer makes room for a state by a step at rate 0."""
-    options = {**OPTIONS, **options}
-    dtype = torch.bfloat16 if "low_precision" in options else torch.float64
-    how = StateDictOptions(flatten_optimizer_state_dict=flatten)
-
-    def make():
-        model = Mixed().to(dtype)
-        return model, GLS(model, **options)
-
-    def go(model, optimizer, steps):
-        for step in steps:
-            optimizer.zero_grad()
-            inputs, targets = make_batch("mlp", 9, step)
-            loss_of(model, (inputs.to(dtype), targets.to(dtype))).backward()
-            optimizer.step()
-        return snapshot(model)
-
-    model, optimizer = make()
-    go(model, optimizer, range(4))
-    saved = {
-        "model": model.state_dict(),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=how),
-    }
-    dcp.save(saved, checkpoint_id=tmp_path)
-    expected = go(model, optimizer, range(4, 9))
-
-    model, optimizer = make()
-    start = snapshot(model)
-    found = {
-        "model": model.state_dict(),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=how),
-    }
-    assert_equal(snapshot(model), start)
-    dcp.load(found, checkpoint_id=tmp_path)
-    model.load_state_dict(found["model"])
-    set_optimizer_state_dict(model, optimizer, found["optimizer"], options=how)
-    assert_equal(go(model, optimizer, range(4, 9)), expected)
-
-
-def test_room_for_a_state_does_not_disturb_training():
-    """Asking a fresh optimizer for its state, as to save it, and then training."""
-    model, plain = make_net("mlp"), make_net("mlp")
-    optimizer = GLS(model, **OPTIONS)
-    get_optimizer_state_dict(model, optimizer)
-    assert "no rows yet" in optimizer.report()
-    assert_equal(train(model, optimizer, range(5)), train(plain, GLS(plain, **OPTIONS), range(5)))
-
-
-def test_room_for_a_state_does_not_disturb_a_layer_without_rows():
-    """Its weight is used without its module, so that it takes Adam's update."""
-    found = []
-    for asked in (True, False):
-        torch.manual_seed(0)
-        layer = nn.Linear(4, 3)
-        optimizer = GLS(layer)
-        if asked:
-            get_optimizer_state_dict(layer, optimizer)
-        for step in range(3):
-            optimizer.zero_grad()
-            outputs = nn.functional.linear(torch.ones(2, 4), layer.weight, layer.bias)
-            (outputs.sum() * (step + 1)).backward()
-            optimizer.step()
-        found.append(snapshot(layer))
-    assert_equal(*found)

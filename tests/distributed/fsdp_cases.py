@@ -1,5 +1,6 @@
 """Cases under fully_shard (FSDP2); see launch.py."""
 
+import copy
 import functools
 import itertools
 import math
@@ -24,13 +25,14 @@ from ranks import (
     part_of,
     train_on_all,
     train_on_part,
+    uneven,
     whole,
 )
 from tolerances import PRODUCT, assert_near
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from gls_fused import GLS, attach
@@ -75,9 +77,8 @@ def make(kind):
 
 
 def sizes_of(kind):
-    """Of the ranks' parts of a batch; a convolution sketches no more than 16 images."""
-    sizes = [3, 5] if dist.get_world_size() == 2 else [3, 5, 2, 4]
-    return sizes if kind == "cnn" else [2 * size for size in sizes]
+    """Of the ranks' parts of a batch."""
+    return uneven() if kind == "cnn" else [2 * size for size in uneven()]
 
 
 def check_equals_one_process(kind, options, **policy):
@@ -162,21 +163,72 @@ def attached_optimizer():
     assert_one_preconditioner(handle.state_dict()["layers"].values())
 
 
+def average_whole(model):
+    """The gradients that fully_shard leaves alone, by hand."""
+    for p in model.parameters():
+        if not isinstance(p, DTensor):
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+
+
 @case
 def some_layers_whole_on_every_rank():
-    """The gradients of those are averaged by hand, as fully_shard leaves them alone."""
-
-    def average(model):
-        for p in model.parameters():
-            if not isinstance(p, DTensor):
-                dist.all_reduce(p.grad)
-                p.grad /= dist.get_world_size()
-
     expected, model, sizes = make_net("mlp"), make_net("mlp"), sizes_of("mlp")
     train_on_all(expected, GLS(expected, **OPTIONS, process_group=alone()), "mlp", sum(sizes))
     fully_shard(model.first, mesh=line_mesh())
     fully_shard(model.head, mesh=line_mesh())
-    train_on_part(model, GLS(model, **OPTIONS), "mlp", sizes, average=average)
+    train_on_part(model, GLS(model, **OPTIONS), "mlp", sizes, average=average_whole)
+    assert_same_weights(model, expected)
+
+
+class Embedded(nn.Module):
+    """Embedding, norms and an unsharded layer around a block that fully_shard covers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(2, 6)
+        self.block = nn.Sequential(nn.Linear(6, 10), nn.LayerNorm(10), nn.PReLU())
+        self.norm = nn.LayerNorm(10)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, inputs):
+        known = self.embedding((inputs[:, 0] > 0).long())
+        return self.head(self.norm(self.block(inputs + known)))
+
+
+@case
+def some_of_adams_parameters_whole_on_every_rank():
+    """In one group; the slope of the block is on one rank only."""
+
+    def make():
+        torch.manual_seed(0)
+        return Embedded().double()
+
+    expected, model, sizes = make(), make(), sizes_of("mlp")
+    train_on_all(expected, GLS(expected, **OPTIONS, process_group=alone()), "mlp", sum(sizes))
+    fully_shard(model.block, mesh=line_mesh())
+    train_on_part(model, GLS(model, **OPTIONS), "mlp", sizes, average=average_whole)
+    assert isinstance(model.block[1].weight, DTensor)
+    assert not isinstance(model.norm.weight, DTensor)
+    assert_same_weights(model, expected)
+
+
+@case
+def adams_partial_gradients_are_added_up():
+    """Of DTensors that every rank has whole, with inputs that are sharded."""
+    expected = nn.LayerNorm(6, dtype=torch.float64)
+    model = distribute_module(copy.deepcopy(expected), line_mesh())
+    optimizers = [GLS([{"params": list(m.parameters())}], **OPTIONS) for m in (expected, model)]
+    for step in range(STEPS):
+        inputs, _ = make_batch("mlp", 8, step)
+        for m, optimizer in zip((expected, model), optimizers, strict=True):
+            optimizer.zero_grad()
+            if m is model:
+                inputs = distribute_tensor(inputs, line_mesh(), [Shard(0)])
+            (m(inputs) - 0.5).square().mean().backward()
+        assert model.weight.grad.placements[0].is_partial()
+        for optimizer in optimizers:
+            optimizer.step()
     assert_same_weights(model, expected)
 
 

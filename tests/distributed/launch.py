@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 
 HERE = Path(__file__).parent
-QUICK = ("ddp_cases", "fsdp_cases")
+QUICK = ("ddp_cases", "fsdp_cases", "loop_cases")
 # A rank that waits this long for another one fails.
 PATIENCE = timedelta(seconds=60)
 
 
 def torchrun(world_size, *command, **environment):
-    """The finished process of a launch; its output is kept."""
+    """The finished process of a launch; its workers' output is kept, errors in between."""
     paths = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
     return subprocess.run(
         [
@@ -51,15 +51,13 @@ def torchrun(world_size, *command, **environment):
 
 @functools.cache
 def run_cases(modules, world_size):
-    """What each case of the modules' CASES gave, "" or a report of the ranks that failed; or why
-    there is no telling.
+    """What each case of the modules' CASES gave, "" or a report of the ranks that failed; or the
+    output of a launch in which a worker ended otherwise than by returning.
     """
     with tempfile.TemporaryDirectory() as folder:
         outcomes = Path(folder, "outcomes.json")
         finished = torchrun(world_size, HERE / "launch.py", outcomes, *modules)
-        if not outcomes.exists():
-            return finished.stdout
-        return json.loads(outcomes.read_text())
+        return finished.stdout if finished.returncode else json.loads(outcomes.read_text())
 
 
 def check_case(module, name, world_size=2):
@@ -78,8 +76,7 @@ def start_worker():
 
 
 def stop_worker():
-    # Ranks have been seen to abort while Python ended, for a reason not found, and torchrun then
-    # ends the others: what they write must be there by then, and is what counts.
+    # One that leaves earlier could break what another still receives.
     dist.barrier()
     dist.destroy_process_group()
 

@@ -14,6 +14,12 @@ def test_two_ranks(name):
     check_case("ddp_cases", name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ddp_cases.CASES)
+def test_four_ranks(name):
+    check_case("ddp_cases", name, world_size=4)
+
+
 @pytest.mark.parametrize("build", [GLS, attach])
 def test_data_parallel_is_refused(build):
     with pytest.raises(ValueError, match=r"nn\.DataParallel .* use .*DistributedDataParallel"):

@@ -17,7 +17,7 @@ def train(world_size, kind, folder, *options, restarts=0):
     finished = torchrun(
         world_size, f"--max-restarts={restarts}", HERE / "train.py", kind, folder, *options
     )
-    assert (folder / "weights").exists(), finished.stdout
+    assert not finished.returncode, finished.stdout
     return torch.load(folder / "weights", weights_only=True)
 
 

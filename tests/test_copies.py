@@ -1,0 +1,72 @@
+"""Copies and pickles of an optimizer, with the model that it trains."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from nets import assert_equal, assert_same_state, make_net, snapshot, train
+
+from gls_fused import GLS, attach
+
+OPTIONS = {"rank": 4, "curvature_every": 2, "lr": 0.01}
+
+
+def make_trained(steps=4, kind="mlp", **options):
+    model = make_net(kind)
+    optimizer = GLS(model, **{**OPTIONS, **options})
+    train(model, optimizer, range(steps), kind)
+    return model, optimizer
+
+
+def through_pickle(objects):
+    return pickle.loads(pickle.dumps(objects))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, through_pickle])
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_copy_with_its_model_trains_alike_and_apart(how, order, kind):
+    model, optimizer = make_trained(kind=kind)
+    if order == "model first":
+        twin, copied = how((model, optimizer))
+    else:
+        copied, twin = how((optimizer, model))
+    before = snapshot(model)
+    found = train(twin, copied, range(4, 8), kind)
+    assert_equal(snapshot(model), before)
+    assert_equal(found, train(model, optimizer, range(4, 8), kind))
+    assert_same_state(copied.state_dict(), optimizer.state_dict())
+    copied.detach()
+    assert "forward" not in vars(twin.stem)
+    train(model, optimizer, [8], kind)
+
+
+def test_copy_of_a_detached_optimizer_is_detached():
+    _, optimizer = make_trained()
+    optimizer.detach()
+    copied = copy.deepcopy(optimizer)
+    with pytest.raises(RuntimeError, match="no longer captured"):
+        copied.step()
+
+
+def test_pickle_without_layers_is_refused():
+    """As the base class alone would have made it."""
+    _, optimizer = make_trained()
+    bare = torch.optim.Optimizer.__getstate__(optimizer)
+    with pytest.raises(ValueError, match="layers"):
+        GLS.__new__(GLS).__setstate__(bare)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, through_pickle])
+def test_copy_of_an_attachment_follows_the_copied_optimizer(how):
+    model = make_net("mlp")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    handle = attach(model, optimizer, rank=4, curvature_every=2)
+    train(model, optimizer, range(4))
+    twin, copied, twin_handle = how((model, optimizer, handle))
+    found = train(twin, copied, range(4, 8))
+    assert_equal(found, train(model, optimizer, range(4, 8)))
+    assert twin_handle.state_dict()["step"] == handle.state_dict()["step"] == 8
+    twin_handle.detach()
+    assert "forward" not in vars(twin.stem)
