@@ -149,8 +149,6 @@ def gls_step(model: Model, *, momentum: bool = True) -> dict[str, Cost]:
         if chosen:
             count = sum(layer.parameters for layer in chosen)
             pieces["update"] += update(count, formed=formed, momentum=momentum)
-    # The coefficients of all layers, a program each.
-    pieces["update"] += Cost(0, 0, 1)
     if model.others:
         pieces["others"] = adam(model.others)
     return pieces

@@ -15,15 +15,15 @@ RANK = 32
 FEW, MANY, SIZE = 128, 8192, 1024
 # 32-bit or narrower accesses that are not of a stream: (loads, stores) at most.
 #   rows: lambda'.  sketch: 1'Y and ||A||_F^2 of a block; a sum over parts has a lane per column.
+#   updates: the step's counter and v, by the layer's last program.
 #   tiles: the bias, its averages and U's last row, for which stores alone are counted.
 NARROW = {
     "_precondition_kernel": (1, 0),
     "_project_rows_kernel": (0, 2),
     "_sketch_kernel": (0, 0),
     "_sum_parts_kernel": (0, 1),
-    "_flat_update_kernel": (0, 0),
-    "_flat_squares_kernel": (0, 0),
-    "_tile_update_kernel": (None, 3),
+    "_flat_update_kernel": (2, 2),
+    "_tile_update_kernel": (None, 4),
 }
 
 
@@ -135,11 +135,23 @@ def test_statistics_fit(launches, target, tmp_path):
 def test_updates_that_may_be_skipped(launches, tmp_path):
     """The flag is read ahead of all else."""
     launch_updates(torch.float32, RANK, skip=torch.tensor(False))
-    monitored = ("_flat_update_kernel", "_tile_update_kernel", "_finish_layers_kernel")
+    monitored = ("_flat_update_kernel", "_tile_update_kernel")
     chosen = [launch for launch in launches if launch.name in monitored]
     assert {launch.name for launch in chosen} == set(monitored)
     assert all(launch.constants["SKIPS"] for launch in chosen)
     check(chosen, "sm_90", tmp_path)
+
+
+def test_the_last_program_of_a_layer_sees_what_the_others_wrote(launches):
+    """All threads' writes come before the count, which releases and acquires them."""
+    launch_updates(torch.float32, RANK)
+    counting = [launch for launch in launches if launch.constants.get("SUMS")]
+    assert {launch.name for launch in counting} == {"_flat_update_kernel", "_tile_update_kernel"}
+    for launch in counting:
+        code = aot.compile_launch(launch, aot.TARGETS["sm_90"]).asm["ptx"]
+        before, after = code.split("atom.global.gpu.acq_rel.add.u64")
+        assert before.rindex("bar.sync") > before.rindex("st.global")
+        assert after.index("bar.sync") < after.index("ld.global")
 
 
 @cuda

@@ -106,7 +106,9 @@ def launch_precondition(
     (n, size), rank = rows.shape, basis.shape[1]
     product = torch.empty((n, size), dtype=rows.dtype, device=rows.device)
     kind = COLUMN if last is not None else ONES if ones else ABSENT
-    product_last = product if kind == ABSENT else product.new_empty(n)
+    product_last = product
+    if kind != ABSENT:
+        product_last = rows.new_empty(n, dtype=rows.dtype if last is None else last.dtype)
     tile = row_tile(pad_rank(rank))
     launch(
         _precondition_kernel,
