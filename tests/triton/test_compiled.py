@@ -82,7 +82,8 @@ def launches(monkeypatch):
 
 
 def check(launches, target, folder, *, streams=False):
-    """No spill, no more shared memory than there is; with `streams`, wide accesses alone."""
+    """No spill, no more shared memory than there is, tensor cores where TF32 was asked for; with
+    `streams`, wide accesses alone."""
     seen = set()
     for launch in launches:
         key = launch.key
@@ -95,6 +96,9 @@ def check(launches, target, folder, *, streams=False):
         assert code.spills == 0, where
         assert code.shared <= aot.SHARED_LIMIT[target], where
         assert 0 < code.registers <= (512 if target == "gfx942" else 255), where
+        if code.tensor_cores is not None:
+            claimed = launch.constants.get("PRECISION", "ieee") != "ieee"
+            assert code.tensor_cores == claimed, where
         if streams and launch.name in NARROW:
             check_widths(code, launch, where)
     return seen
@@ -112,6 +116,7 @@ def check_widths(code, launch, where):
         assert sum(n for bits, n in read.items() if bits <= 32) <= loads, (where, found)
 
 
+QUICK = [("high", "sm_90")]
 cuda = pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 
 
@@ -124,6 +129,46 @@ def test_streams_are_16_bytes_wide(launches, target, dtype, tmp_path):
     names = {launch.name for launch in launches}
     assert names >= NARROW.keys()
     check(launches, target, tmp_path, streams=True)
+
+
+@pytest.mark.parametrize(
+    ("precision", "target"),
+    [
+        pytest.param(name, target, marks=() if (name, target) in QUICK else pytest.mark.slow)
+        for name in ("high", "medium")
+        for target in ("sm_80", "sm_90", "sm_100")
+    ],
+)
+def test_products_follow_the_precision_of_torch(launches, precision, target, tmp_path):
+    """Those of rows and updates; the curvature's stay in float32."""
+    torch.set_float32_matmul_precision(precision)
+    try:
+        launch_products(torch.float32, RANK, ones=False)
+        launch_updates(torch.float32, RANK)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    found = {
+        (launch.name, launch.constants["PRECISION"])
+        for launch in launches
+        if "PRECISION" in launch.constants
+    }
+    chosen = {"high": "tf32x3", "medium": "tf32"}[precision]
+    followers = ("_precondition_kernel", "_project_gradients_kernel", "_tile_update_kernel")
+    curvature = ("_project_rows_kernel", "_sketch_kernel")
+    assert found == {(name, chosen) for name in followers} | {(name, "ieee") for name in curvature}
+    chosen = [launch for launch in launches if "PRECISION" in launch.constants]
+    check(chosen, target, tmp_path, streams=True)
+
+
+def test_newer_switch_of_torch_counts_as_high():
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    try:
+        switch.fp32_precision = "tf32"
+        assert configs.product_precision() == "tf32x3"
+    finally:
+        switch.fp32_precision = before
+    assert configs.product_precision() == "ieee"
 
 
 @cuda

@@ -21,10 +21,11 @@ MAX_CORE_RANK = 128
 # tl.dot's operands have at least 16 rows and columns.
 MIN_RANK = 16
 
-# How float32 products are formed. "ieee" is float32's own rounding; "tf32x3" would come near it on
-# the tensor cores, "tf32" keeps 10 bits. With r = 32 all kernels but the sketch are bound by memory
-# on "ieee" already, so nothing is given away.
-PRECISION = "ieee"
+# How rows and updates form float32 products, by what torch calls the precision. "ieee" is float32's
+# own rounding, "tf32" keeps 10 bits, "tf32x3" makes up for most of what they lose.
+PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+# Of the curvature, whose small eigenvalues a coarser rounding would hide.
+CURVATURE_PRECISION = "ieee"
 
 # Elements of one program of the flat update: 16 per thread at 128 threads, so that each of at most
 # five streams has four 16-byte accesses in flight per thread.
@@ -42,6 +43,15 @@ class Tile(NamedTuple):
     columns: int
     warps: int
     stages: int
+
+
+def product_precision() -> str:
+    """How `torch.get_float32_matmul_precision()` has the products of rows and updates formed."""
+    try:
+        return PRECISIONS[torch.get_float32_matmul_precision()]
+    except RuntimeError:
+        # torch.backends.cuda.matmul.fp32_precision was set to "tf32", which the older name refuses.
+        return PRECISIONS["high"]
 
 
 def pad_rank(rank: int) -> int:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gls_fused import reference
-from gls_fused.backends.triton.configs import MAX_RANK, PRECISION, pad_rank, row_tile
+from gls_fused.backends.triton.configs import MAX_RANK, pad_rank, product_precision, row_tile
 from gls_fused.backends.triton.launch import launch, needs_reference
 from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse
 
@@ -135,7 +135,7 @@ def launch_precondition(
         RANK=pad_rank(rank),
         BLOCK_N=tile.rows,
         BLOCK_D=tile.columns,
-        PRECISION=PRECISION,
+        PRECISION=product_precision(),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

@@ -31,11 +31,11 @@ from torch import Tensor
 
 from gls_fused.backends.triton.configs import (
     MAX_RANK,
-    PRECISION,
     UPDATE_BLOCK,
     UPDATE_WARPS,
     Tile,
     pad_rank,
+    product_precision,
     row_tile,
     update_tile,
 )
@@ -340,7 +340,7 @@ class _Plan:
             "BLOCK_N": tile.rows,
             "BLOCK_D": tile.columns,
             "LINE": TILE_LINE,
-            "PRECISION": PRECISION,
+            "PRECISION": product_precision(),
             "num_warps": tile.warps,
             "num_stages": tile.stages,
         }
