@@ -16,8 +16,6 @@ import torch
 MAX_RANK = 64
 # Of the kernels that move the basis, in float64: wider ones spill.
 MAX_REFRESH_RANK = 32
-# M alone fits in a program's registers up to this, in float32; in float64 up to MAX_RANK.
-MAX_CORE_RANK = 128
 # tl.dot's operands have at least 16 rows and columns.
 MIN_RANK = 16
 
@@ -64,9 +62,9 @@ def row_tile(padded_rank: int) -> Tile:
 
     16 rows, as the number of programs is what hides latency (batch 128 gives 8) and as more make
     the compiler spill the unrolled "ieee" product. 64 columns are at least 8 bytes a thread of each
-    access, also for 16-bit rows.
+    access, also for 16-bit rows. Beyond rank 32 loads made ahead would spill.
     """
-    return Tile(16, 64, 8 if padded_rank > 32 else 4, 2)
+    return Tile(16, 64, 8, 1) if padded_rank > 32 else Tile(16, 64, 4, 2)
 
 
 def sketch_tile() -> Tile:
