@@ -93,7 +93,7 @@ def core_warps(padded_rank: int, dtype: torch.dtype) -> int:
     elements = padded_rank * padded_rank
     if dtype == torch.float64:
         return min(16, max(1, elements // 128))
-    return min(32, max(1, elements // 512))
+    return max(1, elements // 512)
 
 
 def sketch_splits(n: int) -> int:
