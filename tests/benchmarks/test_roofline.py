@@ -32,14 +32,15 @@ def test_out_that_is_a_file_is_refused(tmp_path, capsys):
     assert str(path) in capsys.readouterr().err
 
 
-def test_bytes_per_parameter():
+def test_bytes_per_parameter_and_launches():
     """The table of gls_fused/backends/triton/update.py, and Adam's seven words."""
     found = [
-        update(1, formed=formed, momentum=momentum).bytes
+        update(1, formed=formed, momentum=momentum)
         for formed in (False, True)
         for momentum in (False, True)
     ]
-    assert found == [16, 24, 20, 28]
+    assert [cost.bytes for cost in found] == [16, 24, 20, 28]
+    assert [cost.launches for cost in found] == [2, 2, 3, 3]
     assert adam(1).bytes == 28
     assert adam(1).launches == 2
     assert adam(320 * 65536 + 1).launches == 3
@@ -66,3 +67,5 @@ def test_mlp_moves_fewer_bytes_than_adam():
     pieces = gls_step(MODELS[0])
     assert total(list(pieces.values())).bytes < adam(MODELS[0].parameters).bytes
     assert pieces["rows"].launches == 2
+    # The last layer's P applies at the step, the others' in the backward.
+    assert pieces["update"].launches == 2 + 3

@@ -69,12 +69,14 @@ class Code:
         registers: per thread.
         spills: instructions that load from or store to local memory.
         widths: bits of every global load and store in the code, by mnemonic.
+        tensor_cores: whether products of float32 or less are made on them; None if not looked at.
     """
 
     registers: int
     shared: int
     spills: int
     widths: dict
+    tensor_cores: bool | None
 
 
 @contextlib.contextmanager
@@ -129,11 +131,13 @@ def read_cuda(compiled, folder):
         shared=compiled.metadata.shared,
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
         widths=widths,
+        # HMMA up to sm_90, with wgmma HGMMA; UTCHMMA is sm_100's.
+        tensor_cores=bool(re.search(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", code)),
     )
 
 
 def read_hip(compiled):
-    """The same from the assembly's own notes; widths are left out."""
+    """The same from the assembly's own notes, where they say it."""
     notes = compiled.asm["amdgcn"]
 
     def note(key):
@@ -144,6 +148,7 @@ def read_hip(compiled):
         shared=compiled.metadata.shared,
         spills=note("vgpr_spill_count") + note("sgpr_spill_count"),
         widths={},
+        tensor_cores=None,
     )
 
 

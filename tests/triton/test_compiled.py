@@ -15,15 +15,15 @@ RANK = 32
 FEW, MANY, SIZE = 128, 8192, 1024
 # 32-bit or narrower accesses that are not of a stream: (loads, stores) at most.
 #   rows: lambda'.  sketch: 1'Y and ||A||_F^2 of a block; a sum over parts has a lane per column.
+#   updates: the step's counter and v, by the layer's last program.
 #   tiles: the bias, its averages and U's last row, for which stores alone are counted.
 NARROW = {
     "_precondition_kernel": (1, 0),
     "_project_rows_kernel": (0, 2),
     "_sketch_kernel": (0, 0),
     "_sum_parts_kernel": (0, 1),
-    "_flat_update_kernel": (0, 0),
-    "_flat_squares_kernel": (0, 0),
-    "_tile_update_kernel": (None, 3),
+    "_flat_update_kernel": (2, 2),
+    "_tile_update_kernel": (None, 4),
 }
 
 
@@ -44,11 +44,10 @@ def launch_products(dtype, rank, ones, by_columns=False):
 
 def launch_statistics(rank):
     backend.invert_core(torch.eye(rank), torch.ones(()), SIZE, 0.3)
-    if rank <= configs.MAX_RANK:
-        backend.invert_core(torch.eye(rank).double(), torch.ones(()).double(), SIZE, 0.3)
-        core, sums = torch.eye(rank), torch.zeros(2 + rank * (rank + SIZE))
-        backend.blend_subspace(torch.zeros(rank, SIZE).T, core, torch.ones(()), sums, 0.9)
-        backend.refresh_subspace(core, torch.zeros(SIZE, rank))
+    backend.invert_core(torch.eye(rank).double(), torch.ones(()).double(), SIZE, 0.3)
+    core, sums = torch.eye(rank), torch.zeros(2 + rank * (rank + SIZE))
+    backend.blend_subspace(torch.zeros(rank, SIZE).T, core, torch.ones(()), sums, 0.9)
+    backend.refresh_subspace(core, torch.zeros(SIZE, rank))
 
 
 def launch_updates(dtype, rank, *, momentum=0.9, odd=False, by_columns=False, skip=None):
@@ -84,7 +83,8 @@ def launches(monkeypatch):
 
 
 def check(launches, target, folder, *, streams=False):
-    """No spill, no more shared memory than there is; with `streams`, wide accesses alone."""
+    """No spill, no more shared memory than there is, tensor cores where TF32 was asked for; with
+    `streams`, wide accesses alone."""
     seen = set()
     for launch in launches:
         key = launch.key
@@ -97,6 +97,9 @@ def check(launches, target, folder, *, streams=False):
         assert code.spills == 0, where
         assert code.shared <= aot.SHARED_LIMIT[target], where
         assert 0 < code.registers <= (512 if target == "gfx942" else 255), where
+        if code.tensor_cores is not None:
+            claimed = launch.constants.get("PRECISION", "ieee") != "ieee"
+            assert code.tensor_cores == claimed, where
         if streams and launch.name in NARROW:
             check_widths(code, launch, where)
     return seen
@@ -114,6 +117,7 @@ def check_widths(code, launch, where):
         assert sum(n for bits, n in read.items() if bits <= 32) <= loads, (where, found)
 
 
+QUICK = [("high", "sm_90")]
 cuda = pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 
 
@@ -128,6 +132,46 @@ def test_streams_are_16_bytes_wide(launches, target, dtype, tmp_path):
     check(launches, target, tmp_path, streams=True)
 
 
+@pytest.mark.parametrize(
+    ("precision", "target"),
+    [
+        pytest.param(name, target, marks=() if (name, target) in QUICK else pytest.mark.slow)
+        for name in ("high", "medium")
+        for target in ("sm_80", "sm_90", "sm_100")
+    ],
+)
+def test_products_follow_the_precision_of_torch(launches, precision, target, tmp_path):
+    """Those of rows and updates; the curvature's stay in float32."""
+    torch.set_float32_matmul_precision(precision)
+    try:
+        launch_products(torch.float32, RANK, ones=False)
+        launch_updates(torch.float32, RANK)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    found = {
+        (launch.name, launch.constants["PRECISION"])
+        for launch in launches
+        if "PRECISION" in launch.constants
+    }
+    chosen = {"high": "tf32x3", "medium": "tf32"}[precision]
+    followers = ("_precondition_kernel", "_project_gradients_kernel", "_tile_update_kernel")
+    curvature = ("_project_rows_kernel", "_sketch_kernel")
+    assert found == {(name, chosen) for name in followers} | {(name, "ieee") for name in curvature}
+    chosen = [launch for launch in launches if "PRECISION" in launch.constants]
+    check(chosen, target, tmp_path, streams=True)
+
+
+def test_newer_switch_of_torch_counts_as_high():
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    try:
+        switch.fp32_precision = "tf32"
+        assert configs.product_precision() == "tf32x3"
+    finally:
+        switch.fp32_precision = before
+    assert configs.product_precision() == "ieee"
+
+
 @cuda
 def test_statistics_fit(launches, target, tmp_path):
     launch_statistics(RANK)
@@ -137,11 +181,23 @@ def test_statistics_fit(launches, target, tmp_path):
 def test_updates_that_may_be_skipped(launches, tmp_path):
     """The flag is read ahead of all else."""
     launch_updates(torch.float32, RANK, skip=torch.tensor(False))
-    monitored = ("_flat_update_kernel", "_tile_update_kernel", "_finish_layers_kernel")
+    monitored = ("_flat_update_kernel", "_tile_update_kernel")
     chosen = [launch for launch in launches if launch.name in monitored]
     assert {launch.name for launch in chosen} == set(monitored)
     assert all(launch.constants["SKIPS"] for launch in chosen)
     check(chosen, "sm_90", tmp_path)
+
+
+def test_the_last_program_of_a_layer_sees_what_the_others_wrote(launches):
+    """All threads' writes come before the count, which releases and acquires them."""
+    launch_updates(torch.float32, RANK)
+    counting = [launch for launch in launches if launch.constants.get("SUMS")]
+    assert {launch.name for launch in counting} == {"_flat_update_kernel", "_tile_update_kernel"}
+    for launch in counting:
+        code = aot.compile_launch(launch, aot.TARGETS["sm_90"]).asm["ptx"]
+        before, after = code.split("atom.global.gpu.acq_rel.add.u64")
+        assert before.rindex("bar.sync") > before.rindex("st.global")
+        assert after.index("bar.sync") < after.index("ld.global")
 
 
 @cuda
@@ -161,8 +217,7 @@ def test_every_configuration(launches, target, dtype, rank, tmp_path):
 @cuda
 @pytest.mark.slow
 def test_the_rest(launches, target, tmp_path):
-    """The largest core, float64, float16 at the usual rank, and layers with a bias."""
-    launch_statistics(configs.MAX_CORE_RANK)
+    """float64, float16 at the usual rank, and layers with a bias."""
     launch_updates(torch.float64, RANK)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for by_columns in (False, True):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 from hypothesis import given
 from hypothesis import strategies as st
 from test_backends import (
@@ -18,7 +19,7 @@ from tolerances import PRODUCT, SOLVE, assert_near
 
 from gls_fused import reference
 from gls_fused.backends import triton as backend
-from gls_fused.backends.triton import configs
+from gls_fused.backends.triton import configs, launch
 from gls_fused.reference import DenseInverse, SubspaceInverse
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -248,6 +249,54 @@ def compare_updates(found, sought, dtype):
             assert_near(actual, expected, PRODUCT[dtype])
 
 
+LAUNCHES = {"none": (1, 2), "adam": (1, 2), "rms": (2, 3), "sgd": (2, 3)}
+
+
+@pytest.mark.parametrize("formed", [False, True])
+@pytest.mark.parametrize("normalize", LAUNCHES)
+def test_launches_of_an_update(monkeypatch, normalize, formed):
+    """As the table at the top of update.py says."""
+    launches = record_launches(monkeypatch, backend.update)
+    option = make_update(torch.float32, normalize, 0.9, strided=False)
+    option["inverses"] = [None] * 3
+    if formed:
+        for key, count in (("params", 2), ("gradients", 2), ("exp_avgs", 2), ("steps", 1)):
+            option[key] = option[key][:count]
+        option["exp_avg_sqs"] = option["exp_avg_sqs"][: 1 if normalize == "rms" else 2]
+        option["layer_sizes"], option["inverses"] = [2], [make_inverse(1002, 7, torch.float32)]
+    run_update(backend, option)
+    assert len(launches) == LAUNCHES[normalize][formed]
+
+
+@not_finite  # of elements beyond the end, which are undefined
+@pytest.mark.parametrize("bias", [torch.float32, torch.float64])
+@pytest.mark.parametrize("normalize", LAUNCHES)
+def test_any_program_may_be_the_last_of_its_layer(monkeypatch, normalize, bias):
+    """Of one launch, or with a bias of another dtype of two; three updates, one of them skipped."""
+    builder = triton.runtime.interpreter.interpreter_builder
+    set_index, results = builder.set_grid_idx, []
+
+    def set_index_from_the_end(*at):
+        set_index(*(n - 1 - i for n, i in zip(builder.grid_dim, at, strict=True)))
+
+    for ops, order in (
+        (backend, set_index),
+        (backend, set_index_from_the_end),
+        (reference, set_index),
+    ):
+        monkeypatch.setattr(builder, "set_grid_idx", order)
+        option = make_update(torch.float32, normalize, 0.9, strided=False)
+        for key in ("params", "gradients", "exp_avgs", "exp_avg_sqs"):
+            if normalize != "rms" or key != "exp_avg_sqs":
+                option[key][1:2] = [tensor.to(bias) for tensor in option[key][1:2]]
+        for skip in (False, True, False):
+            run_update(ops, {**option, "skip": torch.tensor(skip)})
+        results.append(option)
+    compare_updates(results[0], results[2], torch.float32)
+    for key in ("params", "exp_avgs", "exp_avg_sqs", "steps"):
+        assert all(map(torch.equal, results[0][key], results[1][key]))
+
+
 @pytest.mark.parametrize("layout", ["rows", "columns", "mixed"])
 @pytest.mark.parametrize("normalize", ["rms", "sgd"])
 def test_update_that_forms_its_directions(normalize, layout):
@@ -314,3 +363,12 @@ def test_wide_ranks_and_double_take_the_reference():
         expected = reference.precondition_rows(rows, inverse, ones=False)
         assert torch.equal(actual[0], expected[0])
         assert isinstance(inverse, SubspaceInverse)
+
+
+def test_tables_in_use_are_kept():
+    first = launch.upload([1, 2], torch.device("cpu"))
+    dropped = launch.upload([3, 4], torch.device("cpu"))
+    for value in range(launch.KEPT_TABLES):
+        assert launch.upload([value], torch.device("cpu")).tolist() == [value]
+        assert launch.upload([1, 2], torch.device("cpu")) is first
+    assert launch.upload([3, 4], torch.device("cpu")) is not dropped

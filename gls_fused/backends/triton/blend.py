@@ -14,7 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from gls_fused import reference
-from gls_fused.backends.triton.configs import MAX_REFRESH_RANK, PRECISION, basis_tile, pad_rank
+from gls_fused.backends.triton.configs import (
+    CURVATURE_PRECISION,
+    MAX_REFRESH_RANK,
+    basis_tile,
+    pad_rank,
+)
 from gls_fused.backends.triton.launch import bits, launch, needs_reference, upload
 
 # Words of a layer's line in the table.
@@ -107,7 +112,7 @@ def blend_subspaces(
             LINE=LINE,
             RANK=padded,
             BLOCK_D=tile.rows,
-            PRECISION=PRECISION,
+            PRECISION=CURVATURE_PRECISION,
             num_warps=tile.warps,
         )
     return results

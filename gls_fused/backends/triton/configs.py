@@ -16,15 +16,14 @@ import torch
 MAX_RANK = 64
 # Of the kernels that move the basis, in float64: wider ones spill.
 MAX_REFRESH_RANK = 32
-# M alone fits in a program's registers up to this, in float32; in float64 up to MAX_RANK.
-MAX_CORE_RANK = 128
 # tl.dot's operands have at least 16 rows and columns.
 MIN_RANK = 16
 
-# How float32 products are formed. "ieee" is float32's own rounding; "tf32x3" would come near it on
-# the tensor cores, "tf32" keeps 10 bits. With r = 32 all kernels but the sketch are bound by memory
-# on "ieee" already, so nothing is given away.
-PRECISION = "ieee"
+# How rows and updates form float32 products, by what torch calls the precision. "ieee" is float32's
+# own rounding, "tf32" keeps 10 bits, "tf32x3" makes up for most of what they lose.
+PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+# Of the curvature, whose small eigenvalues a coarser rounding would hide.
+CURVATURE_PRECISION = "ieee"
 
 # Elements of one program of the flat update: 16 per thread at 128 threads, so that each of at most
 # five streams has four 16-byte accesses in flight per thread.
@@ -44,6 +43,15 @@ class Tile(NamedTuple):
     stages: int
 
 
+def product_precision() -> str:
+    """How `torch.get_float32_matmul_precision()` has the products of rows and updates formed."""
+    try:
+        return PRECISIONS[torch.get_float32_matmul_precision()]
+    except RuntimeError:
+        # torch.backends.cuda.matmul.fp32_precision was set to "tf32", which the older name refuses.
+        return PRECISIONS["high"]
+
+
 def pad_rank(rank: int) -> int:
     """The width of the tiles that hold `rank` columns."""
     return max(MIN_RANK, 1 << (rank - 1).bit_length())
@@ -54,9 +62,9 @@ def row_tile(padded_rank: int) -> Tile:
 
     16 rows, as the number of programs is what hides latency (batch 128 gives 8) and as more make
     the compiler spill the unrolled "ieee" product. 64 columns are at least 8 bytes a thread of each
-    access, also for 16-bit rows.
+    access, also for 16-bit rows. Beyond rank 32 loads made ahead would spill.
     """
-    return Tile(16, 64, 8 if padded_rank > 32 else 4, 2)
+    return Tile(16, 64, 8, 1) if padded_rank > 32 else Tile(16, 64, 4, 2)
 
 
 def sketch_tile() -> Tile:
@@ -85,7 +93,7 @@ def core_warps(padded_rank: int, dtype: torch.dtype) -> int:
     elements = padded_rank * padded_rank
     if dtype == torch.float64:
         return min(16, max(1, elements // 128))
-    return min(32, max(1, elements // 512))
+    return max(1, elements // 512)
 
 
 def sketch_splits(n: int) -> int:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gls_fused import reference
-from gls_fused.backends.triton.configs import MAX_CORE_RANK, MAX_RANK, core_warps, pad_rank
+from gls_fused.backends.triton.configs import MAX_RANK, core_warps, pad_rank
 from gls_fused.backends.triton.launch import ELEMENTS, bits, launch, upload
 
 # Words of a layer's line in the table.
@@ -84,7 +84,7 @@ def invert_cores(
     tables: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
     for core, trace, dim in zip(cores, traces, dims, strict=True):
         rank, dtype = len(core), core.dtype
-        if rank > (MAX_RANK if dtype == torch.float64 else MAX_CORE_RANK):
+        if rank > MAX_RANK:
             results.append(reference.invert_core(core, trace, dim, damping))
             continue
         core_inverse, shift = core.new_empty(rank, rank), core.new_empty(())
@@ -108,7 +108,7 @@ def invert_cores(
 
 
 def invert_core(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[Tensor, Tensor]:
-    """See `gls_fused.reference.invert_core`; float32 and float64, ranks to 128 and 64.
+    """See `gls_fused.reference.invert_core`; float32 and float64, ranks to 64.
 
     Larger ranks take the reference's ops.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,10 @@ ELEMENTS = {
     torch.float16: tl.float16,
 }
 
-_tables: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
-# Uploads that a captured graph repeats read their host side again at each replay.
+_Expand = Callable[[Sequence[Any]], Sequence[int]]
+
+_tables: dict[tuple[torch.device, _Expand, tuple[Any, ...]], tuple[Tensor, Tensor]] = {}
+# What the replays of captured graphs read, for good.
 _captured: list[tuple[Tensor, Tensor]] = []
 
 
@@ -36,23 +38,30 @@ def launch(kernel: Any, programs: tuple[int, ...], device: torch.device, **argum
         kernel[programs](**arguments)
 
 
-def upload(values: Sequence[int], device: torch.device) -> Tensor:
-    """An int64 table on the device, without a host synchronisation; kept for the same values."""
-    key = (device, tuple(values))
-    if key in _tables:
-        return _tables[key][1]
-    host = torch.tensor(key[1], dtype=torch.int64)
-    if device.type == "cuda":
-        host = host.pin_memory()
-    table = host.to(device, non_blocking=True)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # Filled only when the graph is replayed, so of no use to anyone else.
-        _captured.append((host, table))
-        return table
-    if len(_tables) >= KEPT_TABLES:
-        _tables.pop(next(iter(_tables)))
-    _tables[key] = (host, table)
-    return table
+def upload(values: Sequence[Any], device: torch.device, expand: _Expand = tuple) -> Tensor:
+    """An int64 table on the device, without a host synchronisation; kept for the same values.
+
+    Args:
+        expand: makes the table's words from the values, where those are fewer.
+    """
+    key = (device, expand, tuple(values))
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    pair = _tables.pop(key, None)
+    # One uploaded in a capture is filled only when the graph is replayed: of no use to others.
+    kept = pair is not None or not capturing
+    if pair is None:
+        host = torch.tensor(expand(values), dtype=torch.int64)
+        if device.type == "cuda":
+            host = host.pin_memory()
+        pair = host, host.to(device, non_blocking=True)
+    if kept:
+        # The one unused for longest stands first.
+        _tables[key] = pair
+        if len(_tables) > KEPT_TABLES:
+            _tables.pop(next(iter(_tables)))
+    if capturing:
+        _captured.append(pair)
+    return pair[1]
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gls_fused import reference
-from gls_fused.backends.triton.configs import MAX_RANK, PRECISION, pad_rank, row_tile
+from gls_fused.backends.triton.configs import MAX_RANK, pad_rank, product_precision, row_tile
 from gls_fused.backends.triton.launch import launch, needs_reference
 from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse
 
@@ -106,7 +106,9 @@ def launch_precondition(
     (n, size), rank = rows.shape, basis.shape[1]
     product = torch.empty((n, size), dtype=rows.dtype, device=rows.device)
     kind = COLUMN if last is not None else ONES if ones else ABSENT
-    product_last = product if kind == ABSENT else product.new_empty(n)
+    product_last = product
+    if kind != ABSENT:
+        product_last = rows.new_empty(n, dtype=rows.dtype if last is None else last.dtype)
     tile = row_tile(pad_rank(rank))
     launch(
         _precondition_kernel,
@@ -133,7 +135,7 @@ def launch_precondition(
         RANK=pad_rank(rank),
         BLOCK_N=tile.rows,
         BLOCK_D=tile.columns,
-        PRECISION=PRECISION,
+        PRECISION=product_precision(),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gls_fused import reference
 from gls_fused.backends.triton.configs import (
+    CURVATURE_PRECISION,
     MAX_RANK,
-    PRECISION,
     pad_rank,
     row_tile,
     sketch_splits,
@@ -172,7 +172,7 @@ def sketch_rows(rows: Tensor, basis: Tensor, *, ones: bool) -> tuple[Tensor, Ten
         "row_stride": rows.stride(0),
         "column_stride": rows.stride(1),
         "RANK": padded,
-        "PRECISION": PRECISION,
+        "PRECISION": CURVATURE_PRECISION,
     }
 
     projections = basis.new_empty(n, padded)

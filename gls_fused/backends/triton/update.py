@@ -2,20 +2,19 @@
 
 Bytes per float32 parameter, and launches:
 
-    what                           launches              without / with momentum 0.9
-    D given, "none"                1 + 1                 12 / 20
-    D given, "adam"                1 + 1                 20 / 28     torch's fused Adam: 28
-    D given, "rms" or "sgd"        1 + 1 + 1             16 / 24     the norm pass reads D: 4
-    D = D0 P formed, "none"        1 + 1 + 1             16 / 24     T = D0 U C reads D0: 4
-    D = D0 P formed, "rms", "sgd"  1 + 1 + 1 + 1         20 / 28     both
+    what                           launches     without / with momentum 0.9
+    D given, "none"                1            12 / 20
+    D given, "adam"                1            20 / 28     torch's fused Adam: 28, in 2 launches
+    D given, "rms" or "sgd"        1 + 1        16 / 24     the norm pass reads D: 4
+    D = D0 P formed, "none"        1 + 1        16 / 24     T = D0 U C reads D0: 4
+    D = D0 P formed, "rms", "sgd"  1 + 1 + 1    20 / 28     both
 
-The launches are T, the norm pass, the layers' coefficients (a program per layer, where torch's
-Adam too has a launch for its step counters) and the update; layers with and without P double all
-but the coefficients. The norm must be known before the first weight is written, so D's tile is
-formed twice: 4 bytes and 2 r flops per parameter, against 8 bytes if D were stored and read again.
-||D||^2 also follows from D0 U and T alone, without a second pass, but as a difference of nearly
-equal numbers where P damps most of D0. Sums of squares go into a slot per program and are added in
-order, so the same step gives the same bits.
+The launches are T, the norm pass and the update; layers with and without P, of several dtypes or of
+several padded ranks have launches of their own. The norm must be known before the first weight is
+written, so D's tile is formed twice: 4 bytes and 2 r flops per parameter, against 8 bytes if D were
+stored and read again. ||D||^2 also follows from D0 U and T alone, without a second pass, but as a
+difference of nearly equal numbers where P damps most of D0. Sums of squares go into a slot per
+program; the layer's last program adds them in order, so the same step gives the same bits.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -31,10 +31,11 @@ from torch import Tensor
 
 from gls_fused.backends.triton.configs import (
     MAX_RANK,
-    PRECISION,
     UPDATE_BLOCK,
     UPDATE_WARPS,
+    Tile,
     pad_rank,
+    product_precision,
     row_tile,
     update_tile,
 )
@@ -43,13 +44,10 @@ from gls_fused.backends.triton.rows import precondition_gradient
 from gls_fused.backends.triton.update_kernels import (
     BY_COLUMNS,
     BY_ROWS,
-    COEFFICIENTS,
     FLAT_LINE,
     LAYER_LINE,
     STRIDED,
     TILE_LINE,
-    _finish_layers_kernel,
-    _flat_squares_kernel,
     _flat_update_kernel,
     _project_gradients_kernel,
     _tile_update_kernel,
@@ -113,7 +111,7 @@ def update_layers_(
     if bool(exp_avgs) != bool(momentum):
         raise ValueError(f"exp_avgs: expected exactly with momentum, got momentum {momentum}")
     device = params[0].device
-    plan = _Plan(momentum=bool(exp_avgs), adam=normalize == "adam", skip=skip)
+    plan = _Plan()
     layer_lines: list[int] = []
     first = 0
     for layer, (size, inverse) in enumerate(zip(layer_sizes, inverses, strict=True)):
@@ -130,15 +128,11 @@ def update_layers_(
         )
         square = exp_avg_sqs[layer].data_ptr() if normalize == "rms" else 0
         elements = sum(param.numel() for param in params[mine])
-        layer_lines += [steps[layer].data_ptr(), square, slot, plan.slots - slot, elements]
+        layer_lines += [steps[layer].data_ptr(), square, slot, plan.slots - slot, elements, 0, 0]
 
-    coefficients = torch.empty(len(steps), COEFFICIENTS, dtype=torch.float64, device=device)
     with_sums = normalize in ("rms", "sgd")
     slots = plan.slots if with_sums else 1
-    squares = torch.empty(max(1, slots), 2, dtype=torch.float64, device=device)
-    plan.project(device)
-    if with_sums:
-        plan.sum_squares(squares, both=normalize == "sgd")
+    squares = torch.empty(slots, 2, dtype=torch.float64, device=device)
     on_device = isinstance(lr, Tensor) and lr.device == device
     options = (
         0.0 if on_device else float(lr),
@@ -149,29 +143,24 @@ def update_layers_(
         math.log(beta2) if beta2 else -math.inf,
         eps,
     )
-    state = exp_avg_sqs[0].dtype if normalize == "rms" else torch.float32
-    launch(
-        _finish_layers_kernel,
-        (len(steps),),
-        device,
-        table=upload(layer_lines, device),
-        options=upload([bits(value) for value in options], device),
-        lr=lr if on_device else coefficients,
-        squares=squares,
-        coefficients=coefficients,
-        skip=coefficients if skip is None else skip,
-        SKIPS=skip is not None,
-        STEP=ELEMENTS[steps[0].dtype],
-        STATE=ELEMENTS[state],
-        NORMALIZE=normalize,
-        MOMENTUM=plan.momentum,
-        LR_TENSOR=on_device,
-        LINE=LAYER_LINE,
-        COEFFICIENTS=COEFFICIENTS,
-        BLOCK=128,
-        num_warps=4,
-    )
-    plan.update(coefficients, squares)
+    shared = {
+        "layers": upload(layer_lines, device),
+        "options": upload([bits(value) for value in options], device),
+        "lr": lr if on_device else squares,
+        "squares": squares,
+        "skip": squares if skip is None else skip,
+        "SKIPS": skip is not None,
+        "STEP": ELEMENTS[steps[0].dtype],
+        "SQUARE": ELEMENTS[exp_avg_sqs[0].dtype if normalize == "rms" else torch.float32],
+        "NORMALIZE": normalize,
+        "MOMENTUM": bool(exp_avgs),
+        "LR_TENSOR": on_device,
+        "LAYER_LINE": LAYER_LINE,
+    }
+    plan.project(device)
+    for sums in (True, False) if with_sums else (False,):
+        plan.launch_flat(device, SUMS=sums, **shared)
+        plan.launch_tiles(device, SUMS=sums, **shared)
     for target, copy in plan.copies:
         target.copy_(copy)
 
@@ -179,10 +168,7 @@ def update_layers_(
 class _Plan:
     """The launches of one update: its layers in groups, and what must outlive them."""
 
-    def __init__(self, *, momentum: bool, adam: bool, skip: Tensor | None) -> None:
-        self.momentum = momentum
-        self.adam = adam
-        self.skip = skip
+    def __init__(self) -> None:
         self.slots = 0
         self.flat: dict[Dtypes, _Group] = {}
         self.tiled: dict[tuple[Dtypes, int], _Group] = {}
@@ -211,7 +197,10 @@ class _Plan:
             weight, *bias = gradients
             found = precondition_gradient(weight.flatten(1), bias[0] if bias else None, inverse)
             shaped = zip(found, gradients, strict=False)
-            directions = [part.view_as(like) for part, like in shaped if part is not None]
+            # One table entry has one dtype for D and D0.
+            directions = [
+                part.view_as(like).to(like.dtype) for part, like in shaped if part is not None
+            ]
         for index, param in enumerate(params):
             optional = [states[index] if states else None for states in (exp_avgs, exp_avg_sqs)]
             self._add_flat(layer, param, directions[index], gradients[index], *optional)
@@ -226,8 +215,6 @@ class _Plan:
         exp_avg_sq: Tensor | None,
     ) -> None:
         count = param.numel()
-        if not count:
-            return
         entry = [param, direction, gradient, exp_avg, exp_avg_sq]
         if not _are_alike([tensor for tensor in entry if tensor is not None]):
             copies = [None if tensor is None else tensor.contiguous() for tensor in entry]
@@ -244,7 +231,8 @@ class _Plan:
         if exp_avg_sq is not None:
             state = exp_avg_sq.dtype
         group = self.flat.setdefault((param.dtype, gradient.dtype, state), _Group())
-        blocks = triton.cdiv(count, UPDATE_BLOCK)
+        # One at least, so that a layer without elements counts its steps too.
+        blocks = max(1, triton.cdiv(count, UPDATE_BLOCK))
         group.parts.append((len(group.parts), blocks, self.slots))
         self.slots += blocks
         group.lines += [0 if tensor is None else tensor.data_ptr() for tensor in entry]
@@ -289,112 +277,73 @@ class _Plan:
         """T = D0 U C of the layers whose D is formed here."""
         for key, group in self.tiled.items():
             (_, gradient, _), padded = key
-            projections = torch.empty(group.rows, padded, dtype=torch.float32, device=device)
-            self.projections[key] = projections
-            tile = row_tile(padded)
+            self.projections[key] = torch.empty(
+                group.rows, padded, dtype=torch.float32, device=device
+            )
             launch(
                 _project_gradients_kernel,
-                (sum(count for _, count, _ in group.row_parts),),
+                (_count(group.row_parts),),
                 device,
                 table=upload(group.lines, device),
-                blocks=_block_table(tuple(group.row_parts), device),
-                projections=projections,
+                blocks=upload(group.row_parts, device, _block_table),
                 GRADIENT=ELEMENTS[gradient],
-                ALIGNED=group.aligned,
-                EVEN=group.even,
-                BASIS=group.basis,
-                RANK=padded,
-                BLOCK_N=tile.rows,
-                BLOCK_D=tile.columns,
-                LINE=TILE_LINE,
-                PRECISION=PRECISION,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
+                **self._tile_arguments(key, row_tile(padded)),
             )
 
-    def sum_squares(self, squares: Tensor, *, both: bool) -> None:
-        """The sums of D^2 (and of D0^2), a slot per block."""
-        for (_, gradient, state), group in self.flat.items():
-            compute = torch.promote_types(torch.promote_types(gradient, state), torch.float32)
-            launch(
-                _flat_squares_kernel,
-                (_count(group),),
-                squares.device,
-                table=upload(group.lines, squares.device),
-                blocks=_block_table(tuple(group.parts), squares.device),
-                squares=squares,
-                GRADIENT=ELEMENTS[gradient],
-                COMPUTE=ELEMENTS[compute],
-                BOTH=both,
-                ALIGNED=group.aligned,
-                EVEN=group.even,
-                BLOCK=UPDATE_BLOCK,
-                LINE=FLAT_LINE,
-                num_warps=UPDATE_WARPS,
-            )
-        self._launch_tiles(squares, squares, sums=True)
-
-    def update(self, coefficients: Tensor, squares: Tensor) -> None:
-        """The steps of all layers."""
-        for (param, gradient, state), group in self.flat.items():
-            compute = functools.reduce(torch.promote_types, (param, gradient, state), torch.float32)
+    def launch_flat(self, device: torch.device, **shared: Any) -> None:
+        """A pass over the layers whose D is given."""
+        for dtypes, group in self.flat.items():
+            param, gradient, state = dtypes
             launch(
                 _flat_update_kernel,
-                (_count(group),),
-                coefficients.device,
-                table=upload(group.lines, coefficients.device),
-                blocks=_block_table(tuple(group.parts), coefficients.device),
-                coefficients=coefficients,
-                skip=coefficients if self.skip is None else self.skip,
-                SKIPS=self.skip is not None,
+                (_count(group.parts),),
+                device,
+                table=upload(group.lines, device),
+                blocks=upload(group.parts, device, _block_table),
                 PARAM=ELEMENTS[param],
                 GRADIENT=ELEMENTS[gradient],
                 STATE=ELEMENTS[state],
-                COMPUTE=ELEMENTS[compute],
-                MOMENTUM=self.momentum,
-                ADAM=self.adam,
+                COMPUTE=ELEMENTS[functools.reduce(torch.promote_types, dtypes, torch.float32)],
                 ALIGNED=group.aligned,
                 EVEN=group.even,
                 BLOCK=UPDATE_BLOCK,
                 LINE=FLAT_LINE,
-                COEFFICIENTS=COEFFICIENTS,
                 num_warps=UPDATE_WARPS,
+                **shared,
             )
-        self._launch_tiles(coefficients, squares, sums=False)
 
-    def _launch_tiles(self, coefficients: Tensor, squares: Tensor, *, sums: bool) -> None:
+    def launch_tiles(self, device: torch.device, **shared: Any) -> None:
+        """A pass over the layers whose D is formed here."""
         for key, group in self.tiled.items():
             (param, gradient, state), padded = key
-            tile = update_tile(padded)
             launch(
                 _tile_update_kernel,
-                (_count(group),),
-                coefficients.device,
-                table=upload(group.lines, coefficients.device),
-                blocks=_block_table(tuple(group.parts), coefficients.device),
-                projections=self.projections[key],
-                coefficients=coefficients,
-                squares=squares,
-                skip=coefficients if self.skip is None else self.skip,
-                SKIPS=self.skip is not None,
+                (_count(group.parts),),
+                device,
+                table=upload(group.lines, device),
+                blocks=upload(group.parts, device, _block_table),
                 PARAM=ELEMENTS[param],
                 GRADIENT=ELEMENTS[gradient],
                 STATE=ELEMENTS[state],
-                MOMENTUM=self.momentum,
-                ADAM=self.adam,
-                SUMS=sums,
-                ALIGNED=group.aligned,
-                EVEN=group.even,
-                BASIS=group.basis,
-                RANK=padded,
-                BLOCK_N=tile.rows,
-                BLOCK_D=tile.columns,
-                LINE=TILE_LINE,
-                COEFFICIENTS=COEFFICIENTS,
-                PRECISION=PRECISION,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
+                **self._tile_arguments(key, update_tile(padded)),
+                **shared,
             )
+
+    def _tile_arguments(self, key: tuple[Dtypes, int], tile: Tile) -> dict[str, Any]:
+        group, (_, padded) = self.tiled[key], key
+        return {
+            "projections": self.projections[key],
+            "ALIGNED": group.aligned,
+            "EVEN": group.even,
+            "BASIS": group.basis,
+            "RANK": padded,
+            "BLOCK_N": tile.rows,
+            "BLOCK_D": tile.columns,
+            "LINE": TILE_LINE,
+            "PRECISION": product_precision(),
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
 
 
 def _is_tiled(streams: Sequence[Sequence[Tensor]], inverse: SubspaceInverse) -> bool:
@@ -419,15 +368,14 @@ def _are_alike(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def _count(group: _Group) -> int:
-    return sum(blocks for _, blocks, _ in group.parts)
+def _count(parts: Sequence[tuple[int, int, int]]) -> int:
+    return sum(blocks for _, blocks, _ in parts)
 
 
-@functools.lru_cache(maxsize=64)
-def _block_table(parts: tuple[tuple[int, int, int], ...], device: torch.device) -> Tensor:
-    """int64 [blocks, 3]: entry, part of it, slot. Sizes do not change, so these are kept."""
+def _block_table(parts: Sequence[tuple[int, int, int]]) -> list[int]:
+    """int64 [blocks, 3]: entry, part of it, slot."""
     lines: list[int] = []
     for entry, count, slot in parts:
         for part in range(count):
             lines += [entry, part, slot + part]
-    return upload(lines, device)
+    return lines

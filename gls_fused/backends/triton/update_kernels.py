@@ -2,10 +2,8 @@
 
 A block is a program's part of one layer. `blocks` says for each which entry of the table it belongs
 to, which part of it is meant, and where its sums of squares go, so that one launch serves all
-layers. Coefficients of a layer, float64, by `_finish_layers_kernel`:
-
-    1 - lr weight_decay,   lr * scale / (1 - momentum^step),   1 - momentum,   1 - beta2,
-    1 / (1 - beta2^step),   eps
+layers. What a layer's programs share stands in its line of `layers`. There they also count, with an
+integer, how many of them are done: the last one counts the layer's step, and puts the count back.
 """
 
 from __future__ import annotations
@@ -13,10 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Words per line of the tables, and coefficients per layer.
-FLAT_LINE, TILE_LINE, LAYER_LINE, COEFFICIENTS = 7, 22, 5, 6
+# Words per line of the tables.
+FLAT_LINE, TILE_LINE, LAYER_LINE = 7, 22, 7
 # How the bases of a launch's layers lie in memory.
 STRIDED, BY_ROWS, BY_COLUMNS = 0, 1, 2
+# Slots that are added at a time: two rounds for the 1,536 of a weight [1024, 3072].
+SUM_SLOTS = tl.constexpr(1024)
 
 
 @triton.jit
@@ -29,29 +29,111 @@ def _address(word, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _option(options, at):
+    return tl.load(options + at).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _next_step(layer, options, lr, STEP: tl.constexpr, MOMENTUM: tl.constexpr,
+               LR_TENSOR: tl.constexpr):  # fmt: skip
+    """The layer's count with the step being taken, and lr / (1 - momentum^step)."""
+    step = tl.load(tl.load(layer).to(tl.pointer_type(STEP))).to(tl.float64) + 1.0
+    rate = tl.load(lr).to(tl.float64) if LR_TENSOR else _option(options, 0)
+    if MOMENTUM:
+        rate = rate / (1.0 - tl.exp(step * _option(options, 3)))
+    return step, rate
+
+
+@triton.jit
+def _count_step(layer, step, STEP: tl.constexpr):
+    tl.store(tl.load(layer).to(tl.pointer_type(STEP)), step.to(STEP))
+
+
+@triton.jit
+def _is_last(layer):
+    """Whether the layer's other programs have all been here; what they wrote is then seen."""
+    # The count is one thread's, who must not be ahead of the others.
+    tl.debug_barrier()
+    last = tl.atomic_add(layer + 5, 1, sem="acq_rel", scope="gpu") == tl.load(layer + 3) - 1
+    if last:
+        tl.store(layer + 5, 0)
+    return last
+
+
+@triton.jit
+def _finish_norm(
+    layer, options, lr, squares, STEP: tl.constexpr, SQUARE: tl.constexpr,
+    NORMALIZE: tl.constexpr, MOMENTUM: tl.constexpr, LR_TENSOR: tl.constexpr,
+):  # fmt: skip
+    """The layer's last program adds the slots, blends v, leaves the rate and counts the step."""
+    if _is_last(layer):
+        first, count = tl.load(layer + 2), tl.load(layer + 3)
+        direction = tl.zeros([SUM_SLOTS], dtype=tl.float64)
+        gradient = tl.zeros([SUM_SLOTS], dtype=tl.float64)
+        for start in range(0, count.to(tl.int32), SUM_SLOTS):
+            i = start + tl.arange(0, SUM_SLOTS)
+            at = squares + (first + i) * 2
+            direction += tl.load(at, mask=i < count, other=0.0)
+            if NORMALIZE == "sgd":
+                gradient += tl.load(at + 1, mask=i < count, other=0.0)
+        norm = tl.sum(direction, axis=0)
+        step, rate = _next_step(layer, options, lr, STEP, MOMENTUM, LR_TENSOR)
+        if NORMALIZE == "rms":
+            average = tl.load(layer + 1).to(tl.pointer_type(SQUARE))
+            v = tl.load(average).to(tl.float64)
+            mean = norm / tl.maximum(tl.load(layer + 4), 1).to(tl.float64)
+            v += (mean - v) * (1.0 - _option(options, 4))
+            tl.store(average, v.to(SQUARE))
+            correction = 1.0 / (1.0 - tl.exp(step * _option(options, 5)))
+            rate = rate / (tl.sqrt(v * correction) + _option(options, 6))
+        else:
+            ratio = tl.sqrt(tl.sum(gradient, axis=0)) / tl.sqrt(tl.where(norm > 0, norm, 1.0))
+            rate = tl.where(norm > 0, rate * ratio, rate)
+        tl.store(layer + 6, rate.to(tl.int64, bitcast=True))
+        _count_step(layer, step, STEP)
+
+
+@triton.jit
+def _scales(
+    layer, options, lr, STEP: tl.constexpr, NORMALIZE: tl.constexpr, MOMENTUM: tl.constexpr,
+    LR_TENSOR: tl.constexpr,
+):  # fmt: skip
+    """What `_step_elements` multiplies with, float64, and the step being taken."""
+    step, rate = _next_step(layer, options, lr, STEP, MOMENTUM, LR_TENSOR)
+    decay = tl.load(lr).to(tl.float64) if LR_TENSOR else _option(options, 0)
+    if NORMALIZE == "rms" or NORMALIZE == "sgd":
+        # The norm pass has counted this step already.
+        rate = tl.load(layer + 6).to(tl.float64, bitcast=True)
+    correction = rate
+    if NORMALIZE == "adam":
+        correction = 1.0 / (1.0 - tl.exp(step * _option(options, 5)))
+    decay = 1.0 - decay * _option(options, 1)
+    kept, kept_square = _option(options, 2), _option(options, 4)
+    return (decay, rate, 1.0 - kept, 1.0 - kept_square, correction, _option(options, 6)), step
+
+
+@triton.jit
 def _step_elements(
-    param, exp_avg, exp_avg_sq, d, at, mask, coefficients,
+    param, exp_avg, exp_avg_sq, d, at, mask, scales,
     MOMENTUM: tl.constexpr, ADAM: tl.constexpr,
 ):  # fmt: skip
     """The parameters' step along d, in place, in the dtype of d.
 
     Masked elements are undefined, and stay unwritten.
     """
-    decay = tl.load(coefficients).to(d.dtype)
-    rate = tl.load(coefficients + 1).to(d.dtype)
+    decay, rate, share, square_share, correction, eps = scales
     average = d
     if MOMENTUM:
         m = tl.load(exp_avg + at, mask=mask).to(d.dtype)
-        average = m + (d - m) * tl.load(coefficients + 2).to(d.dtype)
+        average = m + (d - m) * share.to(d.dtype)
         tl.store(exp_avg + at, average.to(exp_avg.dtype.element_ty), mask=mask)
     if ADAM:
         v = tl.load(exp_avg_sq + at, mask=mask).to(d.dtype)
-        v += (d * d - v) * tl.load(coefficients + 3).to(d.dtype)
+        v += (d * d - v) * square_share.to(d.dtype)
         tl.store(exp_avg_sq + at, v.to(exp_avg_sq.dtype.element_ty), mask=mask)
-        root = tl.sqrt(v * tl.load(coefficients + 4).to(d.dtype))
-        average = average / (root + tl.load(coefficients + 5).to(d.dtype))
+        average = average / (tl.sqrt(v * correction.to(d.dtype)) + eps.to(d.dtype))
     w = tl.load(param + at, mask=mask).to(d.dtype)
-    w = w * decay - rate * average
+    w = w * decay.to(d.dtype) - rate.to(d.dtype) * average
     tl.store(param + at, w.to(param.dtype.element_ty), mask=mask)
 
 
@@ -59,21 +141,29 @@ def _step_elements(
 def _flat_update_kernel(
     table,  # int64 [entries, 7]: param, D, D0, m, v (addresses), elements, layer
     blocks,  # int64 [programs, 3]
-    coefficients,  # float64 [layers, 6]
+    layers,  # int64 [layers, 7]: step, v (addresses), first slot, slots, elements, done, rate
+    options,  # int64 [7], float64 bits: lr, weight_decay, momentum, ln(momentum), beta2, ln, eps
+    lr,  # [1], read where LR_TENSOR
+    squares,  # float64 [slots, 2]: sums of D^2 and of D0^2
     skip,  # where SKIPS: true where nothing is to be written
     SKIPS: tl.constexpr,
     PARAM: tl.constexpr,
     GRADIENT: tl.constexpr,
     STATE: tl.constexpr,
     COMPUTE: tl.constexpr,
+    STEP: tl.constexpr,
+    SQUARE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     MOMENTUM: tl.constexpr,
-    ADAM: tl.constexpr,
+    LR_TENSOR: tl.constexpr,
+    SUMS: tl.constexpr,
     ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
     LINE: tl.constexpr,
-    COEFFICIENTS: tl.constexpr,
+    LAYER_LINE: tl.constexpr,
 ):
+    """A block of D that is given: with SUMS its squares' sum, else the step along it."""
     if SKIPS:  # noqa: SIM102  # `and` would not leave the load out
         if tl.load(skip):
             return
@@ -86,48 +176,32 @@ def _flat_update_kernel(
     exp_avg = _address(line + 3, STATE, ALIGNED)
     exp_avg_sq = _address(line + 4, STATE, ALIGNED)
     count = tl.load(line + 5)
-    layer = coefficients + tl.load(line + 6) * COEFFICIENTS
+    layer = layers + tl.load(line + 6) * LAYER_LINE
     if EVEN:
         # Then the mask is the same for every 16 elements, and accesses stay 16 bytes wide.
         count = tl.multiple_of(count, 16)
-        mask = at < count
-        d = tl.load(gradient + at, mask=mask, other=0.0).to(COMPUTE)
-        _step_elements(param, exp_avg, exp_avg_sq, d, at, mask, layer, MOMENTUM, ADAM)
-    elif first + BLOCK <= count:
-        d = tl.load(gradient + at).to(COMPUTE)
-        _step_elements(param, exp_avg, exp_avg_sq, d, at, None, layer, MOMENTUM, ADAM)
-    else:
-        mask = at < count
-        d = tl.load(gradient + at, mask=mask, other=0.0).to(COMPUTE)
-        _step_elements(param, exp_avg, exp_avg_sq, d, at, mask, layer, MOMENTUM, ADAM)
-
-
-@triton.jit
-def _flat_squares_kernel(
-    table,
-    blocks,
-    squares,  # float64 [slots, 2]: sums of D^2 and of D0^2
-    GRADIENT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BOTH: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LINE: tl.constexpr,
-):
-    block = blocks + tl.program_id(0).to(tl.int64) * 3
-    line = table + tl.load(block) * LINE
-    at = tl.load(block + 1) * BLOCK + tl.arange(0, BLOCK)
-    count = tl.load(line + 5)
-    if EVEN:
-        count = tl.multiple_of(count, 16)
     mask = at < count
-    out = squares + tl.load(block + 2) * 2
-    d = tl.load(_address(line + 1, GRADIENT, ALIGNED) + at, mask=mask, other=0.0).to(COMPUTE)
-    tl.store(out, tl.sum(d * d, axis=0))
-    if BOTH:
-        g = tl.load(_address(line + 2, GRADIENT, ALIGNED) + at, mask=mask, other=0.0).to(COMPUTE)
-        tl.store(out + 1, tl.sum(g * g, axis=0))
+    if SUMS:
+        out = squares + tl.load(block + 2) * 2
+        d = tl.load(gradient + at, mask=mask, other=0.0).to(COMPUTE)
+        tl.store(out, tl.sum(d * d, axis=0))
+        if NORMALIZE == "sgd":
+            given = _address(line + 2, GRADIENT, ALIGNED)
+            g = tl.load(given + at, mask=mask, other=0.0).to(COMPUTE)
+            tl.store(out + 1, tl.sum(g * g, axis=0))
+        _finish_norm(layer, options, lr, squares, STEP, SQUARE, NORMALIZE, MOMENTUM, LR_TENSOR)
+    else:
+        ADAM: tl.constexpr = NORMALIZE == "adam"
+        scales, step = _scales(layer, options, lr, STEP, NORMALIZE, MOMENTUM, LR_TENSOR)
+        if not EVEN and first + BLOCK <= count:
+            d = tl.load(gradient + at).to(COMPUTE)
+            _step_elements(param, exp_avg, exp_avg_sq, d, at, None, scales, MOMENTUM, ADAM)
+        else:
+            d = tl.load(gradient + at, mask=mask, other=0.0).to(COMPUTE)
+            _step_elements(param, exp_avg, exp_avg_sq, d, at, mask, scales, MOMENTUM, ADAM)
+        if NORMALIZE == "none" or ADAM:  # noqa: SIM102
+            if _is_last(layer):
+                _count_step(layer, step, STEP)
 
 
 @triton.jit
@@ -198,15 +272,20 @@ def _tile_update_kernel(
     table,
     blocks,
     projections,
-    coefficients,
+    layers,
+    options,
+    lr,
     squares,
     skip,
     SKIPS: tl.constexpr,
     PARAM: tl.constexpr,
     GRADIENT: tl.constexpr,
     STATE: tl.constexpr,
+    STEP: tl.constexpr,
+    SQUARE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     MOMENTUM: tl.constexpr,
-    ADAM: tl.constexpr,
+    LR_TENSOR: tl.constexpr,
     SUMS: tl.constexpr,
     ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
@@ -215,7 +294,7 @@ def _tile_update_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LINE: tl.constexpr,
-    COEFFICIENTS: tl.constexpr,
+    LAYER_LINE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A tile of D = D0 / lambda' + T U': with SUMS its squares' sum, else the step along it."""
@@ -234,7 +313,7 @@ def _tile_update_kernel(
         down, across = tl.multiple_of(down, 16), tl.full([], 1, dtype=tl.int64)
     elif BASIS == 2:
         down = tl.full([], 1, dtype=tl.int64)
-    layer = coefficients + tl.load(line + 18) * COEFFICIENTS
+    layer = layers + tl.load(line + 18) * LAYER_LINE
     tiles = tl.load(line + 21)
     i = (part // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     j = (part % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -273,83 +352,18 @@ def _tile_update_kernel(
         out = squares + tl.load(block + 2) * 2
         tl.store(out, tl.sum(tl.sum(d * d, axis=1) + e * e, axis=0))
         tl.store(out + 1, tl.sum(tl.sum(g * g, axis=1) + b * b, axis=0))
+        _finish_norm(layer, options, lr, squares, STEP, SQUARE, NORMALIZE, MOMENTUM, LR_TENSOR)
     else:
+        ADAM: tl.constexpr = NORMALIZE == "adam"
+        scales, step = _scales(layer, options, lr, STEP, NORMALIZE, MOMENTUM, LR_TENSOR)
         param = _address(line, PARAM, ALIGNED)
         exp_avg = _address(line + 2, STATE, ALIGNED)
         exp_avg_sq = _address(line + 3, STATE, ALIGNED)
-        _step_elements(param, exp_avg, exp_avg_sq, d, at, mask, layer, MOMENTUM, ADAM)
+        _step_elements(param, exp_avg, exp_avg_sq, d, at, mask, scales, MOMENTUM, ADAM)
         param = tl.load(line + 4).to(tl.pointer_type(PARAM))
         exp_avg = tl.load(line + 6).to(tl.pointer_type(STATE))
         exp_avg_sq = tl.load(line + 7).to(tl.pointer_type(STATE))
-        _step_elements(param, exp_avg, exp_avg_sq, e, i, in_bias, layer, MOMENTUM, ADAM)
-
-
-@triton.jit
-def _finish_layers_kernel(
-    table,  # int64 [layers, 5]: step, v (addresses), first slot, slots, elements
-    options,  # int64 [7], float64 bits: lr, weight_decay, momentum, ln(momentum), beta2, ln, eps
-    lr,  # [1], read where LR_TENSOR
-    squares,
-    coefficients,
-    skip,
-    SKIPS: tl.constexpr,
-    STEP: tl.constexpr,
-    STATE: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    LR_TENSOR: tl.constexpr,
-    LINE: tl.constexpr,
-    COEFFICIENTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A layer counts its step, blends its mean square in, and gets its coefficients."""
-    if SKIPS:  # noqa: SIM102  # `and` would not leave the load out
-        if tl.load(skip):
-            return
-    layer = tl.program_id(0).to(tl.int64)
-    line = table + layer * LINE
-    weight_decay = tl.load(options + 1).to(tl.float64, bitcast=True)
-    momentum = tl.load(options + 2).to(tl.float64, bitcast=True)
-    beta2 = tl.load(options + 4).to(tl.float64, bitcast=True)
-    eps = tl.load(options + 6).to(tl.float64, bitcast=True)
-    rate = tl.load(options).to(tl.float64, bitcast=True)
-    if LR_TENSOR:
-        rate = tl.load(lr).to(tl.float64)
-    counter = tl.load(line).to(tl.pointer_type(STEP))
-    step = tl.load(counter).to(tl.float64) + 1.0
-    tl.store(counter, step.to(STEP))
-
-    out = coefficients + layer * COEFFICIENTS
-    tl.store(out, 1.0 - rate * weight_decay)
-    tl.store(out + 2, 1.0 - momentum)
-    tl.store(out + 3, 1.0 - beta2)
-    tl.store(out + 5, eps)
-    if MOMENTUM:
-        log_momentum = tl.load(options + 3).to(tl.float64, bitcast=True)
-        rate = rate / (1.0 - tl.exp(step * log_momentum))
-    correction = step * 0.0 + 1.0
-    if NORMALIZE == "rms" or NORMALIZE == "adam":
-        log_beta2 = tl.load(options + 5).to(tl.float64, bitcast=True)
-        correction = 1.0 / (1.0 - tl.exp(step * log_beta2))
-    tl.store(out + 4, correction)
-    if NORMALIZE == "rms" or NORMALIZE == "sgd":
-        first, count = tl.load(line + 2), tl.load(line + 3)
-        direction = tl.zeros([BLOCK], dtype=tl.float64)
-        gradient = tl.zeros([BLOCK], dtype=tl.float64)
-        for start in range(0, count.to(tl.int32), BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            at = squares + (first + i) * 2
-            direction += tl.load(at, mask=i < count, other=0.0)
-            if NORMALIZE == "sgd":
-                gradient += tl.load(at + 1, mask=i < count, other=0.0)
-        norm = tl.sum(direction, axis=0)
-        if NORMALIZE == "rms":
-            average = tl.load(line + 1).to(tl.pointer_type(STATE))
-            v = tl.load(average).to(tl.float64)
-            v += (norm / tl.maximum(tl.load(line + 4), 1).to(tl.float64) - v) * (1.0 - beta2)
-            tl.store(average, v.to(STATE))
-            rate = rate / (tl.sqrt(v * correction) + eps)
-        else:
-            ratio = tl.sqrt(tl.sum(gradient, axis=0)) / tl.sqrt(tl.where(norm > 0, norm, 1.0))
-            rate = tl.where(norm > 0, rate * ratio, rate)
-    tl.store(out + 1, rate)
+        _step_elements(param, exp_avg, exp_avg_sq, e, i, in_bias, scales, MOMENTUM, ADAM)
+        if NORMALIZE == "none" or ADAM:  # noqa: SIM102
+            if _is_last(layer):
+                _count_step(layer, step, STEP)
