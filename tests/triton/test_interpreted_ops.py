@@ -68,6 +68,18 @@ def test_sketch(dtype, shape):
     assert_same(actual, [x.float() for x in exact], PRODUCT, torch.float32)
 
 
+@pytest.mark.parametrize("rank", [5, 16])
+@pytest.mark.parametrize("ones", [False, True])
+def test_ops_are_what_torch_asks_of_an_op(rank, ones):
+    """Shapes, strides and aliases are what torch.compile is told."""
+    ops, tests = torch.ops.gls_fused_triton, ("test_schema", "test_faketensor")
+    rows, inverse = draw(9, 20, dtype=torch.float32), make_inverse(20 + ones, rank, torch.float32)
+    last = draw(9, dtype=torch.float32) if ones else None
+    torch.library.opcheck(ops.sketch_rows.default, (rows, inverse.basis, ones), test_utils=tests)
+    for arguments in ((rows, None, *inverse, ones), (rows, last, *inverse, False)):
+        torch.library.opcheck(ops.precondition.default, arguments, test_utils=tests)
+
+
 @pytest.mark.parametrize("ones", [False, True])
 def test_sketch_of_many_rows_is_cut_in_parts(ones):
     n = 2 * configs.ROWS_PER_SPLIT + 3

@@ -11,9 +11,12 @@ from gls_fused.dispatch import resolve_backend
 STEPS = 10
 
 
-def train(kind, backend, dtype=torch.float32, **options):
+def train(kind, backend, dtype=torch.float32, *, compiles=False, **options):
     model = make_net(kind).to(dtype)
     optimizer = GLS(model, lr=1e-2, rank=4, curvature_every=2, backend=backend, **options)
+    if compiles:
+        torch._dynamo.reset()
+        model = torch.compile(model, fullgraph=True, backend="aot_eager")
     for step in range(STEPS):
         batch = [x.to(dtype) for x in make_batch(kind, 12, seed=step)]
         optimizer.zero_grad()
@@ -39,6 +42,15 @@ def test_ten_steps(kind, normalize):
 def test_both_sites(site):
     found = train("mlp", "triton", site=site)
     assert relative_error(found, train("mlp", "reference", site=site)) <= 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("site", ["step", "backward"])
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_compiled_model(kind, site):
+    """The kernels are ops of the compiled graphs."""
+    compiled = train(kind, "triton", site=site, compiles=True)
+    assert torch.equal(compiled, train(kind, "triton", site=site))
 
 
 def test_interpreted_backend_is_for_who_asks():

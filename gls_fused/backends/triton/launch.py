@@ -22,6 +22,9 @@ ELEMENTS = {
     torch.float16: tl.float16,
 }
 
+# Ops that a traced backward contains: torch.compile looks at their shapes, and not inside.
+_library = torch.library.Library("gls_fused_triton", "DEF")
+
 _Expand = Callable[[Sequence[Any]], Sequence[int]]
 
 _tables: dict[tuple[torch.device, _Expand, tuple[Any, ...]], tuple[Tensor, Tensor]] = {}
@@ -62,6 +65,25 @@ def upload(values: Sequence[Any], device: torch.device, expand: _Expand = tuple)
     if capturing:
         _captured.append(pair)
     return pair[1]
+
+
+def traceable(schema: str, shaped: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function of tensors an op of torch's, under which it runs from then on.
+
+    Args:
+        schema: such as "double(Tensor x) -> Tensor".
+        shaped: gives results of the right shapes, strides and dtypes, whose values do not matter.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    torch.library.register_fake(f"{_library.ns}::{name}", shaped, lib=_library)
+
+    def register(function: Callable[..., Any]) -> Any:
+        for device in ("CUDA", "CPU"):
+            _library.impl(name, function, device)
+        return getattr(torch.ops.gls_fused_triton, name)
+
+    return register
 
 
 @functools.cache

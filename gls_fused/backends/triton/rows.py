@@ -8,14 +8,13 @@ is larger than that, and U stays there for all programs. 8 n d bytes in float32.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gls_fused import reference
 from gls_fused.backends.triton.configs import MAX_RANK, pad_rank, product_precision, row_tile
-from gls_fused.backends.triton.launch import launch, needs_reference
+from gls_fused.backends.triton.launch import launch, needs_reference, traceable
 from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse
 
 # What a row's last element is.
@@ -98,17 +97,36 @@ def _precondition_kernel(
         tl.store(product_last + i, end.to(product_last.dtype.element_ty), mask=in_rows)
 
 
-def launch_precondition(
-    rows: Tensor, last: Tensor | None, inverse: SubspaceInverse, *, ones: bool
-) -> tuple[Tensor, Tensor | None]:
-    """[rows, last] P, where `last` [n] is a tensor, or ones, or absent."""
-    basis, core_inverse, shift = inverse
+def _empty_products(
+    rows: Tensor,
+    last: Tensor | None,
+    basis: Tensor,
+    core_inverse: Tensor,
+    shift: Tensor,
+    ones: bool,
+) -> tuple[Tensor, Tensor]:
+    n, size = rows.shape
+    dtype = rows.dtype if last is None else last.dtype
+    extended = ones or last is not None
+    return rows.new_empty(n, size), rows.new_empty(n if extended else 0, dtype=dtype)
+
+
+@traceable(
+    "precondition(Tensor rows, Tensor? last, Tensor basis, Tensor core_inverse, Tensor shift,"
+    " bool ones) -> (Tensor, Tensor)",
+    _empty_products,
+)
+def _precondition(
+    rows: Tensor,
+    last: Tensor | None,
+    basis: Tensor,
+    core_inverse: Tensor,
+    shift: Tensor,
+    ones: bool,
+) -> tuple[Tensor, Tensor]:
+    """[rows, last] P, where `last` [n] is a tensor, or ones, or absent, and the result's empty."""
     (n, size), rank = rows.shape, basis.shape[1]
-    product = torch.empty((n, size), dtype=rows.dtype, device=rows.device)
-    kind = COLUMN if last is not None else ONES if ones else ABSENT
-    product_last = product
-    if kind != ABSENT:
-        product_last = rows.new_empty(n, dtype=rows.dtype if last is None else last.dtype)
+    product, product_last = _empty_products(rows, last, basis, core_inverse, shift, ones)
     tile = row_tile(pad_rank(rank))
     launch(
         _precondition_kernel,
@@ -131,7 +149,7 @@ def launch_precondition(
         basis_column_stride=basis.stride(1),
         core_row_stride=core_inverse.stride(0),
         core_column_stride=core_inverse.stride(1),
-        LAST=kind,
+        LAST=COLUMN if last is not None else ONES if ones else ABSENT,
         RANK=pad_rank(rank),
         BLOCK_N=tile.rows,
         BLOCK_D=tile.columns,
@@ -139,7 +157,7 @@ def launch_precondition(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return product, None if kind == ABSENT else product_last
+    return product, product_last
 
 
 def precondition_rows(
@@ -153,7 +171,8 @@ def precondition_rows(
     if _is_reference(inverse):
         return reference.precondition_rows(rows, inverse, ones=ones)
     assert isinstance(inverse, SubspaceInverse)
-    return launch_precondition(rows, None, inverse, ones=ones)
+    product, last = _precondition(rows, None, *inverse, ones)
+    return product, last if ones else None
 
 
 def precondition_gradient(
@@ -163,7 +182,8 @@ def precondition_gradient(
     if _is_reference(inverse):
         return reference.precondition_gradient(weight_gradient, bias_gradient, inverse)
     assert isinstance(inverse, SubspaceInverse)
-    return launch_precondition(weight_gradient, bias_gradient, inverse, ones=False)
+    product, last = _precondition(weight_gradient, bias_gradient, *inverse, False)
+    return product, None if bias_gradient is None else last
 
 
 def _is_reference(inverse: Inverse) -> bool:

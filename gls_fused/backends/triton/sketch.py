@@ -22,7 +22,7 @@ from gls_fused.backends.triton.configs import (
     sketch_splits,
     sketch_tile,
 )
-from gls_fused.backends.triton.launch import launch, needs_reference
+from gls_fused.backends.triton.launch import launch, needs_reference, traceable
 
 # Parts and elements that one program of the last stage adds at a time.
 SUM_PARTS, SUM_WIDTH = 16, 64
@@ -157,9 +157,22 @@ def sketch_rows(rows: Tensor, basis: Tensor, *, ones: bool) -> tuple[Tensor, Ten
     Numerics: float32 throughout, with "ieee" products; the same bits for the same shapes. A basis
         in float64 and ranks above 64 take the reference's ops.
     """
-    (n, size), (dim, rank) = rows.shape, basis.shape
-    if needs_reference(basis.dtype, rank, MAX_RANK):
+    if needs_reference(basis.dtype, basis.shape[1], MAX_RANK):
         return reference.sketch_rows(rows, basis, ones=ones)
+    core, sketch, trace = _sketch(rows, basis, ones)
+    return core, sketch, trace
+
+
+def _empty_sketch(rows: Tensor, basis: Tensor, ones: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dim, rank = basis.shape
+    return basis.new_empty(rank, rank), basis.new_empty(dim, rank), basis.new_empty(())
+
+
+@traceable(
+    "sketch_rows(Tensor rows, Tensor basis, bool ones) -> (Tensor, Tensor, Tensor)", _empty_sketch
+)
+def _sketch(rows: Tensor, basis: Tensor, ones: bool) -> tuple[Tensor, Tensor, Tensor]:
+    (n, size), (dim, rank) = rows.shape, basis.shape
     if n == 0:
         return basis.new_zeros(rank, rank), basis.new_zeros(dim, rank), basis.new_zeros(())
     padded = pad_rank(rank)
@@ -218,4 +231,5 @@ def sketch_rows(rows: Tensor, basis: Tensor, *, ones: bool) -> tuple[Tensor, Ten
     square = padded * padded
     if ones:
         sketch[size].copy_(head[square : square + rank])
-    return head[:square].view(padded, padded)[:rank, :rank], sketch, head[square + padded]
+    core = head[:square].view(padded, padded)[:rank, :rank].contiguous()
+    return core, sketch, head[square + padded].clone()
