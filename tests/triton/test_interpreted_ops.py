@@ -33,11 +33,14 @@ shapes = st.tuples(
 )
 
 
+def lay_out(matrix, by_columns):
+    return matrix.T.contiguous().T if by_columns else matrix.contiguous()
+
+
 def make_problem(shape, dtype):
     n, size, rank, ones, strided, by_columns = shape
     inverse = make_inverse(size + ones, min(rank, size + ones), dtype)
-    if by_columns:
-        inverse = inverse._replace(basis=inverse.basis.T.contiguous().T)
+    inverse = inverse._replace(basis=lay_out(inverse.basis, by_columns))
     return draw(n, size, dtype=dtype, strided=strided), inverse, ones
 
 
@@ -57,6 +60,15 @@ def test_gradient(dtype, shape):
     actual = backend.precondition_gradient(weight, bias, inverse)
     expected = reference.precondition_gradient(weight, bias, inverse)
     assert_same(actual, expected, PRODUCT, dtype)
+
+
+def test_bias_keeps_its_own_dtype():
+    weight, bias = draw(5, 8, dtype=torch.bfloat16), draw(5, dtype=torch.float32)
+    inverse = make_inverse(9, 3, torch.float32)
+    actual = backend.precondition_gradient(weight, bias, inverse)[1]
+    expected = reference.precondition_gradient(weight, bias, inverse)[1]
+    assert actual.dtype == expected.dtype
+    assert_near(actual, expected, PRODUCT[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -317,8 +329,8 @@ def test_update_that_forms_its_directions(normalize, layout):
     for option in options:
         found = [make_inverse(1002, 16, torch.float32), make_inverse(3, 2, torch.float32)]
         for index, inverse in enumerate(found):
-            if layout == "columns" or (layout == "mixed" and index):
-                found[index] = inverse._replace(basis=inverse.basis.T.contiguous().T)
+            by_columns = layout == "columns" or (layout == "mixed" and index == 1)
+            found[index] = inverse._replace(basis=lay_out(inverse.basis, by_columns))
         option["inverses"] = [*found, None]
         option["lr"] = torch.tensor(0.1)
     run_update(backend, options[0])
@@ -327,6 +339,7 @@ def test_update_that_forms_its_directions(normalize, layout):
 
 
 def test_update_through_a_dense_inverse_and_channels_last():
+    """With a bias of another dtype."""
     results = []
     for ops in (backend, reference):
         option = make_update(torch.float32, "rms", 0.9, strided=False)
@@ -336,6 +349,7 @@ def test_update_through_a_dense_inverse_and_channels_last():
         for key in ("params", "gradients", "exp_avgs"):
             tensor = draw(*shape, dtype=torch.float32, seed=len(key))
             option[key][2] = tensor.to(memory_format=torch.channels_last)
+            option[key][1] = option[key][1].double()
         run_update(ops, option)
         results.append(option)
     compare_updates(*results, torch.float32)
@@ -352,12 +366,13 @@ def test_update_of_a_bad_gradient_spoils_its_layer_alone():
     assert option["params"][2].isfinite().all()
 
 
-def test_update_of_zero_gradients_only_decays():
-    option = make_update(torch.float32, "sgd", 0.0, strided=False)
-    before = option["params"][2].clone()
-    option["gradients"] = [torch.zeros_like(g) for g in option["gradients"]]
-    run_update(backend, option)
-    assert_near(option["params"][2], before * (1 - 0.1 * 0.2), PRODUCT[torch.float32])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_update_of_zero_gradients_decays_and_follows_the_average(momentum):
+    options = [make_update(torch.float32, "sgd", momentum, strided=False) for _ in range(2)]
+    for option, ops in zip(options, (backend, reference), strict=True):
+        option["gradients"] = [torch.zeros_like(g) for g in option["gradients"]]
+        run_update(ops, option)
+    compare_updates(*options, torch.float32)
 
 
 def test_update_refuses_averages_without_momentum():
