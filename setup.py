@@ -232,7 +232,7 @@ def cpu_kernels(capability: str, flags: list[str]) -> CppExtension:
     return CppExtension(
         f"gls_fused._cpu_{capability.lower()}",
         sources=sorted(glob("csrc/cpu/*.cpp")),
-        depends=sorted(["csrc/check.h", *glob("csrc/cpu/*.h")]),
+        depends=sorted([*glob("csrc/*.h"), *glob("csrc/cpu/*.h")]),
         define_macros=[("CPU_CAPABILITY", capability), (f"CPU_CAPABILITY_{capability}", None)],
         extra_compile_args={"cxx": CXX_FLAGS + flags},
         extra_link_args=LINK_FLAGS,
