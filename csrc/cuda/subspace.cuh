@@ -84,7 +84,9 @@ __global__ void __launch_bounds__(kMoveThreads)
   const int rank = x.rank, square = rank * rank;
   for (int at = threadIdx.x; at < square; at += kMoveThreads) {
     double sum = 0;
-    for (int64_t block = 0; block < x.blocks; ++block) sum += x.parts[block * square + at];
+    for (uint32_t block = 0; block < x.blocks; ++block) {
+      sum += x.parts[int64_t(block) * square + at];
+    }
     g[at / rank][at % rank] = sum;
     if (at / rank == at % rank) norms[at / rank] = sum;
   }

@@ -1,10 +1,12 @@
 """update.cuh and tile_update.cuh, emulated, against gls_fused.reference in float64."""
 
 import ctypes
+import re
 from dataclasses import dataclass
 
 import pytest
 import torch
+from cuda_emulation import build
 from cuda_emulation.emulator import VARIANT, Emulator
 from tolerances import PRODUCT, assert_near
 
@@ -237,23 +239,35 @@ def test_many_layers(emulator, layers, normalize):
 
 # ---- bytes of global memory ---------------------------------------------------------------------
 
-# Per float32 parameter without norms, and for the norm of D where it is formed from memory.
-BYTES = {(0.0, False): 12, (0.8, False): 20, (0.0, True): 16, (0.8, True): 24}
+
+def read_table():
+    """docs/cuda.md: {(whether D is formed, normalize): (bytes, bytes with momentum, launches)}."""
+    text = (build.ROOT / "docs" / "cuda.md").read_text()
+    row = r"^\| (given|formed).* \| ([a-z, ]+?)(?: \(.*\))? \| (\d+) / (\d+) \| (\d+) \|$"
+    return {
+        (kind == "formed", normalize): tuple(map(int, numbers))
+        for kind, names, *numbers in re.findall(row, text, re.MULTILINE)
+        for normalize in names.split(", ")
+    }
 
 
 @pytest.mark.skipif(VARIANT != "traced", reason="the sanitized build traces nothing")
-@pytest.mark.parametrize("normalize", ["none", "rms"])
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("formed", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
-def test_bytes_per_parameter(emulator, momentum, fused, normalize):
+def test_bytes_and_launches_are_those_of_the_docs(emulator, momentum, formed, normalize):
     shape = (128, 256)
-    layers = make_layers([(shape, False, 8 if fused else None)], torch.float32, normalize, momentum)
+    layers = make_layers(
+        [(shape, False, 8 if formed else None)], torch.float32, normalize, momentum
+    )
     with emulator.memory() as memory, emulator.traffic() as moved:
         update_in(emulator, memory, layers, normalize, momentum)
-    large = {"param", "gradient", "exp_avg"}
+    large = {"param", "gradient", "exp_avg"} | ({"exp_avg_sq"} if normalize == "adam" else set())
     total = sum(
         sum(bytes_) for buffers in moved.values() for name, bytes_ in buffers.items()
         if name in large
     )  # fmt: skip
-    extra = 4 if normalize == "rms" else 0
-    assert total == (BYTES[momentum, fused] + extra) * shape[0] * shape[1]
+    plain, averaged, launches = read_table()[formed, normalize]
+    assert total == (averaged if momentum else plain) * shape[0] * shape[1]
+    # Each launch is of a kernel of its own.
+    assert len(moved) == launches
