@@ -122,7 +122,9 @@ class Toolkit:
 
 def find_toolkit() -> tuple[Toolkit | None, str | None]:
     """The toolkit to build with, or why there is to be no CUDA kernel."""
-    if NATIVE == "0" or CUDA == "0":
+    if NATIVE == "0":
+        return None, "they need the native extension, which was left out (GLS_FUSED_NATIVE=0)"
+    if CUDA == "0":
         return None, "they were left out at install time (GLS_FUSED_CUDA=0)"
     if SANITIZE:
         return None, "they are left out of a sanitized build (GLS_FUSED_SANITIZE=1)"

@@ -28,6 +28,11 @@ bool has_kernels(const Tensor& basis) {
   return basis.scalar_type() == at::kFloat && basis.size(1) <= kMaxRank;
 }
 
+at::ScalarType dense_type(const Tensor& basis) {
+  const bool guarded = at::globalContext().blasPreferredBackend() != at::BlasBackend::Cublaslt;
+  return guarded ? basis.scalar_type() : at::kDouble;
+}
+
 namespace {
 
 Tensor in_rows(const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) < 2 ? x : x.contiguous(); }
@@ -39,15 +44,18 @@ std::tuple<Tensor, Tensor> multiply_dense(const Tensor& x, const std::optional<T
   const at::NoTF32Guard no_tf32;
   const int64_t size = x.size(1);
   const bool extended = basis.size(0) > size;
-  const Tensor inputs = x.to(basis.scalar_type()), top = basis.narrow(0, 0, size);
+  const at::ScalarType type = dense_type(basis);
+  const Tensor inputs = x.to(type), u = basis.to(type), top = u.narrow(0, 0, size);
+  const Tensor core = core_inverse.to(type), scale = shift.to(type);
   Tensor y = inputs.mm(top);
-  if (!extended) return {(inputs / shift).addmm_(y.mm(core_inverse), top.t()).to(x.scalar_type()),
-                         x.new_empty({0})};
-  const Tensor bottom = basis.select(0, size);
-  const Tensor end = last ? last->to(basis.scalar_type()) : inputs.new_ones({x.size(0)});
-  const Tensor t = y.addr_(end, bottom).mm(core_inverse);
-  return {(inputs / shift).addmm_(t, top.t()).to(x.scalar_type()),
-          (end / shift).add_(t.mv(bottom)).to(x.scalar_type())};
+  if (!extended) {
+    return {(inputs / scale).addmm_(y.mm(core), top.t()).to(x.scalar_type()), x.new_empty({0})};
+  }
+  const Tensor bottom = u.select(0, size);
+  const Tensor end = last ? last->to(type) : inputs.new_ones({x.size(0)});
+  const Tensor t = y.addr_(end, bottom).mm(core);
+  return {(inputs / scale).addmm_(t, top.t()).to(x.scalar_type()),
+          (end / scale).add_(t.mv(bottom)).to(x.scalar_type())};
 }
 
 }  // namespace

@@ -15,6 +15,11 @@ Dtype dtype_of(at::ScalarType type);
 // Whether the kernels take P, or a sketch, with this basis; where not, cuBLAS's products do.
 bool has_kernels(const at::Tensor& basis);
 
+// The dtype of products by cuBLAS, under at::NoTF32Guard. cuBLAS's handle keeps to it (ATen's
+// CublasHandlePool.cpp); cublasLt, where the user prefers it, asks for the global setting alone
+// (CublasLtUtils.h), which has no say in float64.
+at::ScalarType dense_type(const at::Tensor& basis);
+
 // X [n, k] on its way to T [n, r], and the tensors that the table's addresses belong to.
 struct Projection {
   Product product;

@@ -26,11 +26,11 @@ using at::Tensor;
 // In float64, and beyond the kernels' ranks.
 void sketch_dense(const Tensor& rows, const Tensor& basis, bool ones, const Sketch& sketch) {
   const int64_t size = rows.size(1);
-  const Tensor inputs = rows.to(basis.scalar_type());
-  Tensor y = inputs.mm(basis.narrow(0, 0, size));
-  if (ones) y.add_(basis.select(0, size));
-  Tensor core = sketch.core;
-  at::mm_out(core, y.t(), y);
+  const at::ScalarType type = dense_type(basis);
+  const Tensor inputs = rows.to(type), u = basis.to(type);
+  Tensor y = inputs.mm(u.narrow(0, 0, size));
+  if (ones) y.add_(u.select(0, size));
+  sketch.core.copy_(y.t().mm(y));
   sketch.transposed.narrow(1, 0, size).copy_(y.t().mm(inputs));
   if (ones) sketch.transposed.select(1, size).copy_(y.sum(0));
   sketch.trace.copy_(inputs.square().sum().add_(ones ? rows.size(0) : 0));
@@ -40,7 +40,8 @@ void sketch_into(const Tensor& rows, const Tensor& basis, bool ones, const Sketc
   // The products here are cuBLAS's, see sketch.cuh; TF32 would be too coarse for curvature.
   const at::NoTF32Guard no_tf32;
   const int64_t n = rows.size(0), size = rows.size(1), rank = basis.size(1);
-  if (!has_kernels(basis) || rows.scalar_type() == at::kDouble || n == 0 || rank == 0) {
+  if (!has_kernels(basis) || rows.scalar_type() == at::kDouble || n == 0 || rank == 0 ||
+      dense_type(basis) != basis.scalar_type()) {
     sketch_dense(rows, basis, ones, sketch);
     return;
   }
