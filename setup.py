@@ -122,7 +122,9 @@ class Toolkit:
 
 def find_toolkit() -> tuple[Toolkit | None, str | None]:
     """The toolkit to build with, or why there is to be no CUDA kernel."""
-    if NATIVE == "0" or CUDA == "0":
+    if NATIVE == "0":
+        return None, "they need the native extension, which was left out (GLS_FUSED_NATIVE=0)"
+    if CUDA == "0":
         return None, "they were left out at install time (GLS_FUSED_CUDA=0)"
     if SANITIZE:
         return None, "they are left out of a sanitized build (GLS_FUSED_SANITIZE=1)"
@@ -232,7 +234,7 @@ def cpu_kernels(capability: str, flags: list[str]) -> CppExtension:
     return CppExtension(
         f"gls_fused._cpu_{capability.lower()}",
         sources=sorted(glob("csrc/cpu/*.cpp")),
-        depends=sorted(["csrc/check.h", *glob("csrc/cpu/*.h")]),
+        depends=sorted([*glob("csrc/*.h"), *glob("csrc/cpu/*.h")]),
         define_macros=[("CPU_CAPABILITY", capability), (f"CPU_CAPABILITY_{capability}", None)],
         extra_compile_args={"cxx": CXX_FLAGS + flags},
         extra_link_args=LINK_FLAGS,

@@ -192,7 +192,7 @@ def test_record_follows_the_last_build(source):
 # ---- the CUDA toolkit ---------------------------------------------------------------------------
 
 
-def find_toolkit(changes="", **environment):
+def find_toolkit(changes="pass", **environment):
     """What setup.py finds, and its reason for finding nothing, after `changes` to torch."""
     find = (
         "import runpy, sys, torch, setuptools; from torch.utils import cpp_extension;"
@@ -201,7 +201,7 @@ def find_toolkit(changes="", **environment):
         "found = runpy.run_path('setup.py'); toolkit = found['TOOLKIT'];"
         "print(toolkit and toolkit.architectures, '|', found['NO_TOOLKIT'])"
     )
-    done = run_python("-c", find, GLS_FUSED_CUDA="auto", **environment)
+    done = run_python("-c", find, **{"GLS_FUSED_CUDA": "auto", **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().split(" | ")
 
@@ -271,6 +271,13 @@ def test_missing_toolkit_and_torch_without_cuda_say_what_to_install(tmp_path):
     ]
     found, why = find_toolkit("torch.version.cuda = None")
     assert (found, "install a build of torch for CUDA" in why) == ("None", True)
+
+
+@pytest.mark.parametrize("name", ["GLS_FUSED_NATIVE", "GLS_FUSED_CUDA"])
+def test_kernels_left_out_name_what_left_them_out(name):
+    found, why = find_toolkit(**{name: "0"})
+    assert found == "None"
+    assert re.findall(r"GLS_FUSED_\w+=0", why) == [f"{name}=0"]
 
 
 def test_cuda_is_never_asked_for_a_gpu():

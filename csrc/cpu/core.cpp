@@ -139,7 +139,7 @@ Matrix gram_of(const T* rows, int64_t r, int64_t d) {
       }
     }
     sum_rows<Wide>(nullptr, 0, 0, {columns.data(), 1, r}, r, columns.data(), r, size, r,
-                   &partial[panel * r * r], r);
+                   partial.data() + panel * r * r, r);
   });
   Matrix gram(r * r, 0);
   for (int64_t i = 0; i < panels * r * r; ++i) gram[i % (r * r)] += partial[i];

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../sums.h"
 #include "products.h"
 
 namespace gls_fused {
@@ -81,7 +82,8 @@ void multiply_inverse(const Tensor& x, const std::optional<Tensor>& extra, const
                                    extra ? extra->stride(0) : 0};
     const scalar_t reciprocal = scalar_t(1) / *shift.const_data_ptr<scalar_t>();
     const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
-    at::parallel_for(0, blocks, grain(blocks, 4 * n * size * rank), [&](int64_t begin, int64_t end) {
+    const int64_t flops = 4 * n * size * rank;
+    at::parallel_for(0, blocks, grain(blocks, flops), [&](int64_t begin, int64_t end) {
       std::vector<scalar_t> y(kBlockRows * rank), yc(kBlockRows * rank);
       for (int64_t first = begin * kBlockRows; first < std::min(n, end * kBlockRows);
            first += kBlockRows) {
@@ -135,9 +137,7 @@ std::tuple<Tensor, Tensor> precondition_gradient(const Tensor& weight_gradient,
   return precondition(weight_gradient, bias_gradient, extended, basis, core_inverse, shift);
 }
 
-// Y'Y [r, r], (A'Y)' [r, d] and ||A||_F^2, each contiguous.
-void sketch_into(const Tensor& rows, const Tensor& basis, bool ones, Tensor& core, Tensor& sketch,
-                 Tensor& trace) {
+void sketch_into(const Tensor& rows, const Tensor& basis, bool ones, const Sketch& sketch) {
   const int64_t n = rows.size(0), size = rows.size(1), rank = basis.size(1), dim = size + ones;
   const Tensor inputs = in_rows(rows.to(basis.scalar_type())), transposed = in_rows(basis.t());
   const Tensor projected = at::empty({n, rank}, basis.options());
@@ -145,7 +145,7 @@ void sketch_into(const Tensor& rows, const Tensor& basis, bool ones, Tensor& cor
     const scalar_t* a = inputs.const_data_ptr<scalar_t>();
     const scalar_t* u = transposed.const_data_ptr<scalar_t>();
     scalar_t* y = projected.data_ptr<scalar_t>();
-    scalar_t* z = sketch.data_ptr<scalar_t>();
+    scalar_t* z = sketch.transposed.data_ptr<scalar_t>();
     const int64_t a_row = inputs.stride(0), u_row = transposed.stride(0);
     const int64_t flops = 2 * n * size * rank;
     const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
@@ -171,10 +171,10 @@ void sketch_into(const Tensor& rows, const Tensor& basis, bool ones, Tensor& cor
       }
     });
     sum_rows<scalar_t>(nullptr, 0, 0, y_transposed, rank, y, rank, n, rank,
-                       core.data_ptr<scalar_t>(), rank);
+                       sketch.core.data_ptr<scalar_t>(), rank);
     double total = ones ? n : 0;
     for (const double square : squares) total += square;
-    *trace.data_ptr<scalar_t>() = static_cast<scalar_t>(total);
+    *sketch.trace.data_ptr<scalar_t>() = static_cast<scalar_t>(total);
     if (!ones) return;
     for (int64_t j = 0; j < rank; ++j) {
       double sum = 0;
@@ -187,25 +187,19 @@ void sketch_into(const Tensor& rows, const Tensor& basis, bool ones, Tensor& cor
 std::tuple<Tensor, Tensor, Tensor> sketch_rows(const Tensor& rows, const Tensor& basis,
                                                bool ones) {
   check_rows("sketch_rows", rows, basis, ones);
-  const int64_t rank = basis.size(1);
-  Tensor core = at::empty({rank, rank}, basis.options());
-  Tensor transposed = at::empty({rank, basis.size(0)}, basis.options());
-  Tensor trace = at::empty({}, basis.options());
-  sketch_into(rows, basis, ones, core, transposed, trace);
-  return {core, transposed.t(), trace};
+  const Sketch sketch = make_sketch(basis);
+  sketch_into(rows, basis, ones, sketch);
+  return {sketch.core, sketch.transposed.t(), sketch.trace};
 }
 
 // sums [2 + r r + r d] += [n, ||A||_F^2, Y'Y, (A'Y)'], unless these are not finite or all zero.
 void add_sketch_(const Tensor& rows, const Tensor& basis, bool ones, Tensor& sums) {
   check_sums(rows, basis, ones, sums);
-  const int64_t rank = basis.size(1), square = rank * rank;
-  Tensor fresh = at::empty(sums.sizes(), sums.options());
-  Tensor trace = fresh[1];
-  Tensor core = fresh.narrow(0, 2, square).view({rank, rank});
-  Tensor sketch = fresh.narrow(0, 2 + square, basis.numel()).view({rank, basis.size(0)});
-  sketch_into(rows, basis, ones, core, sketch, trace);
+  const Tensor fresh = at::empty(sums.sizes(), sums.options());
+  sketch_into(rows, basis, ones, view_sketch(fresh, basis));
   fresh[0].fill_(rows.size(0));
-  const bool usable = std::isfinite(fresh.sum().item<double>()) && trace.item<double>() > 0;
+  const bool usable =
+      std::isfinite(fresh.sum().item<double>()) && fresh[1].item<double>() > 0;
   if (usable) sums.add_(fresh);
 }
 

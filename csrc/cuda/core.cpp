@@ -1,8 +1,6 @@
 // invert_core, refresh_subspace and the same of some layers at once, on CUDA devices.
 // Ranks beyond the kernels', and float64 bases, are left to gls_fused.reference by native.py.
 
-#include "core.h"
-
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -17,8 +15,7 @@
 #include <vector>
 
 #include "../check.h"
-#include "product.h"
-#include "subspace.h"
+#include "plan.h"
 
 namespace gls_fused::cuda {
 namespace {
@@ -48,18 +45,12 @@ Lists invert_cores(at::TensorList cores, at::TensorList traces, at::IntArrayRef 
   Lists results;
   auto& [inverses, shifts] = results;
   std::vector<Tensor> kept;
-  CoreTable table{};
-  const auto launch = [&] {
-    if (table.count == 0) return;
-    C10_CUDA_CHECK(launch_invert_cores(table, is_double, c10::cuda::getCurrentCUDAStream()));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-    table.count = table.most_rank = 0;
-  };
+  CorePlan plan;
   for (size_t i = 0; i < cores.size(); ++i) {
     kept.push_back(cores[i].contiguous());
     inverses.push_back(at::empty(cores[i].sizes(), cores[i].options()));
     shifts.push_back(at::empty({}, cores[i].options()));
-    CoreLayer& layer = table.entries[table.count++];
+    CoreLayer layer{};
     layer.core = kept.back().const_data_ptr();
     layer.trace = traces[i].const_data_ptr();
     layer.core_inverse = inverses.back().mutable_data_ptr();
@@ -67,10 +58,10 @@ Lists invert_cores(at::TensorList cores, at::TensorList traces, at::IntArrayRef 
     layer.dim = dims[i];
     layer.share = std::max(damping / dims[i], 32 * eps);
     layer.rank = int32_t(cores[i].size(0));
-    table.most_rank = std::max(table.most_rank, layer.rank);
-    if (table.count == kMaxCores) launch();
+    plan.add(layer);
   }
-  launch();
+  C10_CUDA_CHECK(plan.launch(is_double, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
   return results;
 }
 
@@ -94,13 +85,7 @@ Lists refresh_subspaces(at::TensorList cores, at::TensorList sketches) {
   Lists results;
   auto& [bases, moved] = results;
   std::vector<Tensor> kept;
-  MoveTable table{};
-  const auto launch = [&] {
-    if (table.count == 0) return;
-    launch_moves(table, c10::cuda::getCurrentCUDAStream());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-    table.count = table.blocks = 0;
-  };
+  MovePlan plan;
   for (size_t i = 0; i < cores.size(); ++i) {
     const Tensor sketch = sketches[i].t().contiguous(), core = cores[i].contiguous();
     const Tensor basis = at::empty_like(sketch), rough = at::empty_like(sketch);
@@ -109,12 +94,11 @@ Lists refresh_subspaces(at::TensorList cores, at::TensorList sketches) {
     // Nothing to move, and no launch of no blocks.
     if (sketch.numel() == 0) continue;
     const int64_t rank = sketch.size(0), dim = sketch.size(1);
-    const uint32_t blocks = move_blocks(dim);
     const auto wide = core.options().dtype(at::kDouble);
-    const Tensor parts = at::empty({blocks, rank, rank}, wide);
+    const Tensor parts = at::empty({int64_t(move_blocks(dim)), rank, rank}, wide);
     const Tensor triangles = at::empty({3, rank, rank}, wide);
     kept.insert(kept.end(), {sketch, core, rough, parts, triangles});
-    Move& move = table.entries[table.count++];
+    Move move{};
     move.sketch = sketch.const_data_ptr<float>();
     move.core = core.const_data_ptr<float>();
     move.rough = rough.mutable_data_ptr<float>();
@@ -124,12 +108,10 @@ Lists refresh_subspaces(at::TensorList cores, at::TensorList sketches) {
     move.triangles = triangles.mutable_data_ptr<double>();
     move.dim = dim;
     move.rank = int32_t(rank);
-    move.blocks = blocks;
-    move.first = table.blocks;
-    table.blocks += blocks;
-    if (table.count == kMaxMoves) launch();
+    plan.add(move);
   }
-  launch();
+  plan.launch(c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
   return results;
 }
 

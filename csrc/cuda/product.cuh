@@ -6,12 +6,12 @@
 //
 // The column of ones, or the bias's gradient, is added in the turn and never stands beside X.
 //
-// Tensor cores are not used. At rank 32 the products are 64 flop per element and pass: forming D for
-// the update is 64 flop per 16 to 24 bytes of float32 traffic, 2.7 to 4 flop per byte, where an H100
-// has 20 flop of float32 FMA per byte of memory; for bfloat16 with float32 averages (8 to 16 bytes)
-// 4 to 8. So float32's own rounding costs no time, and tf32 would cost 13 bits of it. At rank 64 these
-// numbers double and stay below 20. Reading X for X U alone is 64 flop per 4 bytes, 16 per byte; for
-// bfloat16, and at rank 64, FMA is the bound there, by 1.6 times each.
+// Tensor cores are not used. At rank 32 the products are 64 flop per element and pass: forming D
+// for the update is 64 flop per 16 to 24 bytes of float32 traffic, 2.7 to 4 flop per byte, where an
+// H100 has 20 flop of float32 FMA per byte of memory; for bfloat16 with float32 averages (8 to 16
+// bytes) 4 to 8. So float32's own rounding costs no time, and tf32 would cost 13 bits of it. At
+// rank 64 these numbers double and stay below 20. Reading X for X U alone is 64 flop per 4 bytes,
+// 16 per byte; for bfloat16, and at rank 64, FMA is the bound there, by 1.6 times each.
 //
 // cuBLAS would do X U as well for one matrix. It is not used as it takes a launch per layer, a
 // float32 copy of every 16-bit matrix, and TF32 where the user has allowed it for his model.
@@ -44,7 +44,7 @@ __device__ inline int x_place(int i) {
   return (i / kWidth<T> * kProductThreads + threadIdx.x) * kWidth<T> + i % kWidth<T>;
 }
 
-// A tile's `columns` columns of X, `x` and `basis` pointing to its first, and of U', on their way to
+// A tile's `columns` columns of X and of U', `x` and `basis` pointing to the first, on their way to
 // shared memory. Addresses are stepped from one to the next: a register pair for each would spill.
 template <typename T, bool kWide>
 __device__ inline void fetch_columns(const Product& p, const T* x, const float* basis, int rows,
@@ -264,8 +264,9 @@ __device__ inline void load_row(const Place<T, kWide>& place, const Element* fro
 }
 
 template <typename T, bool kWide, typename Element>
-__device__ inline void store_row(const Place<T, kWide>& place, const Wide<Element> (&from)[kWidth<T>],
-                                 Element* to, int64_t row, int64_t pitch) {
+__device__ inline void store_row(const Place<T, kWide>& place,
+                                 const Wide<Element> (&from)[kWidth<T>], Element* to, int64_t row,
+                                 int64_t pitch) {
   if (row >= place.n) return;
   to += row * pitch;
   if constexpr (kWide) {
@@ -286,8 +287,8 @@ struct alignas(4 * N) Floats {
 
 // d += T U' on the thread's part of the tile. All threads of the block must come here.
 template <typename T, bool kWide>
-__device__ inline void form_tile(const Place<T, kWide>& place, const float* turned, const float* basis,
-                                 int64_t basis_row, int rank,
+__device__ inline void form_tile(const Place<T, kWide>& place, const float* turned,
+                                 const float* basis, int64_t basis_row, int rank,
                                  float (&d)[kTileThreadRows<T>][kWidth<T>]) {
   // The thread's elements 4 h to 4 h + 3 are at h * 128 + lane * 4, which no two lanes share banks
   // for.

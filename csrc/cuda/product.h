@@ -59,14 +59,6 @@ struct Combination {
   bool wide;          // whether every row of X and of the output begins at 16 bytes and ends there
 };
 
-// Parts of the columns; a function of the shape alone, so that sums repeat to the last bit. 132 SMs
-// want some hundreds of blocks, and a part writes 4 rank bytes per row, 6% of 512 columns.
-inline int count_splits(int64_t n, int64_t size) {
-  const int64_t down = (n + kProjectRows - 1) / kProjectRows;
-  const int64_t wanted = down < 512 ? (size + 511) / 512 : (size + 4095) / 4096;
-  return wanted < 1 ? 1 : wanted > 64 ? 64 : int(wanted);
-}
-
 void launch_project(const ProductTable& table, Dtype dtype, cudaStream_t stream);
 void launch_turn(const ProductTable& table, Dtype dtype, cudaStream_t stream);
 void launch_combine(const Combination& combination, Dtype dtype, cudaStream_t stream);

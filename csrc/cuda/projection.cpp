@@ -6,8 +6,9 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <algorithm>
 #include <tuple>
+
+#include "plan.h"
 
 namespace gls_fused::cuda {
 
@@ -23,21 +24,18 @@ Dtype dtype_of(at::ScalarType type) {
   }
 }
 
-bool is_wide(const Tensor& x, int64_t row, int64_t size) {
-  const int64_t width = 16 / x.element_size();
-  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 && row % width == 0 &&
-         size % width == 0;
-}
-
 bool has_kernels(const Tensor& basis) {
   return basis.scalar_type() == at::kFloat && basis.size(1) <= kMaxRank;
+}
+
+at::ScalarType dense_type(const Tensor& basis) {
+  const bool guarded = at::globalContext().blasPreferredBackend() != at::BlasBackend::Cublaslt;
+  return guarded ? basis.scalar_type() : at::kDouble;
 }
 
 namespace {
 
 Tensor in_rows(const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) < 2 ? x : x.contiguous(); }
-
-int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // X P by cuBLAS: in float64, and beyond the kernels' ranks.
 std::tuple<Tensor, Tensor> multiply_dense(const Tensor& x, const std::optional<Tensor>& last,
@@ -46,15 +44,18 @@ std::tuple<Tensor, Tensor> multiply_dense(const Tensor& x, const std::optional<T
   const at::NoTF32Guard no_tf32;
   const int64_t size = x.size(1);
   const bool extended = basis.size(0) > size;
-  const Tensor inputs = x.to(basis.scalar_type()), top = basis.narrow(0, 0, size);
+  const at::ScalarType type = dense_type(basis);
+  const Tensor inputs = x.to(type), u = basis.to(type), top = u.narrow(0, 0, size);
+  const Tensor core = core_inverse.to(type), scale = shift.to(type);
   Tensor y = inputs.mm(top);
-  if (!extended) return {(inputs / shift).addmm_(y.mm(core_inverse), top.t()).to(x.scalar_type()),
-                         x.new_empty({0})};
-  const Tensor bottom = basis.select(0, size);
-  const Tensor end = last ? last->to(basis.scalar_type()) : inputs.new_ones({x.size(0)});
-  const Tensor t = y.addr_(end, bottom).mm(core_inverse);
-  return {(inputs / shift).addmm_(t, top.t()).to(x.scalar_type()),
-          (end / shift).add_(t.mv(bottom)).to(x.scalar_type())};
+  if (!extended) {
+    return {(inputs / scale).addmm_(y.mm(core), top.t()).to(x.scalar_type()), x.new_empty({0})};
+  }
+  const Tensor bottom = u.select(0, size);
+  const Tensor end = last ? last->to(type) : inputs.new_ones({x.size(0)});
+  const Tensor t = y.addr_(end, bottom).mm(core);
+  return {(inputs / scale).addmm_(t, top.t()).to(x.scalar_type()),
+          (end / scale).add_(t.mv(bottom)).to(x.scalar_type())};
 }
 
 }  // namespace
@@ -64,14 +65,12 @@ Projection make_projection(const Tensor& x, const std::optional<Tensor>& last, c
   const int64_t n = x.size(0), size = x.size(1), rank = basis.size(1);
   const bool extended = basis.size(0) > size;
   const Tensor inputs = in_rows(x), transposed = in_rows(basis.t());
-  Projection result;
+  Projection result{};
   Product& p = result.product;
   p.n = n;
   p.size = size;
   p.rank = int32_t(rank);
-  p.splits = count_splits(n, size);
-  p.columns = divide_up(divide_up(size, p.splits), kProjectColumns) * kProjectColumns;
-  p.first = 0;
+  split_columns(p);
   p.x = inputs.const_data_ptr();
   p.x_row = inputs.stride(0);
   p.basis = transposed.const_data_ptr<float>();
@@ -85,44 +84,15 @@ Projection make_projection(const Tensor& x, const std::optional<Tensor>& last, c
   p.turned = result.turned.mutable_data_ptr<float>();
   result.kept = {inputs, transposed, parts};
   if (last) result.kept.push_back(*last);
-  p.core_inverse = nullptr;
   if (core_inverse) {
     result.kept.push_back(core_inverse->contiguous());
     p.core_inverse = result.kept.back().const_data_ptr<float>();
   }
-  p.squares = nullptr;
   if (with_squares) {
-    const int64_t blocks = divide_up(n, kProjectRows) * p.splits;
-    result.squares = at::empty({blocks}, basis.options().dtype(at::kDouble));
+    result.squares = at::empty({project_blocks(p)}, basis.options().dtype(at::kDouble));
     p.squares = result.squares.mutable_data_ptr<double>();
   }
-  result.wide = is_wide(inputs, p.x_row, size);
   return result;
-}
-
-void run_projections(const std::vector<Projection>& projections, at::ScalarType type) {
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  for (const bool wide : {true, false}) {
-    ProductTable table{};
-    table.wide = wide;
-    const auto launch = [&] {
-      if (table.count == 0) return;
-      launch_project(table, dtype_of(type), stream);
-      launch_turn(table, dtype_of(type), stream);
-      table.count = table.blocks = table.most_rows = 0;
-    };
-    for (const Projection& projection : projections) {
-      if (projection.wide != wide || projection.product.n == 0) continue;
-      Product& entry = table.entries[table.count++] = projection.product;
-      const uint32_t down = uint32_t(divide_up(entry.n, kProjectRows));
-      entry.first = table.blocks;
-      table.blocks += down * entry.splits;
-      table.most_rows = std::max(table.most_rows, down);
-      if (table.count == kMaxProducts) launch();
-    }
-    launch();
-  }
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 std::tuple<Tensor, Tensor> multiply_inverse(const Tensor& x, const std::optional<Tensor>& last,
@@ -134,17 +104,13 @@ std::tuple<Tensor, Tensor> multiply_inverse(const Tensor& x, const std::optional
   const bool extended = basis.size(0) > x.size(1);
   const Tensor output = at::empty(x.sizes(), x.options());
   const Tensor output_last = at::empty({extended ? x.size(0) : 0}, x.options());
-  if (x.size(0) == 0) return {output, output_last};
-  const std::vector<Projection> projections = {
-      make_projection(x, last, basis, core_inverse, false)};
-  run_projections(projections, x.scalar_type());
+  const Projection projection = make_projection(x, last, basis, core_inverse, false);
   Combination combination{};
-  combination.product = projections[0].product;
+  combination.product = projection.product;
   combination.shift = shift.const_data_ptr<float>();
   combination.output = output.mutable_data_ptr();
   combination.output_last = output_last.mutable_data_ptr();
-  combination.wide = projections[0].wide && is_wide(output, x.size(1), x.size(1));
-  launch_combine(combination, dtype_of(x.scalar_type()), c10::cuda::getCurrentCUDAStream());
+  launch_combination(combination, dtype_of(x.scalar_type()), c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {output, output_last};
 }

@@ -12,16 +12,17 @@ namespace gls_fused::cuda {
 
 Dtype dtype_of(at::ScalarType type);
 
-// Whether rows of this length, `row` elements apart, begin and end at 16 bytes.
-bool is_wide(const at::Tensor& x, int64_t row, int64_t size);
-
 // Whether the kernels take P, or a sketch, with this basis; where not, cuBLAS's products do.
 bool has_kernels(const at::Tensor& basis);
+
+// The dtype of products by cuBLAS, under at::NoTF32Guard. cuBLAS's handle keeps to it (ATen's
+// CublasHandlePool.cpp); cublasLt, where the user prefers it, asks for the global setting alone
+// (CublasLtUtils.h), which has no say in float64.
+at::ScalarType dense_type(const at::Tensor& basis);
 
 // X [n, k] on its way to T [n, r], and the tensors that the table's addresses belong to.
 struct Projection {
   Product product;
-  bool wide;
   std::vector<at::Tensor> kept;
   at::Tensor turned;   // T, or Y without a core
   at::Tensor squares;  // of X, a number to a block; undefined where not asked for
@@ -31,9 +32,6 @@ struct Projection {
 Projection make_projection(const at::Tensor& x, const std::optional<at::Tensor>& last,
                            const at::Tensor& basis, const std::optional<at::Tensor>& core_inverse,
                            bool with_squares);
-
-// Launches of all of them, of one dtype, in as few tables as hold them.
-void run_projections(const std::vector<Projection>& projections, at::ScalarType type);
 
 // X P and, where U has a row more than X columns, its last column; of X's dtype.
 std::tuple<at::Tensor, at::Tensor> multiply_inverse(const at::Tensor& x,

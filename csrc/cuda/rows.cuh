@@ -1,8 +1,8 @@
 // A P = A / lambda' + ((A U) C) U' for rows, or for a gradient, as a matrix of its own.
 //
 // The products of product.cuh in three launches, so that 128 rows of 3072 make 24, 4 and 48 blocks;
-// one block to 32 rows, which needs only one launch, would leave 128 of an H100's 132 SMs idle. Bytes
-// per float32 element: 12, of which the second 4 come from L2 where A fits there (50 MB).
+// one block to 32 rows, which needs only one launch, would leave 128 of an H100's 132 SMs idle.
+// Bytes per float32 element: 12, of which the second 4 come from L2 where A fits there (50 MB).
 #pragma once
 
 #include "product.cuh"

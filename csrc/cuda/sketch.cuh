@@ -1,6 +1,6 @@
-// Y'Y, 1'Y and ||A||_F^2 for Y = A U, in two stages: a part of the rows to a block, then the parts in
-// order. No float atomics, so the same rows give the same bits. Y is product.cuh's; A'Y is a plain
-// dense product without anything to fuse, of at most about a thousand rows, and cuBLAS's.
+// Y'Y, 1'Y and ||A||_F^2 for Y = A U, in two stages: a part of the rows to a block, then the parts
+// in order. No float atomics, so the same rows give the same bits. Y is product.cuh's; A'Y is a
+// plain dense product without anything to fuse, of at most about a thousand rows, and cuBLAS's.
 #pragma once
 
 #include "elements.cuh"

@@ -27,12 +27,6 @@ struct Gram {
   int32_t splits;
 };
 
-// Rows to a part, so that there are at most 128.
-inline int64_t gram_rows(int64_t n) {
-  const int64_t steps = (n + kGramRows * 128 - 1) / (kGramRows * 128);
-  return kGramRows * (steps < 1 ? 1 : steps);
-}
-
 void launch_gram(const Gram& gram, cudaStream_t stream);
 // sums [numel] += fresh [numel], unless fresh has a number that is not finite, or fresh[1] is not
 // above zero. `flags` [kAddBlocks].

@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kMoveThreads)
   }
 }
 
-// R and R^-1 by elimination on [G, I]. In one matrix: row k of G above the diagonal becomes R's, and
-// what is below it, which G's symmetry makes spare, the rows of L^-1 = (R^-1)'.
+// R and R^-1 by elimination on [G, I]. In one matrix: row k of G above the diagonal becomes R's,
+// and what is below it, which G's symmetry makes spare, the rows of L^-1 = (R^-1)'.
 template <bool kSecond>
 __global__ void __launch_bounds__(kMoveThreads)
     factor_kernel(const __grid_constant__ MoveTable table) {
@@ -84,7 +84,9 @@ __global__ void __launch_bounds__(kMoveThreads)
   const int rank = x.rank, square = rank * rank;
   for (int at = threadIdx.x; at < square; at += kMoveThreads) {
     double sum = 0;
-    for (uint32_t block = 0; block < x.blocks; ++block) sum += x.parts[int64_t(block) * square + at];
+    for (uint32_t block = 0; block < x.blocks; ++block) {
+      sum += x.parts[int64_t(block) * square + at];
+    }
     g[at / rank][at % rank] = sum;
     if (at / rank == at % rank) norms[at / rank] = sum;
   }

@@ -32,10 +32,6 @@ struct MoveTable {
   uint32_t blocks;
 };
 
-inline uint32_t move_blocks(int64_t dim) {
-  return uint32_t((dim + kMoveColumns - 1) / kMoveColumns);
-}
-
 // All seven launches.
 void launch_moves(const MoveTable& table, cudaStream_t stream);
 

@@ -2,11 +2,12 @@
 //
 //   D = D0 / lambda' + T U',   then the step of update.cuh along it
 //
-// Bytes per float32 parameter, with the pass that made T: 16 without momentum, 24 with it. "rms" and
-// "sgd" need ||D|| before the first weight is written, so there square_tiles_kernel forms each tile
-// once more: 4 bytes and 64 flop, where storing D and reading it again would take 8 bytes. ||D||^2
-// also follows from D0 U and T alone, but as a difference of nearly equal numbers where P damps most
-// of D0. See product.cuh for why the products are plain float32 FMA.
+// Bytes per float32 parameter, with the pass that made T: 16 without momentum, 24 with it; 8 more
+// for "adam". "rms" and "sgd" need ||D|| before the first weight is written, so there
+// square_tiles_kernel forms each tile once more: 4 bytes and 64 flop, where storing D and reading
+// it again would take 8 bytes. ||D||^2 also follows from D0 U and T alone, but as a difference of
+// nearly equal numbers where P damps most of D0. See product.cuh for why the products are plain
+// float32 FMA.
 #pragma once
 
 #include "product.cuh"
@@ -53,8 +54,8 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   T* param = static_cast<T*>(x.weight.param);
   float* exp_avg = static_cast<float*>(x.weight.exp_avg);
   float* exp_avg_sq = static_cast<float*>(x.weight.exp_avg_sq);
-  // Some rows at a time, as loads cannot pass the stores of the rows before: 64 bytes of accesses to
-  // a thread. More would spill.
+  // Some rows at a time, as loads cannot pass the stores of the rows before: 64 bytes of accesses
+  // to a thread. More would spill.
   constexpr int kRows = kElementwise || sizeof(T) < 4 ? 1 : 2;
 #pragma unroll
   for (int r = 0; r < kTileThreadRows<T>; r += kRows) {

@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kUpdateThreads)
   constexpr int kVectors = kChunk<T> / (kUpdateThreads * kWidth<T>);
   if (first + kChunk<T> <= x.numel && is_aligned(param) && is_aligned(direction) &&
       is_aligned(exp_avg) && is_aligned(exp_avg_sq)) {
-    W d[kVectors][kWidth<T>], w[kVectors][kWidth<T>], m[kVectors][kWidth<T>], v[kVectors][kWidth<T>];
+    W d[kVectors][kWidth<T>], w[kVectors][kWidth<T>];
+    W m[kVectors][kWidth<T>], v[kVectors][kWidth<T>];
     const int64_t own = first + threadIdx.x * kWidth<T>;
     // All loads before the first use.
 #pragma unroll

@@ -1,8 +1,12 @@
 import pytest
 from cuda_emulation import build
 
-if build.COMPILER is None:
-    collect_ignore_glob = ["test_emulat*", "test_broken*", "test_sanitized*"]
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiler(request):
+    """Whoever runs kernels here compiles them; test_static reads what setup.py has built."""
+    if build.COMPILER is None and request.module.__name__ != "test_static":
+        pytest.skip("needs g++")
 
 
 @pytest.fixture(params=["forward", "reverse", "random", "warps"])

@@ -14,12 +14,15 @@ FAULTS = {
     "missing_barrier": "race: .* of shared memory after a .* by another thread of the block",
     "missing_warp_barrier": "race: .* of shared memory after a .* by another thread of the block",
     "missing_second_barrier": "race: .* of shared memory after .*",
+    "early_write": "race: write of shared memory after a read by another thread of the block",
+    "early_write_for_all": "race: write of shared memory after reads by several warps",
     "divergent_barrier": r"block \(0, 0, 0\): divergent barrier: thread \(0, 0, 0\) waits at"
     r" __syncthreads of broken.cuh:\d+, thread \(127, 0, 0\) has exited",
     "two_barriers": r"divergent barrier: waits at __syncthreads of broken.cuh:\d+, thread \(\d+, 0,"
     r" 0\) at __syncthreads of broken.cuh:\d+",
     "divergent_shuffle": r"divergent warp: .* waits at __shfl_xor_sync of broken.cuh:\d+",
-    "racing_blocks": r"race: .* of y after a write by another block",
+    "racing_blocks": "race: .* of y after a write by another block",
+    "overwriting_blocks": "race: write of y after a read by another block",
 }
 
 

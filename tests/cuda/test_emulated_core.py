@@ -22,7 +22,7 @@ def make_core(rank, dtype):
 
 
 def invert(emulator, cores, traces, dims):
-    """C and lambda' of every layer, in one launch."""
+    """C and lambda' of every layer, in one call."""
     dtype = cores[0].dtype
 
     def run(memory):
@@ -57,6 +57,13 @@ def test_layers_of_all_sizes_in_one_launch(emulator, dtype):
     cores = [make_core(rank, dtype) for rank in (1, 2, 9, 33, 64)]
     traces = [1.5 * core.trace() for core in cores]
     check(emulator, cores, traces, [len(core) + 20 for core in cores])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_more_layers_than_a_table_holds(emulator, dtype):
+    # 64; the greatest rank is in the second.
+    cores = [make_core(1 + i // 8, dtype) for i in range(70)]
+    check(emulator, cores, [1.5 * core.trace() for core in cores], [20 + i for i in range(70)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -27,7 +27,7 @@ def make_layer(dim, rank, scale=1.0):
 
 
 def move(emulator, layers):
-    """The basis [d, r] and the core of every layer, in one set of launches."""
+    """The basis [d, r] and the core of every layer, in one call."""
 
     def run(memory):
         emulator.call("start_moves")
@@ -65,6 +65,11 @@ def check(emulator, layers):
 def test_layers_of_all_sizes_together(emulator):
     sizes = [(1, 1), (3, 2), (33, 9), (128, 16), (129, 17), (300, 33), (70, 64)]
     check(emulator, [make_layer(*size) for size in sizes])
+
+
+def test_more_layers_than_a_table_holds(emulator):
+    # 32, some of several blocks.
+    check(emulator, [make_layer(130 if i % 8 == 7 else 3 + i, 1 + i % 3) for i in range(40)])
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e12])

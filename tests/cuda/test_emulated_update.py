@@ -1,9 +1,12 @@
 """update.cuh and tile_update.cuh, emulated, against gls_fused.reference in float64."""
 
+import ctypes
+import re
 from dataclasses import dataclass
 
 import pytest
 import torch
+from cuda_emulation import build
 from cuda_emulation.emulator import VARIANT, Emulator
 from tolerances import PRODUCT, assert_near
 
@@ -101,10 +104,8 @@ def update_in(emulator, memory, layers, normalize, momentum, *, misaligned=None,
               found_inf=None, lr=None):  # fmt: skip
     """The same buffers, in the same order as `update_by_reference`."""
     dtype = layers[0].params[0].dtype
-    code = DTYPES[dtype]
-    emulator.call("start_update")
+    emulator.call("start_update", DTYPES[dtype])
     params, averages, squares, steps = [], [], [], []
-    blocks = 0
 
     def place(name, tensor, **options):
         return memory.copy(name, tensor, offset=int(name == misaligned), **options)
@@ -115,16 +116,12 @@ def update_in(emulator, memory, layers, normalize, momentum, *, misaligned=None,
         m = [place("exp_avg", x, writable=True) for x in layer.exp_avgs]
         v = [place("exp_avg_sq", x, writable=True) for x in layer.exp_avg_sqs]
         step = memory.copy("step", layer.step, writable=True)
-        numel = sum(p.numel() for p in layer.params)
-        emulator.call("add_layer", step, v[0] if normalize == "rms" else None, numel)
+        emulator.call("add_layer", step, v[0] if normalize == "rms" else None)
         per_param = v if normalize == "adam" else [None] * len(mine)
         arrays = list(zip(mine, gradients, m or [None] * len(mine), per_param, strict=True))
         if layer.inverse is None:
             for p, (param, gradient, average, square) in zip(layer.params, arrays, strict=True):
-                emulator.call(
-                    "add_flat", code, param, gradient, gradient, average, square, p.numel()
-                )
-                blocks += p.numel() // 512 + 1  # at least as many as chunks
+                emulator.call("add_flat", param, gradient, gradient, average, square, p.numel())
         else:
             n, size = layer.params[0].shape
             rank = layer.inverse.basis.shape[1]
@@ -138,21 +135,21 @@ def update_in(emulator, memory, layers, normalize, momentum, *, misaligned=None,
                 memory.poison("turned", (n, rank), torch.float32),
             ]
             arrays += [(None,) * 4] * (2 - len(arrays))
-            emulator.call(
-                "add_tiled", code, *arrays[0], *arrays[1], *inverse, *scratch, n, size, rank
-            )
-            blocks += (n // 32 + 1) * (size // 128 + 1)
+            emulator.call("add_tiles", *arrays[0], *arrays[1], *inverse, *scratch, n, size, rank)
         params += mine
         averages += m
         squares += v
         steps.append(step)
+    count = ctypes.c_int64()
+    emulator.call("count_squares", ctypes.byref(count))
     emulator.call(
-        "run_update", code, NORMALIZE[normalize], OPTIONS["lr"] if lr is None else 0.0,
+        "run_update", NORMALIZE[normalize], OPTIONS["lr"] if lr is None else 0.0,
         None if lr is None else memory.copy("lr", lr), lr is not None and lr.dtype != torch.float32,
+        dtype == torch.float64,
         None if grad_scale is None else memory.copy("grad_scale", grad_scale),
         None if found_inf is None else memory.copy("found_inf", found_inf), float(momentum),
         OPTIONS["beta2"], OPTIONS["eps"], OPTIONS["weight_decay"],
-        memory.poison("squares", (blocks, 2), torch.float64),
+        memory.poison("squares", (count.value, 2), torch.float64),
         memory.poison("layer_steps", (len(layers), 5), torch.float64),
     )  # fmt: skip
     return params, averages, squares, steps
@@ -219,25 +216,58 @@ def test_a_step_that_is_not_taken(emulator, normalize):
         assert all(step.read() == 3 for step in found[3])
 
 
+# ---- more than tables hold: 64 parameters, 28 layers with tiles of a kind, 80 layers ------------
+
+# The first has no bias, so that the last of a table is a weight whose bias is in the next.
+PARAMETERS = [((70, 64), False, None), *(((i % 3 + 5, i % 7 + 1), True, None) for i in range(35))]
+# Rows of 16 bytes and others in turn; several tiles in the last of each.
+TILED = [((i % 4 + 5, 8 - i % 2), i % 3 > 0, 2) for i in range(60)]
+TILED += [((70, 136), True, 3), ((67, 133), True, 3)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "normalize"),
+    [
+        pytest.param(PARAMETERS, "sgd", id="71 parameters"),
+        pytest.param([((i % 2 + 3, 3), False, None) for i in range(90)], "rms", id="90 layers"),
+        pytest.param([*PARAMETERS, *TILED], "rms", id="71 parameters and 62 tiled layers"),
+    ],
+)
+def test_many_layers(emulator, layers, normalize):
+    check(emulator, make_layers(layers, torch.float32, normalize, 0.8), normalize, 0.8)
+
+
 # ---- bytes of global memory ---------------------------------------------------------------------
 
-# Per float32 parameter without norms, and for the norm of D where it is formed from memory.
-BYTES = {(0.0, False): 12, (0.8, False): 20, (0.0, True): 16, (0.8, True): 24}
+
+def read_table():
+    """docs/cuda.md: {(whether D is formed, normalize): (bytes, bytes with momentum, launches)}."""
+    text = (build.ROOT / "docs" / "cuda.md").read_text()
+    row = r"^\| (given|formed).* \| ([a-z, ]+?)(?: \(.*\))? \| (\d+) / (\d+) \| (\d+) \|$"
+    return {
+        (kind == "formed", normalize): tuple(map(int, numbers))
+        for kind, names, *numbers in re.findall(row, text, re.MULTILINE)
+        for normalize in names.split(", ")
+    }
 
 
 @pytest.mark.skipif(VARIANT != "traced", reason="the sanitized build traces nothing")
-@pytest.mark.parametrize("normalize", ["none", "rms"])
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("formed", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
-def test_bytes_per_parameter(emulator, momentum, fused, normalize):
+def test_bytes_and_launches_are_those_of_the_docs(emulator, momentum, formed, normalize):
     shape = (128, 256)
-    layers = make_layers([(shape, False, 8 if fused else None)], torch.float32, normalize, momentum)
+    layers = make_layers(
+        [(shape, False, 8 if formed else None)], torch.float32, normalize, momentum
+    )
     with emulator.memory() as memory, emulator.traffic() as moved:
         update_in(emulator, memory, layers, normalize, momentum)
-    large = {"param", "gradient", "exp_avg"}
+    large = {"param", "gradient", "exp_avg"} | ({"exp_avg_sq"} if normalize == "adam" else set())
     total = sum(
         sum(bytes_) for buffers in moved.values() for name, bytes_ in buffers.items()
         if name in large
     )  # fmt: skip
-    extra = 4 if normalize == "rms" else 0
-    assert total == (BYTES[momentum, fused] + extra) * shape[0] * shape[1]
+    plain, averaged, launches = read_table()[formed, normalize]
+    assert total == (averaged if momentum else plain) * shape[0] * shape[1]
+    # Each launch is of a kernel of its own.
+    assert len(moved) == launches

@@ -61,6 +61,28 @@ __global__ void missing_second_barrier_kernel(const float* x, float* y) {
   y[threadIdx.x] = sum;
 }
 
+// Overwrites what the thread before reads; nobody reads what is written.
+template <bool kMended>
+__global__ void early_write_kernel(const float* x, float* y) {
+  __shared__ float values[129];
+  values[threadIdx.x + 1] = x[threadIdx.x];
+  __syncthreads();
+  y[threadIdx.x] = values[threadIdx.x + 1];
+  if (kMended) __syncthreads();
+  values[threadIdx.x] = 0;
+}
+
+// Overwrites what all warps read.
+template <bool kMended>
+__global__ void early_write_for_all_kernel(const float* x, float* y) {
+  __shared__ float value;
+  if (threadIdx.x == 0) value = x[1];
+  __syncthreads();
+  y[threadIdx.x] = value;
+  if (kMended) __syncthreads();
+  if (threadIdx.x == blockDim.x - 1) value = 0;
+}
+
 // Only some threads reach the barrier.
 template <bool kMended>
 __global__ void divergent_barrier_kernel(const float* x, float* y, int n) {
@@ -100,6 +122,17 @@ __global__ void racing_blocks_kernel(const float* x, float* y) {
     atomicAdd(y, x[blockIdx.x]);
   } else {
     *y += x[blockIdx.x];
+  }
+}
+
+// One block overwrites what another reads.
+template <bool kMended>
+__global__ void overwriting_blocks_kernel(const float* x, float* y) {
+  if (threadIdx.x != 0) return;
+  if (blockIdx.x == 0) {
+    y[1] = y[0] + x[1];
+  } else {
+    y[kMended ? 2 : 0] = x[0];
   }
 }
 

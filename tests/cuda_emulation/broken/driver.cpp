@@ -22,6 +22,10 @@ const char* run(std::string_view name, const float* x, float* y, int n) {
     if (name == "missing_second_barrier") {
       missing_second_barrier_kernel<kMended><<<1, 128, 0, nullptr>>>(x, y);
     }
+    if (name == "early_write") early_write_kernel<kMended><<<1, 128, 0, nullptr>>>(x, y);
+    if (name == "early_write_for_all") {
+      early_write_for_all_kernel<kMended><<<1, 128, 0, nullptr>>>(x, y);
+    }
     if (name == "divergent_barrier") {
       divergent_barrier_kernel<kMended><<<1, 128, 0, nullptr>>>(x, y, n);
     }
@@ -30,6 +34,9 @@ const char* run(std::string_view name, const float* x, float* y, int n) {
       divergent_shuffle_kernel<kMended><<<1, 32, 0, nullptr>>>(x, y);
     }
     if (name == "racing_blocks") racing_blocks_kernel<kMended><<<2, 32, 0, nullptr>>>(x, y);
+    if (name == "overwriting_blocks") {
+      overwriting_blocks_kernel<kMended><<<2, 32, 0, nullptr>>>(x, y);
+    }
     if (name == "misaligned") misaligned_kernel<kMended><<<1, 1, 0, nullptr>>>(x, y);
   });
 }

@@ -1,0 +1,263 @@
+// What of the launches needs no tensor: into which table an entry goes, which blocks and sums are
+// its own, and in which order tables are launched. The emulator's drivers plan with it too.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <iterator>
+#include <vector>
+
+#include "core.h"
+#include "product.h"
+#include "sketch.h"
+#include "subspace.h"
+#include "tile_update.h"
+#include "update.h"
+
+namespace gls_fused::cuda {
+
+inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+inline bool is_aligned16(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
+}
+
+// ---- tables -------------------------------------------------------------------------------------
+
+// To the last table, or to a new one where that is full.
+template <typename Table, typename Entry>
+Table& append(std::vector<Table>& tables, const Entry& entry) {
+  if (tables.empty() || tables.back().count == int32_t(std::size(tables.back().entries))) {
+    tables.emplace_back();
+  }
+  Table& table = tables.back();
+  table.entries[table.count++] = entry;
+  return table;
+}
+
+// The same, where the entry has `blocks` of the launch to itself.
+template <typename Table, typename Entry>
+Table& append(std::vector<Table>& tables, Entry entry, int64_t blocks) {
+  Table& table = append(tables, entry);
+  table.entries[table.count - 1].first = table.blocks;
+  table.blocks += uint32_t(blocks);
+  return table;
+}
+
+// ---- products -----------------------------------------------------------------------------------
+
+// Parts of the columns; a function of the shape alone, so that sums repeat to the last bit. 132 SMs
+// want some hundreds of blocks, and a part writes 4 rank bytes per row, 6% of 512 columns.
+inline void split_columns(Product& p) {
+  const int64_t wanted = divide_up(p.size, divide_up(p.n, kProjectRows) < 512 ? 512 : 4096);
+  p.splits = int32_t(std::clamp<int64_t>(wanted, 1, 64));
+  p.columns = divide_up(divide_up(p.size, p.splits), kProjectColumns) * kProjectColumns;
+}
+
+inline int64_t project_blocks(const Product& p) { return divide_up(p.n, kProjectRows) * p.splits; }
+
+// Whether every row of X begins at 16 bytes and ends there.
+inline bool is_wide(const Product& p, Dtype dtype) {
+  const int64_t width = 16 / element_bytes(dtype);
+  return is_aligned16(p.x) && p.x_row % width == 0 && p.size % width == 0;
+}
+
+// T of matrices of one dtype.
+class ProductPlan {
+ public:
+  explicit ProductPlan(Dtype dtype) : dtype_(dtype) {}
+
+  void add(const Product& p) {
+    if (p.n == 0) return;
+    const bool wide = is_wide(p, dtype_);
+    ProductTable& table = append(tables_[wide], p, project_blocks(p));
+    table.wide = wide;
+    table.most_rows = std::max(table.most_rows, uint32_t(divide_up(p.n, kProjectRows)));
+  }
+
+  void launch(cudaStream_t stream) const {
+    for (const auto& tables : tables_) {
+      for (const ProductTable& table : tables) {
+        launch_project(table, dtype_, stream);
+        launch_turn(table, dtype_, stream);
+      }
+    }
+  }
+
+ private:
+  Dtype dtype_;
+  // Entries that are not wide, and those that are.
+  std::vector<ProductTable> tables_[2];
+};
+
+// X P.
+inline void launch_combination(Combination x, Dtype dtype, cudaStream_t stream) {
+  if (x.product.n == 0) return;
+  ProductPlan plan(dtype);
+  plan.add(x.product);
+  plan.launch(stream);
+  x.wide = is_wide(x.product, dtype) && is_aligned16(x.output);
+  launch_combine(x, dtype, stream);
+}
+
+// Of Y and the squares of X; where its sums go is left to the caller.
+inline Gram make_gram(const Product& p) {
+  Gram gram{};
+  gram.projected = p.turned;
+  gram.squares = p.squares;
+  gram.blocks = project_blocks(p);
+  gram.n = p.n;
+  gram.rank = p.rank;
+  // At most 128 parts.
+  gram.rows = kGramRows * std::max<int64_t>(divide_up(p.n, kGramRows * 128), 1);
+  gram.splits = int32_t(divide_up(p.n, gram.rows));
+  return gram;
+}
+
+// ---- the update ---------------------------------------------------------------------------------
+
+// Layers in their order, each followed by its parameters, all of one dtype. Sums of squares lie in
+// the order of the blocks, so that those of a layer are neighbours.
+class UpdatePlan {
+ public:
+  explicit UpdatePlan(Dtype dtype) : dtype_(dtype), products_(dtype) {}
+
+  void add_layer(void* step, void* exp_avg_sq) {
+    LayerSums layer{};
+    layer.step = step;
+    layer.exp_avg_sq = exp_avg_sq;
+    append(layers_, layer);
+    ++count_;
+  }
+
+  // A parameter of the last layer, whose D is given.
+  void add_flat(FlatTensor tensor) {
+    sums_of(count_ - 1).numel += tensor.numel;
+    if (tensor.numel == 0) return;
+    tensor.layer = count_ - 1;
+    append(flat_, tensor, divide_up(tensor.numel, chunk_elements(element_bytes(dtype_))));
+  }
+
+  // Weight and bias of the last layer, whose D is formed from the product's T.
+  void add_tiles(const Product& p, const TileArrays& weight, const TileArrays& bias,
+                 const float* shift) {
+    products_.add(p);
+    const bool half = element_bytes(dtype_) == 2;
+    const int64_t down = divide_up(p.n, tile_rows(half));
+    const int64_t across = divide_up(p.size, tile_columns(half));
+    const TileLayer tile{weight, bias,        p.basis, p.turned,         shift,      p.n,
+                         p.size, p.basis_row, p.rank,  uint32_t(across), count_ - 1, 0};
+    const bool wide = is_wide(p, dtype_) && is_aligned16(weight.param) &&
+                      is_aligned16(weight.exp_avg) && is_aligned16(weight.exp_avg_sq);
+    append(tiled_[wide], tile, down * across).wide = wide;
+    sums_of(count_ - 1).numel += p.n * (p.size + (bias.param ? 1 : 0));
+  }
+
+  // Pairs of sums that `launch` wants room for.
+  int64_t count_squares() const {
+    int64_t total = 0;
+    for (const FlatTable& table : flat_) total += table.blocks;
+    for (const auto& tables : tiled_) {
+      for (const TileTable& table : tables) total += table.blocks;
+    }
+    return total;
+  }
+
+  // Once.
+  void launch(const FinishOptions& options, double2* squares, LayerStep* steps,
+              cudaStream_t stream) {
+    const bool norms = options.scale != Scale::kNone;
+    products_.launch(stream);
+    int64_t first = 0;
+    for (const FlatTable& table : flat_) {
+      const bool both = options.scale == Scale::kGradientNorm;
+      if (norms) launch_square_flat(table, dtype_, both, squares + first, stream);
+      first = give_sums(table, first);
+    }
+    for (const auto& tables : tiled_) {
+      for (const TileTable& table : tables) {
+        if (norms) launch_square_tiles(table, dtype_, squares + first, stream);
+        first = give_sums(table, first);
+      }
+    }
+    LayerStep* next = steps;
+    for (const LayerTable& table : layers_) {
+      launch_finish_layers(table, options, squares, next, stream);
+      next += table.count;
+    }
+    for (const FlatTable& table : flat_) {
+      launch_update_flat(table, dtype_, steps, options.decays, stream);
+    }
+    for (const auto& tables : tiled_) {
+      for (const TileTable& table : tables) {
+        launch_update_tiles(table, dtype_, steps, options.decays, stream);
+      }
+    }
+  }
+
+ private:
+  LayerSums& sums_of(uint32_t layer) {
+    return layers_[layer / kMaxLayers].entries[layer % kMaxLayers];
+  }
+
+  // Tells the layers of a table, whose sums begin at `first`, which are theirs; where its end.
+  template <typename Table>
+  int64_t give_sums(const Table& table, int64_t first) {
+    for (int i = 0; i < table.count; ++i) {
+      const auto& entry = table.entries[i];
+      const uint32_t end = i + 1 < table.count ? table.entries[i + 1].first : table.blocks;
+      LayerSums& sums = sums_of(entry.layer);
+      if (sums.count == 0) sums.first = first + entry.first;
+      sums.count += end - entry.first;
+    }
+    return first + table.blocks;
+  }
+
+  Dtype dtype_;
+  uint32_t count_ = 0;
+  std::vector<LayerTable> layers_;
+  ProductPlan products_;
+  std::vector<FlatTable> flat_;
+  // Entries that are not wide, and those that are.
+  std::vector<TileTable> tiled_[2];
+};
+
+// ---- cores and bases ----------------------------------------------------------------------------
+
+class CorePlan {
+ public:
+  void add(const CoreLayer& layer) {
+    CoreTable& table = append(tables_, layer);
+    table.most_rank = std::max(table.most_rank, layer.rank);
+  }
+
+  cudaError_t launch(bool is_double, cudaStream_t stream) const {
+    for (const CoreTable& table : tables_) {
+      const cudaError_t status = launch_invert_cores(table, is_double, stream);
+      if (status != cudaSuccess) return status;
+    }
+    return cudaSuccess;
+  }
+
+ private:
+  std::vector<CoreTable> tables_;
+};
+
+inline uint32_t move_blocks(int64_t dim) { return uint32_t(divide_up(dim, kMoveColumns)); }
+
+class MovePlan {
+ public:
+  void add(Move move) {
+    move.blocks = move_blocks(move.dim);
+    append(tables_, move, move.blocks);
+  }
+
+  void launch(cudaStream_t stream) const {
+    for (const MoveTable& table : tables_) launch_moves(table, stream);
+  }
+
+ private:
+  std::vector<MoveTable> tables_;
+};
+
+}  // namespace gls_fused::cuda
