@@ -229,10 +229,11 @@ def add_sums(
     Rows that hold a NaN or an infinity, and rows that are all zero, say nothing of the inputs:
     sums over them add nothing, which is decided on the device.
     """
-    head = torch.stack([torch.full_like(trace, count), trace])
-    new = torch.cat([head, *(moment.T.flatten() for moment in moments)]) * weight
-    usable = new.sum().isfinite() & (trace > 0)
-    new = torch.where(usable, new, torch.zeros((), dtype=new.dtype, device=new.device))
+    head = (torch.full_like(trace, count)[None], trace[None])
+    new = torch.cat([*head, *(moment.T.flatten() for moment in moments)]) * weight
+    # The trace tells: as U is orthonormal, no entry of the moments is larger.
+    usable = (trace > 0) & (trace < torch.finfo(trace.dtype).max / 4)
+    new = torch.where(usable, new, 0.0)
     return new if sums is None else sums + new
 
 

@@ -175,6 +175,8 @@ def test_newer_switch_of_torch_counts_as_high():
 @cuda
 def test_statistics_fit(launches, target, tmp_path):
     launch_statistics(RANK)
+    launch_statistics(configs.MAX_CORE_RANK)
+    assert {launch.name for launch in launches} >= {"_blend_kernel", "_sweep_core_kernel"}
     check(launches, target, tmp_path)
 
 

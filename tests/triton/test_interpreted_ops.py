@@ -213,6 +213,25 @@ def test_core(dtype, rank, extra, damping):
     assert_same(actual, reference.invert_core(core, trace, dim, damping), SOLVE, dtype)
 
 
+@pytest.mark.parametrize("damping", [1e-3, 0.3])
+@pytest.mark.parametrize("rank", [65, 97, 128])
+def test_core_in_memory(rank, damping):
+    root = draw(rank, rank, dtype=torch.float32)
+    core = root @ root.T
+    trace = core.trace() * 1.5
+    actual = backend.invert_core(core, trace, 2 * rank, damping)
+    exact = reference.invert_core(core.double(), trace.double(), 2 * rank, damping)
+    assert_same(actual, [x.float() for x in exact], SOLVE, torch.float32)
+
+
+@pytest.mark.parametrize("place", [3, 80])
+def test_core_in_memory_that_is_not_positive_definite_falls_back(place):
+    core = torch.eye(90)
+    core[place, place] = -5.0
+    expected = reference.invert_core(core, core.trace(), 100, 0.3)
+    assert_same(backend.invert_core(core, core.trace(), 100, 0.3), expected, SOLVE, torch.float32)
+
+
 def test_cores_of_all_layers_at_once(monkeypatch):
     """One launch per padded rank, the same numbers as one by one."""
     launches = record_launches(monkeypatch, backend.core)

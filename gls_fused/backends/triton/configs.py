@@ -16,6 +16,9 @@ import torch
 MAX_RANK = 64
 # Of the kernels that move the basis, in float64: wider ones spill.
 MAX_REFRESH_RANK = 32
+# Of the core alone, in float32: above MAX_RANK M spills, and is swept in memory by so many rows.
+MAX_CORE_RANK = 128
+SWEEP_ROWS, SWEEP_WARPS = 32, 8
 # tl.dot's operands have at least 16 rows and columns.
 MIN_RANK = 16
 
