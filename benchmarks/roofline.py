@@ -22,6 +22,11 @@ BATCH = 128
 # torch's fused Adam: p, g, m and v read, p, m and v written; launches of at most 320 blocks of
 # 65,536 elements (ATen/native/cuda/MultiTensorApply.cuh), and one for the step counters.
 ADAM_BYTES, ADAM_ELEMENTS_PER_LAUNCH = 28, 320 * 65536
+# torch's ops around a layer's sketch, of which 10 add the sums up; a convolution's sketch is torch's
+# own, counted as one launch an op. Of as many rows A'Y is made in parts, one launch more.
+SKETCH_OPS, IMAGE_OPS, ROWS_IN_PARTS = 12, 22, 1024
+# Of all layers at a commit: the blending, the bases in five, C, and the copies into the state.
+COMMIT_LAUNCHES = 8
 
 
 @dataclass(frozen=True)
@@ -120,10 +125,11 @@ def precondition(rows: int, inputs: int, rank: int = RANK) -> Cost:
     return Cost(12 * rows * inputs, 4 * rows * inputs * rank + 2 * rows * rank**2, 1)
 
 
-def sketch(rows: int, inputs: int, rank: int = RANK) -> Cost:
+def sketch(rows: int, inputs: int, rank: int = RANK, *, convolution: bool = False) -> Cost:
     """Y'Y, A'Y, ||A||^2: A read twice, Y written and read, A'Y written; a sum of the parts."""
     moved = 2 * rows * inputs + 2 * rows * rank + inputs * rank
-    return Cost(FLOAT * moved, 4 * rows * inputs * rank + 2 * rows * rank**2, 3)
+    launches = IMAGE_OPS if convolution else SKETCH_OPS + 3 + (rows >= ROWS_IN_PARTS)
+    return Cost(FLOAT * moved, 4 * rows * inputs * rank + 2 * rows * rank**2, launches)
 
 
 def refresh(inputs: int, rank: int = RANK) -> Cost:
@@ -151,11 +157,13 @@ def gls_step(model: Model, *, momentum: bool = True) -> dict[str, Cost]:
         rank = layer.rank
         if layer.at_backward:
             pieces["rows"] += precondition(layer.rows, layer.inputs, rank)
-        gathered = sketch(layer.sketched, layer.inputs, rank) + refresh(layer.inputs, rank)
+        gathered = sketch(layer.sketched, layer.inputs, rank, convolution=layer.convolution)
+        gathered += refresh(layer.inputs, rank)
         pieces["statistics"] += gathered * (1 / GATHER_EVERY)
-    # The bases of all layers in five launches, and C in one, for ranks padded to 16 and to 32.
+    # For ranks padded to 16 and to 32, but for the copies.
     padded = {layer.rank > 16 for layer in model.layers}
-    pieces["statistics"] += Cost(0, 0, 6 * len(padded)) * (1 / GATHER_EVERY)
+    launches = (COMMIT_LAUNCHES - 1) * len(padded) + 1
+    pieces["statistics"] += Cost(0, 0, launches) * (1 / GATHER_EVERY)
     for formed in (False, True):
         chosen = [layer for layer in model.layers if layer.at_backward != formed]
         if chosen:

@@ -139,7 +139,7 @@ Matrix gram_of(const T* rows, int64_t r, int64_t d) {
       }
     }
     sum_rows<Wide>(nullptr, 0, 0, {columns.data(), 1, r}, r, columns.data(), r, size, r,
-                   partial.data() + panel * r * r, r);
+                   &partial[panel * r * r], r);
   });
   Matrix gram(r * r, 0);
   for (int64_t i = 0; i < panels * r * r; ++i) gram[i % (r * r)] += partial[i];
@@ -199,6 +199,7 @@ std::tuple<Tensor, Tensor> refresh_subspace(const Tensor& core, const Tensor& sk
   check_refresh(core, sketch);
   const int64_t d = sketch.size(0), r = sketch.size(1);
   Tensor basis = at::empty({r, d}, sketch.options()), moved = at::empty({r, r}, core.options());
+  if (r == 0) return {basis.t(), moved};
   AT_DISPATCH_FLOATING_TYPES(core.scalar_type(), "refresh_subspace", [&] {
     const double eps = std::numeric_limits<scalar_t>::epsilon();
     const double tiny = std::numeric_limits<scalar_t>::min();

@@ -5,10 +5,13 @@ import collections
 import aot
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import roofline
 from gls_fused.backends import triton as backend
 from gls_fused.backends.triton import configs
-from gls_fused.reference import SubspaceInverse
+from gls_fused.reference import SubspaceInverse, Window
+from gls_fused.rows import ImageRows, LinearRows
 
 RANK = 32
 # Sizes are multiples of 16, so that contiguous data is aligned. 8192 rows are cut in parts.
@@ -252,3 +255,42 @@ def test_narrow_accesses_are_seen(launches, tmp_path):
     backend.precondition_rows(rows, make_inverse(SIZE, RANK), ones=False)
     with pytest.raises(AssertionError, match="_precondition_kernel"):
         check(launches, "sm_90", tmp_path, streams=True)
+
+
+class CountedOps(TorchDispatchMode):
+    """Counts torch's ops that are launches on a GPU, those inside the backend's own ops too."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "gls_fused_triton":
+            with self:
+                return op._op_dk(torch._C.DispatchKey.CPU, *args)
+        name = op._schema.name.removeprefix("aten::")
+        self.count += not (op.is_view or name in ("empty", "new_empty", "_unsafe_view"))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("outputs", [10, 64])
+@pytest.mark.parametrize("n", [128, 1024])
+def test_roofline_counts_what_a_gathering_step_launches(launches, n, outputs):
+    rank = roofline.auto_rank(outputs)
+    rows = LinearRows()
+    rows.backend, rows.ones, rows.statistics_dtype = backend, True, torch.float32
+    rows.test_matrix = torch.zeros(rank, SIZE + 1).T
+    inputs = torch.zeros(n, SIZE)
+    with CountedOps() as ops:
+        rows.gather(inputs)
+    assert len(launches) + ops.count == roofline.sketch(n, SIZE, rank).launches
+
+
+def test_roofline_counts_what_a_convolution_launches(launches):
+    images = ImageRows()
+    images.backend, images.ones, images.statistics_dtype = backend, True, torch.float32
+    images.window = Window((3, 3), (1, 1), (1, 1), (1, 1))
+    images.test_matrix = torch.zeros(8, 4 * 9 + 1).T
+    inputs = torch.zeros(16, 4, 8, 8)
+    with CountedOps() as ops:
+        images.gather(inputs)
+    assert not launches
+    assert ops.count == roofline.sketch(16 * 64, 4 * 9, 8, convolution=True).launches

@@ -254,6 +254,14 @@ def test_core_that_is_not_positive_definite_falls_back():
     assert_same(actual, expected, SOLVE, torch.float32)
 
 
+def test_core_with_a_trace_below_its_own():
+    """What rounding leaves of t - tr M where U spans all rows is no negative rho."""
+    core = torch.diag(torch.tensor([1.0, 5.0]))
+    actual = backend.invert_core(core, torch.tensor(5.4), 4, 0.3)
+    expected = reference.invert_core(core, torch.tensor(5.4), 4, 0.3)
+    assert_same(actual, expected, SOLVE, torch.float32)
+
+
 @pytest.mark.parametrize("damping", [1e-30, 0.3])
 def test_core_of_nearly_nothing(damping):
     """Singular, and tiny: the damping's floor and the scale keep it finite."""

@@ -206,7 +206,7 @@ def _flat_update_kernel(
 
 @triton.jit
 def _project_gradients_kernel(
-    table,  # int64 [layers, 22], see `update._tile_line`
+    table,  # int64 [layers, 22], see `update._Plan._add_tiles`
     blocks,
     projections,  # [rows of all layers, RANK]
     GRADIENT: tl.constexpr,
