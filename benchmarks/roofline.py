@@ -22,8 +22,8 @@ BATCH = 128
 # torch's fused Adam: p, g, m and v read, p, m and v written; launches of at most 320 blocks of
 # 65,536 elements (ATen/native/cuda/MultiTensorApply.cuh), and one for the step counters.
 ADAM_BYTES, ADAM_ELEMENTS_PER_LAUNCH = 28, 320 * 65536
-# torch's ops around a layer's sketch, of which 10 add the sums up; a convolution's sketch is torch's
-# own, counted as one launch an op. Of as many rows A'Y is made in parts, one launch more.
+# torch's ops around a layer's sketch, of which 10 add the sums up, and those of a convolution's,
+# whose sketch is torch's own. Of as many rows A'Y is made in parts, one launch more.
 SKETCH_OPS, IMAGE_OPS, ROWS_IN_PARTS = 12, 22, 1024
 # Of all layers at a commit: the blending, the bases in five, C, and the copies into the state.
 COMMIT_LAUNCHES = 8
