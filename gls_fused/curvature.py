@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from gls_fused.precision import without_tf32
 from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse, split_sums
 from gls_fused.scaling import where_flag
 
@@ -159,6 +160,7 @@ def empty_state(curvature: Curvature, dtype: torch.dtype, device: torch.device) 
     return state
 
 
+@without_tf32()
 def blend(
     layers: Sequence[tuple[Curvature, State, Tensor]], beta: float
 ) -> list[tuple[Curvature, State, Moments | None]]:
@@ -186,6 +188,7 @@ def blend(
     return blended
 
 
+@without_tf32()
 def settle(
     layers: Sequence[tuple[Curvature, State, Moments | None]],
     damping: float,

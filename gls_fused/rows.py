@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gls_fused.curvature import add_sums
+from gls_fused.precision import without_tf32
 from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse, Window
 
 # Of more rows in one backward pass, or images of a convolution, so many stand for all: some tens of
@@ -78,10 +79,11 @@ class Rows(abc.ABC):
         basis = self.test_matrix
         if isinstance(self.inverse, SubspaceInverse):
             basis = self.inverse.basis
-        if basis is None:
-            count, trace, *moments = self.sum_gram(inputs)
-        else:
-            count, trace, *moments = self.sketch(inputs, basis)
+        with without_tf32():
+            if basis is None:
+                count, trace, *moments = self.sum_gram(inputs)
+            else:
+                count, trace, *moments = self.sketch(inputs, basis)
         self.sums = add_sums(self.sums, count, trace, tuple(moments), weight=every)
 
     def direction(self, gradients: list[Tensor]) -> list[Tensor]:

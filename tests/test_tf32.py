@@ -1,4 +1,6 @@
-"""What TF32 products of P do to training: emulated here, on the CPU, as none of it needs a GPU.
+"""What TF32 products of P do to training, and that the curvature has none.
+
+Emulated here, on the CPU, as none of it needs a GPU.
 
 The operands of the products of X P = X / lambda' + X U C U' are cut to TF32's 10 bits, which is
 what tensor cores do with float32 ("tf32"), or split in two, of which three products are made
@@ -11,7 +13,7 @@ import pytest
 import torch
 from nets import loss_of, make_batch, make_net
 
-from gls_fused import GLS, reference
+from gls_fused import GLS, precision, reference
 
 STEPS = 30
 MULTIPLY = reference.multiply_inverse
@@ -78,3 +80,40 @@ def test_loss_curves(monkeypatch, kind, offset):
     short = distance(multiply_inverse=with_products(multiply_tf32))
     assert 0 < split <= own
     assert own < short <= other_batches / 4
+
+
+@pytest.fixture
+def allowed():
+    """The settings of torch, each of which allows TF32."""
+    settings = [(owner, precision._NAME) for owner in precision._OWNERS]
+    before = [getattr(*setting) for setting in settings]
+    for setting in settings:
+        setattr(*setting, "tf32")
+    yield settings
+    for setting, value in zip(settings, before, strict=True):
+        setattr(*setting, value)
+
+
+def test_statistics_are_float32s_own_whatever_the_user_allows(monkeypatch, allowed):
+    seen = {}
+
+    def watched(name, op):
+        def run(*arguments, **options):
+            seen[name] = [getattr(*setting) for setting in allowed]
+            return op(*arguments, **options)
+
+        return run
+
+    names = ["sketch_rows", "sketch_images", "sum_gram", "blend_subspaces", "refresh_subspaces"]
+    names += ["invert_cores", "invert_gram"]
+    for name in names:
+        monkeypatch.setattr(reference, name, watched(name, getattr(reference, name)))
+    for curvature in ("subspace", "dense"):
+        model = make_net("cnn")
+        optimizer = GLS(model, curvature=curvature, curvature_every=1, backend="reference")
+        for step in range(2):
+            optimizer.zero_grad()
+            loss_of(model, make_batch("cnn", 5, step)).backward()
+            optimizer.step()
+    assert seen == {name: ["ieee", "ieee"] for name in names}
+    assert [getattr(*setting) for setting in allowed] == ["tf32", "tf32"]
