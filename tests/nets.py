@@ -4,8 +4,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from gls_fused import GLS
+
 KINDS = ("mlp", "cnn")
 WIDTH = 8
+OPTIONS = {"rank": 4, "curvature_every": 2, "lr": 0.01}
 
 
 class Net(nn.Module):
@@ -72,6 +75,14 @@ def train(model, optimizer, steps, kind="mlp", after=None):
         if after is not None:
             after()
     return snapshot(model)
+
+
+def make_trained(steps=4, kind="mlp", **options):
+    """A net and its GLS, with `OPTIONS` but for these, after some steps."""
+    model = make_net(kind)
+    optimizer = GLS(model, **{**OPTIONS, **options})
+    train(model, optimizer, range(steps), kind)
+    return model, optimizer
 
 
 def snapshot(model):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from nets import assert_equal, loss_of, make_batch, make_net, snapshot, train
+from nets import OPTIONS, assert_equal, loss_of, make_batch, make_net, snapshot, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -12,8 +12,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from gls_fused import GLS
-
-OPTIONS = {"rank": 4, "curvature_every": 2, "lr": 0.01}
 
 
 class Mixed(nn.Module):

@@ -5,18 +5,9 @@ import pickle
 
 import pytest
 import torch
-from nets import assert_equal, assert_same_state, make_net, snapshot, train
+from nets import assert_equal, assert_same_state, make_net, make_trained, snapshot, train
 
 from gls_fused import GLS, attach
-
-OPTIONS = {"rank": 4, "curvature_every": 2, "lr": 0.01}
-
-
-def make_trained(steps=4, kind="mlp", **options):
-    model = make_net(kind)
-    optimizer = GLS(model, **{**OPTIONS, **options})
-    train(model, optimizer, range(steps), kind)
-    return model, optimizer
 
 
 def through_pickle(objects):

@@ -208,13 +208,7 @@ def test_host_never_waits(monkeypatch, normalize, low_precision):
         optimizer = GLS(model, backend="reference", curvature_every=1, **options)
         start_without_values(optimizer)
         optimizer.grad_scale, optimizer.found_inf = torch.ones(2, device="cuda").unbind()
-        for _ in range(3):
-            for param in model.parameters():
-                param.grad = torch.zeros_like(param)
-            for layer in optimizer._preconditioners[0].layers:
-                size = 2 + layer.curvature.rank * (layer.curvature.rank + layer.dim)
-                layer.sums = torch.zeros(size, device="cuda")
-            optimizer.step()
+        step_without_values(model, optimizer, 3)
         assert optimizer.param_groups[0]["step"] == 3
         with pytest.raises(DataDependentOutputException):
             bool(optimizer.found_inf)
@@ -232,12 +226,7 @@ def test_model_on_several_devices(monkeypatch):
         optimizer = GLS(model, backend="reference", curvature_every=1, rank=4)
         start_without_values(optimizer)
         optimizer.grad_scale, optimizer.found_inf = torch.ones(2, device="cuda:0").unbind()
-        for _ in range(2):
-            for param in model.parameters():
-                param.grad = torch.zeros_like(param)
-            for layer in optimizer._preconditioners[0].layers:
-                layer.sums = layer.no_sums()
-            optimizer.step()
+        step_without_values(model, optimizer, 2)
         for layer in optimizer._preconditioners[0].layers:
             state = optimizer.state[layer.weight]
             devices = {x.device for x in state.values() if isinstance(x, torch.Tensor)}
@@ -255,6 +244,16 @@ def start_without_values(optimizer):
         optimizer.state[layer.weight]["rows"] = 9
     optimizer._restart()
     assert all(layer.inverse is not None for layer in preconditioner.layers)
+
+
+def step_without_values(model, optimizer, count):
+    """Steps that gather, with gradients and sums of zero."""
+    for _ in range(count):
+        for param in model.parameters():
+            param.grad = torch.zeros_like(param)
+        for layer in optimizer._preconditioners[0].layers:
+            layer.sums = layer.no_sums()
+        optimizer.step()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

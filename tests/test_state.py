@@ -8,20 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import assert_equal, assert_same_state, make_net, train
+from nets import OPTIONS, assert_equal, assert_same_state, make_net, make_trained, train
 from resume import CUT, SPECS, STEPS, Run
 from torch import nn
 
 from gls_fused import GLS, attach
-
-OPTIONS = {"rank": 4, "curvature_every": 2, "lr": 0.01}
-
-
-def make_trained(steps=4, kind="mlp", **options):
-    model = make_net(kind)
-    optimizer = GLS(model, **{**OPTIONS, **options})
-    train(model, optimizer, range(steps), kind)
-    return model, optimizer
 
 
 @pytest.fixture(scope="session")
