@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gls_fused.precision import without_tf32
-from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse, split_sums
+from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse, blend_weight, split_sums
 from gls_fused.scaling import where_flag
 
 State: TypeAlias = dict[str, Any]
@@ -89,8 +89,7 @@ class Dense:
     def blend(self, state: State, sums: Tensor, beta: float) -> None:
         """Blend new sums in, in place."""
         count = sums[0]
-        weight = (count > 0) * torch.full_like(count, 1 - beta)
-        state["gram"].lerp_(self._gram(sums / count.clamp(min=1)), weight)
+        state["gram"].lerp_(self._gram(sums / count.clamp(min=1)), blend_weight(count, beta))
 
     def inverse(self, state: Mapping[str, Any]) -> Inverse:
         return DenseInverse(state["matrix"])

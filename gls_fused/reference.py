@@ -125,13 +125,18 @@ def split_sums(sums: Tensor, dim: int, rank: int) -> tuple[Tensor, Tensor, Tenso
     return count[0], trace[0], core.view(rank, rank), sketch.view(rank, dim).T
 
 
+def blend_weight(count: Tensor, beta: float) -> Tensor:
+    """W = 1 - beta, or 0 where n = 0."""
+    return (count > 0) * torch.full_like(count, 1 - beta)
+
+
 def blend_subspace(
     basis: Tensor, core: Tensor, trace: Tensor, sums: Tensor, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The running estimate, which stands for U M U' and its trace t, takes in a step's sums.
 
         Z = (1 - w) U M + w A'Y / n,   M <- (1 - w) M + w Y'Y / n,
-        t <- (1 - w) t + w ||A||_F^2 / n,   w = 1 - beta, or 0 where n = 0
+        t <- (1 - w) t + w ||A||_F^2 / n,   w: see `blend_weight`
 
     Args:
         basis: U [d, r], orthonormal, that Y = A U was formed with.
@@ -143,7 +148,7 @@ def blend_subspace(
     """
     count, squares, gram, rows_y = split_sums(sums, *basis.shape)
     n = count.clamp(min=1)
-    weight = (count > 0) * torch.full_like(count, 1 - beta)
+    weight = blend_weight(count, beta)
     sketch = (core @ basis.T).T.lerp(rows_y / n, weight)
     return sketch, core.lerp(gram / n, weight), trace.lerp(squares / n, weight)
 

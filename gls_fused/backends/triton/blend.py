@@ -20,7 +20,7 @@ from gls_fused.backends.triton.configs import (
     basis_tile,
     pad_rank,
 )
-from gls_fused.backends.triton.launch import bits, launch, needs_reference, upload
+from gls_fused.backends.triton.launch import bits, block_table, launch, needs_reference, upload
 
 # Words of a layer's line in the table.
 LINE = 9
@@ -96,18 +96,13 @@ def blend_subspaces(
         results.append((found[0].T, found[1], found[2]))
     for (device, padded), mine in lines.items():
         tile = basis_tile(padded)
-        blocks = [
-            word
-            for layer, line in enumerate(mine)
-            for block in range(triton.cdiv(line[7], tile.rows))
-            for word in (layer, block)
-        ]
+        counts = [triton.cdiv(line[7], tile.rows) for line in mine]
         launch(
             _blend_kernel,
-            (len(blocks) // 2,),
+            (sum(counts),),
             device,
             table=upload([word for line in mine for word in line], device),
-            blocks=upload(blocks, device),
+            blocks=upload(counts, device, block_table),
             options=upload([bits(1 - beta)], device),
             LINE=LINE,
             RANK=padded,

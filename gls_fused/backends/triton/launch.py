@@ -67,6 +67,16 @@ def upload(values: Sequence[Any], device: torch.device, expand: _Expand = tuple)
     return pair[1]
 
 
+def block_table(counts: Sequence[int]) -> list[int]:
+    """int64 [programs, 2] for `upload`: the entry, and which of its blocks, of every program."""
+    return [
+        word
+        for entry, count in enumerate(counts)
+        for block in range(count)
+        for word in (entry, block)
+    ]
+
+
 def traceable(schema: str, shaped: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Make a function of tensors an op of torch's, under which it runs from then on.
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from gls_fused import reference
 from gls_fused.backends.triton.configs import MAX_REFRESH_RANK, basis_tile, core_warps, pad_rank
 from gls_fused.backends.triton.core import invert_tile
-from gls_fused.backends.triton.launch import launch, needs_reference, upload
+from gls_fused.backends.triton.launch import block_table, launch, needs_reference, upload
 
 # A column whose part across the columns before it is below 1e-6 of its norm, some ten roundings of
 # float32, is taken as dependent; this is the square.
@@ -207,18 +207,18 @@ class _Move:
 def _launch_moves(moves: Sequence[_Move], device: torch.device, padded: int) -> None:
     tile = basis_tile(padded)
     lines: list[int] = []
-    blocks: list[int] = []
-    for layer, move in enumerate(moves):
+    counts: list[int] = []
+    for move in moves:
         rank, dim = move.sketch.shape
         count = triton.cdiv(dim, tile.rows)
-        lines += [*move.addresses, dim, rank, len(blocks) // 2, count]
-        blocks += [word for block in range(count) for word in (layer, block)]
-    programs, square = len(blocks) // 2, (padded, padded)
-    table = upload([*lines, *blocks], device)
-    shared = {"table": table[: len(lines)], "LINE": LINE, "RANK": padded}
+        lines += [*move.addresses, dim, rank, sum(counts), count]
+        counts.append(count)
+    programs, square = sum(counts), (padded, padded)
+    shared = {"table": upload(lines, device), "LINE": LINE, "RANK": padded}
     parts = torch.empty(programs, *square, dtype=torch.float64, device=device)
     triangles, inverses = (parts.new_empty(len(moves), *square) for _ in range(2))
-    walk = {"blocks": table[len(lines) :], "BLOCK_D": tile.rows, "num_warps": tile.warps}
+    blocks = upload(counts, device, block_table)
+    walk = {"blocks": blocks, "BLOCK_D": tile.rows, "num_warps": tile.warps}
     launch(_gram_kernel, (programs,), device, parts=parts, **walk, **shared)
     for second in (False, True):
         launch(
