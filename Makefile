@@ -43,11 +43,11 @@ demo: setup data ## Run the demonstration; its last line is the report's path
 
 test: lint ## Lint, then run the quick tests
 	@$(BIN)/python -m pytest -m "not slow"
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/triton
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/backends/triton
 
 test-slow: setup ## Run the slow tests
 	@$(BIN)/python -m pytest -m slow
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow tests/triton
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow tests/backends/triton
 
 # Built apart from the package; ASan's runtime must be loaded before Python. Python and torch leak by
 # design, and torch frees with `delete` what it allocated otherwise.
@@ -56,9 +56,9 @@ sanitize: setup ## Run the kernels' tests with AddressSanitizer and UndefinedBeh
 	  --build-lib build/sanitize/lib >build/sanitize.log 2>&1 || { tail -n 30 build/sanitize.log; exit 1; }
 	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 \
-	  $(BIN)/python -m pytest -p no:cacheprovider -o pythonpath=build/sanitize/lib \
-	  -m "not slow" tests/test_backends.py tests/test_native.py tests/test_native_arguments.py
-	@$(BIN)/python -m pytest -m slow tests/cuda/test_sanitized.py
+	  $(BIN)/python -m pytest -p no:cacheprovider -o "pythonpath=build/sanitize/lib tests tests/backends" \
+	  -m "not slow" tests/backends/test_backends.py tests/backends/native
+	@$(BIN)/python -m pytest -m slow tests/backends/cuda/test_sanitized.py
 
 lint: setup ## Check style, format and types
 	@$(BIN)/ruff check --quiet

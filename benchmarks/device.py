@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gls_fused import available_backends, build_info, reference
-from gls_fused.dispatch import resolve_backend
+from gls_fused.backends.dispatch import resolve_backend
 from gls_fused.reference import SubspaceInverse
 
 RUNS, WARM_UP = 30, 5

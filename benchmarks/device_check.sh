@@ -11,7 +11,7 @@ export PYTHONPATH=.
   exit 1
 }
 mkdir -p results/device
-timeout 140 "$PYTHON" -m pytest -q -p no:cacheprovider tests/device
+timeout 140 "$PYTHON" -m pytest -q -p no:cacheprovider tests/backends/device
 if command -v compute-sanitizer >/dev/null; then
   timeout 70 compute-sanitizer --error-exitcode 1 "$PYTHON" -m benchmarks.device --sanitize
 else

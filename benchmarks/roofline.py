@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from gls_fused.curvature import AUTO_RANK, auto_rank
-from gls_fused.rows import SKETCH_IMAGES, SKETCH_ROWS
+from gls_fused.capture.rows import SKETCH_IMAGES, SKETCH_ROWS
+from gls_fused.curvature.estimate import AUTO_RANK, auto_rank
 
 FLOAT = 4
 RANK = AUTO_RANK

@@ -21,7 +21,7 @@ from benchmarks.interleave import Quartiles, quartiles, run_rounds
 from benchmarks.report import Table
 from benchmarks.shapes import SHAPES, synthesise
 from benchmarks.tasks import CLASSES, Shape, Task
-from gls_fused.dispatch import resolve_backend
+from gls_fused.backends.dispatch import resolve_backend
 
 PERIOD = CONTENDERS["gls"].period
 GATHER_EVERY = 10

@@ -6,7 +6,7 @@
 from gls_fused import reference
 from gls_fused._version import __version__
 from gls_fused.attachment import Attachment, attach
-from gls_fused.dispatch import available_backends, build_info
+from gls_fused.backends.dispatch import available_backends, build_info
 from gls_fused.optimizer import GLS
 
 __all__ = [

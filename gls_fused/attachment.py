@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from typing_extensions import Self
 
-from gls_fused.curvature import State
+from gls_fused.capture.layers import Layer, find_layers
+from gls_fused.curvature.estimate import State
 from gls_fused.diagnostics import diagnose
-from gls_fused.distributed import Ranks, unwrapped
-from gls_fused.layers import Layer, find_layers
+from gls_fused.distributed.ranks import Ranks, unwrapped
+from gls_fused.distributed.sharding import rows_here
 from gls_fused.preconditioner import Preconditioner, check_options, describe_layers, take_sums
 from gls_fused.scaling import take_flag
-from gls_fused.sharding import rows_here
 from gls_fused.state import VERSION, check_curvature, check_version, copy_tensors
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gls_fused.curvature import State
-from gls_fused.layers import Layer
+from gls_fused.capture.layers import Layer
+from gls_fused.curvature.estimate import State
+from gls_fused.distributed.sharding import everywhere
 from gls_fused.preconditioner import Preconditioner
 from gls_fused.reference import damping_of
-from gls_fused.sharding import everywhere
 
 
 def diagnose(

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gls_fused.distributed import unwrapped
-from gls_fused.low_precision import MOST_SEEDS, POLICIES
+from gls_fused.apply.low_precision import MOST_SEEDS, POLICIES
+from gls_fused.distributed.ranks import unwrapped
 from gls_fused.preconditioner import check_choice, check_number, check_options
 
 NORMALIZATIONS = ("rms", "adam", "sgd", "none")

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from typing_extensions import Self
 
-from gls_fused.apply import step_layers_
+from gls_fused.apply.fallback import adam_, forget_adam
+from gls_fused.apply.layers import step_layers_
+from gls_fused.apply.low_precision import make_bits
+from gls_fused.backends.dispatch import resolve_backend
+from gls_fused.capture.layers import Layer, find_layers
 from gls_fused.diagnostics import diagnose
-from gls_fused.dispatch import resolve_backend
-from gls_fused.distributed import Ranks
-from gls_fused.fallback import adam_, forget_adam
+from gls_fused.distributed.ranks import Ranks
 from gls_fused.groups import (
     check_dense,
     check_group_options,
@@ -25,8 +27,6 @@ from gls_fused.groups import (
     name_params,
     split_group,
 )
-from gls_fused.layers import Layer, find_layers
-from gls_fused.low_precision import make_bits
 from gls_fused.preconditioner import (
     SITES,
     Preconditioner,
@@ -80,8 +80,8 @@ class GLS(torch.optim.Optimizer):
         site: where P applies: "step", to the gradient; "backward", to the rows, so that p.grad
             holds the direction; "auto", where it is cheaper for each layer.
         backend: a name of `gls_fused.available_backends()`, or "auto".
-        low_precision: how parameters of 16 bits take their step, see `gls_fused.low_precision`:
-            "nearest", "stochastic" or "master". Averages and curvature are float32 in any case.
+        low_precision: how parameters of 16 bits take their step, "nearest", "stochastic" or
+            "master", see `gls_fused.apply.low_precision`; averages and curvature are float32.
         seed: in [0, 2**32); of the bits that round stochastically, the same on every rank.
         process_group: whose ranks share the statistics and call `step` together; None, the
             default group where torch.distributed is initialised.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gls_fused.curvature import State, blend, make_curvature, settle
-from gls_fused.dispatch import backend_name, resolve_backend
-from gls_fused.distributed import Ranks
-from gls_fused.layers import Layer
+from gls_fused.backends.dispatch import backend_name, resolve_backend
+from gls_fused.capture.layers import Layer
+from gls_fused.curvature.estimate import State, blend, make_curvature, settle
+from gls_fused.distributed.ranks import Ranks
 from gls_fused.scaling import where_flag
 
 CURVATURES = ("subspace", "dense")

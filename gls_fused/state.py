@@ -2,7 +2,8 @@
 
     every parameter   step (0-d), exp_avg and exp_avg_sq (shaped as it; exp_avg_sq 0-d, on a layer's
                       weight, for "rms"), master (shaped as it, float32)
-    a layer's weight  rows and outputs (plain numbers), and the tensors of gls_fused.curvature
+    a layer's weight  rows and outputs (plain numbers), and the tensors of
+                      gls_fused.curvature.estimate
     a group           its options, step and version: numbers and names
 
 All tensors are of float32, or float64 for parameters of float64; step is float32.
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gls_fused.curvature import State, empty_state, make_curvature
-from gls_fused.fallback import forget_adam, start_adam
-from gls_fused.layers import Layer
-from gls_fused.low_precision import open_copies
-from gls_fused.sharding import is_sharded
+from gls_fused.apply.fallback import forget_adam, start_adam
+from gls_fused.apply.low_precision import open_copies
+from gls_fused.capture.layers import Layer
+from gls_fused.curvature.estimate import State, empty_state, make_curvature
+from gls_fused.distributed.sharding import is_sharded
 
 # 0: without a version, "low_precision", "seed" and "outputs".
 VERSION = 1

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from benchmarks.shapes import SHAPES
 from benchmarks.tasks import TASKS
 from gls_fused import reference
-from gls_fused.curvature import AUTO_RANK, auto_rank
+from gls_fused.capture.rows import SKETCH_IMAGES
+from gls_fused.curvature.estimate import AUTO_RANK, auto_rank
 from gls_fused.reference import SubspaceInverse, Window
-from gls_fused.rows import SKETCH_IMAGES
 from tests.tolerances import PRODUCT, SOLVE, assert_near
 
 BATCH = 128

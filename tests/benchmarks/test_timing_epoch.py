@@ -17,7 +17,7 @@ from benchmarks.memory import measure_memory
 from benchmarks.shapes import synthesise
 from benchmarks.stages import measure_overhead, profile_stages
 from benchmarks.tasks import TASKS
-from gls_fused.dispatch import resolve_backend
+from gls_fused.backends.dispatch import resolve_backend
 
 RUN = (
     "epoch", "--tasks", "tiny", "--shapes", "cifar10", "--batch-sizes", "32", "--threads", "1",

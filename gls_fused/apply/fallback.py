@@ -1,0 +1,73 @@
+"""Parameters that no layer owns take Adam's update, through torch's own fused functional."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from gls_fused.apply.low_precision import Bits, close_copies, open_copies
+from gls_fused.distributed.sharding import gradient_here, rows_here
+
+
+def start_adam(param: Tensor, state: dict[str, Any]) -> None:
+    """Fill a state with step, exp_avg and exp_avg_sq, unless it has them."""
+    # A bias whose weight was frozen since has averages, but no step of its own.
+    if "step" in state:
+        return
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+    state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
+    state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+
+
+def forget_adam(state: dict[str, Any]) -> None:
+    """Drop what `start_adam` filled, where there is any."""
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        state.pop(key, None)
+
+
+def adam_(
+    params: Sequence[Tensor],
+    states: Sequence[dict[str, Any]],
+    options: Mapping[str, Any],
+    bits: Bits,
+    skip: Tensor | None = None,
+) -> None:
+    """One Adam step with decoupled weight decay, in place, for parameters that have a gradient.
+
+    Args:
+        params: any shapes, floating point, dense gradients.
+        states: of the same length; filled at the first step with step, exp_avg and exp_avg_sq.
+        options: lr, momentum (Adam's beta1), beta2, eps, weight_decay, low_precision.
+        bits: what rounds stochastically.
+        skip: 0-d bool; where it is true nothing changes.
+    """
+    if not params:
+        return
+    for param, state in zip(params, states, strict=True):
+        start_adam(param, state)
+    copies = open_copies(params, states, options)
+    pairs = zip(params, copies, strict=True)
+    # Element by element, so a rank's parts are enough; torch refuses a mix of shards and the rest.
+    adamw(
+        [rows_here(copy) for copy in copies],
+        [gradient_here(p).to(copy.dtype) for p, copy in pairs],
+        [rows_here(state["exp_avg"]) for state in states],
+        [rows_here(state["exp_avg_sq"]) for state in states],
+        [],
+        [state["step"] for state in states],
+        fused=True,
+        found_inf=None if skip is None else skip.float(),
+        amsgrad=False,
+        beta1=options["momentum"],
+        beta2=options["beta2"],
+        lr=options["lr"],
+        weight_decay=options["weight_decay"],
+        eps=options["eps"],
+        maximize=False,
+    )
+    close_copies(params, copies, options, bits)

@@ -1,0 +1,262 @@
+"""Curvature: from the sums over a step's rows to the running estimate and its damped inverse.
+
+A layer's estimate lives in a plain dict, so that an optimizer can keep it in its own state:
+
+    dense       gram [d, d]                                      inverse: matrix [d, d]
+    subspace    basis [d, r], core [r, r], trace                 inverse: core_inverse [r, r], shift
+
+Letters: see gls_fused.reference. Sums arrive as one flat tensor, [n, ||A||_F^2, moments...], so
+that they can be guarded, and all-reduced, at once. The moments are A'A, or Y'Y and A'Y. The basis
+is kept by columns, as products with rows want it: as [r, d] in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gls_fused.curvature.precision import without_tf32
+from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse, blend_weight, split_sums
+from gls_fused.scaling import where_flag
+
+State: TypeAlias = dict[str, Any]
+
+# The test matrix is the same in every process, whatever the user's own seed.
+TEST_MATRIX_SEED = 2147483647
+
+AUTO_RANK = 32
+
+
+class Moments(NamedTuple):
+    """An estimate before its basis moves."""
+
+    sketch: Tensor  # Z [d, r]
+    core: Tensor  # M [r, r]
+    trace: Tensor  # t, 0-d
+
+
+class Curvature(Protocol):
+    """One kind of running estimate; without state of its own."""
+
+    backend: ModuleType
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors in a state."""
+
+    @property
+    def sums_size(self) -> int:
+        """The length of a layer's sums."""
+
+    def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """What the rows are sketched with in place of U before there is an estimate."""
+
+    def start(self, state: State, sums: Tensor) -> Moments | None:
+        """Fill `state` from the first sums, which must count at least one row.
+
+        Returns:
+            Of a subspace, what `settle` has to be given.
+        """
+
+    def inverse(self, state: Mapping[str, Any]) -> Inverse:
+        """P, as views on `state`."""
+
+
+class Dense:
+    """Sigma itself. The oracle, and practical for small d."""
+
+    def __init__(self, dim: int, backend: ModuleType) -> None:
+        self.dim = dim
+        self.backend = backend
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        square = (self.dim, self.dim)
+        return {"gram": square, "matrix": square}
+
+    @property
+    def sums_size(self) -> int:
+        return 2 + self.dim * self.dim
+
+    def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        return None
+
+    def start(self, state: State, sums: Tensor) -> None:
+        state["gram"] = self._gram(sums / sums[0])
+
+    def blend(self, state: State, sums: Tensor, beta: float) -> None:
+        """Blend new sums in, in place."""
+        count = sums[0]
+        state["gram"].lerp_(self._gram(sums / count.clamp(min=1)), blend_weight(count, beta))
+
+    def inverse(self, state: Mapping[str, Any]) -> Inverse:
+        return DenseInverse(state["matrix"])
+
+    def _gram(self, means: Tensor) -> Tensor:
+        return means[2:].view(self.dim, self.dim)
+
+
+class Subspace:
+    """A basis of r directions that follows the leading eigenvectors of Sigma."""
+
+    def __init__(self, dim: int, rank: int, backend: ModuleType) -> None:
+        self.dim = dim
+        self.rank = min(rank, dim)
+        self.backend = backend
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        square = (self.rank, self.rank)
+        return {
+            "basis": (self.dim, self.rank),
+            "core": square,
+            "core_inverse": square,
+            "trace": (),
+            "shift": (),
+        }
+
+    @property
+    def sums_size(self) -> int:
+        return 2 + self.rank * (self.rank + self.dim)
+
+    def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        generator = torch.Generator().manual_seed(TEST_MATRIX_SEED)
+        gaussian = torch.randn(self.dim, self.rank, generator=generator, dtype=torch.float64)
+        basis: Tensor = torch.linalg.qr(gaussian)[0]
+        return _by_columns(basis.to(device, dtype))
+
+    def start(self, state: State, sums: Tensor) -> Moments:
+        _, trace, core, sketch = split_sums(sums / sums[0], self.dim, self.rank)
+        return Moments(sketch, core, trace.clone())
+
+    def inverse(self, state: Mapping[str, Any]) -> Inverse:
+        return SubspaceInverse(state["basis"], state["core_inverse"], state["shift"])
+
+
+def auto_rank(outputs: int) -> int:
+    """The rank of a layer with m outputs that "auto" stands for: U is never larger than W."""
+    return min(AUTO_RANK, outputs)
+
+
+def make_curvature(
+    kind: str, dim: int, outputs: int, rank: int | Literal["auto"], backend: ModuleType
+) -> Curvature:
+    """The curvature of a name the optimizers accept, "dense" or "subspace", for a weight [m, d]."""
+    if kind == "dense":
+        return Dense(dim, backend)
+    return Subspace(dim, auto_rank(outputs) if rank == "auto" else rank, backend)
+
+
+def empty_state(curvature: Curvature, dtype: torch.dtype, device: torch.device) -> State:
+    """A state of the right shapes and strides for a saved one to be read into."""
+    state: State = {
+        name: torch.zeros(shape, dtype=dtype, device=device)
+        for name, shape in curvature.shapes().items()
+    }
+    if "basis" in state:
+        state["basis"] = _by_columns(state["basis"])
+    return state
+
+
+@without_tf32()
+def blend(
+    layers: Sequence[tuple[Curvature, State, Tensor]], beta: float
+) -> list[tuple[Curvature, State, Moments | None]]:
+    """Blend new sums in; those that count no row do not change the estimate.
+
+    Returns:
+        What `settle` has to be given.
+    """
+    blended: list[tuple[Curvature, State, Moments | None]] = []
+    moving = []
+    for kind, state, sums in layers:
+        if isinstance(kind, Dense):
+            kind.blend(state, sums, beta)
+            blended.append((kind, state, None))
+        else:
+            moving.append((kind, state, sums))
+    if moving:
+        kinds, states, all_sums = zip(*moving, strict=True)
+        bases, cores, traces = (
+            [state[name] for state in states] for name in ("basis", "core", "trace")
+        )
+        found = kinds[0].backend.blend_subspaces(bases, cores, traces, all_sums, beta)
+        moments = [Moments(*parts) for parts in found]
+        blended += zip(kinds, states, moments, strict=True)
+    return blended
+
+
+@without_tf32()
+def settle(
+    layers: Sequence[tuple[Curvature, State, Moments | None]],
+    damping: float,
+    skip: Tensor | None = None,
+) -> None:
+    """Move the bases and make the damped inverses anew, in place where they exist.
+
+    All subspaces' in one call each, so that a backend can make it as many launches.
+
+    Args:
+        layers: with what `start` or `blend` gave.
+        skip: 0-d bool; where it is true the states stay as they are.
+    """
+    moving = [(kind, state, found) for kind, state, found in layers if found is not None]
+    if moving:
+        kinds, states, moments = zip(*moving, strict=True)
+        sketches, cores, traces = zip(*moments, strict=True)
+        backend, dims = kinds[0].backend, [kind.dim for kind in kinds]
+        bases, cores = zip(*backend.refresh_subspaces(cores, sketches), strict=True)
+        inverses = backend.invert_cores(cores, traces, dims, damping)
+        core_inverses, shifts = zip(*inverses, strict=True)
+        _store(
+            states,
+            skip,
+            basis=[_by_columns(basis) for basis in bases],
+            core=cores,
+            trace=traces,
+            core_inverse=core_inverses,
+            shift=shifts,
+        )
+    for kind, state, _ in layers:
+        if isinstance(kind, Dense):
+            _store([state], skip, matrix=[kind.backend.invert_gram(state["gram"], damping)])
+
+
+def add_sums(
+    sums: Tensor | None, count: int, trace: Tensor, moments: tuple[Tensor, ...], *, weight: int
+) -> Tensor:
+    """Add the sums over `count` rows, each of which stands for `weight`, to those already there.
+
+    Rows that hold a NaN or an infinity, and rows that are all zero, say nothing of the inputs:
+    sums over them add nothing, which is decided on the device.
+    """
+    head = (torch.full_like(trace, count)[None], trace[None])
+    new = torch.cat([*head, *(moment.T.flatten() for moment in moments)]) * weight
+    # The trace tells: as U is orthonormal, no entry of the moments is larger.
+    usable = (trace > 0) & (trace < torch.finfo(trace.dtype).max / 4)
+    new = torch.where(usable, new, 0.0)
+    return new if sums is None else sums + new
+
+
+def _by_columns(matrix: Tensor) -> Tensor:
+    """The same matrix, its columns contiguous."""
+    return matrix.T.contiguous().T
+
+
+def _store(states: Sequence[State], skip: Tensor | None, **results: Sequence[Tensor]) -> None:
+    """In place where the tensors exist, so that views on a state stay valid."""
+    kept: list[Tensor] = []
+    found: list[Tensor] = []
+    for name, tensors in results.items():
+        for state, tensor in zip(states, tensors, strict=True):
+            if name in state:
+                kept.append(state[name])
+                found.append(tensor)
+            else:
+                # Not the strides a solver left: a saved state is read into those of `empty_state`.
+                state[name] = tensor if name == "basis" else tensor.contiguous()
+    if skip is not None:
+        found = [where_flag(skip, *pair) for pair in zip(kept, found, strict=True)]
+    if kept:
+        torch._foreach_copy_(kept, found)

@@ -1,0 +1,161 @@
+"""Parameters of 16 bits: rounding, the float32 copy, and an epoch against float32."""
+
+import functools
+
+import pytest
+import torch
+from nets import loss_of, make_batch, make_net, snapshot
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.data import load_dataset
+from gls_fused import GLS
+from gls_fused.apply.low_precision import POLICIES, make_bits, round_stochastically
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def neighbours(values, dtype):
+    """The numbers of `dtype` on both sides of each value, by exhaustion; float64."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).double()
+    every = every[every.isfinite()].unique()
+    above = torch.searchsorted(every, values.double())
+    below = torch.searchsorted(every, values.double(), right=True) - 1
+    return every[below], every[above]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-7, 1e4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounds_to_one_of_the_neighbours_and_right_in_the_mean(dtype, scale):
+    """Mean of 4000 draws: within 5 standard errors, each a spacing over 2 sqrt(4000) at most."""
+    values = torch.randn(50, generator=seeded()) * scale
+    low, high = neighbours(values, dtype)
+    draws = values.expand(4000, -1).contiguous()
+    rounded = round_stochastically(draws, dtype, seeded(1)).double()
+    assert ((rounded == low) | (rounded == high)).all()
+    error = (rounded.mean(0) - values.double()).abs()
+    assert (error <= 5 * (high - low) / (2 * 4000**0.5)).all()
+    # To the nearest the mean errs by more, so that the bound can tell.
+    assert not ((values.to(dtype).double() - values.double()).abs() <= error.max()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_the_dtype_holds_stays(dtype):
+    held = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    held = held[~held.isnan()]
+    assert torch.equal(round_stochastically(held.float(), dtype, seeded()), held)
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 3.4e38, -3.4e38])
+    found = round_stochastically(odd, dtype, seeded())
+    assert torch.equal(found.nan_to_num(7), odd.to(dtype).nan_to_num(7))
+
+
+def train(dtype, steps=5, kind="mlp", **options):
+    model = make_net(kind).to(dtype)
+    optimizer = GLS(model, lr=1e-3, rank=4, **options)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, [x.to(dtype) for x in make_batch(kind, 9, step)]).backward()
+        optimizer.step()
+    return snapshot(model), optimizer
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+def test_bits_are_those_of_the_seed(dtype, normalize):
+    options = {"low_precision": "stochastic", "normalize": normalize}
+    torch.manual_seed(1)
+    first, _ = train(dtype, seed=3, **options)
+    torch.manual_seed(2)
+    again, _ = train(dtype, seed=3, **options)
+    other, _ = train(dtype, seed=4, **options)
+    assert all(torch.equal(p, q) for p, q in zip(first, again, strict=True))
+    assert not all(torch.equal(p, q) for p, q in zip(first, other, strict=True))
+
+
+def test_every_step_of_every_seed_has_bits_of_its_own():
+    drawn, params = set(), [torch.ones(1), torch.ones(1)]
+    for seed in range(20):
+        for step in range(10):
+            bits = make_bits({"seed": seed, "step": step, "params": params})
+            drawn.update(torch.rand((), generator=bits(param)).item() for param in params)
+    # Of 400 draws of 24 bits two are alike with a probability of 1 in 200.
+    assert len(drawn) == 400
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("low_precision", POLICIES)
+def test_averages_are_float32(dtype, low_precision):
+    _, optimizer = train(dtype, low_precision=low_precision, normalize="adam")
+    for state in optimizer.state.values():
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
+        assert ("master" in state) == (low_precision == "master")
+        if "master" in state:
+            assert state["master"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("covered", [True, False])
+def test_parameter_is_the_rounded_copy_which_follows_it(covered):
+    """A weight that is set from outside is what the next step starts from."""
+    torch.manual_seed(0)
+    module = nn.Linear(4, 3) if covered else nn.LayerNorm(4)
+    module.to(torch.bfloat16)
+    optimizer = GLS(module, lr=1e-4, low_precision="master")
+
+    def step():
+        optimizer.zero_grad()
+        (module(torch.eye(4, dtype=torch.bfloat16)) - 2).float().square().sum().backward()
+        optimizer.step()
+
+    for _ in range(3):
+        step()
+    master = optimizer.state[module.weight]["master"]
+    assert torch.equal(master.to(torch.bfloat16), module.weight)
+    assert not torch.equal(master, module.weight.float())
+    kept = master.clone()
+    with torch.no_grad():
+        module.weight.view(-1)[0] = 5
+    step()
+    moved = (optimizer.state[module.weight]["master"] - kept).view(-1)
+    assert abs(moved[0] + kept.view(-1)[0] - 5) < 1e-3
+    assert moved[1:].abs().max() < 1e-3
+    assert optimizer.state[module.weight]["master"] is master
+
+
+@functools.cache
+def digits():
+    return load_dataset("digits")
+
+
+@functools.cache
+def loss_after_an_epoch(dtype, low_precision, seed):
+    """Over all training images, after 90 steps of 16."""
+    data = digits()
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 128), nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, 10)
+    ).to(dtype)
+    optimizer = GLS(model, lr=1e-3, low_precision=low_precision)
+    for batch in torch.randperm(len(data.images), generator=seeded(seed)).split(16):
+        optimizer.zero_grad()
+        outputs = model(data.images[batch].to(dtype))
+        F.cross_entropy(outputs.float(), data.labels[batch]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        outputs = model(data.images.to(dtype)).float()
+        return F.cross_entropy(outputs, data.labels).item()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("low_precision", "bound"), [("stochastic", 0.02), ("master", 0.006)])
+def test_an_epoch_in_bfloat16_is_one_in_float32(low_precision, bound, seed):
+    """Relative to float32's loss; rounding to the nearest, which stalls, is farther off."""
+    exact = loss_after_an_epoch(torch.float32, "nearest", seed)
+    assert exact < 1.2
+    near = loss_after_an_epoch(torch.bfloat16, low_precision, seed)
+    assert abs(near / exact - 1) < bound
+    stalled = loss_after_an_epoch(torch.bfloat16, "nearest", seed)
+    assert stalled / exact - 1 > 2 * bound

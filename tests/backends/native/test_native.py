@@ -1,0 +1,245 @@
+"""The native ops one by one: sizes at both ends, numbers of threads, and the reference's steps."""
+
+import os
+
+import pytest
+import torch
+from native_arguments import ones, update_options
+from nets import KINDS, loss_of, make_batch, make_net
+from test_backends import draw, make_inverse
+from tolerances import PRODUCT, SAME_STEPS, assert_near
+
+from gls_fused import GLS, available_backends, reference
+from gls_fused.backends.dispatch import resolve_backend
+from gls_fused.reference import SubspaceInverse
+
+if (why := available_backends()["native"]) is not None:
+    pytest.skip(why, allow_module_level=True)
+native = resolve_backend("native", ["cpu"])
+ops = torch.ops.gls_fused
+
+
+# ---- sizes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_ones", [True, False])
+@pytest.mark.parametrize("rank", [0, 1, 5])
+@pytest.mark.parametrize("size", [0, 3])
+@pytest.mark.parametrize("n", [0, 9])
+def test_no_rows_no_columns_no_rank(n, size, rank, with_ones):
+    dim = size + with_ones
+    rows, basis = draw(n, size, dtype=torch.float32), draw(dim, rank, dtype=torch.float32)
+    inverse = SubspaceInverse(basis, draw(rank, rank, dtype=torch.float32), torch.tensor(0.5))
+    bias = draw(n, dtype=torch.float32) if with_ones else None
+    found = (
+        *native.precondition_rows(rows, inverse, ones=with_ones),
+        *native.precondition_gradient(rows, bias, inverse),
+        *native.sketch_rows(rows, basis, ones=with_ones),
+    )
+    sought = (
+        *reference.precondition_rows(rows, inverse, ones=with_ones),
+        *reference.precondition_gradient(rows, bias, inverse),
+        *reference.sketch_rows(rows, basis, ones=with_ones),
+    )
+    for actual, expected in zip(found, sought, strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            assert_near(actual, expected, PRODUCT[torch.float32])
+
+
+def test_no_rank():
+    basis, core, *_ = ops.refresh_subspace(ones(0, 0), ones(3, 0))
+    assert (basis.shape, core.shape) == ((3, 0), (0, 0))
+    core_inverse, shift = ops.invert_core(ones(0, 0), torch.tensor(6.0), 3, 0.5)
+    assert core_inverse.shape == (0, 0)
+    # lambda = 0.5 * 6 / 3, and all of the trace is outside the basis.
+    assert_near(shift, torch.tensor(3.0), PRODUCT[torch.float32])
+
+
+def test_no_rows_add_nothing():
+    sums = ones(2 + 4 + 6)
+    ops.add_sketch_(ones(0, 3), ones(3, 2), False, sums)
+    assert torch.equal(sums, ones(12))
+
+
+def test_layer_without_columns_moves_its_bias():
+    options = update_options(params=[ones(2, 0), ones(2)], gradients=[ones(2, 0), ones(2)])
+    options.update(bases=[ones(1, 1)], core_inverses=[-0.25 * ones(1, 1)], shifts=[2 * ones()])
+    ops.update_layers_(**options, layer_sizes=[2])
+    # lr = 0.1, and P, which is [1, 1], is 0.25.
+    assert_near(options["params"][1], ones(2) - 0.1 * 0.25, PRODUCT[torch.float32])
+
+
+def test_more_elements_than_32_bits_count():
+    # One row in memory; small integers, whose sums are exact.
+    row = (torch.arange(1024, dtype=torch.float64) % 3)[None]
+    basis = ((torch.arange(1024) % 7 == 0).double() - 2)[:, None]
+    n = 2**21 + 3
+    found = ops.sketch_rows(row.expand(n, -1), basis, False)
+    for actual, expected in zip(found, reference.sketch_rows(row, basis, ones=False), strict=True):
+        assert torch.equal(actual, n * expected)
+
+
+@pytest.fixture
+def far(tmp_path):
+    """Lays the rows of a matrix 2^30 elements apart, in a file that takes no space between them."""
+
+    def lay(values):
+        rows, columns = values.shape
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        size = (rows - 1) * 2**30 + columns
+        memory = torch.from_file(str(path), shared=True, size=size, dtype=values.dtype)
+        return memory.as_strided((rows, columns), (2**30, 1)).copy_(values)
+
+    return lay
+
+
+def test_offsets_that_32_bits_do_not_hold(far):
+    rows, bias = draw(5, 6, dtype=torch.float32), draw(5, dtype=torch.float32)
+    basis, core_inverse, shift = inverse = make_inverse(7, 4, torch.float32)
+    far_rows, far_basis, far_bias = far(rows), far(basis.T).T, far(bias[:, None])[:, 0]
+    far_inverse = far_basis, far(core_inverse), shift
+    sums, far_sums = torch.zeros(2, 2 + 16 + 28)
+    ops.add_sketch_(rows, basis, True, sums)
+    ops.add_sketch_(far_rows, far_basis, True, far_sums)
+    found = (
+        *ops.precondition_rows(far_rows, *far_inverse, True),
+        *ops.precondition_gradient(far_rows, far_bias, *far_inverse),
+        *ops.sketch_rows(far_rows, far_basis, True),
+        *ops.invert_core(far(core_inverse @ core_inverse), ones(), 7, 0.3),
+        far_sums,
+    )
+    sought = (
+        *ops.precondition_rows(rows, *inverse, True),
+        *ops.precondition_gradient(rows, bias, *inverse),
+        *ops.sketch_rows(rows, basis, True),
+        *ops.invert_core(core_inverse @ core_inverse, ones(), 7, 0.3),
+        sums,
+    )
+    assert all(map(torch.equal, found, sought))
+
+
+FREE_MEMORY = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+takes_9_gb = pytest.mark.skipif(FREE_MEMORY < 12 * 10**9, reason="needs 12 GB of free memory")
+
+
+@pytest.mark.slow
+@takes_9_gb
+def test_results_of_more_elements_than_32_bits_count():
+    inverse = make_inverse(2048, 1, torch.float32)
+    row, n = draw(1, 2048, dtype=torch.float32), 2**20 + 3
+    product, _ = ops.precondition_rows(row.expand(n, -1), *inverse, False)
+    expected, _ = ops.precondition_rows(row, *inverse, False)
+    for i in (0, 2**20 - 1, 2**20, n - 1):
+        assert torch.equal(product[i], expected[0])
+
+
+@pytest.mark.slow
+@takes_9_gb
+def test_parameter_of_more_elements_than_32_bits_count():
+    param, gradient = ones(2, 2**31 + 5, dtype=torch.bfloat16)
+    options = update_options(params=[param], gradients=[gradient], normalize="rms", lr=0.5)
+    ops.update_layers_(**{**options, "exp_avg_sqs": [torch.zeros(())]}, layer_sizes=[1])
+    # The mean square is one, so the step is lr.
+    assert param.aminmax() == (0.5, 0.5)
+
+
+# ---- threads ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads():
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
+def large_calls():
+    """Every op but update_layers_, which test_backends has, on what is worth a second thread."""
+    rows, bias = draw(203, 3000, dtype=torch.float32), draw(203, dtype=torch.float32)
+    inverse = make_inverse(3001, 17, torch.float32)
+    core, sketch, trace = reference.sketch_rows(rows, inverse.basis, ones=True)
+
+    def add_sketch():
+        sums = torch.zeros(2 + 17 * 17 + 17 * 3001)
+        ops.add_sketch_(rows, inverse.basis, True, sums)
+        return [sums]
+
+    return {
+        "precondition_rows": lambda: ops.precondition_rows(rows, *inverse, True),
+        "precondition_gradient": lambda: ops.precondition_gradient(rows, bias, *inverse),
+        "sketch_rows": lambda: ops.sketch_rows(rows, inverse.basis, True),
+        "add_sketch_": add_sketch,
+        "refresh_subspace": lambda: ops.refresh_subspace(core, sketch),
+        "invert_core": lambda: ops.invert_core(core, trace, 3001, 0.3),
+    }
+
+
+@pytest.mark.parametrize("call", large_calls().values(), ids=large_calls())
+def test_number_of_threads_changes_nothing(call, threads):
+    one = call()
+    threads(2)
+    assert all(map(torch.equal, call(), one))
+
+
+@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ten_steps_are_the_references(kind, normalize):
+    trained = []
+    for backend in ("native", "reference"):
+        model = make_net(kind)
+        options = {"rank": 5, "curvature_every": 1, "normalize": normalize, "lr": 0.01}
+        with GLS(model, backend=backend, **options) as optimizer:
+            for step in range(10):
+                optimizer.zero_grad()
+                loss_of(model, make_batch(kind, 7, step)).backward()
+                optimizer.step()
+        trained.append(list(model.parameters()))
+    for ours, theirs in zip(*trained, strict=True):
+        assert_near(ours, theirs, SAME_STEPS)
+
+
+# ---- what the update is told in tensors ---------------------------------------------------------
+
+
+def run_scaled(grad_scale=None, found_inf=None, lr=0.1, lr_tensor=None):
+    """All tensors of a step of one layer with P, its gradients multiplied by `grad_scale`."""
+    basis, core_inverse, shift = make_inverse(4, 2, torch.float32)
+    gradients = [draw(2, 3, dtype=torch.float32), draw(2, dtype=torch.float32)]
+    if grad_scale is not None:
+        gradients = [gradient * grad_scale for gradient in gradients]
+    options = update_options(
+        gradients=gradients, exp_avgs=[ones(2, 3), ones(2)], exp_avg_sqs=[ones()], bases=[basis],
+        core_inverses=[core_inverse], shifts=[shift], normalize="rms", momentum=0.9, lr=lr,
+    )  # fmt: skip
+    before = [gradient.clone() for gradient in gradients]
+    scalars = {"grad_scale": grad_scale, "found_inf": found_inf, "lr_tensor": lr_tensor}
+    ops.update_layers_(**options, layer_sizes=[2], **scalars)
+    assert all(map(torch.equal, gradients, before))
+    return [*options["params"], *options["exp_avgs"], *options["exp_avg_sqs"], *options["steps"]]
+
+
+def test_scaled_gradients_take_the_same_step():
+    for found, expected in zip(run_scaled(torch.tensor(1024.0)), run_scaled(), strict=True):
+        assert_near(found, expected, PRODUCT[torch.float32])
+
+
+def test_a_step_with_infinite_gradients_is_not_taken():
+    scale = torch.tensor(float("inf"))
+    found = run_scaled(scale, torch.tensor(1.0))
+    start = [ones(2, 3), ones(2), ones(2, 3), ones(2), ones(), torch.zeros(())]
+    assert all(map(torch.equal, found, start))
+    assert not torch.equal(run_scaled(None, torch.tensor(0.0))[0], start[0])
+
+
+def test_lr_may_be_a_tensor():
+    for found, expected in zip(
+        run_scaled(lr=7.0, lr_tensor=torch.tensor(0.1, dtype=torch.float64)), run_scaled(),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf", "lr_tensor"])
+def test_a_scalar_of_two_numbers_is_refused(name):
+    with pytest.raises(RuntimeError, match=rf"expected {name} of one Float or Double, got \[2\]"):
+        ops.update_layers_(**update_options(), layer_sizes=[2], **{name: ones(2)})

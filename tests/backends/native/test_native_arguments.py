@@ -1,0 +1,184 @@
+"""Arguments of the wrong shape, dtype, device or layout, to each native op."""
+
+import pytest
+import torch
+from native_arguments import ones, update_options, valid_arguments
+from torch.utils._pytree import tree_leaves
+
+from gls_fused import available_backends
+from gls_fused.backends.dispatch import resolve_backend
+
+if (why := available_backends()["native"]) is not None:
+    pytest.skip(why, allow_module_level=True)
+resolve_backend("native", ["cpu"])
+ops = torch.ops.gls_fused
+
+HALF = {"dtype": torch.bfloat16}
+META = {"device": "meta"}
+# ops, the arguments that change, what they expect and what they got
+REFUSED = [
+    ("precondition_rows sketch_rows add_sketch_", {"rows": ones(5)}, r"rows \[n, k\] .*got \[5\]"),
+    (
+        "precondition_rows sketch_rows add_sketch_",
+        {"rows": ones(5, 3, dtype=torch.int64)},
+        "rows .* floating-point dtype, got .* of Long",
+    ),
+    (
+        "precondition_rows precondition_gradient sketch_rows add_sketch_",
+        {"basis": ones(3, 2)},
+        r"basis \[4, r\], got \[3, 2\]",
+    ),
+    (
+        "precondition_rows precondition_gradient sketch_rows add_sketch_",
+        {"basis": ones(4, 2, **HALF)},
+        "basis of Float or Double, got BFloat16",
+    ),
+    (
+        "precondition_rows precondition_gradient sketch_rows add_sketch_",
+        {"basis": ones(4, 2, **META)},
+        "tensors on one device, got cpu and meta",
+    ),
+    (
+        "precondition_rows precondition_gradient",
+        {"core_inverse": ones(2, 3)},
+        r"core_inverse \[2, 2\], got \[2, 3\]",
+    ),
+    (
+        "precondition_rows precondition_gradient",
+        {"shift": ones(dtype=torch.float64)},
+        "core_inverse and shift of Float, got Float and Double",
+    ),
+    ("precondition_rows precondition_gradient", {"shift": ones(2)}, r"shift \[\], got \[2\]"),
+    (
+        "precondition_gradient",
+        {"weight_gradient": ones(3)},
+        r"weight_gradient \[m, k\] .* got \[3\]",
+    ),
+    (
+        "precondition_gradient",
+        {"bias_gradient": ones(4)},
+        r"bias_gradient \[5\] of Float, got \[4\]",
+    ),
+    (
+        "precondition_gradient",
+        {"bias_gradient": ones(5, **HALF)},
+        r"bias_gradient \[5\] of Float, got \[5\] of BFloat16",
+    ),
+    ("add_sketch_", {"sums": ones(13)}, r"sums \[14\] of Float, got \[13\]"),
+    (
+        "add_sketch_",
+        {"sums": ones(14, dtype=torch.float64)},
+        r"sums \[14\] of Float, got \[14\] of Double",
+    ),
+    ("refresh_subspace", {"core": ones(3, 3)}, r"core \[2, 2\], got \[3, 3\]"),
+    ("refresh_subspace", {"core": ones(2, 2, **HALF)}, "core of Float or Double, got BFloat16"),
+    ("refresh_subspace", {"sketch": ones(1, 2)}, r"sketch .* with r at most d, got \[1, 2\]"),
+    (
+        "refresh_subspace",
+        {"sketch": ones(4, 2, dtype=torch.float64)},
+        r"sketch \[d, r\] of Float .* got \[4, 2\] of Double",
+    ),
+    ("refresh_subspace", {"sketch": ones(4, 2, **META)}, "tensors on one device, got cpu and meta"),
+    ("invert_core", {"core": ones()}, r"core \[r, r\] with r at most 4, got \[\]"),
+    ("invert_core", {"core": ones(5, 5)}, r"core \[r, r\] with r at most 4, got \[5, 5\]"),
+    ("invert_core", {"core": ones(2, 2, **HALF)}, "core of Float or Double, got BFloat16"),
+    ("invert_core", {"trace": ones(2)}, r"trace \[\] of Float, got \[2\]"),
+    ("invert_core", {"trace": ones(**META)}, "tensors on one device, got cpu and meta"),
+    ("invert_core", {"dim": 0}, "dim at least 1, got 0"),
+    ("update_layers_", {"gradients": [ones(2, 3)]}, "2 gradients, got 1"),
+    (
+        "update_layers_",
+        {"gradients": [ones(3, 2), ones(2)]},
+        r"gradients \[2, 3\] .* got \[3, 2\]",
+    ),
+    (
+        "update_layers_",
+        {"gradients": [ones(2, 3), ones(2, dtype=torch.int32)]},
+        r"gradients \[2\] of a floating-point dtype, got \[2\] of Int",
+    ),
+    (
+        "update_layers_",
+        {"gradients": [ones(2, 3, **META), ones(2)]},
+        "tensors on one device, got cpu and meta",
+    ),
+    (
+        "update_layers_",
+        {"params": [ones(2, 3), ones(2, **HALF)]},
+        "parameters of Float, got BFloat16",
+    ),
+    (
+        "update_layers_",
+        {"params": [ones(2, 3, dtype=torch.int64), ones(2, dtype=torch.int64)]},
+        "parameters of Float, Double, BFloat16 or Half, got Long",
+    ),
+    (
+        "update_layers_",
+        {"params": [ones(1, 3).expand(2, 3), ones(2)]},
+        r"params whose elements do not share memory, got strides \[0, 1\]",
+    ),
+    ("update_layers_", {"exp_avgs": []}, "exp_avgs exactly with momentum, got 0"),
+    (
+        "update_layers_",
+        {"exp_avgs": [ones(2, 3), ones(3)]},
+        r"exp_avgs \[2\], got \[3\]",
+    ),
+    (
+        "update_layers_",
+        {"exp_avgs": [ones(2, 3), ones(1).expand(2)]},
+        "exp_avgs whose elements do not share memory",
+    ),
+    ("update_layers_", {"exp_avg_sqs": []}, "1 exp_avg_sqs for normalize rms, got 0"),
+    (
+        "update_layers_",
+        {"exp_avg_sqs": [ones(dtype=torch.float64)]},
+        r"exp_avg_sqs \[\] of Float, got \[\] of Double",
+    ),
+    (
+        "update_layers_",
+        {"normalize": "adam", "exp_avg_sqs": [ones(2, 3), ones()]},
+        r"exp_avg_sqs \[2\], got \[\]",
+    ),
+    ("update_layers_", {"steps": []}, "1 steps, got 0"),
+    ("update_layers_", {"steps": [ones(2)]}, r"steps \[\], got \[2\]"),
+    ("update_layers_", {"normalize": "max"}, "normalize rms, adam, sgd or none, got max"),
+    ("update_layers_", {"layer_sizes": [1]}, "layer_sizes to sum to 2, got 1"),
+    ("update_layers_", {"layer_sizes": [-1]}, "layer_sizes of 1 or 2, got -1"),
+    ("update_layers_", {"bases": []}, "1 bases, core_inverses and shifts, got 0, 1 and 1"),
+    ("update_layers_", {"bases": [ones(3, 2)]}, r"basis \[4, r\], got \[3, 2\]"),
+    ("update_layers_", {"shifts": [None]}, "basis, core_inverse and shift .* together"),
+    (
+        "update_layers_",
+        {"params": [ones(2), ones(2)], "gradients": [ones(2), ones(2)],
+         "exp_avgs": [ones(2), ones(2)]},
+        r"weight \[m, ...\] beside an inverse, got \[2\]",
+    ),
+    (
+        "update_layers_",
+        {"params": [ones(2, 3), ones(1)], "gradients": [ones(2, 3), ones(1)],
+         "exp_avgs": [ones(2, 3), ones(1)]},
+        r"bias \[2\], got \[1\]",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "message"),
+    [(op, change, message) for names, change, message in REFUSED for op in names.split()],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_arguments_are_refused(op, change, message):
+    arguments = valid_arguments(op)
+    getattr(ops, op)(**arguments)
+    arguments.update(change)
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+    before = [tensor.clone() for tensor in tensors]
+    with pytest.raises(RuntimeError, match=f"^{op}: expected {message}"):
+        getattr(ops, op)(**arguments)
+    for tensor, old in zip(tensors, before, strict=True):
+        assert tensor.is_meta or torch.equal(tensor, old)
+
+
+def test_sparse_parameters_have_no_kernel():
+    options = update_options(params=[torch.eye(3).to_sparse()], gradients=[ones(3, 3)])
+    with pytest.raises(NotImplementedError, match=r"'gls_fused::update_layers_'.*'SparseCPU'"):
+        ops.update_layers_(**options, layer_sizes=[1])

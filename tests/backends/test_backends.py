@@ -1,0 +1,337 @@
+"""Every backend against the reference, taken from the dispatch table."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import PRODUCT, SOLVE, assert_near
+
+from gls_fused import GLS, available_backends, build_info, reference
+from gls_fused.backends.dispatch import resolve_backend
+from gls_fused.reference import SubspaceInverse
+
+# Triton's kernels, which take no CPU tensors, have tests of their own in tests/backends/triton.
+BACKENDS = [
+    name
+    for name, why in available_backends().items()
+    if why is None and name not in ("reference", "triton")
+]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return resolve_backend(request.param, ["cpu"])
+
+
+each_backend = pytest.mark.parametrize("name", BACKENDS)
+shapes = st.tuples(
+    st.one_of(st.integers(0, 40), st.integers(1000, 5000)),  # rows
+    st.integers(1, 70),  # columns
+    st.integers(1, 33),  # rank, at most d
+    st.booleans(),  # a column of ones
+)
+
+
+def draw(*shape, dtype, seed=0, strided=False):
+    """Normal numbers; `strided` keeps the values and makes them non-contiguous."""
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    values = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    if strided:
+        wide = torch.full((*shape[:-1], 2 * shape[-1] + 1), torch.nan, dtype=dtype)
+        wide[..., 1::2] = values
+        values = wide[..., 1::2]
+    return values
+
+
+def make_inverse(dim, rank, dtype):
+    """P of a random psd Sigma, in at least float32."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    basis = torch.linalg.qr(draw(dim, rank, dtype=torch.float64))[0].to(dtype)
+    root = draw(rank, rank, dtype=dtype, seed=1)
+    core = root @ root.T
+    return SubspaceInverse(basis, *reference.invert_core(core, 2 * core.trace(), dim, 0.3))
+
+
+def assert_same(actual, expected, tolerances, dtype):
+    for found, sought in zip(actual, expected, strict=True):
+        assert (found is None) == (sought is None)
+        if found is not None:
+            assert found.dtype == sought.dtype
+            assert_near(found, sought, tolerances[dtype])
+
+
+def assert_same_estimate(found, expected, scale=1.0):
+    """U+ and M+ are unique up to signs, and a rotation among equals; U+ M+ U+' is unique."""
+    products = [u @ (m / scale) @ u.T for u, m in (found, expected)]
+    assert_near(*products, SOLVE[products[0].dtype])
+
+
+@each_backend
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(shape=shapes)
+def test_precondition_rows(name, dtype, strided, shape):
+    n, size, rank, ones = shape
+    rank = min(rank, size + ones)
+    inverse = make_inverse(size + ones, rank, dtype)
+    rows = draw(n, size, dtype=dtype, strided=strided)
+    actual = resolve_backend(name, ["cpu"]).precondition_rows(rows, inverse, ones=ones)
+    expected = reference.precondition_rows(rows, inverse, ones=ones)
+    assert_same(actual, expected, PRODUCT, dtype)
+
+
+@each_backend
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(shape=shapes)
+def test_precondition_gradient(name, dtype, strided, shape):
+    m, size, rank, ones = shape
+    rank = min(rank, size + ones)
+    inverse = make_inverse(size + ones, rank, dtype)
+    weight = draw(m, size, dtype=dtype, strided=strided)
+    bias = draw(m, dtype=dtype) if ones else None
+    actual = resolve_backend(name, ["cpu"]).precondition_gradient(weight, bias, inverse)
+    assert_same(actual, reference.precondition_gradient(weight, bias, inverse), PRODUCT, dtype)
+
+
+@each_backend
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(shape=shapes)
+def test_sketch_rows(name, dtype, strided, shape):
+    n, size, rank, ones = shape
+    basis = make_inverse(size + ones, min(rank, size + ones), dtype).basis
+    rows = draw(n, size, dtype=dtype, strided=strided)
+    actual = resolve_backend(name, ["cpu"]).sketch_rows(rows, basis, ones=ones)
+    exact = reference.sketch_rows(rows, basis.double(), ones=ones)
+    assert_same(actual, [x.to(basis.dtype) for x in exact], PRODUCT, basis.dtype)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@given(dim=st.integers(1, 90), rank=st.integers(1, 40), scale=st.sampled_from([1e-25, 1.0, 1e25]))
+def test_refresh_and_inverse(name, dtype, dim, rank, scale):
+    backend, rank = resolve_backend(name, ["cpu"]), min(rank, dim)
+    rows = draw(3 * dim, dim, dtype=dtype)
+    basis = make_inverse(dim, rank, dtype).basis
+    core, sketch, trace = reference.sketch_rows(rows, basis, ones=False)
+    core, sketch, trace = core * scale, sketch * scale, trace * scale
+    moved = reference.refresh_subspace(core, sketch)
+    assert_same_estimate(backend.refresh_subspace(core, sketch), moved, scale)
+    inverse = backend.invert_core(moved[1], trace, dim, 0.3)
+    assert_same(inverse, reference.invert_core(moved[1], trace, dim, 0.3), SOLVE, dtype)
+
+
+def draw_estimates(dtype):
+    """Arguments of blend_subspaces for three layers, the second of which got no rows."""
+    shapes = [(1, 3), (5, 70), (32, 33)]
+    bases = [make_inverse(dim, rank, dtype).basis for rank, dim in shapes]
+    cores = [draw(rank, rank, dtype=dtype) for rank, _ in shapes]
+    traces = [draw(1, dtype=dtype)[0] for _ in shapes]
+    sums = [draw(2 + rank * (rank + dim), dtype=dtype) for rank, dim in shapes]
+    for mine, count in zip(sums, (9, 0, 200), strict=True):
+        mine[0] = count
+        if not count:
+            mine.zero_()
+    return bases, cores, traces, sums
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sums_blend_in(name, dtype):
+    bases, cores, traces, sums = draw_estimates(dtype)
+    given = [x.clone() for x in (*cores, *traces)]
+    found = resolve_backend(name, ["cpu"]).blend_subspaces(bases, cores, traces, sums, 0.9)
+    for *layer, actual in zip(bases, cores, traces, sums, found, strict=True):
+        assert_same(actual, reference.blend_subspace(*layer, 0.9), PRODUCT, dtype)
+    assert_same([*cores, *traces], given, PRODUCT, dtype)
+    # No rows, no change.
+    assert torch.equal(found[1][1], cores[1])
+    assert torch.equal(found[1][2], traces[1])
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_some_layers_at_once(name, dtype):
+    backend, dims = resolve_backend(name, ["cpu"]), [3, 40, 32]
+    moments = []
+    for rank, dim in zip((1, 5, 32), dims, strict=True):
+        basis = make_inverse(dim, rank, dtype).basis
+        moments.append(reference.sketch_rows(draw(9, dim, dtype=dtype), basis, ones=False))
+    cores, sketches, traces = zip(*moments, strict=True)
+    moved = backend.refresh_subspaces(cores, sketches)
+    for actual, *layer in zip(moved, cores, sketches, strict=True):
+        assert_same_estimate(actual, reference.refresh_subspace(*layer))
+    inverted = backend.invert_cores(cores, traces, dims, 0.3)
+    for actual, *layer in zip(inverted, cores, traces, dims, strict=True):
+        assert_same(actual, reference.invert_core(*layer, 0.3), SOLVE, dtype)
+
+
+def make_update(dtype, normalize, momentum, strided):
+    """Arguments of update_layers_ for three layers, one larger than a chunk, one empty."""
+    state = torch.promote_types(dtype, torch.float32)
+    shapes, sizes = [(37, 1001), (37,), (5, 3), (0, 4), (0,)], [2, 1, 2]
+    like = [draw(*shape, dtype=dtype, strided=strided and len(shape) > 1) for shape in shapes]
+    squares = []
+    if normalize == "rms":
+        squares = [torch.tensor(0.5 + i, dtype=state) for i in range(3)]
+    elif normalize == "adam":
+        squares = [draw(*shape, dtype=state, seed=3).square() for shape in shapes]
+    return {
+        "params": like,
+        "gradients": [draw(*shape, dtype=dtype, seed=1) for shape in shapes],
+        "exp_avgs": [draw(*shape, dtype=state, seed=2) for shape in shapes] if momentum else [],
+        "exp_avg_sqs": squares,
+        "steps": [torch.tensor(float(i + 1)) for i in range(3)],
+        "inverses": [make_inverse(1002, 7, dtype), None, None],
+        "layer_sizes": sizes,
+        "normalize": normalize,
+        "lr": 0.1,
+        "momentum": momentum,
+        "beta2": 0.9,
+        "eps": 1e-6,
+        "weight_decay": 0.2,
+    }
+
+
+LISTS = ("params", "gradients", "exp_avgs", "exp_avg_sqs", "steps", "inverses")
+
+
+def run_update(backend, options):
+    named = {key: value for key, value in options.items() if key not in LISTS}
+    backend.update_layers_(*(options[key] for key in LISTS), **named)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+def test_update_layers(backend, normalize, momentum, dtype, strided):
+    found = make_update(dtype, normalize, momentum, strided)
+    sought = make_update(dtype, normalize, momentum, strided)
+    run_update(backend, found)
+    run_update(reference, sought)
+    for key in ("params", "exp_avgs", "exp_avg_sqs"):
+        for actual, expected in zip(found[key], sought[key], strict=True):
+            assert_near(actual, expected, PRODUCT[dtype])
+    if normalize == "rms":
+        # An empty layer has no mean square to blend in.
+        assert found["exp_avg_sqs"][2].isfinite()
+
+
+def run_skipping(backend, normalize, dtype, strided, skips):
+    """What an update with a flag wrote, and what it must have written."""
+    found = make_update(dtype, normalize, 0.9, strided)
+    expected = make_update(dtype, normalize, 0.9, strided)
+    if skips:
+        for gradient in found["gradients"][:2]:
+            gradient.view(-1)[1] = torch.nan
+    else:
+        run_update(backend, expected)
+    run_update(backend, {**found, "skip": torch.tensor(skips)})
+    written = ("params", "exp_avgs", "exp_avg_sqs", "steps")
+    return [[tensor for key in written for tensor in run[key]] for run in (found, expected)]
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+def test_update_that_is_skipped_writes_nothing(backend, normalize, dtype, strided, skips):
+    for actual, expected in zip(
+        *run_skipping(backend, normalize, dtype, strided, skips), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+def test_number_of_threads_changes_nothing(backend, normalize):
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        options = make_update(torch.float32, normalize, 0.9, strided=False)
+        run_update(backend, options)
+        results.append(options["params"])
+    torch.set_num_threads(1)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_native_ops_are_proper_torch_ops():
+    if "native" not in BACKENDS:
+        pytest.skip(available_backends()["native"])
+    resolve_backend("native", ["cpu"])
+    ops, check = torch.ops.gls_fused, torch.library.opcheck
+    basis, *_ = inverse = make_inverse(8, 3, torch.float32)
+    rows = draw(5, 7, dtype=torch.float32)
+    core, sketch, trace = reference.sketch_rows(rows, basis, ones=True)
+    update = make_update(torch.float32, "rms", 0.9, strided=False)
+    tests = ("test_schema", "test_faketensor")
+    check(ops.precondition_rows.default, (rows, *inverse, True), test_utils=tests)
+    check(ops.precondition_rows.default, (rows, basis[:7], *inverse[1:], False), test_utils=tests)
+    check(ops.precondition_gradient.default, (rows, rows[:, 0].clone(), *inverse), test_utils=tests)
+    check(ops.sketch_rows.default, (rows, basis, True), test_utils=tests)
+    check(ops.refresh_subspace.default, (core, sketch), test_utils=tests)
+    check(ops.invert_core.default, (core, trace, 8, 0.3), test_utils=tests)
+    check(ops.refresh_subspaces.default, ([core], [sketch]), test_utils=tests)
+    check(ops.invert_cores.default, ([core], [trace], [8], 0.3), test_utils=tests)
+    check(ops.add_sketch_.default, (rows, basis, True, torch.zeros(2 + 9 + 24)), test_utils=tests)
+    *tensors, inverses = (update.pop(key) for key in LISTS)
+    parts = zip(*(inverse or (None,) * 3 for inverse in inverses), strict=True)
+    arguments = (*tensors, *map(list, parts), *update.values())
+    check(ops.update_layers_.default, arguments, test_utils=tests)
+
+
+def test_unknown_and_unavailable_backends():
+    with pytest.raises(ValueError, match=r"expected auto, triton, native, reference, got 'cuda'"):
+        GLS(torch.nn.Linear(2, 2), backend="cuda")
+    with pytest.raises(RuntimeError, match="'native' has no kernels for mps, use 'auto'"):
+        resolve_backend("native", ["mps"]) if "native" in BACKENDS else pytest.skip()
+
+
+def test_cuda_kernels_that_were_not_built_raise_with_the_reason(monkeypatch):
+    if "native" not in BACKENDS:
+        pytest.skip(available_backends()["native"])
+    native = resolve_backend("native", ["cpu"])
+    reason = "no CUDA toolkit: nvcc not found in PATH; install CUDA 13.0 or set CUDA_HOME"
+    monkeypatch.setattr(native, "cuda_failure", reason)
+    with pytest.raises(RuntimeError, match=f"'native' has no kernels for cuda, .*{reason}"):
+        resolve_backend("native", ["cuda"])
+    # The CPU's are as they were.
+    assert resolve_backend("native", ["cpu"]) is native
+    info = build_info()
+    assert (info["cuda"], info["cuda_architectures"]) == (None, [])
+    assert info["cuda_failure"] == reason
+    if available_backends()["triton"] is not None:
+        assert resolve_backend("auto", ["cuda"]) is reference
+    monkeypatch.setattr(native, "cuda_failure", None)
+    assert resolve_backend("native", ["cuda"]) is native
+    if available_backends()["triton"] is not None:
+        assert resolve_backend("auto", ["cuda"]) is native
+
+
+def test_triton_without_a_gpu_raises_with_the_reason(monkeypatch):
+    from gls_fused.backends import dispatch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch._load.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="'triton' is not available: there is no CUDA dev"):
+            GLS(torch.nn.Linear(2, 2), backend="triton")
+    finally:
+        dispatch._load.cache_clear()
+
+
+def test_missing_native_backend_raises_with_its_cause(monkeypatch):
+    from gls_fused.backends import dispatch
+
+    cause = ImportError("no C++ compiler: 'c++' not found")
+    monkeypatch.setattr(
+        dispatch, "_load", lambda name: (None, cause) if name == "native" else (reference, None)
+    )
+    assert dispatch.available_backends()["native"] == str(cause)
+    with pytest.raises(RuntimeError, match=r"'native' is not available: no C\+\+ comp") as error:
+        GLS(torch.nn.Linear(2, 2), backend="native")
+    assert error.value.__cause__ is cause

@@ -1,0 +1,296 @@
+"""Every kernel, dtype and configuration compiled for GPUs that need not be there."""
+
+import collections
+
+import aot
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import roofline
+from gls_fused.backends import triton as backend
+from gls_fused.backends.triton import configs
+from gls_fused.capture.rows import ImageRows, LinearRows
+from gls_fused.reference import SubspaceInverse, Window
+
+RANK = 32
+# Sizes are multiples of 16, so that contiguous data is aligned. 8192 rows are cut in parts.
+FEW, MANY, SIZE = 128, 8192, 1024
+# 32-bit or narrower accesses that are not of a stream: (loads, stores) at most.
+#   rows: lambda'.  sketch: 1'Y and ||A||_F^2 of a block; a sum over parts has a lane per column.
+#   updates: the step's counter and v, by the layer's last program.
+#   tiles: the bias, its averages and U's last row, for which stores alone are counted.
+NARROW = {
+    "_precondition_kernel": (1, 0),
+    "_project_rows_kernel": (0, 2),
+    "_sketch_kernel": (0, 0),
+    "_sum_parts_kernel": (0, 1),
+    "_flat_update_kernel": (2, 2),
+    "_tile_update_kernel": (None, 4),
+}
+
+
+def make_inverse(dim, rank, by_columns=False):
+    basis = torch.zeros(rank, dim).T if by_columns else torch.zeros(dim, rank)
+    return SubspaceInverse(basis, torch.zeros(rank, rank), torch.ones(()))
+
+
+def launch_products(dtype, rank, ones, by_columns=False):
+    inverse = make_inverse(SIZE + ones, rank, by_columns)
+    for n in (FEW, MANY):
+        rows = torch.zeros(n, SIZE, dtype=dtype)
+        backend.precondition_rows(rows, inverse, ones=ones)
+        backend.sketch_rows(rows, inverse.basis, ones=ones)
+    if ones:
+        backend.precondition_gradient(rows, rows[:, 0].clone(), inverse)
+
+
+def launch_statistics(rank):
+    backend.invert_core(torch.eye(rank), torch.ones(()), SIZE, 0.3)
+    backend.invert_core(torch.eye(rank).double(), torch.ones(()).double(), SIZE, 0.3)
+    core, sums = torch.eye(rank), torch.zeros(2 + rank * (rank + SIZE))
+    backend.blend_subspace(torch.zeros(rank, SIZE).T, core, torch.ones(()), sums, 0.9)
+    backend.refresh_subspace(core, torch.zeros(SIZE, rank))
+
+
+def launch_updates(dtype, rank, *, momentum=0.9, odd=False, by_columns=False, skip=None):
+    state = torch.promote_types(dtype, torch.float32)
+    shapes = [(SIZE, SIZE - odd), (SIZE,)]
+    for normalize in ("none", "adam", "rms", "sgd"):
+        params = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+        averages = [torch.zeros(shape, dtype=state) for shape in shapes]
+        squares = [torch.zeros((), dtype=state)] if normalize == "rms" else []
+        for inverse in (None, make_inverse(SIZE - odd + 1, rank, by_columns)):
+            backend.update_layers_(
+                params,
+                params,
+                averages if momentum else [],
+                averages if normalize == "adam" else squares,
+                [torch.zeros(())],
+                [inverse],
+                layer_sizes=[2],
+                normalize=normalize,
+                lr=0.1,
+                momentum=momentum,
+                beta2=0.9,
+                eps=1e-8,
+                weight_decay=0.1,
+                skip=skip,
+            )
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    with aot.recorded(monkeypatch) as found:
+        yield found
+
+
+def check(launches, target, folder, *, streams=False):
+    """No spill, no more shared memory than there is, tensor cores where TF32 was asked for; with
+    `streams`, wide accesses alone."""
+    seen = set()
+    for launch in launches:
+        key = launch.key
+        if key in seen:
+            continue
+        seen.add(key)
+        compiled = aot.compile_launch(launch, aot.TARGETS[target])
+        code = aot.read_hip(compiled) if target == "gfx942" else aot.read_cuda(compiled, folder)
+        where = f"{launch.name} {launch.constants} on {target}"
+        assert code.spills == 0, where
+        assert code.shared <= aot.SHARED_LIMIT[target], where
+        assert 0 < code.registers <= (512 if target == "gfx942" else 255), where
+        if code.tensor_cores is not None:
+            claimed = launch.constants.get("PRECISION", "ieee") != "ieee"
+            assert code.tensor_cores == claimed, where
+        if streams and launch.name in NARROW:
+            check_widths(code, launch, where)
+    return seen
+
+
+def check_widths(code, launch, where):
+    loads, stores = NARROW[launch.name]
+    found = {name: collections.Counter(bits) for name, bits in code.widths.items()}
+    narrow_stores = sum(n for bits, n in found["STG"].items() if bits <= 32)
+    assert narrow_stores <= stores, (where, found)
+    read = found.get("LDG", collections.Counter()) + found.get("LDGSTS", collections.Counter())
+    # The reduction's tiles and 16-bit rows of 64 columns may have 8 bytes to a thread.
+    assert read[128] + read[64] > 0, (where, found)
+    if loads is not None:
+        assert sum(n for bits, n in read.items() if bits <= 32) <= loads, (where, found)
+
+
+QUICK = [("high", "sm_90")]
+cuda = pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+
+
+@cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streams_are_16_bytes_wide(launches, target, dtype, tmp_path):
+    """Layers without a bias, whose rows are contiguous and aligned throughout."""
+    launch_products(dtype, RANK, ones=False)
+    launch_updates(dtype, RANK)
+    names = {launch.name for launch in launches}
+    assert names >= NARROW.keys()
+    check(launches, target, tmp_path, streams=True)
+
+
+@pytest.mark.parametrize(
+    ("precision", "target"),
+    [
+        pytest.param(name, target, marks=() if (name, target) in QUICK else pytest.mark.slow)
+        for name in ("high", "medium")
+        for target in ("sm_80", "sm_90", "sm_100")
+    ],
+)
+def test_products_follow_the_precision_of_torch(launches, precision, target, tmp_path):
+    """Those of rows and updates; the curvature's stay in float32."""
+    torch.set_float32_matmul_precision(precision)
+    try:
+        launch_products(torch.float32, RANK, ones=False)
+        launch_updates(torch.float32, RANK)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    found = {
+        (launch.name, launch.constants["PRECISION"])
+        for launch in launches
+        if "PRECISION" in launch.constants
+    }
+    chosen = {"high": "tf32x3", "medium": "tf32"}[precision]
+    followers = ("_precondition_kernel", "_project_gradients_kernel", "_tile_update_kernel")
+    curvature = ("_project_rows_kernel", "_sketch_kernel")
+    assert found == {(name, chosen) for name in followers} | {(name, "ieee") for name in curvature}
+    chosen = [launch for launch in launches if "PRECISION" in launch.constants]
+    check(chosen, target, tmp_path, streams=True)
+
+
+def test_newer_switch_of_torch_counts_as_high():
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    try:
+        switch.fp32_precision = "tf32"
+        assert configs.product_precision() == "tf32x3"
+    finally:
+        switch.fp32_precision = before
+    assert configs.product_precision() == "ieee"
+
+
+@cuda
+def test_statistics_fit(launches, target, tmp_path):
+    launch_statistics(RANK)
+    launch_statistics(configs.MAX_CORE_RANK)
+    assert {launch.name for launch in launches} >= {"_blend_kernel", "_sweep_core_kernel"}
+    check(launches, target, tmp_path)
+
+
+def test_updates_that_may_be_skipped(launches, tmp_path):
+    """The flag is read ahead of all else."""
+    launch_updates(torch.float32, RANK, skip=torch.tensor(False))
+    monitored = ("_flat_update_kernel", "_tile_update_kernel")
+    chosen = [launch for launch in launches if launch.name in monitored]
+    assert {launch.name for launch in chosen} == set(monitored)
+    assert all(launch.constants["SKIPS"] for launch in chosen)
+    check(chosen, "sm_90", tmp_path)
+
+
+def test_the_last_program_of_a_layer_sees_what_the_others_wrote(launches):
+    """All threads' writes come before the count, which releases and acquires them."""
+    launch_updates(torch.float32, RANK)
+    counting = [launch for launch in launches if launch.constants.get("SUMS")]
+    assert {launch.name for launch in counting} == {"_flat_update_kernel", "_tile_update_kernel"}
+    for launch in counting:
+        code = aot.compile_launch(launch, aot.TARGETS["sm_90"]).asm["ptx"]
+        before, after = code.split("atom.global.gpu.acq_rel.add.u64")
+        assert before.rindex("bar.sync") > before.rindex("st.global")
+        assert after.index("bar.sync") < after.index("ld.global")
+
+
+@cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_configuration(launches, target, dtype, rank, tmp_path):
+    for by_columns in (False, True):
+        launch_products(dtype, rank, True, by_columns)
+    for momentum in (0.0, 0.9):
+        for odd in (False, True):
+            launch_updates(dtype, rank, momentum=momentum, odd=odd, by_columns=not odd)
+    launch_statistics(rank)
+    check(launches, target, tmp_path)
+
+
+@cuda
+@pytest.mark.slow
+def test_the_rest(launches, target, tmp_path):
+    """float64, float16 at the usual rank, and layers with a bias."""
+    launch_updates(torch.float64, RANK)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for by_columns in (False, True):
+            launch_products(dtype, RANK, True, by_columns)
+        launch_updates(dtype, RANK, odd=True)
+        launch_updates(dtype, RANK, momentum=0.0, by_columns=True)
+    check(launches, target, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_amd(launches, dtype, tmp_path):
+    launch_products(dtype, RANK, ones=True)
+    launch_updates(dtype, RANK)
+    launch_statistics(RANK)
+    check(launches, "gfx942", tmp_path)
+
+
+def test_a_kernel_that_spills_is_seen(launches, tmp_path, monkeypatch):
+    """The reading of the machine code itself: too few warps for the tile."""
+    monkeypatch.setattr(backend.core, "core_warps", lambda *_: 1)
+    backend.invert_core(torch.eye(64), torch.ones(()), SIZE, 0.3)
+    with pytest.raises(AssertionError, match="_invert_core_kernel"):
+        check(launches, "sm_90", tmp_path)
+
+
+def test_narrow_accesses_are_seen(launches, tmp_path):
+    """Rows that begin at an odd element cannot be read 16 bytes at a time."""
+    rows = torch.zeros(FEW, SIZE + 1)[:, 1:]
+    backend.precondition_rows(rows, make_inverse(SIZE, RANK), ones=False)
+    with pytest.raises(AssertionError, match="_precondition_kernel"):
+        check(launches, "sm_90", tmp_path, streams=True)
+
+
+class CountedOps(TorchDispatchMode):
+    """Counts torch's ops that are launches on a GPU, those inside the backend's own ops too."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "gls_fused_triton":
+            with self:
+                return op._op_dk(torch._C.DispatchKey.CPU, *args)
+        name = op._schema.name.removeprefix("aten::")
+        self.count += not (op.is_view or name in ("empty", "new_empty", "_unsafe_view"))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("outputs", [10, 64])
+@pytest.mark.parametrize("n", [128, 1024])
+def test_roofline_counts_what_a_gathering_step_launches(launches, n, outputs):
+    rank = roofline.auto_rank(outputs)
+    rows = LinearRows()
+    rows.backend, rows.ones, rows.statistics_dtype = backend, True, torch.float32
+    rows.test_matrix = torch.zeros(rank, SIZE + 1).T
+    inputs = torch.zeros(n, SIZE)
+    with CountedOps() as ops:
+        rows.gather(inputs)
+    assert len(launches) + ops.count == roofline.sketch(n, SIZE, rank).launches
+
+
+def test_roofline_counts_what_a_convolution_launches(launches):
+    images = ImageRows()
+    images.backend, images.ones, images.statistics_dtype = backend, True, torch.float32
+    images.window = Window((3, 3), (1, 1), (1, 1), (1, 1))
+    images.test_matrix = torch.zeros(8, 4 * 9 + 1).T
+    inputs = torch.zeros(16, 4, 8, 8)
+    with CountedOps() as ops:
+        images.gather(inputs)
+    assert not launches
+    assert ops.count == roofline.sketch(16 * 64, 4 * 9, 8, convolution=True).launches

@@ -1,0 +1,163 @@
+"""GLS against an independent implementation of the method, over whole trainings."""
+
+import copy
+
+import pytest
+import torch
+from independent import IndependentGLS
+from tolerances import TRAJECTORY, assert_near, relative_error
+from torch import nn
+
+from gls_fused import GLS, attach, reference
+from gls_fused.curvature.estimate import Subspace
+
+DEFAULTS = {
+    "lr": 0.02,
+    "damping": 0.5,
+    "momentum": 0.9,
+    "beta": 0.7,
+    "beta2": 0.8,
+    "eps": 1e-6,
+    "weight_decay": 0.0,
+    "normalize": "rms",
+    "curvature_every": 1,
+}
+SITES = {"rms": "auto", "adam": "backward", "none": "step", "sgd": "auto"}
+STEPS = 8
+
+
+def make_model(bias=True):
+    torch.manual_seed(0)
+    first, second, third = nn.Linear(7, 6, bias=bias), nn.Linear(6, 5), nn.Linear(5, 3, bias=bias)
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), third).double()
+
+
+def batches(step, micro_batches, rows):
+    """Inputs [n, 2, 7] (two rows each) and targets, for every micro-batch."""
+    generator = torch.Generator().manual_seed(step)
+    for part in range(micro_batches):
+        inputs = torch.randn(rows + part, 2, 7, generator=generator, dtype=torch.float64)
+        # The inputs' covariance is not the identity, and changes from step to step.
+        inputs = inputs * torch.linspace(0.2, 2, 7, dtype=torch.float64) + 0.1 * step
+        yield inputs, torch.randn(rows + part, 2, 3, generator=generator, dtype=torch.float64)
+
+
+def train(model, optimizer, micro_batches, rows):
+    for step in range(STEPS):
+        model.zero_grad()
+        for inputs, targets in batches(step, micro_batches, rows):
+            (model(inputs) - targets).square().mean().backward()
+        optimizer.step()
+
+
+def check(options, backend, *, micro_batches=1, rows=6, bias=True, test_matrix=None, **chosen):
+    options = {**DEFAULTS, **options}
+    ours = make_model(bias)
+    theirs = copy.deepcopy(ours)
+    start = copy.deepcopy(ours)
+    train(theirs, IndependentGLS(theirs, test_matrix=test_matrix, **options), micro_batches, rows)
+    train(ours, GLS(ours, backend=backend, **options, **chosen), micro_batches, rows)
+    for p, q, before in zip(
+        ours.parameters(), theirs.parameters(), start.parameters(), strict=True
+    ):
+        assert_near(p, q, TRAJECTORY)
+        assert relative_error(p, before) > 1e-3
+
+
+CURVATURES = {"dense": {"curvature": "dense"}, "whole subspace": {"rank": 100}}
+
+
+@pytest.mark.parametrize("normalize", SITES)
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_every_normalization(backend, curvature, normalize):
+    check({"normalize": normalize}, backend, site=SITES[normalize], **CURVATURES[curvature])
+
+
+VARIANTS = {
+    "no momentum": {"momentum": 0.0},
+    "weight decay": {"weight_decay": 0.5},
+    "every second step": {"curvature_every": 2},
+    "every third step": {"curvature_every": 3},
+    "constant curvature": {"curvature_every": 100},
+    "no memory": {"beta": 0.0, "beta2": 0.0},
+    "small damping": {"damping": 0.01},
+    "large damping": {"damping": 100.0},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_every_option(backend, curvature, variant):
+    check(VARIANTS[variant], backend, **CURVATURES[curvature])
+
+
+@pytest.mark.parametrize("site", ["step", "backward"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_accumulation_at_each_site(backend, curvature, bias, site):
+    check({}, backend, micro_batches=3, bias=bias, site=site, **CURVATURES[curvature])
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_fewer_rows_than_columns(backend, curvature):
+    check({}, backend, rows=2, **CURVATURES[curvature])
+
+
+def first_test_matrix(rank):
+    return lambda d: Subspace(d, rank, reference).test_matrix(torch.float64, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("normalize", SITES)
+@pytest.mark.parametrize("curvature_every", [1, 2])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_low_rank(backend, rank, curvature_every, normalize):
+    options = {"normalize": normalize, "curvature_every": curvature_every}
+    check(options, backend, rank=rank, site=SITES[normalize], test_matrix=first_test_matrix(rank))
+
+
+def test_low_rank_differs_from_dense():
+    options = {**DEFAULTS, "normalize": "none"}
+    found = []
+    for rank in (2, 100):
+        model = make_model()
+        train(model, GLS(model, rank=rank, **options), 1, 6)
+        found.append(model[0].weight)
+    assert relative_error(*found) > 1e-4
+
+
+def test_test_matrix_is_the_same_in_every_process():
+    matrix = first_test_matrix(3)(5)
+    torch.manual_seed(1)
+    assert torch.equal(matrix, first_test_matrix(3)(5))
+    assert_near(matrix.T @ matrix, torch.eye(3).double(), TRAJECTORY)
+
+
+@pytest.mark.parametrize("normalize", ["none", "adam"])
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_attached_optimizer(backend, curvature, normalize):
+    """SGD and Adam on attached gradients are GLS with the normalizations "none" and "adam"."""
+    options = {**DEFAULTS, "normalize": normalize, "curvature_every": 2}
+    if normalize == "none":
+        options["momentum"] = 0.0
+    ours, theirs = make_model(), make_model()
+    train(theirs, IndependentGLS(theirs, **options), 2, 6)
+    if normalize == "none":
+        optimizer = torch.optim.SGD(ours.parameters(), lr=options["lr"])
+    else:
+        betas = (options["momentum"], options["beta2"])
+        optimizer = torch.optim.Adam(ours.parameters(), options["lr"], betas, options["eps"])
+    names = ("damping", "beta", "curvature_every")
+    statistics = {name: options[name] for name in names}
+    attach(ours, optimizer, backend=backend, **statistics, **CURVATURES[curvature])
+    train(ours, optimizer, 2, 6)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert_near(p, q, TRAJECTORY)
+
+
+def test_auto_rank_is_at_most_the_outputs(backend):
+    model = nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 6), nn.Linear(6, 5))
+    optimizer = GLS(model, backend=backend)
+    model(torch.ones(3, 50)).sum().backward()
+    optimizer.step()
+    found = [optimizer.state[layer.weight]["basis"].shape for layer in model]
+    assert found == [(51, 32), (41, 6), (7, 5)]

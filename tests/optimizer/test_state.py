@@ -1,0 +1,265 @@
+"""A saved state: in another process, of another model, of other options."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from nets import OPTIONS, assert_equal, assert_same_state, make_net, make_trained, train
+from resume import CUT, SPECS, STEPS, Run
+from torch import nn
+
+from gls_fused import GLS, attach
+
+
+@pytest.fixture(scope="session")
+def resumed(tmp_path_factory):
+    """Of every spec, the parameters after training that was cut, and never cut."""
+    whole, cut = {}, {}
+    for name, spec in SPECS.items():
+        run = Run(spec)
+        run.train(0, CUT)
+        cut[name] = (spec, copy.deepcopy(run.state_dicts()), CUT)
+        whole[name] = run.train(CUT, STEPS)
+    path = tmp_path_factory.mktemp("state") / "cut.pt"
+    torch.save(cut, path)
+    folder = Path(__file__).parent
+    roots = (folder.parents[1], folder.parent, folder)
+    paths = os.pathsep.join([*map(str, roots), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "error", str(folder / "resume.py"), str(path)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths})
+    return whole, torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_fresh_process_goes_on_bit_for_bit(resumed, name):
+    whole, found = (runs[name] for runs in resumed)
+    assert all(p.isfinite().all() for p in whole)
+    assert_equal(found, whole)
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp-backward-rms-0.9-float32-nearest", "mlp-step-adam-0.9-bfloat16-master"]
+)
+@pytest.mark.parametrize("cut", range(STEPS))
+def test_saved_at_any_step(name, cut):
+    run, later = Run(SPECS[name]), Run(SPECS[name])
+    run.train(0, cut)
+    later.load(copy.deepcopy(run.state_dicts()))
+    assert_equal(later.train(cut, STEPS), run.train(cut, STEPS))
+
+
+@pytest.mark.parametrize("low_precision", ["nearest", "stochastic", "master"])
+def test_state_of_a_16_bit_model_stays_float32(low_precision):
+    name = f"mlp-step-adam-0.9-bfloat16-{low_precision}"
+    run, later = Run(SPECS[name]), Run(SPECS[name])
+    run.train(0, 4)
+    later.load(run.state_dicts())
+    for optimizer in (run.optimizer, later.optimizer):
+        tensors = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+        assert {tensor.dtype for tensor in tensors} == {torch.float32}
+        masters = sum("master" in state for state in optimizer.state.values())
+        assert masters == (len(optimizer.state) if low_precision == "master" else 0)
+    assert_same_state(later.optimizer.state_dict(), run.optimizer.state_dict())
+
+
+def test_state_holds_tensors_and_plain_numbers():
+    _, optimizer = make_trained()
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        assert all(isinstance(value, torch.Tensor | int) for value in state.values())
+    for group in saved["param_groups"]:
+        assert group.pop("params") == list(range(8))
+        assert all(isinstance(value, int | float | str) for value in group.values())
+        assert group["version"] == 1
+
+
+def test_loaded_state_is_a_copy():
+    """One state loaded twice: training from it does not change it."""
+    model, optimizer = make_trained()
+    saved, weights = optimizer.state_dict(), copy.deepcopy(model.state_dict())
+    expected = copy.deepcopy(saved)
+    trajectories = []
+    later = make_net("mlp")
+    for _ in range(2):
+        later.load_state_dict(weights)
+        twin = GLS(later, **OPTIONS)
+        twin.load_state_dict(saved)
+        trajectories.append(train(later, twin, range(4, 8)))
+        assert_same_state(saved, expected)
+    assert_equal(*trajectories)
+
+
+def test_inverses_are_views_of_the_state():
+    _, optimizer = make_trained()
+    optimizer.load_state_dict(optimizer.state_dict())
+    for layer in optimizer._preconditioners[0].layers:
+        state = optimizer.state[layer.weight]
+        for name, part in zip(("basis", "core_inverse", "shift"), layer.inverse, strict=True):
+            assert part.data_ptr() == state[name].data_ptr()
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+def other_width(saved):
+    model = nn.Sequential(nn.Linear(7, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    optimizer = GLS(model, **OPTIONS)
+    model(torch.ones(4, 7)).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def other_rank(saved):
+    return make_trained(rank=3)[1].state_dict()
+
+
+def other_curvature(saved):
+    return make_trained(curvature="dense")[1].state_dict()
+
+
+def other_outputs(saved):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5))
+    optimizer = GLS(model, **OPTIONS, momentum=0.0)
+    model(torch.ones(4, 6)).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def other_normalize(saved):
+    saved["param_groups"][0]["normalize"] = "adam"
+    return saved
+
+
+def later_version(saved):
+    saved["param_groups"][0]["version"] = 2
+    return saved
+
+
+def of_adam(saved):
+    return torch.optim.Adam(make_net("mlp").parameters()).state_dict()
+
+
+def fewer_layers(saved):
+    return make_trained_on(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8)), 6).state_dict()
+
+
+def no_core(saved):
+    del saved["state"][2]["core"]
+    return saved
+
+
+def unknown_entry(saved):
+    saved["state"][2]["hessian"] = torch.ones(2, 2)
+    return saved
+
+
+def more_groups(saved):
+    saved["param_groups"] *= 2
+    return saved
+
+
+def make_trained_on(model, width):
+    optimizer = GLS(model, **OPTIONS)
+    model(torch.ones(4, width)).sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+def other_rank_before_the_first_step(saved):
+    return GLS(make_net("mlp"), **{**OPTIONS, "rank": 3}).state_dict()
+
+
+REFUSED = {
+    other_rank_before_the_first_step: r"expected basis \[7, 4\].*, got a state for basis \[7, 3\]",
+    other_width: r"layer 'stem': expected (exp_avg|basis) \[., .\], got \[8, .\]",
+    other_rank: r"layer 'stem': expected basis \[7, 4\], got \[7, 3\]",
+    other_curvature: r"layer 'stem': expected basis \[7, 4\], .*, got gram \[7, 7\], matrix \[7, 7",
+    other_outputs: r"layer 'head': expected a state of a weight \[3, 8\], got one of \[5, 8\]",
+    other_normalize: r"layer 'stem': expected exp_avg_sq \[8, 6\], got \[\]",
+    later_version: r"version: expected a state of 0 to 1, got 2",
+    of_adam: r"group 0: expected the options of GLS, got none named 'damping'",
+    fewer_layers: r"state_dict: expected 8 parameters in group 0, got 4",
+    no_core: r"layer 'first': expected basis .*, core \[4, 4\], .*, got basis",
+    unknown_entry: r"layer 'first': expected .*, got hessian \[2, 2\]",
+    more_groups: r"state_dict: expected 1 groups, got 2",
+}
+
+
+@pytest.mark.parametrize("spoil", REFUSED, ids=lambda spoil: spoil.__name__)
+def test_state_that_does_not_fit_is_refused_whole(spoil):
+    model, optimizer = make_trained()
+    before = copy.deepcopy(optimizer.state_dict())
+    twin, untouched = make_trained()
+    with pytest.raises(ValueError, match=REFUSED[spoil]):
+        optimizer.load_state_dict(spoil(copy.deepcopy(before)))
+    assert_same_state(optimizer.state_dict(), before)
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
+    assert not optimizer._optimizer_load_state_dict_post_hooks
+    # The rows gathered and the inverses are as they were too.
+    steps = range(4, 7)
+    assert_equal(train(model, optimizer, steps), train(twin, untouched, steps))
+
+
+def test_step_size_of_the_gradient_needs_the_site_that_keeps_it():
+    model, optimizer = make_trained(normalize="sgd")
+    saved = copy.deepcopy(optimizer.state_dict())
+    later = make_net("mlp")
+    with pytest.raises(ValueError, match=r"^site: normalize='sgd' needs the true gradient"):
+        GLS(later, **OPTIONS, site="backward").load_state_dict(saved)
+    for state in saved["state"].values():
+        # "auto" then takes the backward, where it may.
+        state.update(rows=1) if "rows" in state else None
+    twin = GLS(later, **OPTIONS)
+    twin.load_state_dict(saved)
+    assert twin.report().count("site step") == twin.report().count("GLS (")
+    later.load_state_dict(model.state_dict())
+    assert_equal(train(later, twin, range(4, 8)), train(model, optimizer, range(4, 8)))
+
+
+def test_state_without_a_version_is_taken():
+    """The format before there was one."""
+    model, optimizer = make_trained()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for key in ("version", "low_precision", "seed"):
+        del saved["param_groups"][0][key]
+    for state in saved["state"].values():
+        state.pop("outputs", None)
+    later = make_net("mlp")
+    later.load_state_dict(model.state_dict())
+    twin = GLS(later, **OPTIONS)
+    twin.load_state_dict(saved)
+    assert_equal(train(later, twin, range(4, 8)), train(model, optimizer, range(4, 8)))
+    assert twin.param_groups[0]["low_precision"] == "nearest"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved.update(version=2), "version: expected a state of 0 to 1, got 2"),
+        (
+            lambda saved: saved["layers"]["first"].update(basis=torch.ones(9, 2)),
+            r"layer 'first': expected basis \[9, 4\], got \[9, 2\]",
+        ),
+        (lambda saved: saved["layers"].pop("first"), r"expected the layers \['first', .*'stem'\]"),
+    ],
+)
+def test_attachment_refuses_whole_what_does_not_fit(change, message):
+    model = make_net("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    handle = attach(model, optimizer, rank=4)
+    train(model, optimizer, range(3))
+    before = copy.deepcopy(handle.state_dict())
+    saved = copy.deepcopy(before)
+    change(saved)
+    with pytest.raises(ValueError, match=message):
+        handle.load_state_dict(saved)
+    after = handle.state_dict()
+    assert after["step"] == before["step"]
+    assert_same_state(
+        {"state": after["layers"], "param_groups": []},
+        {"state": before["layers"], "param_groups": []},
+    )
