@@ -3,7 +3,9 @@
 #include <torch/extension.h>
 #include <torch/version.h>
 
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "capture.h"
@@ -36,16 +38,29 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Native kernels of gls_fused.";
   m.def("build_info", &build_info, "How this module was built; see _C.pyi.");
   m.def("captured_linear", &gls_fused::captured_linear,
-        "torch.nn.functional.linear whose backward shows the capture its rows.");
+        "torch.nn.functional.linear whose backward applies P to the rows.");
   py::class_<LinearCapture, c10::intrusive_ptr<LinearCapture>>(m, "LinearCapture")
-      .def(py::init([](std::string name, bool ones, int64_t most_rows) {
+      .def(py::init([](std::string name, bool ones, bool promised, at::Tensor weight,
+                       at::Tensor places, py::function leave) {
         auto capture = c10::make_intrusive<LinearCapture>();
         capture->name = std::move(name);
         capture->ones = ones;
-        capture->most_rows = most_rows;
+        capture->promised = promised;
+        capture->weight = std::move(weight);
+        capture->places = std::move(places);
+        // The backward runs without the interpreter's lock, and what ends last may end without it.
+        auto held = std::shared_ptr<py::function>(
+            new py::function(std::move(leave)), [](py::function* function) {
+              const py::gil_scoped_acquire lock;
+              delete function;
+            });
+        capture->leave = [held]() {
+          const py::gil_scoped_acquire lock;
+          (*held)();
+        };
         return capture;
       }))
       .def("expect", &LinearCapture::expect, py::arg("basis"), py::arg("core_inverse"),
-           py::arg("shift"), py::arg("gathers"), py::arg("at_backward"))
-      .def("take_sums", &LinearCapture::take_sums);
+           py::arg("shift"))
+      .def("take_marks", &LinearCapture::take_marks);
 }

@@ -1,11 +1,13 @@
-// nn.Linear whose backward shows the layer its rows: Linear of gls_fused/rows.py in C++, where a
-// call costs a few microseconds instead of tens.
+// nn.Linear whose backward applies P to its rows: Linear of gls_fused/capture/linear.py in C++, where
+// a call costs a few microseconds instead of tens.
 
 #include "capture.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <tuple>
 #include <utility>
@@ -46,45 +48,122 @@ std::tuple<Tensor, Tensor> precondition_gradient(const Tensor& weight_gradient,
 
 void LinearCapture::expect(const std::optional<Tensor>& new_basis,
                            const std::optional<Tensor>& new_core_inverse,
-                           const std::optional<Tensor>& new_shift, bool new_gathers,
-                           bool new_at_backward) {
+                           const std::optional<Tensor>& new_shift) {
   basis = new_basis.value_or(Tensor());
   core_inverse = new_core_inverse.value_or(Tensor());
   shift = new_shift.value_or(Tensor());
-  gathers = new_gathers;
-  at_backward = new_at_backward;
 }
 
-std::optional<Tensor> LinearCapture::take_sums() {
-  if (!sums.defined()) return std::nullopt;
-  return std::exchange(sums, Tensor());
-}
-
-void LinearCapture::gather(const Tensor& rows) {
-  if (rows.numel() == 0) return;
-  const at::NoGradGuard no_grad;
-  static const auto op =
-      find_op<void(const Tensor&, const Tensor&, bool, Tensor&)>("gls_fused::add_sketch_");
-  if (!sums.defined()) {
-    sums = at::zeros({2 + basis.size(1) * basis.size(1) + basis.numel()}, basis.options());
-  }
-  const int64_t n = rows.size(0), every = (n + most_rows - 1) / most_rows;
-  if (every == 1) {
-    op.call(rows, basis, ones, sums);
-    return;
-  }
-  Tensor part = at::zeros_like(sums);
-  op.call(rows.slice(0, 0, n, every), basis, ones, part);
-  sums.add_(part, every);
+std::pair<std::optional<Tensor>, int64_t> LinearCapture::take_marks() {
+  if (!marks.defined()) return {std::nullopt, 0};
+  return {std::exchange(marks, Tensor()), std::exchange(parts, 0)};
 }
 
 namespace {
+
+// Some entries of a tensor of the weight's shape, in at least float32.
+Tensor marks_of(const Tensor& gradient, const Tensor& places) {
+  const Tensor found = gradient.reshape({-1}).index_select(0, places);
+  return found.to(at::promote_types(found.scalar_type(), at::kFloat));
+}
+
+}  // namespace
+
+void LinearCapture::forget_dropped() {
+  if (!marks.defined()) return;
+  const Tensor gradient = weight.grad();
+  const bool dropped = !gradient.defined() || (marks.any().item<bool>() &&
+                                               !marks_of(gradient, places).any().item<bool>());
+  if (dropped) take_marks();
+}
+
+void LinearCapture::deposit(const Tensor& direction) {
+  if (promised) return;
+  const at::NoGradGuard no_grad;
+  const Tensor part = marks_of(direction, places);
+  const Tensor both = at::stack({part, part.abs()});
+  marks = marks.defined() ? marks + both : both;
+  ++parts;
+}
+
+namespace {
+
+enum class Reach { kNothing, kGradient, kCaptured };
+
+// Where the running backward pass takes the gradient of a parameter: reach_of of
+// gls_fused/capture/graph.py, by torch's own tables.
+Reach reach_of_leaf(const Tensor& parameter) {
+  const auto node = torch::autograd::impl::try_get_grad_accumulator(parameter);
+  if (node == nullptr) return Reach::kNothing;
+  const auto* info = torch::autograd::get_current_graph_task_exec_info();
+  // Empty where every leaf's gradient is accumulated.
+  if (info == nullptr || info->empty()) return Reach::kGradient;
+  const auto found = info->find(node.get());
+  if (found == info->end() || !found->second.should_execute()) return Reach::kNothing;
+  return found->second.captures_ != nullptr ? Reach::kCaptured : Reach::kGradient;
+}
+
+// Weight and bias as they are, on whose gradients P acts: Observed of gls_fused/capture/observed.py.
+// A second derivative reaches the weight through it.
+struct ObservedWeight : torch::autograd::Function<ObservedWeight> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& weight, const Tensor& bias,
+                               const c10::intrusive_ptr<LinearCapture>& capture) {
+    ctx->saved_data["capture"] = c10::IValue::make_capsule(capture);
+    ctx->saved_data["outputs"] = weight.size(0);
+    return {weight.detach(), bias.defined() ? bias.detach() : Tensor()};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list gradients);
+};
+
+// What a backward pass asks first: whether P applies to a gradient of the weight.
+bool applies_to(LinearCapture& capture, Reach reach) {
+  const int64_t task = torch::autograd::get_current_graph_task_id();
+  if (task != capture.task) {
+    capture.task = task;
+    if (reach == Reach::kGradient) capture.forget_dropped();
+  }
+  if (capture.at_backward() && at::GradMode::is_enabled()) {
+    TORCH_CHECK(!capture.promised, "layer '", capture.name,
+                "': a backward with create_graph=True would differentiate through the "
+                "preconditioned gradient; use site=\"step\"");
+    capture.leave();
+  }
+  // Who asks torch.autograd.grad for the gradient gets the gradient.
+  return capture.at_backward() && (capture.promised || reach == Reach::kGradient);
+}
+
+variable_list ObservedWeight::backward(AutogradContext* ctx, variable_list gradients) {
+  const auto capture = c10::static_intrusive_pointer_cast<LinearCapture>(
+      ctx->saved_data["capture"].toCapsule());
+  Tensor weight_gradient = gradients[0], bias_gradient = gradients[1];
+  if (!ctx->needs_input_grad(0) || !weight_gradient.defined()) {
+    return {weight_gradient, bias_gradient, Tensor()};
+  }
+  if (applies_to(*capture, reach_of_leaf(capture->weight))) {
+    const bool with_bias = capture->ones && ctx->needs_input_grad(1);
+    std::optional<Tensor> plain;
+    if (with_bias) {
+      plain = bias_gradient.defined()
+                  ? bias_gradient
+                  : at::zeros({weight_gradient.size(0)}, weight_gradient.options());
+    }
+    const Tensor basis =
+        with_bias ? capture->basis : capture->basis.narrow(0, 0, weight_gradient.size(1));
+    Tensor last;
+    std::tie(weight_gradient, last) = precondition_gradient(
+        weight_gradient, plain, basis, capture->core_inverse, capture->shift);
+    if (with_bias) bias_gradient = last;
+    capture->deposit(weight_gradient);
+  }
+  return {weight_gradient, bias_gradient, Tensor()};
+}
 
 struct CapturedLinear : torch::autograd::Function<CapturedLinear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& inputs, const Tensor& weight,
                         const std::optional<Tensor>& bias,
                         const c10::intrusive_ptr<LinearCapture>& capture) {
-    ctx->save_for_backward({inputs, weight});
+    ctx->save_for_backward({inputs, weight, bias.value_or(Tensor())});
     ctx->saved_data["has_bias"] = bias.has_value();
     ctx->saved_data["capture"] = c10::IValue::make_capsule(capture);
     const Tensor outputs = at::linear(inputs, weight, bias);
@@ -95,27 +174,31 @@ struct CapturedLinear : torch::autograd::Function<CapturedLinear> {
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {
     const Tensor& output_gradient = gradients[0];
     const auto saved = ctx->get_saved_variables();
-    const Tensor &inputs = saved[0], &weight = saved[1];
+    const Tensor &inputs = saved[0], &weight = saved[1], &bias = saved[2];
     const auto capture = c10::static_intrusive_pointer_cast<LinearCapture>(
         ctx->saved_data["capture"].toCapsule());
     const Tensor gradient = output_gradient.reshape({-1, weight.size(0)});
     // Without a bias autograd has no third edge to ask about.
     const bool needs_bias =
         ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2);
+    const bool needs_weight = ctx->needs_input_grad(1);
+    const bool applies = needs_weight && applies_to(*capture, reach_of_leaf(capture->weight));
 
     Tensor input_gradient, weight_gradient, bias_gradient;
-    if (ctx->needs_input_grad(0)) input_gradient = at::matmul(output_gradient, weight);
-    if (!ctx->needs_input_grad(1)) {
+    if (ctx->needs_input_grad(0)) {
+      Tensor factor = weight;
+      if (at::GradMode::is_enabled() && weight.requires_grad() && capture->at_backward()) {
+        const bool owned = capture->ones && bias.defined() && bias.requires_grad();
+        factor = ObservedWeight::apply(weight, owned ? bias : Tensor(), capture)[0];
+      }
+      input_gradient = at::matmul(output_gradient, factor);
+    }
+    if (!needs_weight) {
       if (needs_bias) bias_gradient = gradient.sum(0);
       return {input_gradient, Tensor(), bias_gradient, Tensor()};
     }
     const Tensor rows = inputs.reshape({-1, weight.size(1)});
-    TORCH_CHECK(!(capture->at_backward && at::GradMode::is_enabled()), "layer '", capture->name,
-                "': a backward with create_graph=True would differentiate through the "
-                "preconditioned gradient; use site=\"step\"");
-    if (capture->gathers) capture->gather(rows);
-
-    if (!capture->at_backward) {
+    if (!applies) {
       weight_gradient = at::mm(gradient.t(), rows);
       if (needs_bias) bias_gradient = gradient.sum(0);
       return {input_gradient, weight_gradient, bias_gradient, Tensor()};
@@ -143,6 +226,7 @@ struct CapturedLinear : torch::autograd::Function<CapturedLinear> {
           precondition_gradient(at::mm(factor, rows), plain, basis, core_inverse, shift);
     }
     if (!ones) bias_gradient = needs_bias ? gradient.sum(0) : Tensor();
+    capture->deposit(weight_gradient);
     return {input_gradient, weight_gradient, bias_gradient, Tensor()};
   }
 };

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import TypedDict
 
 from torch import Tensor
@@ -11,16 +12,19 @@ class BuildInfo(TypedDict):
 def build_info() -> BuildInfo: ...
 
 class LinearCapture:
-    def __init__(self, name: str, ones: bool, most_rows: int) -> None: ...
-    def expect(
+    def __init__(
         self,
-        basis: Tensor | None,
-        core_inverse: Tensor | None,
-        shift: Tensor | None,
-        gathers: bool,
-        at_backward: bool,
+        name: str,
+        ones: bool,
+        promised: bool,
+        weight: Tensor,
+        places: Tensor,
+        leave: Callable[[], None],
     ) -> None: ...
-    def take_sums(self) -> Tensor | None: ...
+    def expect(
+        self, basis: Tensor | None, core_inverse: Tensor | None, shift: Tensor | None
+    ) -> None: ...
+    def take_marks(self) -> tuple[Tensor | None, int]: ...
 
 def captured_linear(
     inputs: Tensor, weight: Tensor, bias: Tensor | None, capture: LinearCapture

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import weakref
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from gls_fused.capture.find import find_layers
+from gls_fused.backends.dispatch import resolve_backend
+from gls_fused.capture.find import Uncovered, find_layers, plain_name
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
-from gls_fused.diagnostics import diagnose
+from gls_fused.diagnostics import describe, diagnose
 from gls_fused.distributed.ranks import Ranks, unwrapped
 from gls_fused.distributed.sharding import rows_here
-from gls_fused.preconditioner import Preconditioner, check_options, describe_layers, take_sums
+from gls_fused.preconditioner import (
+    Preconditioner,
+    check_options,
+    describe_layers,
+    release_all,
+    take_sums,
+)
 from gls_fused.scaling import take_flag
 from gls_fused.state import VERSION, check_curvature, check_version, copy_tensors
 
@@ -54,47 +63,53 @@ def attach(
         "curvature_every": curvature_every,
     }
     check_options(options)
-    layers, reasons = find_layers([("", unwrapped(model))])
+    layers, uncovered = find_layers([("", unwrapped(model))])
     if not layers:
         raise ValueError("model: got a model without an nn.Linear or nn.Conv2d that GLS covers")
-    return Attachment(layers, reasons, optimizer, options, backend, Ranks(process_group))
+    return Attachment(layers, uncovered, optimizer, options, backend, Ranks(process_group))
 
 
 class Attachment:
-    """What `attach` returns: keeps the statistics, and takes them off the model again."""
+    """What `attach` returns: keeps the statistics, and takes them off the model again.
+
+    It lives as long as somebody refers to it, or to the optimizer that it follows.
+    """
 
     def __init__(
         self,
         layers: list[Layer],
-        reasons: dict[str, str],
+        uncovered: list[Uncovered],
         optimizer: torch.optim.Optimizer | None,
         options: dict[str, Any],
         backend: str,
         ranks: Ranks,
     ) -> None:
-        self._states: dict[str, dict[str, Any]] = {layer.name: {} for layer in layers}
+        self._states: dict[Tensor, State] = {layer.weight: {} for layer in layers}
         self._options = options
-        self._reasons = reasons
-        self._optimizer = optimizer
-        self._backend = backend
+        self._uncovered = uncovered
+        # The optimizer's hooks refer to this, which must not keep the optimizer alive in return.
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         self._step = 0
-        self._preconditioner = Preconditioner(
-            layers,
-            self._state_of,
-            options,
-            site="backward",
-            backend=backend,
-            ranks=ranks,
-        )
-        self._ranks = ranks
+        self._preconditioner = Preconditioner(site="backward", backend=backend, ranks=ranks)
+        resolve_backend(backend, {layer.weight.device.type for layer in layers})
+        self._preconditioner.add(layers, options)
         self._started: list[Layer] = []
-        self._preconditioner.expect(0, options)
-        self._hooks = []
+        self._hooks: list[RemovableHandle] = []
+        self._finalizer = weakref.finalize(self, release_all, self._layers)
+        self._finalizer.atexit = False
+        self._expect()
         if optimizer is not None:
             self._hooks = [
                 optimizer.register_step_pre_hook(lambda own, *_: self.pre_step(take_flag(own))),
                 optimizer.register_step_post_hook(lambda own, *_: self.commit(take_flag(own))),
             ]
+
+    @property
+    def _layers(self) -> list[Layer]:
+        return self._preconditioner.layers
+
+    def _expect(self) -> None:
+        self._preconditioner.expect(self._layers, self._states, self._step, self._options)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -105,9 +120,9 @@ class Attachment:
             skip: 0-d bool; where it is true the rows of the step do not start any.
         """
         self._preconditioner.check_captured()
-        waiting = [layer for layer in self._preconditioner.layers if layer.inverse is None]
-        sums = self._take_sums(waiting, skip)
-        self._started = self._preconditioner.start(sums, self._options)
+        self._preconditioner.adopt(self._layers, self._states)
+        waiting = [layer for layer in self._layers if layer.inverse is None]
+        self._started = self._start(self._take_sums(waiting, skip))
         for layer in self._started:
             gradients = [rows_here(p.grad) for p in layer.params if p.grad is not None]
             if layer.weight.grad is not None:
@@ -125,24 +140,29 @@ class Attachment:
         # Rows that came after the start were sketched with the test matrix still.
         for layer in self._started:
             layer.take_sums()
-        settled = [layer for layer in self._preconditioner.layers if layer not in self._started]
+        settled = [layer for layer in self._layers if layer not in self._started]
         self._started = []
         sums = self._take_sums(settled, skip)
         # An optimizer that evaluates the model in its step shows layers their first rows there.
-        self._preconditioner.start(sums, self._options)
-        self._preconditioner.commit(sums, self._options, skip)
+        self._start(sums)
+        self._preconditioner.commit(self._layers, self._states, sums, self._options, skip)
         self._step += 1
-        self._preconditioner.expect(self._step, self._options)
+        self._expect()
+
+    def _start(self, sums: dict[Layer, Tensor]) -> list[Layer]:
+        damping = self._options["damping"]
+        return self._preconditioner.start(self._layers, self._states, sums, damping)
 
     def _take_sums(self, layers: list[Layer], skip: Tensor | None) -> dict[Layer, Tensor]:
-        if self._ranks.size > 1:
+        ranks = self._preconditioner.ranks
+        if ranks.size > 1:
             terms = f"step {self._step}, {self._options}"
-            self._ranks.agree(lambda: [terms, *describe_layers([self._preconditioner])])
-        return take_sums(layers, self._ranks, skip)
+            ranks.agree(lambda: [terms, *describe_layers(self._preconditioner, self._states)])
+        return take_sums(layers, ranks, skip)
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics by layer, the step and the version: tensors and plain numbers only."""
-        layers = {name: dict(state) for name, state in self._states.items()}
+        layers = {layer.name: dict(self._states[layer.weight]) for layer in self._layers}
         return {"version": VERSION, "step": self._step, "layers": layers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -153,50 +173,54 @@ class Attachment:
                 changes.
         """
         check_version(state_dict)
-        if set(state_dict["layers"]) != set(self._states):
+        saved = {plain_name(name): state for name, state in state_dict["layers"].items()}
+        names = {layer.name for layer in self._layers}
+        if set(saved) != names:
             raise ValueError(
-                f"state_dict: expected the layers {sorted(self._states)}, "
-                f"got {sorted(state_dict['layers'])}"
+                f"state_dict: expected the layers {sorted(names)}, got {sorted(saved)}"
             )
-        for layer in self._preconditioner.layers:
-            check_curvature(layer, state_dict["layers"][layer.name])
+        for layer in self._layers:
+            check_curvature(layer, saved[layer.name])
         self._step = state_dict["step"]
-        for layer in self._preconditioner.layers:
-            saved = state_dict["layers"][layer.name]
-            self._states[layer.name] = copy_tensors(saved, layer.weight)
-        self._preconditioner.restart(self._step, self._options)
+        for layer in self._layers:
+            self._states[layer.weight] = copy_tensors(saved[layer.name], layer.weight)
+        self._restart()
 
     def detach(self) -> None:
         """Leave the model and the optimizer exactly as they were."""
-        self._preconditioner.release()
+        release_all(self._layers)
         for hook in self._hooks:
             hook.remove()
 
+    def _restart(self) -> None:
+        self._preconditioner.restart()
+        self._expect()
+
     def __getstate__(self) -> dict[str, Any]:
+        preconditioner = self._preconditioner
+        optimizer = None if self._optimizer is None else self._optimizer()
         return {
-            "layers": self._preconditioner.layers,
-            "captured": all(layer.captured for layer in self._preconditioner.layers),
+            "layers": self._layers,
+            "captured": all(layer.captured for layer in self._layers),
             "arguments": (
-                self._reasons,
-                self._optimizer,
+                self._uncovered,
+                optimizer,
                 self._options,
-                self._backend,
-                self._ranks,
+                preconditioner.backend,
+                preconditioner.ranks,
             ),
-            "states": self._states,
+            "states": [self._states[layer.weight] for layer in self._layers],
             "step": self._step,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """For a copy or a pickle, which follows the copied model and optimizer."""
         Attachment.__init__(self, state["layers"], *state["arguments"])
-        self._states, self._step = state["states"], state["step"]
-        self._preconditioner.restart(self._step, self._options)
+        pairs = zip(self._layers, state["states"], strict=True)
+        self._states, self._step = {layer.weight: own for layer, own in pairs}, state["step"]
+        self._restart()
         if not state["captured"]:
             self.detach()
-
-    def _state_of(self, layer: Layer, keep: bool) -> State:
-        return self._states[layer.name]
 
     def __enter__(self) -> Self:
         return self
@@ -211,12 +235,13 @@ class Attachment:
 
     def report(self) -> str:
         """A line per layer; then the parameters whose gradients stay as they are, and why."""
-        lines = describe_layers([self._preconditioner])
-        lines += [f"{name}: true gradient ({why})" for name, why in self._reasons.items()]
-        return "\n".join(lines)
+        lines = describe_layers(self._preconditioner, self._states)
+        params = [param for layer in self._layers for param in layer.params]
+        params += [each.param for each in self._uncovered]
+        return describe(lines, self._layers, self._uncovered, params, "true gradient")
 
     def diagnostics(self) -> dict[str, float]:
         """See `GLS.diagnostics`; without `update_rms`, as the optimizer scales its own updates."""
-        return diagnose([self._preconditioner], [self._options], lambda _: [])
+        return diagnose([("", self._layers, self._options)], self._states, lambda _: [])
 
     __repr__ = report

@@ -8,38 +8,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gls_fused.capture.find import Uncovered
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.distributed.sharding import everywhere
-from gls_fused.preconditioner import Preconditioner
-from gls_fused.reference import damping_of
+from gls_fused.reference import bias_correction, damping_of
 
 
 def diagnose(
-    preconditioners: Sequence[Preconditioner],
-    options: Sequence[Mapping[str, Any]],
+    parts: Sequence[tuple[str, Sequence[Layer], Mapping[str, Any]]],
+    states: Mapping[Tensor, State],
     squares_of: Callable[[Layer], list[Tensor]],
 ) -> dict[str, float]:
     """See `GLS.diagnostics`; waits for the device once. Of sharded layers, all ranks must ask.
 
     Args:
-        options: of each preconditioner; damping and, where there are squares, beta2.
+        parts: a prefix for their names, layers, and their options: damping and, where there are
+            squares, beta2.
+        states: by weight.
         squares_of: a layer's mean squares of the directions, before bias correction.
     """
     found: dict[str, Tensor] = {}
-    for index, (preconditioner, chosen) in enumerate(zip(preconditioners, options, strict=True)):
-        group = f"group{index}/" if len(preconditioners) > 1 else ""
-        for layer in preconditioner.layers:
-            state = preconditioner.state_of(layer, False)
+    for prefix, layers, options in parts:
+        for layer in layers:
+            state = states.get(layer.weight) or {}
             if state.get("rows"):
-                values = _of_layer(layer, state, chosen, squares_of(layer))
-                name = f"{group}{layer.name or layer.kind}"
+                values = _of_layer(layer, state, options, squares_of(layer))
+                name = f"{prefix}{layer.name or layer.kind}"
                 found.update({f"{name}/{key}": value for key, value in values.items()})
     if not found:
         return {}
     device = next(iter(found.values())).device
-    numbers = torch.stack([value.to(device, torch.float64) for value in found.values()]).tolist()
+    numbers = torch.stack([value.to(device) for value in found.values()]).tolist()
     return dict(zip(found, numbers, strict=True))
+
+
+def describe(
+    lines: Sequence[str],
+    layers: Sequence[Layer],
+    uncovered: Sequence[Uncovered],
+    params: Sequence[Tensor],
+    otherwise: str,
+) -> str:
+    """A report: the layers' lines, then what becomes of the rest, and how much the layers cover.
+
+    Args:
+        params: all that are trained.
+        otherwise: what those get that no layer covers.
+    """
+    known = {param for each in uncovered for param in [each.param]}
+    known |= {param for layer in layers for param in layer.params}
+    large = [each for each in uncovered if each.param.ndim > 1]
+    small = sum(each.param.ndim < 2 for each in uncovered)
+    bare = [param for param in params if param not in known]
+    found = [*lines, *(f"{each.name}: {otherwise} ({each.reason})" for each in large)]
+    if small:
+        found.append(f"{small} norms, biases and other vectors: {otherwise}")
+    if bare:
+        found.append(f"{len(bare)} parameters given without their model: {otherwise}")
+    mine = {param for layer in layers if layer.idle is None for param in layer.params}
+    total = sum(param.numel() for param in params)
+    share = sum(param.numel() for param in params if param in mine) / max(1, total)
+    found.append(f"covered: {share:.1%} of {total:,} parameters")
+    return "\n".join(found)
 
 
 def _of_layer(
@@ -56,8 +87,8 @@ def _of_layer(
         "damping": damping_of(trace, layer.dim, options["damping"]),
     }
     if squares:
-        total = torch.stack([everywhere(square.double().sum()) for square in squares]).sum()
+        total = torch.stack([everywhere(square.sum()) for square in squares]).sum()
         count = sum(square.numel() for square in squares)
-        corrected = total / count / (1 - options["beta2"] ** state["step"].double())
+        corrected = total / count / bias_correction(options["beta2"], state["step"], total.dtype)
         values["update_rms"] = corrected.sqrt()
     return values

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,6 +14,17 @@ from gls_fused.distributed.ranks import unwrapped
 from gls_fused.preconditioner import check_choice, check_number, check_options
 
 NORMALIZATIONS = ("rms", "adam", "sgd", "none")
+
+# Keys that a group may have besides the options of GLS; others are kept as well.
+FREE_KEYS = {"params", "param_names", "name", "initial_lr", "step", "version"}
+
+
+class Members(NamedTuple):
+    """What a group's "params" holds."""
+
+    modules: list[tuple[str, nn.Module]]  # with a prefix for the names of their parameters
+    params: list[Tensor]
+    names: list[str]  # of the parameters where the user gave them, else empty
 
 
 def check_group_options(options: Mapping[str, Any], site: str) -> None:
@@ -41,11 +54,56 @@ def check_site(normalize: str, site: str) -> None:
         )
 
 
-def split_group(entry: Any) -> tuple[list[tuple[str, nn.Module]], list[Tensor]]:
-    """The modules of a group's "params", with a prefix for their names, and all its parameters."""
+def warn_of_misspellings(group: Mapping[str, Any], options: Iterable[str]) -> None:
+    """Warns of a key that is kept, as torch keeps it, and that looks like an option of GLS."""
+    known = list(options)
+    for key in group.keys() - set(known) - FREE_KEYS:
+        for meant in difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+            warnings.warn(
+                f"group: {key!r} is no option of GLS, did you mean {meant!r}? It is kept, and "
+                "nothing reads it",
+                stacklevel=4,
+            )
+
+
+def read_groups(params: Any, model: nn.Module | None) -> list[dict[str, Any]]:
+    """The groups that a user passed to GLS, in any of the forms that torch.optim takes.
+
+    Raises:
+        TypeError: neither a module nor parameters, named parameters or groups.
+        ValueError: nothing.
+    """
+    if params is None:
+        if model is None:
+            raise TypeError("params: expected a module, parameters or groups, got nothing")
+        params = model
+    if isinstance(params, nn.Module):
+        return [{"params": params}]
+    if isinstance(params, Tensor | str) or not isinstance(params, Iterable):
+        raise TypeError(
+            "params: expected a module, or an iterable of parameters, named parameters or dicts, "
+            f"got {type(params).__name__}"
+        )
+    entries = list(params)
+    if not entries:
+        raise ValueError("params: expected a module or a non-empty list, got []")
+    if any(isinstance(entry, dict) for entry in entries):
+        for entry in entries:
+            if not isinstance(entry, dict):
+                raise TypeError(
+                    f"params: expected dicts alone or none, got {type(entry).__name__} beside them"
+                )
+            if "params" not in entry:
+                raise ValueError(f"group: expected a key 'params', got {sorted(entry)}")
+        return entries
+    return [{"params": entries}]
+
+
+def split_group(entry: Any) -> Members:
+    """The modules of a group's "params", and all its parameters."""
     entries = [entry] if isinstance(entry, nn.Module | Tensor) else list(entry)
     modules: list[tuple[str, nn.Module]] = []
-    params: dict[Tensor, None] = {}
+    params: dict[Tensor, str | None] = {}
     for index, item in enumerate(entries):
         if isinstance(item, nn.Module):
             item = unwrapped(item)
@@ -53,18 +111,29 @@ def split_group(entry: Any) -> tuple[list[tuple[str, nn.Module]], list[Tensor]]:
             params.update(dict.fromkeys(item.parameters()))
         elif isinstance(item, Tensor):
             params[item] = None
+        elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Tensor):
+            params[item[1]] = str(item[0])
         else:
-            raise TypeError(f"params: expected modules or parameters, got {type(item).__name__}")
-    return modules, list(params)
+            raise TypeError(
+                "params: expected modules, parameters or named parameters, "
+                f"got {type(item).__name__}"
+            )
+    names = [name for name in params.values() if name is not None]
+    if names and len(names) != len(params):
+        raise ValueError("params: expected a name for all parameters of a group or for none")
+    for param in params:
+        if param.is_complex():
+            raise ValueError(f"params: GLS takes no complex parameters, got {param.dtype}")
+    return Members(modules, list(params), names)
 
 
-def name_params(
-    modules: list[tuple[str, nn.Module]], params: list[Tensor], index: int
-) -> dict[Tensor, str]:
+def name_params(members: Members, index: int, model: nn.Module | None) -> dict[Tensor, str]:
     """Qualified names of a group's parameters, or the numbers of those that no module has."""
-    names = {param: f"{number} of group {index}" for number, param in enumerate(params)}
-    for prefix, module in modules:
-        names.update({param: name for name, param in module.named_parameters(prefix)})
+    names = {param: f"{number} of group {index}" for number, param in enumerate(members.params)}
+    roots = members.modules if model is None else [("", model)]
+    for prefix, module in roots:
+        own = module.named_parameters(prefix)
+        names.update({param: name for name, param in own if param in names})
     return names
 
 
@@ -73,15 +142,6 @@ def describe_options(group: Mapping[str, Any]) -> str:
     options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
     # A tensor's text tells its device.
     return str({k: float(v) if isinstance(v, Tensor) else v for k, v in options.items()})
-
-
-def describe_bare(
-    modules: list[tuple[str, nn.Module]], params: list[Tensor], index: int
-) -> dict[str, str]:
-    """Why the parameters of a group without modules take Adam's update."""
-    if modules:
-        return {}
-    return {f"group {index}, {len(params)} parameters": "given as parameters, not as a module"}
 
 
 def check_dense(groups: Iterable[Mapping[str, Any]]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, cast, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,31 +16,36 @@ from typing_extensions import Self
 
 from gls_fused.apply.fallback import adam_, forget_adam
 from gls_fused.apply.layers import step_layers_
-from gls_fused.apply.low_precision import make_bits
+from gls_fused.apply.low_precision import Bits, make_bits
 from gls_fused.backends.dispatch import resolve_backend
-from gls_fused.capture.find import find_layers
+from gls_fused.capture.find import Uncovered, find_layers
 from gls_fused.capture.layer import Layer
-from gls_fused.diagnostics import diagnose
-from gls_fused.distributed.ranks import Ranks
+from gls_fused.curvature.estimate import check_device, recast
+from gls_fused.diagnostics import describe, diagnose
+from gls_fused.distributed.ranks import Ranks, unwrapped
 from gls_fused.groups import (
+    Members,
     check_dense,
     check_group_options,
     check_site,
-    describe_bare,
     describe_options,
     name_params,
+    read_groups,
     split_group,
+    warn_of_misspellings,
 )
 from gls_fused.preconditioner import (
     SITES,
     Preconditioner,
     check_choice,
     describe_layers,
+    release_all,
     take_sums,
 )
 from gls_fused.reference import Normalize
 from gls_fused.scaling import take_flag, unscale_
 from gls_fused.state import (
+    AVERAGES,
     VERSION,
     check_state,
     copy_state,
@@ -47,10 +55,9 @@ from gls_fused.state import (
     upgrade_state,
 )
 
-Groups: TypeAlias = nn.Module | Iterable[dict[str, Any]]
-
-# Keys that a group may have besides the options of GLS.
-FREE_KEYS = {"params", "param_names", "name", "initial_lr", "step", "version"}
+Params: TypeAlias = (
+    nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+)
 
 
 class GLS(torch.optim.Optimizer):
@@ -64,9 +71,12 @@ class GLS(torch.optim.Optimizer):
     betas (momentum, beta2). The equations are in docs/method.md and in `gls_fused.reference`.
 
     Args:
-        model: the model, or dicts whose "params" is a module, a list of modules or a list of
-            parameters (which then take Adam's update), with options of their own.
+        params: the model; or, with `model`, whatever torch.optim takes: parameters, named
+            parameters, or dicts of either with options of their own. The "params" of a dict may
+            also be a module or a list of modules, whose layers are then found without `model`.
         lr: > 0; with "rms" and "adam" it means what it means for Adam.
+        model: where the layers of the parameters are found. A weight and its bias may be in
+            different groups; all options but lr and weight_decay are those of the weight's.
         damping: > 0, dimensionless: relative to the mean eigenvalue of A'A/n.
         momentum: in [0, 1); 0 keeps no buffer.
         beta: in [0, 1); decay of the curvature, per commit.
@@ -78,8 +88,9 @@ class GLS(torch.optim.Optimizer):
         curvature: "subspace", `rank` directions of A'A/n; "dense", all of it ([d, d] per layer).
         rank: >= 1; directions of the subspace, at most d; "auto", 32 but at most m per layer.
         curvature_every: >= 1; steps between two that gather statistics.
-        site: where P applies: "step", to the gradient; "backward", to the rows, so that p.grad
-            holds the direction; "auto", where it is cheaper for each layer.
+        site: where P applies: "step", to the gradient; "backward", so that p.grad holds the
+            direction; "auto", at the step but for nn.Linear on a CPU with fewer rows than outputs,
+            where the rows are cheaper, as long as nothing else has a part in p.grad.
         backend: a name of `gls_fused.available_backends()`, or "auto".
         low_precision: how parameters of 16 bits take their step, "nearest", "stochastic" or
             "master", see `gls_fused.apply.low_precision`; averages and curvature are float32.
@@ -87,9 +98,9 @@ class GLS(torch.optim.Optimizer):
         process_group: whose ranks share the statistics and call `step` together; None, the
             default group where torch.distributed is initialised.
     Raises:
-        ValueError: an option out of its range, a model or module without parameters, an unknown
-            key in a group, nn.DataParallel, FullyShardedDataParallel.
-        TypeError: parameters where modules are expected.
+        ValueError: an option out of its range, a model or module without parameters,
+            nn.DataParallel, FullyShardedDataParallel.
+        TypeError: neither a module nor parameters.
         RuntimeError: the backend is not available.
     Numerics: rows with a NaN or an infinity, and rows that are all zero, do not enter the
         statistics; a gradient that is not finite does to the weights what it does with Adam.
@@ -101,9 +112,10 @@ class GLS(torch.optim.Optimizer):
 
     def __init__(
         self,
-        model: Groups,
+        params: Params | None = None,
         lr: float | Tensor = 1e-3,
         *,
+        model: nn.Module | None = None,
         damping: float = 0.3,
         momentum: float = 0.9,
         beta: float = 0.9,
@@ -121,11 +133,6 @@ class GLS(torch.optim.Optimizer):
         process_group: Any = None,
     ) -> None:
         check_choice("site", site, SITES)
-        self._site, self._backend = site, backend
-        self._ranks = Ranks(process_group)
-        self._preconditioners: list[Preconditioner] = []
-        self._reasons: dict[str, str] = {}
-        self._names: dict[Tensor, str] = {}
         defaults = {
             "lr": lr,
             "damping": damping,
@@ -142,54 +149,117 @@ class GLS(torch.optim.Optimizer):
             "seed": seed,
         }
         check_group_options(defaults, site)
-        groups = [{"params": model}] if isinstance(model, nn.Module) else list(model)
-        if not groups:
-            raise ValueError("model: expected a module or a non-empty list of groups, got []")
-        if not all(isinstance(group, dict) for group in groups):
-            raise TypeError(
-                "model: expected a module or dicts with modules, as GLS needs the layers' inputs; "
-                f"got {type(groups[0]).__name__} (pass the model, not model.parameters())"
-            )
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a module or None, got {type(model).__name__}")
+        groups = read_groups(params, model)
+        self._model = None if model is None else unwrapped(model)
+        self._names: dict[Tensor, str] = {}
+        self._uncovered: list[Uncovered] = []
+        # What the groups hold, until all are known.
+        self._waiting: list[Members] | None = []
+        self._open(Preconditioner(site=site, backend=backend, ranks=Ranks(process_group)))
         try:
             super().__init__(groups, defaults)
+            waiting, self._waiting = self._waiting, None
+            if not any(group["params"] for group in self.param_groups):
+                raise ValueError("params: got no parameters")
+            self._cover(*self._find(waiting))
         except BaseException:
             self.detach()
             raise
+        if self._model is None and not any(members.modules for members in waiting):
+            warnings.warn(
+                "params: given without the model, so that GLS sees no layer and all parameters "
+                "take Adam's update; pass GLS(params, model=model)",
+                stacklevel=2,
+            )
+
+    def _open(self, preconditioner: Preconditioner) -> None:
+        """Begin without layers, and leave the model alone once nobody refers to the optimizer."""
+        self._preconditioner = preconditioner
+        # Groups with their layers, each parameter's group, and what that was found for.
+        self._layers_of: list[tuple[dict[str, Any], list[Layer]]] = []
+        self._owners: dict[Tensor, dict[str, Any]] = {}
+        self._seen: list[int] = []
+        self._finalizer = weakref.finalize(self, release_all, preconditioner.layers)
+        self._finalizer.atexit = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group whose "params" is a module, a list of modules or a list of parameters."""
+        """Add a group of modules, parameters or named parameters, with options of its own."""
+        members = split_group(param_group["params"])
         options = {**self.defaults, **param_group}
-        unknown = sorted(set(options) - set(self.defaults) - FREE_KEYS)
-        if unknown:
-            known = ", ".join(self.defaults)
-            raise ValueError(f"group: unknown option {unknown[0]!r}, expected one of {known}")
-        check_group_options(options, self._site)
-        modules, params = split_group(param_group["params"])
-        for param in params:
-            if param.is_complex():
-                raise ValueError(f"params: GLS takes no complex parameters, got {param.dtype}")
-        if not params:
+        warn_of_misspellings(param_group, self.defaults)
+        check_group_options(options, self._preconditioner.site)
+        if members.modules and not members.params:
             raise ValueError("params: got no parameters (an empty model, or one without any)")
-        layers, reasons = find_layers(modules)
-        # Before anything is changed.
-        resolve_backend(self._backend, {layer.weight.device.type for layer in layers})
-        new = {**param_group, "params": params, "step": 0, "version": VERSION}
-        super().add_param_group(new)
-        index = len(self.param_groups) - 1
-        self._preconditioners.append(
-            Preconditioner(
-                layers,
-                self._state_of,
-                options,
-                site=self._site_for(options),
-                backend=self._backend,
-                ranks=self._ranks,
-            )
+        # Before anything is changed; at first a bias may be in a group that is still to come.
+        found = None if self._waiting is not None else self._find([members])
+        params = (
+            list(zip(members.names, members.params, strict=True))
+            if members.names
+            else members.params
         )
-        self._ranks.disagree()
-        self._reasons.update(reasons or describe_bare(modules, params, index))
-        self._names.update(name_params(modules, params, index))
-        self._preconditioners[-1].expect(0, options)
+        super().add_param_group({**param_group, "params": params, "step": 0, "version": VERSION})
+        self._names.update(name_params(members, len(self.param_groups) - 1, self._model))
+        if self._waiting is not None:
+            self._waiting.append(members)
+        if found is not None:
+            self._cover(*found)
+
+    def _find(self, added: Sequence[Members]) -> tuple[list[Layer], list[Uncovered]]:
+        """The layers that new groups bring along, and the parameters that no layer owns.
+
+        Raises:
+            RuntimeError: the backend is not available for them.
+        """
+        trained = {param for group in self.param_groups for param in group["params"]}
+        trained.update(param for members in added for param in members.params)
+        known = {layer.weight for layer in self._preconditioner.layers}
+        roots = [members.modules for members in added]
+        if self._model is not None:
+            roots = [[("", self._model)]]
+        layers: list[Layer] = []
+        uncovered: list[Uncovered] = []
+        for root in roots:
+            found, rest = find_layers(root, trained)
+            layers += [layer for layer in found if layer.weight not in known]
+            uncovered += rest
+        resolve_backend(self._preconditioner.backend, {p.weight.device.type for p in layers})
+        return layers, uncovered
+
+    def _cover(self, layers: Sequence[Layer], uncovered: Sequence[Uncovered]) -> None:
+        groups = {param: group for group in self.param_groups for param in group["params"]}
+        for layer in layers:
+            self._preconditioner.add([layer], groups[layer.weight])
+        self._uncovered += uncovered
+        self._preconditioner.ranks.disagree()
+        self._expect()
+
+    def _expect(self) -> None:
+        """Tell the layers what the coming step asks of them."""
+        for group, layers in self._groups():
+            self._preconditioner.expect(layers, self.state, group["step"], group)
+
+    def _groups(self) -> list[tuple[dict[str, Any], list[Layer]]]:
+        """Every group with the layers whose weights it holds now."""
+        members = [id(param) for group in self.param_groups for param in group["params"]]
+        members += map(id, self.param_groups)
+        members += map(id, self._preconditioner.layers)
+        if members == self._seen:
+            return self._layers_of
+        self._seen, self._owners = members, {}
+        for group in self.param_groups:
+            # One that somebody made without us lacks what torch's own `add_param_group` gives.
+            for key, value in {**self.defaults, "step": 0, "version": VERSION}.items():
+                group.setdefault(key, value)
+            self._owners.update(dict.fromkeys(group["params"], group))
+        layers = self._preconditioner.layers
+        self._layers_of = [
+            (group, [layer for layer in layers if self._owners.get(layer.weight) is group])
+            for group in self.param_groups
+        ]
+        self._preconditioner.rest([p for p in layers if p.weight not in self._owners])
+        return self._layers_of
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -212,44 +282,50 @@ class GLS(torch.optim.Optimizer):
             the skipped step still counts for `curvature_every`.
         """
         loss = None
-        for preconditioner in self._preconditioners:
-            preconditioner.check_captured()
+        self._preconditioner.check_captured()
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        groups, preconditioner = self._groups(), self._preconditioner
         check_dense(self.param_groups)
-        unscale_(self, (param for group in self.param_groups for param in group["params"]))
+        self._check_states()
+        for _, layers in groups:
+            preconditioner.adopt(layers, self.state)
+        unscale_(self, self._owners)
         if is_priming(self.param_groups, self.state):
-            for group, preconditioner in zip(self.param_groups, self._preconditioners, strict=True):
-                prime_states(group, preconditioner.layers, self.state)
-                preconditioner.discard_sums()
+            for group, layers in groups:
+                prime_states(group, layers, self.state)
+            preconditioner.discard_sums()
             return loss
         skip = take_flag(self)
         sums = self._take_sums(skip)
-        for group, preconditioner in zip(self.param_groups, self._preconditioners, strict=True):
-            self._forget_earlier(preconditioner, preconditioner.start(sums, group))
-            ready = [
-                layer
-                for layer in preconditioner.layers
-                if layer.weight.grad is not None and layer.inverse is not None
-            ]
-            bits = make_bits(group)
-            step_layers_(preconditioner.backend, ready, self.state, group, bits, skip)
-            owned = {param for layer in ready for param in layer.params}
-            others = [p for p in group["params"] if p.grad is not None and p not in owned]
-            adam_(others, [self.state[p] for p in others], group, bits, skip)
-            preconditioner.commit(sums, group, skip)
+        bits = {id(group): make_bits(group) for group, _ in groups}
+        ready: dict[Tensor, Layer] = {}
+        for group, layers in groups:
+            started = preconditioner.start(layers, self.state, sums, group["damping"])
+            self._forget_earlier(layers, started)
+            mine = [p for p in layers if p.weight.grad is not None and p.inverse is not None]
+            ready.update((param, layer) for layer in mine for param in layer.params)
+        for group, layers in groups:
+            stepping = [layer for layer in layers if layer.weight in ready]
+            draw = self._bits_of(bits)
+            step_layers_(stepping, self.state, group, self._owners, draw, skip)
+            others = [p for p in group["params"] if p.grad is not None and p not in ready]
+            adam_(others, [self.state[p] for p in others], group, draw, skip)
+        for group, layers in groups:
+            preconditioner.commit(layers, self.state, sums, group, skip)
             if skip is None or not (skip.is_cpu and skip):
                 group["step"] += 1
-            preconditioner.expect(group["step"], group)
+            for layer in layers:
+                layer.forget()
+        self._expect()
         return loss
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and forget the rows that led to them."""
         super().zero_grad(set_to_none)
-        for preconditioner in self._preconditioners:
-            preconditioner.discard_sums()
+        self._preconditioner.discard_sums()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state that `state_dict` gave, of an optimizer over the same model.
@@ -258,12 +334,12 @@ class GLS(torch.optim.Optimizer):
             ValueError: it is of another model, rank, curvature or later version; nothing changes.
         """
         checked: dict[str, Any] = {}
-        layers = [preconditioner.layers for preconditioner in self._preconditioners]
+        layers = [layers for _, layers in self._groups()]
 
         def check(_: torch.optim.Optimizer, found: dict[str, Any]) -> dict[str, Any]:
             checked.update(upgrade_state(found, self._options))
             for group in checked["param_groups"]:
-                check_site(group["normalize"], self._site)
+                check_site(group["normalize"], self._preconditioner.site)
             check_state(checked, self.param_groups, layers, self._names)
             return checked
 
@@ -285,29 +361,31 @@ class GLS(torch.optim.Optimizer):
 
     def detach(self) -> None:
         """Leave the model exactly as it was before; `step` raises from here on."""
-        for preconditioner in self._preconditioners:
-            preconditioner.release()
+        release_all(self._preconditioner.layers)
 
     def __getstate__(self) -> dict[str, Any]:
-        captured = [[layer.captured for layer in p.layers] for p in self._preconditioners]
+        preconditioner = self._preconditioner
         return {
             **super().__getstate__(),
-            "_site": self._site,
-            "_backend": self._backend,
-            "_ranks": self._ranks,
-            "_reasons": self._reasons,
-            "_names": self._names,
-            "_layers": [preconditioner.layers for preconditioner in self._preconditioners],
-            "_captured": captured,
+            "_own": {
+                "site": preconditioner.site,
+                "backend": preconditioner.backend,
+                "ranks": preconditioner.ranks,
+                "layers": preconditioner.layers,
+                "captured": [layer.captured for layer in preconditioner.layers],
+                "model": self._model,
+                "names": self._names,
+                "uncovered": self._uncovered,
+            },
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """For a copy or a pickle, which captures the copied model; and for `load_state_dict`."""
-        own = dict(state)
-        layers, captured = own.pop("_layers", None), own.pop("_captured", None)
-        super().__setstate__(own)
-        if layers is None:
-            if "_preconditioners" not in vars(self):
+        theirs = dict(state)
+        own = theirs.pop("_own", None)
+        super().__setstate__(theirs)
+        if own is None:
+            if "_preconditioner" not in vars(self):
                 raise ValueError(
                     "pickle: expected one with layers, got an optimizer of an earlier version; "
                     "load its state_dict() instead"
@@ -315,21 +393,15 @@ class GLS(torch.optim.Optimizer):
             return
         for index, group in enumerate(self.param_groups):
             group.update(upgrade_group(group, index, self._options))
-        self._preconditioners = []
-        pairs = zip(self.param_groups, layers, captured, strict=True)
-        for group, mine, flags in pairs:
-            preconditioner = Preconditioner(
-                mine,
-                self._state_of,
-                group,
-                site=self._site_for(group),
-                backend=self._backend,
-                ranks=self._ranks,
-            )
-            self._preconditioners.append(preconditioner)
-            for layer, flag in zip(mine, flags, strict=True):
-                if not flag:
-                    layer.release()
+        self._model, self._names, self._uncovered = own["model"], own["names"], own["uncovered"]
+        self._waiting = None
+        parts = {key: own[key] for key in ("site", "backend", "ranks")}
+        self._open(Preconditioner(**parts))
+        groups = {param: group for group in self.param_groups for param in group["params"]}
+        for layer, captured in zip(own["layers"], own["captured"], strict=True):
+            self._preconditioner.add([layer], groups.get(layer.weight, self.defaults))
+            if not captured:
+                layer.release()
         self._restart()
 
     def __enter__(self) -> Self:
@@ -344,11 +416,14 @@ class GLS(torch.optim.Optimizer):
         self.detach()
 
     def report(self) -> str:
-        """A table: per layer its rows, rank, site and backend; then why the rest takes Adam's."""
-        lines = describe_layers(self._preconditioners)
-        for name, reason in self._reasons.items():
-            lines.append(f"{name}: Adam ({reason})")
-        return "\n".join(lines)
+        """Per layer its rows, rank, site and backend; then why the rest takes Adam's update.
+
+        A line says how many norms, biases and other parameters of one dimension there are, the
+        last one how large a share of the parameters the layers hold.
+        """
+        lines = describe_layers(self._preconditioner, self.state)
+        params = [param for group in self.param_groups for param in group["params"]]
+        return describe(lines, self._preconditioner.layers, self._uncovered, params, "Adam")
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers to log, by layer: `{"encoder.0/trace": ..., "encoder.0/captured": ..., ...}`.
@@ -359,9 +434,18 @@ class GLS(torch.optim.Optimizer):
             update_rms  root mean square of D = D0 P, bias-corrected; with "rms" and "adam" alone
 
         Computed when called, from the state; a layer without statistics yet is left out. With
-        several groups, names begin with `group0/`, `group1/`, ...
+        several groups and no `model`, names begin with `group0/`, `group1/`, ...
         """
-        return diagnose(self._preconditioners, self.param_groups, self._squares_of)
+        groups, apart = self._groups(), self._model is None and len(self.param_groups) > 1
+        prefixes = [f"group{index}/" if apart else "" for index in range(len(groups))]
+        return diagnose(
+            [
+                (prefix, layers, group)
+                for prefix, (group, layers) in zip(prefixes, groups, strict=True)
+            ],
+            self.state,
+            self._squares_of,
+        )
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{self.report()}"
@@ -371,44 +455,56 @@ class GLS(torch.optim.Optimizer):
         # torch's own mark, which it gives to the defaults of every optimizer.
         return [option for option in self.defaults if option != "differentiable"]
 
-    def _state_of(self, layer: Layer, keep: bool) -> dict[str, Any]:
-        if keep or layer.weight in self.state:
-            return cast(dict[str, Any], self.state[layer.weight])
-        return {}
-
     def _restart(self) -> None:
-        for group, preconditioner in zip(self.param_groups, self._preconditioners, strict=True):
-            preconditioner.site = self._site_for(group)
-            preconditioner.restart(group["step"], group)
+        self._preconditioner.restart()
+        self._expect()
 
     def _squares_of(self, layer: Layer) -> list[Tensor]:
         states = (self.state[param] for param in layer.params if param in self.state)
         return [state["exp_avg_sq"] for state in states if "exp_avg_sq" in state]
 
-    def _site_for(self, options: Mapping[str, Any]) -> str:
-        # The step size is the true gradient's, which the backward site does not keep.
-        return "step" if options["normalize"] == "sgd" else self._site
+    def _check_states(self) -> None:
+        """Follow what was done to the states, before anything is changed.
+
+        Raises:
+            RuntimeError: one is not where its parameter is.
+        """
+        if type(self.state) is not defaultdict:
+            self.state = defaultdict(dict, self.state)
+        for param in self._owners:
+            state = self.state.get(param)
+            if state:
+                name = f"parameter {self._names.get(param, '')!r}"
+                check_device(name, param, state, ("step", "master", *AVERAGES))
+                recast(state, torch.promote_types(param.dtype, torch.float32), AVERAGES)
+                recast(state, torch.float32, ("step", "master"))
 
     def _take_sums(self, skip: Tensor | None) -> dict[Layer, Tensor]:
         """The sums of this step over the rows of all ranks."""
-        if self._ranks.size > 1:
-            self._ranks.agree(
+        preconditioner = self._preconditioner
+        if preconditioner.ranks.size > 1:
+            preconditioner.ranks.agree(
                 lambda: [
                     *map(describe_options, self.param_groups),
-                    *describe_layers(self._preconditioners),
+                    *describe_layers(preconditioner, self.state),
                 ]
             )
-        layers = [layer for p in self._preconditioners for layer in p.layers]
-        return take_sums(layers, self._ranks, skip)
+        layers = [layer for _, layers in self._groups() for layer in layers]
+        return take_sums(layers, preconditioner.ranks, skip)
 
-    def _forget_earlier(self, preconditioner: Preconditioner, started: list[Layer]) -> None:
+    def _bits_of(self, bits: Mapping[int, Bits]) -> Bits:
+        """What rounds a parameter stochastically, by its group."""
+        return lambda param: bits[id(self._owners[param])](param)
+
+    def _forget_earlier(self, layers: Sequence[Layer], started: Sequence[Layer]) -> None:
         """What layers got before they started were Adam's updates, averages of another quantity.
 
         Or zeros for a saved state to fill, which Adam would take for averages.
         """
-        waiting = [layer for layer in preconditioner.layers if layer.inverse is None]
-        primed = [layer for layer in waiting if "rows" in self._state_of(layer, False)]
-        for param in (param for layer in started + primed for param in layer.params):
+        waiting = [layer for layer in layers if layer.inverse is None]
+        primed = [layer for layer in waiting if "rows" in self.state.get(layer.weight, {})]
+        for param in (param for layer in (*started, *primed) for param in layer.params):
             forget_adam(self.state[param])
         for layer in primed:
-            self.state[layer.weight].clear()
+            for key in ("rows", "outputs", *layer.curvature.shapes()):
+                self.state[layer.weight].pop(key, None)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from gls_fused.backends.dispatch import backend_name, resolve_backend
 from gls_fused.capture.layer import Layer
-from gls_fused.curvature.estimate import State, blend, make_curvature, settle
+from gls_fused.curvature.estimate import State, blend, check_device, recast, settle
 from gls_fused.distributed.ranks import Ranks
+from gls_fused.reference import Inverse
 from gls_fused.scaling import where_flag
 
 CURVATURES = ("subspace", "dense")
 SITES = ("auto", "step", "backward")
+
+# A layer that trains but has not been called in so many steps takes part in no statistics.
+MOST_MISSES = 3
+
+States: TypeAlias = MutableMapping[Tensor, State]
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -51,38 +56,33 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 class Preconditioner:
-    """The statistics of some layers that share their options.
+    """Layers and their statistics, which live in states by weight that the caller hands over.
+
+    The states are looked at anew each time, as somebody may replace, move, cast or clear them.
 
     Args:
-        layers: captured from here on.
-        state_of: where a layer's state is kept; asked anew each time, as a state may be replaced.
-            Asked not to keep it, an empty one where there is none.
         site: "auto", "step" or "backward".
         backend: a name that `resolve_backend` knows.
         ranks: who share the statistics.
+        promised: whether D in p.grad is what the user asked for.
     """
 
-    def __init__(
-        self,
-        layers: list[Layer],
-        state_of: Callable[[Layer, bool], State],
-        options: Mapping[str, Any],
-        *,
-        site: str,
-        backend: str,
-        ranks: Ranks,
-    ) -> None:
-        self.layers = layers
-        self.ranks = ranks
-        self.state_of = state_of
+    def __init__(self, *, site: str, backend: str, ranks: Ranks) -> None:
+        self.layers: list[Layer] = []
         self.site = site
-        # Whether the layers know of the inverses in force, and whether they were told to gather.
-        self._settled = self._gathers = False
-        self.backend = resolve_backend(backend, {layer.weight.device.type for layer in layers})
-        kind, rank = options["curvature"], options["rank"]
+        self.backend = backend
+        self.ranks = ranks
+        # What the layers' sites and gathering were decided from last.
+        self._told: dict[Layer, tuple[Any, ...]] = {}
+        self._draws: dict[torch.device, Tensor] = {}
+
+    def add(self, layers: Sequence[Layer], options: Mapping[str, Any]) -> None:
+        """Capture layers, which share these options."""
         for layer in layers:
-            layer.assign(make_curvature(kind, layer.dim, layer.outputs, rank, self.backend))
+            promised = self.site == "backward"
+            layer.assign(options["curvature"], options["rank"], self.backend, promised=promised)
             layer.capture()
+            self.layers.append(layer)
 
     def check_captured(self) -> None:
         """Raises RuntimeError if the modules have been detached or taken over."""
@@ -98,17 +98,41 @@ class Preconditioner:
                     "call fully_shard first"
                 )
 
-    def release(self) -> None:
-        """Give all modules their own forward back."""
-        for layer in self.layers:
-            layer.release()
-
     def discard_sums(self) -> None:
         """Forget the rows of this step."""
         for layer in self.layers:
-            layer.take_sums()
+            layer.forget()
 
-    def start(self, sums: dict[Layer, Tensor], options: Mapping[str, Any]) -> list[Layer]:
+    # ---- one step, in this order -----------------------------------------------------------------
+
+    def adopt(self, layers: Sequence[Layer], states: States) -> None:
+        """Follow what was done to weights and states since the last step.
+
+        Raises:
+            RuntimeError: a layer's statistics are on another device than its weight.
+        """
+        for layer in layers:
+            if not layer.fits:
+                layer.fit()
+            state = states.get(layer.weight) or {}
+            keys = layer.curvature.shapes()
+            check_device(f"layer {layer.name!r}: its weight", layer.weight, state, keys)
+            recast(state, layer.statistics_dtype, keys)
+            found = _inverse(layer, state)
+            if layer.inverse is not None and not _same(layer.inverse, found):
+                # Another estimate: the rows of this step were sketched with a basis that is gone,
+                # and D in p.grad was made with its P.
+                if layer.at_backward and not layer.promised:
+                    stays = layer.stays_at_step
+                    layer.leave_backward_site()
+                    layer.stays_at_step = stays
+                layer.forget()
+                self._told.pop(layer, None)
+                layer.expect(found, gathers=found is None, at_backward=False)
+
+    def start(
+        self, layers: Sequence[Layer], states: States, sums: dict[Layer, Tensor], damping: float
+    ) -> list[Layer]:
         """Start the statistics of the layers that have none yet, from their first sums.
 
         This reads one number per layer on the host, once in its life; with several ranks, at each
@@ -120,26 +144,32 @@ class Preconditioner:
             The layers that have a P from here on.
         """
         started = []
-        for layer in self.layers:
-            if layer.inverse is None and layer in sums:
-                mine = sums.pop(layer)
-                rows = int(mine[0])
-                if rows > 0:
-                    state = self.state_of(layer, True)
-                    state.update(rows=rows, outputs=layer.outputs)
-                    started.append((layer, state, layer.curvature.start(state, mine)))
+        for layer in layers:
+            if layer.inverse is not None or layer.idle is not None:
+                continue
+            mine = sums.pop(layer, None)
+            if mine is not None and (rows := int(mine[0])) > 0:
+                state = states.setdefault(layer.weight, {})
+                for key in layer.curvature.shapes():
+                    state.pop(key, None)
+                state.update(rows=rows, outputs=layer.outputs)
+                started.append((layer, state, layer.curvature.start(state, mine[:-1])))
+            elif layer.weight.grad is not None and (mine is None or mine[-1] == 0):
+                self._miss(layer)
         if started:
-            settle(
-                [(layer.curvature, state, sketch) for layer, state, sketch in started],
-                options["damping"],
-            )
-            self._settled = False
+            settle([(layer.curvature, state, sketch) for layer, state, sketch in started], damping)
         for layer, state, _ in started:
-            layer.inverse = layer.curvature.inverse(state)
+            layer.expect(layer.curvature.inverse(state), gathers=layer.gathers, at_backward=False)
+            self._told.pop(layer, None)
         return [layer for layer, _, _ in started]
 
     def commit(
-        self, sums: Mapping[Layer, Tensor], options: Mapping[str, Any], skip: Tensor | None = None
+        self,
+        layers: Sequence[Layer],
+        states: States,
+        sums: Mapping[Layer, Tensor],
+        options: Mapping[str, Any],
+        skip: Tensor | None = None,
     ) -> None:
         """Blend the sums of a step into the statistics, and make the inverses anew.
 
@@ -148,34 +178,57 @@ class Preconditioner:
             skip: 0-d bool; where it is true the states stay as they are.
         """
         own = [
-            (layer.curvature, self.state_of(layer, True), sums[layer])
-            for layer in self.layers
+            (layer.curvature, states[layer.weight], sums[layer])
+            for layer in layers
             if layer in sums
         ]
         settle(blend(own, options["beta"]), options["damping"], skip)
 
-    def expect(self, step: int, options: Mapping[str, Any]) -> None:
+    def expect(
+        self, layers: Sequence[Layer], states: States, step: int, options: Mapping[str, Any]
+    ) -> None:
         """Tell the layers what the coming step asks of them: to gather, and where P applies."""
-        gathers = step % options["curvature_every"] == 0
-        if self._settled and gathers == self._gathers:
-            return
-        self._settled, self._gathers = True, gathers
-        for layer in self.layers:
-            state = self.state_of(layer, False)
-            if state.get("rows"):
-                at_backward = self._applies_at_backward(layer, state)
-                inverse = layer.curvature.inverse(state)
-                layer.expect(inverse, gathers=gathers, at_backward=at_backward)
-            else:
-                layer.expect(None, gathers=True, at_backward=False)
+        due = step % options["curvature_every"] == 0
+        for layer in layers:
+            if due or layer.inverse is None:
+                layer.draw = self._draw(layer.device, step)
+            told = (
+                due,
+                layer.inverse is None,
+                layer.weight.requires_grad,
+                layer.stays_at_step,
+                layer.compiled,
+                options.get("normalize"),
+            )
+            if self._told.get(layer) != told:
+                self._told[layer] = told
+                state = states.get(layer.weight) or {}
+                inverse = _inverse(layer, state)
+                layer.expect(
+                    inverse,
+                    gathers=due or inverse is None,
+                    at_backward=inverse is not None and self._at_backward(layer, state, options),
+                )
+                if layer.stays_at_step and inverse is not None:
+                    state["at_step"] = 1
 
-    def restart(self, step: int, options: Mapping[str, Any]) -> None:
-        """`expect`, where the layers' states may have been replaced."""
+    def rest(self, layers: Sequence[Layer]) -> None:
+        """Layers that nobody trains: their gradients are true, and their rows are not looked at."""
+        for layer in layers:
+            layer.forget()
+            self._told.pop(layer, None)
+            layer.expect(None, gathers=False, at_backward=False)
+
+    def restart(self) -> None:
+        """The layers' states may have been replaced: `expect` is to be called."""
         # The rows gathered so far were sketched with a basis that is no longer in force.
         self.discard_sums()
         self.ranks.disagree()
-        self._settled = False
-        self.expect(step, options)
+        self._told.clear()
+        for layer in self.layers:
+            layer.stays_at_step, layer.idle, layer.misses = False, None, 0
+
+    # ---- what it knows of a layer ----------------------------------------------------------------
 
     def site_of(self, layer: Layer) -> str:
         """Where P is applied to this layer, or "undecided" before the first step."""
@@ -185,13 +238,32 @@ class Preconditioner:
             return "undecided"
         return "backward" if layer.at_backward else "step"
 
-    def _applies_at_backward(self, layer: Layer, state: State) -> bool:
-        if self.site == "auto":
-            # A rank multiplies its rows, or the gradient, of which it has a part where sharded.
-            gradients = self.ranks.size if layer.shards is None else 1
-            fewer: bool = state["rows"] < layer.outputs * gradients
-            return layer.kind == "Linear" and fewer
-        return self.site == "backward"
+    def _at_backward(self, layer: Layer, state: State, options: Mapping[str, Any]) -> bool:
+        if options.get("normalize") == "sgd":
+            # The step size is the true gradient's, which the backward site does not keep.
+            return False
+        if self.site != "auto":
+            return self.site == "backward"
+        if state.get("at_step"):
+            layer.stays_at_step = True
+        # Where a product with P costs little beside the passes, as on a GPU, and where others have
+        # a part in the gradient, it stays the gradient.
+        alone = self.ranks.size == 1 and layer.shards is None and not layer.compiled
+        worth: bool = layer.kind == "Linear" and state["rows"] < layer.outputs
+        on_cpu = layer.device.type == "cpu"
+        return worth and on_cpu and alone and not layer.stays_at_step
+
+    def _draw(self, device: torch.device, step: int) -> Tensor:
+        """The number of the step's sample on a device, for graphs that must not depend on it."""
+        if device not in self._draws:
+            self._draws[device] = torch.zeros((), dtype=torch.int64, device=device)
+        return self._draws[device].fill_(step % (1 << 31))
+
+    def _miss(self, layer: Layer) -> None:
+        layer.misses += 1
+        if layer.misses == MOST_MISSES:
+            layer.idle = layer.unseen or "its module is not called, its weight is used elsewhere"
+            self._told.pop(layer, None)
 
 
 def take_sums(
@@ -199,34 +271,67 @@ def take_sums(
 ) -> dict[Layer, Tensor]:
     """The sums of this step over the rows of all ranks, by layer; the layers forget theirs.
 
+    Those of layers without statistics end with one more number: on how many ranks rows were seen.
     With several ranks, a layer that gathers takes part whether or not it saw rows on this one.
 
     Args:
         skip: 0-d bool; where it is true no row counts, without the host knowing.
     """
     # A frozen layer sees no rows on any rank.
-    taking = [layer for layer in layers if layer.gathers and layer.weight.requires_grad]
-    own = {layer: sums for layer in taking if (sums := layer.take_sums()) is not None}
-    if skip is not None:
-        for layer, sums in own.items():
-            own[layer] = where_flag(skip, torch.zeros_like(sums), sums)
+    taking = [
+        layer
+        for layer in layers
+        if layer.gathers and layer.weight.requires_grad and layer.idle is None
+    ]
+    own: dict[Layer, Tensor] = {}
+    for layer in taking:
+        sums = layer.take_sums()
+        # Rows count when the gradient that they led to does.
+        if sums is None or layer.weight.grad is None:
+            continue
+        if skip is not None:
+            sums = where_flag(skip, torch.zeros_like(sums), sums)
+        # Rows that count for nothing, all zero or not finite, have been seen nevertheless.
+        own[layer] = torch.cat([sums, sums.new_ones(1)]) if layer.inverse is None else sums
     if ranks.size == 1 or not taking:
         return own
-    parts = [own[layer] if layer in own else layer.no_sums() for layer in taking]
-    return dict(zip(taking, ranks.sum(parts), strict=True))
+    for layer in taking:
+        if layer not in own:
+            empty = layer.no_sums()
+            own[layer] = torch.cat([empty, empty[:1]]) if layer.inverse is None else empty
+    return dict(zip(taking, ranks.sum([own[layer] for layer in taking]), strict=True))
 
 
-def describe_layers(preconditioners: Sequence[Preconditioner]) -> list[str]:
+def _inverse(layer: Layer, state: State) -> Inverse | None:
+    """P of a state, as views on it; None where it has none, or somebody has taken part of it."""
+    whole = state.get("rows") and all(key in state for key in layer.curvature.shapes())
+    return layer.curvature.inverse(state) if whole else None
+
+
+def release_all(layers: Iterable[Layer]) -> None:
+    """Give all modules their own forward back."""
+    for layer in layers:
+        layer.release()
+
+
+def describe_layers(preconditioner: Preconditioner, states: States) -> list[str]:
     """A line per layer: kind, shape, rows, rank, site and backend."""
     lines = []
-    for preconditioner in preconditioners:
-        for layer in preconditioner.layers:
-            state = preconditioner.state_of(layer, False)
-            rank = f"rank {state['basis'].shape[1]}" if "basis" in state else "dense"
-            started = f"{state['rows']} rows, {rank}" if state.get("rows") else "no rows yet"
-            lines.append(
-                f"{layer.name or layer.kind}: GLS ({layer.kind} {layer.dim} -> {layer.outputs}, "
-                f"{started}, site {preconditioner.site_of(layer)}, "
-                f"backend {backend_name(preconditioner.backend)})"
-            )
+    for layer in preconditioner.layers:
+        name = layer.name or layer.kind
+        if layer.idle is not None:
+            lines.append(f"{name}: Adam ({layer.idle})")
+            continue
+        state = states.get(layer.weight) or {}
+        rank = f"rank {state['basis'].shape[1]}" if "basis" in state else "dense"
+        started = f"{state['rows']} rows, {rank}" if state.get("rows") else "no rows yet"
+        lines.append(
+            f"{name}: GLS ({layer.kind} {layer.dim} -> {layer.outputs}, {started}, "
+            f"site {preconditioner.site_of(layer)}, backend {layer.backend_name})"
+        )
     return lines
+
+
+def _same(ours: Inverse, theirs: Inverse | None) -> bool:
+    """Whether two inverses are the same tensors."""
+    return theirs is not None and all(a is b for a, b in zip(ours, theirs, strict=True))

@@ -16,6 +16,7 @@ Rows are passed as [n, k]; `ones` says that the column of ones belongs to them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple, TypeAlias
@@ -268,6 +269,23 @@ def multiply_inverse(matrix: Tensor, inverse: Inverse) -> Tensor:
     return matrix / shift + ((matrix @ basis) @ core_inverse) @ basis.T
 
 
+def undo_inverse(matrix: Tensor, inverse: Inverse) -> Tensor:
+    """X P^-1 for X [*, d]: from D = D0 P back to D0, in the dtype of X.
+
+    P^-1 = lambda' I - lambda'^2 U C (I + lambda' C)^-1 U'
+    """
+    restored: Tensor
+    if isinstance(inverse, DenseInverse):
+        restored = torch.linalg.solve(inverse.matrix, matrix.to(inverse.matrix), left=False)
+        return restored.to(matrix.dtype)
+    basis, core_inverse, shift = inverse
+    inner = torch.eye(len(core_inverse)).to(core_inverse) + shift * core_inverse
+    product = matrix.to(basis) @ basis @ core_inverse
+    product = torch.linalg.solve(inner, product, left=False) @ basis.T
+    restored = shift * (matrix - shift * product)
+    return restored.to(matrix.dtype)
+
+
 def precondition_rows(
     rows: Tensor, inverse: Inverse, *, ones: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -425,14 +443,14 @@ def move_layer_(
     m <- momentum m + (1 - momentum) D,   W <- W (1 - lr weight_decay) - lr scale m^
     """
     decayed = 1 - lr * weight_decay
-    bias_correction = 1 - momentum ** step.double() if momentum else 1.0
+    corrected = bias_correction(momentum, step, directions[0].dtype)
     averages = directions
     if exp_avgs:
         for m, d in zip(exp_avgs, directions, strict=True):
             m.lerp_(d, 1 - momentum)
         averages = exp_avgs
     for p, average, scale in zip(params, averages, scales, strict=True):
-        p.mul_(decayed).sub_(lr * scale * average / bias_correction)
+        p.mul_(decayed).sub_(lr * scale * average / corrected)
 
 
 def layer_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -444,5 +462,17 @@ def layer_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def inverse_root(exp_avg_sq: Tensor, step: Tensor, beta2: float, eps: float) -> Tensor:
     """1 / (sqrt(v^) + eps), v^ = v / (1 - beta2^step)."""
-    corrected = exp_avg_sq / (1 - beta2 ** step.double()).to(exp_avg_sq.dtype)
+    corrected = exp_avg_sq / bias_correction(beta2, step, exp_avg_sq.dtype)
     return 1 / (corrected.sqrt() + eps)
+
+
+def bias_correction(beta: float, step: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 - beta^step, 0-d: what an average that began at zero is divided by.
+
+    In at least float32, and in no more than `dtype` needs, as not every device has float64; by
+    expm1, as the difference would lose what is left of a beta near 1.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    if beta == 0:
+        return torch.ones_like(step, dtype=wide)
+    return -torch.expm1(step.to(wide) * math.log(beta))

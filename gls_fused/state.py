@@ -2,8 +2,8 @@
 
     every parameter   step (0-d), exp_avg and exp_avg_sq (shaped as it; exp_avg_sq 0-d, on a layer's
                       weight, for "rms"), master (shaped as it, float32)
-    a layer's weight  rows and outputs (plain numbers), and the tensors of
-                      gls_fused.curvature.estimate
+    a layer's weight  rows and outputs (plain numbers), at_step (1, where its p.grad has turned
+                      out to be in use), and the tensors of gls_fused.curvature.estimate
     a group           its options, step and version: numbers and names
 
 All tensors are of float32, or float64 for parameters of float64; step is float32.
@@ -24,9 +24,13 @@ from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State, empty_state, make_curvature
 from gls_fused.distributed.sharding import is_sharded
 
-# 0: without a version, "low_precision", "seed" and "outputs".
-VERSION = 1
+# 0: without a version, "low_precision", "seed" and "outputs". 1: without "at_step".
+VERSION = 2
 ADDED_SINCE_0 = {"low_precision": "nearest", "seed": 0}
+
+AVERAGES = ("exp_avg", "exp_avg_sq")
+CURVATURE = ("gram", "matrix", "basis", "core", "core_inverse", "trace", "shift")
+OWN_TENSORS = {"step", "master", *AVERAGES, *CURVATURE}
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -78,29 +82,36 @@ def check_state(
 ) -> None:
     """Raises ValueError, naming the layer and both shapes, unless a state fits the model.
 
+    What other packages keep in it is none of our concern.
+
     Args:
         state_dict: from `upgrade_state`.
         groups: the optimizer's, with the layers of each.
         names: of the parameters.
     """
     saved_groups, saved = state_dict["param_groups"], state_dict["state"]
-    for group, mine, saved_group in zip(groups, layers, saved_groups, strict=False):
-        keys = dict(zip(group["params"], saved_group["params"], strict=False))
-        states = {param: saved.get(key, {}) for param, key in keys.items()}
-        owners = {param: layer for layer in mine for param in layer.params}
-        for param, state in states.items():
-            _check_sharding(names[param], param, state)
-            layer = owners.get(param)
-            if layer is None:
-                _check_shapes(f"parameter {names[param]!r}", state, _shapes(param))
-                continue
-            shapes = _shapes(param)
-            if "rows" in states.get(layer.weight, {}):
-                shapes |= _layer_shapes(layer, param, saved_group["normalize"])
-            _check_layer(layer, param, state)
-            _check_shapes(f"layer {layer.name!r}", state, shapes)
-        for own in mine:
-            _check_kind(own, saved_group)
+    states: dict[Tensor, Mapping[str, Any]] = {}
+    for group, saved_group in zip(groups, saved_groups, strict=False):
+        keys = zip(group["params"], saved_group["params"], strict=False)
+        states.update({param: saved.get(key, {}) for param, key in keys})
+    owned: set[Tensor] = set()
+    for mine, saved_group in zip(layers, saved_groups, strict=False):
+        for layer in mine:
+            owned.update(layer.params)
+            known = "rows" in states.get(layer.weight, {})
+            for param in (param for param in layer.params if param in states):
+                shapes = _shapes(param)
+                if known:
+                    shapes |= _layer_shapes(layer, param, saved_group["normalize"])
+                _check_sharding(names.get(param, ""), param, states[param])
+                _check_layer(layer, param, states[param])
+                _check_shapes(f"layer {layer.name!r}", states[param], shapes)
+            _check_kind(layer, saved_group)
+    for param, state in states.items():
+        if param not in owned:
+            name = names.get(param, "")
+            _check_sharding(name, param, state)
+            _check_shapes(f"parameter {name!r}", state, _shapes(param))
     _check_count("groups", len(groups), len(saved_groups))
     for index, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
         what = f"parameters in group {index}"
@@ -126,12 +137,16 @@ def copy_state(
 def copy_tensors(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     """A state on the parameter's device; statistics of 16-bit parameters stay in float32."""
     wide = torch.promote_types(param.dtype, torch.float32)
-    return {
-        key: value.to(param.device, torch.float32 if key == "step" else wide, copy=True)
-        if isinstance(value, Tensor)
-        else value
-        for key, value in state.items()
-    }
+    found: dict[str, Any] = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            found[key] = value
+        elif key in OWN_TENSORS:
+            found[key] = value.to(param.device, torch.float32 if key == "step" else wide, copy=True)
+        else:
+            # Another package's, in its own dtype.
+            found[key] = value.to(param.device, copy=True)
+    return found
 
 
 def is_priming(groups: Groups, states: Mapping[Tensor, State]) -> bool:
@@ -220,7 +235,7 @@ def _check_shapes(
 ) -> None:
     found = _tensor_shapes(state)
     for key in found:
-        if key not in shapes:
+        if key in OWN_TENSORS and key not in shapes:
             raise ValueError(f"{owner}: expected {_describe(shapes)}, got {key} {[*found[key]]}")
     for key, shape in shapes.items():
         if key in found and tuple(found[key]) != tuple(shape):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, MutableMapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from gls_fused.reference import Inverse
 
 
 def step_layers_(
-    backend: ModuleType,
     layers: Sequence[Layer],
     states: MutableMapping[Tensor, State],
     options: Mapping[str, Any],
+    groups: Mapping[Tensor, Mapping[str, Any]],
     bits: Bits,
     skip: Tensor | None,
 ) -> None:
@@ -30,12 +29,151 @@ def step_layers_(
 
     Args:
         states: of the parameters; a layer's buffers are made at its first step.
-        options: of the layers' group.
+        options: of the group of the layers' weights.
+        groups: of every parameter that is to move; a bias has lr and weight decay of its own.
         bits: what rounds stochastically.
         skip: 0-d bool; where it is true nothing changes.
     """
-    for alike in _group(layers, options):
-        _step_together_(backend, alike, states, options, bits, skip)
+    for alike in _alike(layers, options):
+        _step_together_(alike, states, options, groups, bits, skip)
+
+
+def _alike(layers: Sequence[Layer], options: Mapping[str, Any]) -> list[list[Layer]]:
+    """Layers that one update takes together: of one backend, dtype, device and sharding."""
+    found: dict[tuple[object, ...], list[Layer]] = {}
+    for layer in layers:
+        key: tuple[object, ...] = (
+            layer.backend_name,
+            layer.weight.dtype,
+            layer.weight.get_device(),
+            layer.shards,
+        )
+        # One by one, so that the float32 copies of a single layer are alive at a time.
+        # Not where they share an all-reduce.
+        alone = layer.shards is None and options["low_precision"] == "stochastic"
+        if alone and is_low(layer.weight):
+            key = (*key, layer.name)
+        found.setdefault(key, []).append(layer)
+    return list(found.values())
+
+
+def _step_together_(
+    layers: Sequence[Layer],
+    states: MutableMapping[Tensor, State],
+    options: Mapping[str, Any],
+    groups: Mapping[Tensor, Mapping[str, Any]],
+    bits: Bits,
+    skip: Tensor | None,
+) -> None:
+    params: list[Tensor] = []
+    found: list[State] = []
+    firsts: list[State] = []
+    inverses: list[Inverse | None] = []
+    sizes: list[int] = []
+    for layer in layers:
+        mine = [param for param in layer.params if param.grad is not None and param in groups]
+        own = [states[param] for param in mine]
+        fill_layer_states(layer, mine, own, options)
+        params += mine
+        found += own
+        # The weight's, which holds what is the layer's.
+        firsts.append(own[0])
+        sizes.append(len(mine))
+        with_bias = len(mine) == len(layer.params)
+        inverses.append(None if layer.holds_direction() else layer.inverse_for(with_bias))
+    squared = {"rms": firsts, "adam": found}.get(options["normalize"], [])
+    # The backends round to the nearest themselves.
+    copies = params
+    if options["low_precision"] != "nearest":
+        copies = open_copies(params, found, options)
+    pairs = zip(params, copies, strict=True)
+    gradients = [p.grad if copy is p else p.grad.float() for p, copy in pairs if p.grad is not None]
+    apart = Apart(params, copies, options, groups)
+    backend = layers[0].backend
+    update_layers_ = backend.update_layers_
+    if layers[0].shards is not None:
+        update_layers_ = functools.partial(update_shards_, backend)
+    skip = None if skip is None else skip.to(params[0].device, non_blocking=True)
+    update_layers_(
+        apart.written,
+        gradients,
+        [state["exp_avg"] for state in found] if options["momentum"] else [],
+        [state["exp_avg_sq"] for state in squared],
+        [state["step"] for state in firsts],
+        inverses,
+        layer_sizes=sizes,
+        normalize=options["normalize"],
+        lr=apart.lr,
+        momentum=options["momentum"],
+        beta2=options["beta2"],
+        eps=options["eps"],
+        weight_decay=options["weight_decay"],
+        skip=skip,
+    )
+    apart.close_(skip)
+    close_copies(params, copies, options, bits)
+
+
+class Apart:
+    """Biases whose group has another lr or weight decay than their weight's.
+
+    The update of a layer writes -lr update into a zero in their place, from which the bias takes
+    its own step:
+
+        b <- b (1 - lr_b weight_decay_b) - lr_b update
+
+    Args:
+        params: of the layers.
+        copies: what is to be written instead of them, or they themselves.
+        options: of the weights' group.
+        groups: of each parameter.
+    Attributes:
+        written: what the update is to write to.
+        lr: with which rate; not the group's where that is 0 and would hide the update.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        copies: Sequence[Tensor],
+        options: Mapping[str, Any],
+        groups: Mapping[Tensor, Mapping[str, Any]],
+    ) -> None:
+        self.lr = options["lr"]
+        self.written = list(copies)
+        # Index, group.
+        self._biases: list[tuple[int, Mapping[str, Any]]] = []
+        self._copies = copies
+        for index, param in enumerate(params):
+            own = groups[param]
+            if own is not options and not all(
+                _equal(own[key], options[key]) for key in ("lr", "weight_decay")
+            ):
+                self._biases.append((index, own))
+                self.written[index] = torch.zeros_like(copies[index])
+        if self._biases and not isinstance(self.lr, Tensor) and self.lr == 0:
+            self.lr = 1.0
+            places = {index for index, _ in self._biases}
+            for index, copy in enumerate(copies):
+                if index not in places:
+                    self.written[index] = copy.clone()
+
+    @torch.no_grad()
+    def close_(self, skip: Tensor | None) -> None:
+        """The biases take their steps."""
+        for index, own in self._biases:
+            decay, ratio = 1 - own["lr"] * own["weight_decay"], own["lr"] / self.lr
+            if skip is not None:
+                # The zero has stayed one.
+                decay = torch.where(skip, torch.ones_like(skip, dtype=torch.float32), decay)
+            self._copies[index].mul_(decay).add_(self.written[index] * ratio)
+
+
+def _equal(ours: Any, theirs: Any) -> bool:
+    """Of two numbers; tensors are not looked into, which would wait for the device."""
+    if isinstance(ours, Tensor) or isinstance(theirs, Tensor):
+        return ours is theirs
+    return bool(ours == theirs)
 
 
 def fill_layer_states(
@@ -70,56 +208,3 @@ def _group(layers: Sequence[Layer], options: Mapping[str, Any]) -> list[list[Lay
             key = (*key, layer.name)
         groups.setdefault(key, []).append(layer)
     return list(groups.values())
-
-
-def _step_together_(
-    backend: ModuleType,
-    layers: Sequence[Layer],
-    states: MutableMapping[Tensor, State],
-    options: Mapping[str, Any],
-    bits: Bits,
-    skip: Tensor | None,
-) -> None:
-    params: list[Tensor] = []
-    found: list[State] = []
-    firsts: list[State] = []
-    inverses: list[Inverse | None] = []
-    sizes: list[int] = []
-    for layer in layers:
-        mine = [param for param in layer.params if param.grad is not None]
-        own = [states[param] for param in mine]
-        fill_layer_states(layer, mine, own, options)
-        params += mine
-        found += own
-        # The weight's, which holds what is the layer's.
-        firsts.append(own[0])
-        sizes.append(len(mine))
-        with_bias = len(mine) == len(layer.params)
-        inverses.append(None if layer.at_backward else layer.inverse_for(with_bias))
-    squared = {"rms": firsts, "adam": found}.get(options["normalize"], [])
-    # The backends round to the nearest themselves.
-    copies = params
-    if options["low_precision"] != "nearest":
-        copies = open_copies(params, found, options)
-    pairs = zip(params, copies, strict=True)
-    gradients = [p.grad if copy is p else p.grad.float() for p, copy in pairs if p.grad is not None]
-    update_layers_ = backend.update_layers_
-    if layers[0].shards is not None:
-        update_layers_ = functools.partial(update_shards_, backend)
-    update_layers_(
-        copies,
-        gradients,
-        [state["exp_avg"] for state in found] if options["momentum"] else [],
-        [state["exp_avg_sq"] for state in squared],
-        [state["step"] for state in firsts],
-        inverses,
-        layer_sizes=sizes,
-        normalize=options["normalize"],
-        lr=options["lr"],
-        momentum=options["momentum"],
-        beta2=options["beta2"],
-        eps=options["eps"],
-        weight_decay=options["weight_decay"],
-        skip=None if skip is None else skip.to(params[0].device, non_blocking=True),
-    )
-    close_copies(params, copies, options, bits)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from gls_fused import _build_info, reference
 from gls_fused.reference import (
@@ -30,6 +31,7 @@ from gls_fused.reference import (
 
 __all__ = [
     "LinearCapture",
+    "add_sketch_",
     "blend_subspace",
     "blend_subspaces",
     "captured_linear",
@@ -127,6 +129,11 @@ def sketch_rows(rows: Tensor, basis: Tensor, *, ones: bool) -> tuple[Tensor, Ten
     return core, sketch, trace
 
 
+def add_sketch_(rows: Tensor, basis: Tensor, ones: bool, sums: Tensor) -> None:
+    """Add n, ||A||_F^2 and `sketch_rows` to sums as `gls_fused.reference.split_sums` has them."""
+    _ops.add_sketch_(rows, basis, ones, sums)
+
+
 def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
     """See `gls_fused.reference.refresh_subspace`."""
     (result,) = refresh_subspaces([core], [sketch])
@@ -200,6 +207,7 @@ def update_layers_(
         None,
         None if skip is None else skip.float(),
     )
+    increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
 
 
 def _by_layer(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gls_fused.capture.layer import Layer, autocast_inputs
-from gls_fused.capture.rows import SKETCH_IMAGES, Rows, outside_autocast, take_every
+from gls_fused.capture.rows import SKETCH_IMAGES, Rows, outside_autocast, take_sample
 from gls_fused.capture.traced import define_traced, fill_rows, flatten_rows
 from gls_fused.reference import Window
 
@@ -19,8 +19,8 @@ class ImageRows(Rows):
 
     window: Window
 
-    def sample(self, inputs: Tensor) -> tuple[Tensor, int]:
-        return take_every(inputs, SKETCH_IMAGES)
+    def sample(self, inputs: Tensor) -> tuple[Tensor, float]:
+        return take_sample(inputs, SKETCH_IMAGES, self.draw)
 
     def sum_gram(self, inputs: Tensor) -> tuple[int, Tensor, Tensor]:
         rows = self.backend.unfold_images(inputs, self.window)
@@ -35,7 +35,7 @@ class ImageRows(Rows):
 
 
 class Conv2d(torch.autograd.Function):
-    """F.conv2d whose backward shows the images; `tally` as in `Linear`."""
+    """F.conv2d in a traced graph, whose backward gives the sums over the rows to `tally`."""
 
     @staticmethod
     def forward(
@@ -73,9 +73,11 @@ class Conv2d(torch.autograd.Function):
         )
         if not needs[1]:
             return image_gradient, None, bias_gradient, None, None
-        rows.show(images)
+        counts, applies = rows.enter(ctx, 1)
+        if counts:
+            rows.gather(images)
         sums = rows.take_sums() if ctx.needs_input_grad[3] else None
-        if rows.at_backward:
+        if applies:
             # Patches overlap, so A P is no image: by linearity, P goes on this call's gradient.
             owned = needs[2] and rows.ones
             directions = rows.direction(
@@ -96,18 +98,33 @@ class Conv2dLayer(ImageRows, Layer):
         assert isinstance(module, nn.Conv2d)
         self.window, self.padding_before = window_of(module)
 
-    def forward(self, module: nn.Module, inputs: Tensor) -> Tensor:
+    def gather(self, inputs: Tensor) -> None:
+        super().gather(self._pad(inputs))
+
+    def compute(
+        self, module: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        assert isinstance(module, nn.Conv2d)
+        outputs: Tensor = module._conv_forward(inputs, weight, bias)
+        return outputs
+
+    def traced(self, module: nn.Module, inputs: Tensor) -> Tensor:
         assert isinstance(module, nn.Conv2d)
         inputs, weight, bias = autocast_inputs(inputs, module.weight, module.bias)
+        images = self._pad(inputs)
+        arguments = flatten_rows(self, self.backend_name, self.tally)
+        window = [size for pair in self.window for size in pair]
+        outputs: Tensor = torch.ops.gls_fused.traced_conv2d(
+            images, weight, bias, *arguments, window
+        )
+        return outputs[0] if inputs.ndim == 3 else outputs
+
+    def _pad(self, inputs: Tensor) -> Tensor:
+        """[N, c, h, w], padded by what the window does not pad itself."""
         mode, amounts = self.padding_before
         if any(amounts):
             inputs = F.pad(inputs, amounts, mode)
-        images = inputs[None] if inputs.ndim == 3 else inputs
-        if torch.compiler.is_compiling():
-            outputs = _traced_conv2d(images, weight, bias, self, self.backend_name, self.tally)
-        else:
-            outputs = Conv2d.apply(images, weight, bias, None, self)
-        return outputs[0] if inputs.ndim == 3 else outputs
+        return inputs[None] if inputs.ndim == 3 else inputs
 
 
 def window_of(module: nn.Conv2d) -> tuple[Window, tuple[str, list[int]]]:
@@ -126,20 +143,6 @@ def window_of(module: nn.Conv2d) -> tuple[Window, tuple[str, list[int]]]:
 def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
     height, width = sizes
     return height, width
-
-
-def _traced_conv2d(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: ImageRows,
-    backend: str,
-    tally: Tensor | None,
-) -> Tensor:
-    """`Conv2d` of what `rows` holds now; the sums become the gradient of `tally`."""
-    arguments = flatten_rows(rows, backend, tally)
-    window = [size for pair in rows.window for size in pair]
-    return torch.ops.gls_fused.traced_conv2d(images, weight, bias, *arguments, window)  # type: ignore[no-any-return]
 
 
 def _run_conv2d(

@@ -1,26 +1,33 @@
 """A layer: what a weight, with its bias, and the modules that use it are to GLS.
 
-While it is captured, its modules' forward runs through an autograd function whose backward sees the
-rows A and the gradients G at once. That is where the sums over the rows are taken, so they count a
-row exactly when its weight gradient is counted: not in evaluation, once under activation
-checkpointing, twice when a module is called twice. There too the rows are preconditioned when the
-layer's site is the backward.
+While it is captured, its modules' forward, in a step that gathers rows, uses weight and bias as
+`gls_fused.capture.observed` hands them out; in other steps it is the module's own. Only where P
+acts on the rows themselves, nn.Linear at the backward site, an autograd function stands in for the
+module's op.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+import functools
+import warnings
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from gls_fused.backends.dispatch import backend_name
+from gls_fused.backends.dispatch import backend_name, resolve_backend
+from gls_fused.capture.graph import Reach, reach_of, running_task
+from gls_fused.capture.modules import capture_module, captured_by, release_module
+from gls_fused.capture.observed import observe
 from gls_fused.capture.rows import Rows
-from gls_fused.curvature.estimate import Curvature
+from gls_fused.curvature.estimate import make_curvature
 from gls_fused.distributed.sharding import is_sharded, shards_of
-from gls_fused.reference import Inverse
+from gls_fused.reference import Inverse, SubspaceInverse, undo_inverse
+
+# So many entries of a weight's gradient tell whether it is still what the backward left there.
+MARKS = 64
 
 
 class Layer(Rows):
@@ -31,7 +38,13 @@ class Layer(Rows):
         weight: [m, k], or [m, c, kh, kw].
         bias: [m] or None.
         dim: d, the length of a row with its one.
-        curvature: the kind of running estimate, set by `assign`.
+        curvature: the kind of running estimate, as is the backend set by `assign`.
+        promised: whether D in p.grad is what the user asked for, and not this layer's own choice.
+        stays_at_step: whether p.grad has turned out to be in use, so that it keeps the gradient.
+        compiled: whether a graph that torch.compile traced has shown rows.
+        idle: why it takes part in no statistics, or None; such as never having been called.
+        marks: some entries of the D that this step's backward passes have left in p.grad; None
+            before the first.
         tally: in graphs that torch.compile traces, the leaf whose gradient is the sums; one number
             in memory. None before the first step that gathers.
         captured: False once another optimizer has taken the modules over.
@@ -52,32 +65,52 @@ class Layer(Rows):
         self.ones = bias is not None
         self.size = weight.shape[1:].numel()
         self.dim = self.size + self.ones
-        self.statistics_dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.promised = self.stays_at_step = self.compiled = self.captured = False
+        self.idle: str | None = None
+        self.misses = 0
+        self.marks: Tensor | None = None
         self.tally: Tensor | None = None
-        self.captured = False
+        self._parts = 0
+        self._task = -1
 
     def __reduce__(self) -> tuple[type[Layer], tuple[Any, ...]]:
         # A copy has statistics of its own, and captures nothing until it is told to.
         return type(self), (self.name, self.modules, self.bias)
 
-    def assign(self, curvature: Curvature) -> None:
-        """Choose the kind of running estimate."""
-        self.curvature = curvature
-        self.backend = curvature.backend
-        self.backend_name = backend_name(curvature.backend)
+    # ---- what an optimizer tells it --------------------------------------------------------------
+
+    def assign(self, kind: str, rank: Any, backend: str, *, promised: bool) -> None:
+        """Choose the kind of running estimate, and the backend by name."""
+        self._choice = (kind, rank, backend)
+        self.promised = promised
+        self.fit()
+
+    def fit(self) -> None:
+        """Be of the weight's dtype and device, which change where a model is cast or moved."""
+        kind, rank, backend = self._choice
+        self.dtype, self.device = self.weight.dtype, self.weight.device
+        self.backend = resolve_backend(backend, {self.device.type})
+        self.backend_name = backend_name(self.backend)
+        self.curvature = make_curvature(kind, self.dim, self.outputs, rank, self.backend)
+        self.statistics_dtype = torch.promote_types(self.dtype, torch.float32)
+        self.inverse = self.test_matrix = self.tally = self.sums = self.marks = None
+        self.at_backward = False
+
+    @property
+    def fits(self) -> bool:
+        """Whether the weight is as it was when `fit` looked."""
+        return self.weight.dtype == self.dtype and self.weight.device == self.device
 
     def expect(self, inverse: Inverse | None, *, gathers: bool, at_backward: bool) -> None:
         """What the coming step asks of the layer; see `Rows`."""
-        self.inverse = inverse
+        self.inverse, self.gathers, self.at_backward = inverse, gathers, at_backward
         if inverse is not None:
             self.test_matrix = None
-        elif self.test_matrix is None:
-            device = self.weight.device
-            self.test_matrix = self.curvature.test_matrix(self.statistics_dtype, device)
-        self.gathers = gathers
-        self.at_backward = at_backward
-        if gathers and self.tally is None:
-            zero = torch.zeros(1, dtype=self.statistics_dtype, device=self.weight.device)
+        if not self.weight.requires_grad or self.idle is not None:
+            self.test_matrix = self.tally = None
+        elif gathers and self.tally is None:
+            self.sketched_with()
+            zero = torch.zeros(1, dtype=self.statistics_dtype, device=self.device)
             self.tally = zero.expand(self.curvature.sums_size).requires_grad_()
 
     @property
@@ -88,7 +121,7 @@ class Layer(Rows):
     @property
     def resharded(self) -> bool:
         """Whether the weight that a module has is sharded, and not the one known here."""
-        held = [module._parameters["weight"] for module in self.modules]
+        held = [module._parameters.get("weight") for module in self.modules]
         return any(weight is not self.weight and is_sharded(weight) for weight in held)
 
     @property
@@ -99,68 +132,258 @@ class Layer(Rows):
     def capture(self) -> None:
         """Route the modules' forward through this layer."""
         for module in self.modules:
-            earlier = module.__dict__.get("forward")
-            if isinstance(earlier, CapturedForward):
-                earlier.layer.release()
-            module.__dict__["forward"] = CapturedForward(module, self)
+            earlier = captured_by(module)
+            if earlier is not None and earlier is not self:
+                earlier.release()
+            capture_module(module, self)
         self.captured = True
 
     def release(self) -> None:
-        """Give the modules their own forward back."""
+        """Give the modules their own forward back; gradients are true from here on."""
         for module in self.modules:
-            forward = module.__dict__.get("forward")
-            if isinstance(forward, CapturedForward) and forward.layer is self:
-                del module.__dict__["forward"]
+            release_module(module, self)
         self.captured = False
+        self.expect(None, gathers=False, at_backward=False)
+        self.sums = self.marks = self.tally = self.test_matrix = None
+
+    # ---- the forward of a captured module --------------------------------------------------------
+
+    def watches(self, module: nn.Module) -> bool:
+        """Whether a call of the module is to go through `forward`."""
+        weight = module._parameters.get("weight")
+        if weight is None or not (torch.is_grad_enabled() and weight.requires_grad):
+            return False
+        if torch.compiler.is_compiling():
+            if _is_exporting():
+                return False
+        elif torch._C._get_tracing_state() is not None:
+            return False
+        elif torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"layer {self.name!r}: torch.func's transforms (grad, vmap, ...) would give "
+                "gradients of rows that GLS does not see; use a copy.deepcopy of the model, "
+                "or call detach() of the optimizer first"
+            )
+        elif weight is not self.weight and self.shards is None:
+            # Another's: a parameter replaced, or those of torch.func.functional_call.
+            return False
+        elif not self.fits:
+            self.fit()
+        if not (self.at_backward or self.gathers):
+            return False
+        if self.shards is not None and is_sharded(weight):
+            raise RuntimeError(
+                f"layer {self.name!r}: expected its weight whole in the forward, as under "
+                "fully_shard, got a DTensor; GLS does not cover tensor parallelism, pass "
+                "such parameters as a list"
+            )
+        return True
+
+    def forward(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """The module's output, its rows seen and P applied in the backward as the step asks."""
+        if torch.compiler.is_compiling():
+            return self.traced(module, inputs)
+        if self.at_backward and not self.promised and self._gradient_is_in_use():
+            self.leave_backward_site()
+        if self.at_backward:
+            return self.precondition(module, inputs)
+        if not self.gathers:
+            return self.plain(module, inputs)
+        return self.observed(module, inputs)
+
+    def observed(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """The output by torch's own op, of weight and bias that are observed."""
+        weight: Tensor | None = module._parameters["weight"]
+        bias: Tensor | None = module._parameters["bias"]
+        assert weight is not None
+        (inputs,) = autocast_inputs(inputs)
+        seen = self.gathers and self.sees(inputs)
+        if not (seen or self.at_backward):
+            return self.plain(module, inputs)
+        # P couples weight and bias; without it the bias need not be observed.
+        owned = self.at_backward and self.ones and bias is not None and bias.requires_grad
+        weight, own = observe(self, inputs if seen else None, weight, bias if owned else None)
+        return self.compute(module, inputs, weight, own if owned else bias)
+
+    def precondition(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """The output where P applies in the backward."""
+        return self.observed(module, inputs)
+
+    def plain(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """The module's own output."""
+        weight = module._parameters["weight"]
+        assert weight is not None
+        return self.compute(module, inputs, weight, module._parameters["bias"])
+
+    @abc.abstractmethod
+    def compute(
+        self, module: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """What the module's own forward computes, with this weight and bias."""
+
+    @abc.abstractmethod
+    def traced(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """`forward` in a graph that torch.compile traces."""
+
+    def sees(self, inputs: Tensor) -> bool:
+        """Whether the inputs are rows that can be summed; where not, the report says why."""
+        if inputs.layout != torch.strided:
+            self.unseen = f"its inputs are {str(inputs.layout).removeprefix('torch.')}"
+            return False
+        if type(inputs).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            self.unseen = f"its inputs are {type(inputs).__name__}s"
+            return False
+        return forward_ad._current_level < 0 or not self.at_backward
+
+    unseen: str | None = None
+
+    # ---- the backward ----------------------------------------------------------------------------
+
+    def enter(self, ctx: Any, weight: int) -> tuple[bool, bool]:
+        """See `Rows.enter`.
+
+        Raises:
+            RuntimeError: it would differentiate through the D that the user has asked for.
+        """
+        reach = reach_of(ctx, weight)
+        if reach is Reach.NOTHING or not self.captured:
+            return False, False
+        task = running_task()
+        if task != self._task:
+            self._task = task
+            if reach is Reach.GRADIENT:
+                self._forget_dropped()
+        if self.at_backward and torch.is_grad_enabled():
+            if self.promised:
+                raise RuntimeError(
+                    f"layer {self.name!r}: a backward with create_graph=True would differentiate "
+                    'through the preconditioned gradient; use site="step"'
+                )
+            self.leave_backward_site()
+        # Who asks torch.autograd.grad for the gradient gets the gradient.
+        applies = self.at_backward and (self.promised or reach is Reach.GRADIENT)
+        return self.gathers and self.idle is None, applies
+
+    def deposit(self, direction: Tensor) -> None:
+        if self.promised:
+            return
+        part = self._marks_of(direction)
+        if self.marks is None:
+            self.marks = part.new_zeros(2, MARKS)
+        self.marks += torch.stack([part, part.abs()])
+        self._parts += 1
+
+    def gather(self, inputs: Tensor) -> None:
+        self.sketched_with()
+        super().gather(inputs)
+
+    def sketched_with(self) -> Tensor | None:
+        """U, or the test matrix, which is made when the first rows come; None where dense."""
+        if isinstance(self.inverse, SubspaceInverse):
+            return self.inverse.basis
+        if self.inverse is None and self.test_matrix is None:
+            self.test_matrix = self.curvature.test_matrix(self.statistics_dtype, self.device)
+        return self.test_matrix
+
+    def _forget_dropped(self) -> None:
+        """Forget rows of earlier backward passes whose gradient somebody has cleared since."""
+        self.read_native()
+        gradient = self.weight.grad
+        # fully_shard keeps the gradient of steps without synchronisation elsewhere.
+        if self.shards is not None or (self.sums is None and self.marks is None):
+            return
+        if gradient is None:
+            self.forget()
+        elif self.marks is not None:
+            if self.marks[0].any() and not self._marks_of(gradient).any():
+                self.forget()
+        elif self.sums is not None:
+            kept = torch.linalg.vector_norm(gradient, torch.inf) != 0
+            self.sums = torch.where(kept, self.sums, 0.0)
+
+    # ---- the step --------------------------------------------------------------------------------
 
     def take_sums(self) -> Tensor | None:
         sums = super().take_sums()
         if self.tally is None or self.tally.grad is None:
             return sums
+        self.compiled = True
         traced, self.tally.grad = self.tally.grad, None
         return traced if sums is None else sums + traced
 
     def no_sums(self) -> Tensor:
         """The sums over no row."""
         size = self.curvature.sums_size
-        return torch.zeros(size, dtype=self.statistics_dtype, device=self.weight.device)
+        return torch.zeros(size, dtype=self.statistics_dtype, device=self.device)
 
-    @abc.abstractmethod
-    def forward(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        """The module's output, through the autograd function that sees rows and gradients."""
+    def forget(self) -> None:
+        """Forget the rows of this step, and what of D is in p.grad."""
+        self.take_sums()
+        self.read_native()
+        self.marks, self._parts = None, 0
 
+    def read_native(self) -> None:
+        """Take over what an autograd function of the backend's own has noted."""
 
-class CapturedForward:
-    """Stands in for the forward of a module, on the instance, while a layer captures it.
+    def holds_direction(self) -> bool:
+        """Whether p.grad, which there is, holds D, so that P is not to be applied again.
 
-    A copy or a pickle of the module gets its class's forward instead.
-    """
+        Where p.grad is not what the backward left there up to one factor, it says so once, and the
+        layer's site is the step from the next step on.
+        """
+        if not self.at_backward or self.promised:
+            return self.at_backward
+        self.read_native()
+        if self.marks is None:
+            return False
+        gradient = self.weight.grad
+        assert gradient is not None
+        (marks, sizes), found = self.marks, self._marks_of(gradient)
+        square = marks.square().sum()
+        factor = found @ marks / square.clamp(min=torch.finfo(square.dtype).tiny)
+        # Each part, and the sum, is rounded to the gradient's dtype, and scaled a few times.
+        rounding = (4 + 2 * self._parts) * torch.finfo(gradient.dtype).eps
+        allowed = rounding * (factor.abs() * sizes + found.abs()).max()
+        if (found - factor * marks).abs().max() > allowed:
+            self.stays_at_step = True
+            warnings.warn(
+                f"layer {self.name!r}: its p.grad is not what backward() left there, which was D = "
+                "D0 P and not the gradient: a penalty, hook, mask, noise or use of the weight "
+                'outside its module added to it. GLS(..., site="step") keeps the gradient in '
+                "p.grad; this layer does so from here on",
+                stacklevel=2,
+            )
+        return True
 
-    def __init__(self, module: nn.Module, layer: Layer) -> None:
-        self.module = module
-        self.layer = layer
+    def leave_backward_site(self) -> None:
+        """From here on p.grad keeps the gradient; what of D is in it already becomes D0."""
+        self.read_native()
+        if self.marks is not None and self.inverse is not None:
+            params = [param for param in self.params if param.grad is not None]
+            matrices = [param.grad.view(self.outputs, -1) for param in params]  # type: ignore[union-attr]
+            inverse = self.inverse_for(len(params) == len(self.params))
+            restored = undo_inverse(torch.cat(matrices, dim=1), inverse)
+            parts = torch.split(restored, [matrix.shape[1] for matrix in matrices], dim=1)
+            for matrix, part in zip(matrices, parts, strict=True):
+                matrix.copy_(part)
+        self.marks, self._parts = None, 0
+        self.stays_at_step = True
+        self.expect(self.inverse, gathers=self.gathers, at_backward=False)
 
-    def __call__(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Module's own name for it
-        module, layer = self.module, self.layer
-        if torch.is_grad_enabled() and module.weight.requires_grad:
-            if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-                raise RuntimeError(
-                    f"layer {layer.name!r}: torch.func's transforms (grad, vmap, ...) would give "
-                    "gradients of rows that GLS does not see; use a copy.deepcopy of the model, "
-                    "or call detach() of the optimizer first"
-                )
-            if layer.at_backward or layer.gathers:
-                if layer.shards is not None and is_sharded(module.weight):
-                    raise RuntimeError(
-                        f"layer {layer.name!r}: expected its weight whole in the forward, as under "
-                        "fully_shard, got a DTensor; GLS does not cover tensor parallelism, pass "
-                        "such parameters as a list"
-                    )
-                return layer.forward(module, input)
-        return type(module).forward(module, input)  # type: ignore[no-any-return]
+    def _gradient_is_in_use(self) -> bool:
+        """Whether hooks of the parameters see their gradients."""
+        return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.params)
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return getattr, (self.module, "forward")
+    def _marks_of(self, gradient: Tensor) -> Tensor:
+        """Some entries of a gradient of the weight's shape, [MARKS] in at least float32."""
+        found = gradient.reshape(-1).index_select(0, self.mark_places)
+        return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    @functools.cached_property
+    def mark_places(self) -> Tensor:
+        """Which, [MARKS] int64: all over the weight, as inputs or outputs may be dead."""
+        places = [0x9E3779B1 * (i + 1) % max(1, self.weight.numel()) for i in range(MARKS)]
+        return torch.tensor(places, device="cpu")
 
 
 def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -173,3 +396,8 @@ def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:
         x if x is None or x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype)
         for x in tensors
     )
+
+
+def _is_exporting() -> bool:
+    # Since torch 2.7.
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from typing import Any
 
 import torch
@@ -9,17 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gls_fused.capture.layer import Layer, autocast_inputs
-from gls_fused.capture.rows import SKETCH_ROWS, Rows, outside_autocast, take_every
+from gls_fused.capture.observed import observe
+from gls_fused.capture.rows import SKETCH_ROWS, Rows, outside_autocast, take_sample
 from gls_fused.capture.traced import define_traced, fill_rows, flatten_rows
-from gls_fused.curvature.estimate import Curvature, Subspace
+from gls_fused.curvature.estimate import Subspace
 from gls_fused.reference import DenseInverse, Inverse
 
 
 class LinearRows(Rows):
     """Of F.linear: every leading dimension of the inputs is rows."""
 
-    def sample(self, inputs: Tensor) -> tuple[Tensor, int]:
-        return take_every(inputs.reshape(-1, inputs.shape[-1]), SKETCH_ROWS)
+    def sample(self, inputs: Tensor) -> tuple[Tensor, float]:
+        return take_sample(inputs.reshape(-1, inputs.shape[-1]), SKETCH_ROWS, self.draw)
 
     def sum_gram(self, rows: Tensor) -> tuple[int, Tensor, Tensor]:
         gram, trace = self.backend.sum_gram(rows, dtype=self.statistics_dtype, ones=self.ones)
@@ -30,15 +33,15 @@ class LinearRows(Rows):
         return rows.shape[0], trace, core, sketch
 
     def weight_gradient(
-        self, inputs: Tensor, output_gradient: Tensor, with_bias: bool
+        self, inputs: Tensor, output_gradient: Tensor, with_bias: bool, applies: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """G'A and the column sums of G; of A P instead of A where P applies at the backward."""
+        """G'A and the column sums of G; of A P instead of A where P applies."""
         rows = inputs.reshape(-1, inputs.shape[-1])
         gradient = output_gradient.reshape(-1, output_gradient.shape[-1])
         if with_bias and not self.ones:
             # The module's bias is not the layer's: its gradient stays true.
-            return self.weight_gradient(inputs, output_gradient, False)[0], gradient.sum(0)
-        if not self.at_backward:
+            return self.weight_gradient(inputs, output_gradient, False, applies)[0], gradient.sum(0)
+        if not applies:
             return gradient.T @ rows, gradient.sum(0) if with_bias else None
         inverse = self.inverse_for(with_bias)
         if rows.dtype == torch.float16:
@@ -56,7 +59,7 @@ class LinearRows(Rows):
 
 
 class Linear(torch.autograd.Function):
-    """F.linear whose backward shows the rows.
+    """F.linear whose backward has rows and gradients at once, so that P can act on the rows.
 
     With `tally`, whose values do not matter, the sums are its gradient.
     """
@@ -70,7 +73,7 @@ class Linear(torch.autograd.Function):
         tally: Tensor | None,
         rows: LinearRows,
     ) -> Tensor:
-        ctx.save_for_backward(inputs, weight)
+        ctx.save_for_backward(inputs, weight, bias)
         ctx.rows = rows
         outputs = F.linear(inputs, weight, bias)
         # A view made in here could not be modified in place, as ReLU(inplace=True) does.
@@ -81,16 +84,29 @@ class Linear(torch.autograd.Function):
     @staticmethod
     @outside_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight = ctx.saved_tensors
+        inputs, weight, bias = ctx.saved_tensors
         rows: LinearRows = ctx.rows
         needs_inputs, needs_weight, needs_bias, tallies, _ = ctx.needs_input_grad
-        input_gradient = gradient @ weight if needs_inputs else None
+        counts = applies = False
+        if needs_weight:
+            counts, applies = rows.enter(ctx, 1)
+        input_gradient = None
+        if needs_inputs:
+            factor = weight
+            if torch.is_grad_enabled() and needs_weight:
+                # A second derivative reaches the weight through this product, and P acts on it too.
+                factor, _ = observe(rows, None, weight, bias if rows.ones and needs_bias else None)
+            input_gradient = gradient @ factor
         if not needs_weight:
             bias_gradient = gradient.reshape(-1, gradient.shape[-1]).sum(0) if needs_bias else None
             return input_gradient, None, bias_gradient, None, None
-        rows.show(inputs)
+        if counts:
+            rows.gather(inputs)
         sums = rows.take_sums() if tallies else None
-        return input_gradient, *rows.weight_gradient(inputs, gradient, needs_bias), sums, None
+        gradients = rows.weight_gradient(inputs, gradient, needs_bias, applies)
+        if applies:
+            rows.deposit(gradients[0])
+        return input_gradient, *gradients, sums, None
 
 
 class LinearLayer(LinearRows, Layer):
@@ -98,32 +114,70 @@ class LinearLayer(LinearRows, Layer):
 
     kind = "Linear"
 
-    def assign(self, curvature: Curvature) -> None:
-        super().assign(curvature)
+    def fit(self) -> None:
+        super().fit()
         # Backends may have an autograd function of their own, for the subspace.
         self.native = None
-        if hasattr(self.backend, "LinearCapture") and isinstance(curvature, Subspace):
-            self.native = self.backend.LinearCapture(self.name, self.ones, SKETCH_ROWS)
+        if hasattr(self.backend, "LinearCapture") and isinstance(self.curvature, Subspace):
+            # Not this layer itself, which then nothing would free but the cycle collector.
+            leave = functools.partial(_leave, weakref.ref(self))
+            self.native = self.backend.LinearCapture(
+                self.name, self.ones, self.promised, self.weight, self.mark_places, leave
+            )
 
     def expect(self, inverse: Inverse | None, *, gathers: bool, at_backward: bool) -> None:
         super().expect(inverse, gathers=gathers, at_backward=at_backward)
         if self.native is not None:
-            parts = (self.test_matrix, None, None) if inverse is None else inverse
-            self.native.expect(*parts, gathers, at_backward)
+            self.native.expect(*(inverse if at_backward and inverse else (None, None, None)))
 
-    def take_sums(self) -> Tensor | None:
-        if self.native is not None:
-            self.sums = self.native.take_sums()
-        return super().take_sums()
+    def read_native(self) -> None:
+        if self.native is None:
+            return
+        marks, parts = self.native.take_marks()
+        if marks is not None:
+            self.marks = marks if self.marks is None else self.marks + marks
+            self._parts += parts
 
-    def forward(self, module: nn.Module, inputs: Tensor) -> Tensor:
+    def gather(self, inputs: Tensor) -> None:
+        add_sketch_ = getattr(self.backend, "add_sketch_", None)
+        basis = self.sketched_with()
+        if add_sketch_ is None or basis is None:
+            super().gather(inputs)
+            return
+        # Into the sums themselves, in one pass over the rows.
+        with torch.no_grad():
+            rows, weight = self.sample(inputs)
+            sums = self.no_sums()
+            if rows.numel():
+                add_sketch_(rows, basis, self.ones, sums)
+            self.sums = sums * weight if self.sums is None else self.sums.add(sums, alpha=weight)
+
+    def compute(
+        self, module: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        return F.linear(inputs, weight, bias)
+
+    def precondition(self, module: nn.Module, inputs: Tensor) -> Tensor:
         assert isinstance(module, nn.Linear)
+        # Rows that are no plain tensor, or have a tangent, take torch's own op.
+        if not self.sees(inputs):
+            return super().precondition(module, inputs)
         inputs, weight, bias = autocast_inputs(inputs, module.weight, module.bias)
-        if torch.compiler.is_compiling():
-            return _traced_linear(inputs, weight, bias, self, self.backend_name, self.tally)
-        if self.native is not None:
+        if self.native is not None and not self.gathers:
             return self.backend.captured_linear(inputs, weight, bias, self.native)  # type: ignore[no-any-return]
         return Linear.apply(inputs, weight, bias, None, self)  # type: ignore[no-any-return]
+
+    def traced(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        assert isinstance(module, nn.Linear)
+        inputs, weight, bias = autocast_inputs(inputs, module.weight, module.bias)
+        arguments = flatten_rows(self, self.backend_name, self.tally)
+        return torch.ops.gls_fused.traced_linear(inputs, weight, bias, *arguments)  # type: ignore[no-any-return]
+
+
+def _leave(layer: weakref.ref[LinearLayer]) -> None:
+    found = layer()
+    if found is not None:
+        found.leave_backward_site()
 
 
 def _times_root(inverse: Inverse) -> tuple[Inverse, Tensor]:
@@ -133,19 +187,6 @@ def _times_root(inverse: Inverse) -> tuple[Inverse, Tensor]:
         return DenseInverse(inverse.matrix * root), root[None]
     root = inverse.shift.sqrt()
     return inverse._replace(core_inverse=inverse.core_inverse * root, shift=root), root[None]
-
-
-def _traced_linear(
-    inputs: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: LinearRows,
-    backend: str,
-    tally: Tensor | None,
-) -> Tensor:
-    """`Linear` of what `rows` holds now; the sums become the gradient of `tally`."""
-    arguments = flatten_rows(rows, backend, tally)
-    return torch.ops.gls_fused.traced_linear(inputs, weight, bias, *arguments)  # type: ignore[no-any-return]
 
 
 def _run_linear(

@@ -9,6 +9,7 @@ to a kind of layer is in the file of that kind.
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 from collections.abc import Callable
 from types import ModuleType
@@ -38,6 +39,7 @@ class Rows(abc.ABC):
         test_matrix: stands in for the basis until then; None for the dense curvature.
         at_backward: whether the backward leaves D in the gradients instead of D0.
         gathers: whether the rows of this step count.
+        draw: 0-d int64; which sample of many rows this step takes.
         sums: over the rows of this step, see gls_fused.curvature.estimate; None before the first.
     """
 
@@ -49,6 +51,7 @@ class Rows(abc.ABC):
     test_matrix: Tensor | None = None
     at_backward: bool = False
     gathers: bool = True
+    draw: Tensor | int = 0
     sums: Tensor | None = None
 
     def take_sums(self) -> Tensor | None:
@@ -56,24 +59,24 @@ class Rows(abc.ABC):
         sums, self.sums = self.sums, None
         return sums
 
-    def show(self, inputs: Tensor) -> None:
-        """What every backward pass does first.
+    def enter(self, ctx: Any, weight: int) -> tuple[bool, bool]:
+        """What a backward pass asks first, when the weight's gradient is to be computed.
 
-        Raises:
-            RuntimeError: it would differentiate through the preconditioned gradient.
+        Args:
+            ctx: of the autograd function.
+            weight: which of its tensors the weight is.
+        Returns:
+            Whether its rows count, and whether P applies to this gradient.
         """
-        if self.at_backward and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"layer {self.name!r}: a backward with create_graph=True would differentiate "
-                'through the preconditioned gradient; use site="step"'
-            )
-        if self.gathers:
-            self.gather(inputs)
+        return self.gathers, self.at_backward
+
+    def deposit(self, direction: Tensor) -> None:  # noqa: B027  # a traced graph keeps nothing
+        """Told of every part of D that goes into the weight's gradient."""
 
     @torch.no_grad()
     def gather(self, inputs: Tensor) -> None:
         """Add the rows of these inputs to the sums of the step."""
-        inputs, every = self.sample(inputs)
+        inputs, weight = self.sample(inputs)
         if not inputs.numel():
             return
         basis = self.test_matrix
@@ -84,7 +87,7 @@ class Rows(abc.ABC):
                 count, trace, *moments = self.sum_gram(inputs)
             else:
                 count, trace, *moments = self.sketch(inputs, basis)
-        self.sums = add_sums(self.sums, count, trace, tuple(moments), weight=every)
+        self.sums = add_sums(self.sums, count, trace, tuple(moments), weight=weight)
 
     def direction(self, gradients: list[Tensor]) -> list[Tensor]:
         """D = D0 P, in the parameters' shapes; of the weight alone where the bias is frozen."""
@@ -108,8 +111,8 @@ class Rows(abc.ABC):
         return self.inverse._replace(basis=self.inverse.basis[:-1])
 
     @abc.abstractmethod
-    def sample(self, inputs: Tensor) -> tuple[Tensor, int]:
-        """Every so-manyth of the inputs, which the sums are taken over, and of how many each is."""
+    def sample(self, inputs: Tensor) -> tuple[Tensor, float]:
+        """The inputs that the sums are taken over, and how many each of them stands for."""
 
     @abc.abstractmethod
     def sum_gram(self, inputs: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -127,17 +130,41 @@ def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(backward)
-    def run(ctx: Any, gradient: Tensor) -> Any:
-        device = gradient.device.type
-        if not torch.is_autocast_enabled(device):
-            return backward(ctx, gradient)
-        with torch.autocast(device, enabled=False):
-            return backward(ctx, gradient)
+    def run(ctx: Any, *gradients: Tensor | None) -> Any:
+        devices = {gradient.device.type for gradient in gradients if gradient is not None}
+        with contextlib.ExitStack() as stack:
+            for device in devices:
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return backward(ctx, *gradients)
 
     return run
 
 
-def take_every(inputs: Tensor, most: int) -> tuple[Tensor, int]:
-    """At most `most` of the inputs, spread over all of them, and of how many each is one."""
-    every = max(1, -(-inputs.shape[0] // most))
-    return inputs[::every], every
+def take_sample(inputs: Tensor, most: int, draw: Tensor | int) -> tuple[Tensor, float]:
+    """At most `most` of the inputs, and how many each of them stands for.
+
+    One of each of `most` stretches of nearly equal length, at a place that a hash of the stretch
+    and of `draw` gives: no order of the inputs, sorted or periodic, favours some of them; the same
+    on every backend and after a resume, and the host does not wait for it.
+
+    Args:
+        inputs: [n, ...].
+        draw: changes the places from step to step; below 2^31.
+    """
+    n = inputs.shape[0]
+    if n <= most:
+        return inputs, 1.0
+    stretch = torch.arange(most, device=inputs.device)
+    start = stretch * n // most
+    length = (stretch + 1) * n // most - start
+    return inputs.index_select(0, start + _hash(stretch, draw) % length), n / most
+
+
+def _hash(index: Tensor, draw: Tensor | int) -> Tensor:
+    """31 bits that look random, [n] int64. Odd factors below 2^32, so that no product overflows."""
+    mask = (1 << 31) - 1
+    bits = (index * 0x9E3779B1 + draw * 0x85EBCA6B) & mask
+    bits = ((bits ^ (bits >> 15)) * 0x2C1B3C6D) & mask
+    bits = ((bits ^ (bits >> 12)) * 0x297A2D39) & mask
+    return bits ^ (bits >> 15)

@@ -23,7 +23,7 @@ RowsT = TypeVar("RowsT", bound=Rows)
 
 _ARGUMENTS = (
     "Tensor inputs, Tensor weight, Tensor? bias, Tensor? tally, Tensor? test_matrix,"
-    " Tensor[] inverse, bool ones, bool at_backward, str backend"
+    " Tensor? draw, Tensor[] inverse, bool ones, bool at_backward, str backend"
 )
 _library = torch.library.Library("gls_fused", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -41,17 +41,19 @@ def define_traced(name: str, run: Callable[..., Tensor], geometry: str = "") -> 
 
 def flatten_rows(
     rows: Rows, backend: str, tally: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, list[Tensor], bool, bool, str]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | int | None, list[Tensor], bool, bool, str]:
     """What is in force for a layer, as arguments of its op."""
     inverse = [] if rows.inverse is None else list(rows.inverse)
-    tally = tally if rows.gathers else None
-    return tally, rows.test_matrix, inverse, rows.ones, rows.at_backward, backend
+    if not rows.gathers:
+        return None, None, None, inverse, rows.ones, rows.at_backward, backend
+    return tally, rows.test_matrix, rows.draw, inverse, rows.ones, rows.at_backward, backend
 
 
 def fill_rows(
     rows: RowsT,
     tally: Tensor | None,
     test_matrix: Tensor | None,
+    draw: Tensor | None,
     inverse: Sequence[Tensor],
     ones: bool,
     at_backward: bool,
@@ -65,6 +67,7 @@ def fill_rows(
     rows.backend = resolve_backend(backend, ())
     rows.inverse, rows.test_matrix = parts, test_matrix
     rows.ones, rows.at_backward = ones, at_backward
+    rows.draw = 0 if draw is None else draw
     rows.gathers = tally is not None
     if tally is not None:
         rows.statistics_dtype = tally.dtype

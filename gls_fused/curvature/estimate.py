@@ -12,7 +12,7 @@ is kept by columns, as products with rows want it: as [r, d] in memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -121,10 +121,13 @@ class Subspace:
         return 2 + self.rank * (self.rank + self.dim)
 
     def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        generator = torch.Generator().manual_seed(TEST_MATRIX_SEED)
-        gaussian = torch.randn(self.dim, self.rank, generator=generator, dtype=torch.float64)
+        # Made on the CPU whatever the default device, which need not know float64.
+        generator = torch.Generator("cpu").manual_seed(TEST_MATRIX_SEED)
+        gaussian = torch.randn(
+            self.dim, self.rank, generator=generator, dtype=torch.float64, device="cpu"
+        )
         basis: Tensor = torch.linalg.qr(gaussian)[0]
-        return _by_columns(basis.to(device, dtype))
+        return _by_columns(basis.to(dtype).to(device))
 
     def start(self, state: State, sums: Tensor) -> Moments:
         _, trace, core, sketch = split_sums(sums / sums[0], self.dim, self.rank)
@@ -157,6 +160,26 @@ def empty_state(curvature: Curvature, dtype: torch.dtype, device: torch.device) 
     if "basis" in state:
         state["basis"] = _by_columns(state["basis"])
     return state
+
+
+def check_device(owner: str, param: Tensor, state: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Raises RuntimeError where tensors of a state are on another device than the parameter."""
+    for key in keys:
+        value = state.get(key)
+        if isinstance(value, Tensor) and value.device != param.device:
+            raise RuntimeError(
+                f"{owner} is on {param.device}, {key!r} of its state on {value.device}; nothing "
+                "was changed: move the model before the optimizer is built, or bring the state to "
+                "it by optimizer.load_state_dict(optimizer.state_dict())"
+            )
+
+
+def recast(state: State, dtype: torch.dtype, keys: Iterable[str]) -> None:
+    """Bring tensors of a state to their dtype, where somebody has cast them or the parameter."""
+    for key in keys:
+        value = state.get(key)
+        if isinstance(value, Tensor) and value.dtype != dtype:
+            state[key] = value.to(dtype)
 
 
 @without_tf32()
@@ -224,7 +247,7 @@ def settle(
 
 
 def add_sums(
-    sums: Tensor | None, count: int, trace: Tensor, moments: tuple[Tensor, ...], *, weight: int
+    sums: Tensor | None, count: int, trace: Tensor, moments: tuple[Tensor, ...], *, weight: float
 ) -> Tensor:
     """Add the sums over `count` rows, each of which stands for `weight`, to those already there.
 

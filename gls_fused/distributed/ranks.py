@@ -90,7 +90,7 @@ class Ranks:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, so that names do not depend on the wrapper.
+    """The module inside DistributedDataParallel and torch.compile, whose names it is known by.
 
     Raises:
         ValueError: the model is, or holds, a wrapper under which GLS cannot work.
@@ -107,7 +107,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
                 "model: FullyShardedDataParallel flattens the weights that GLS needs as matrices; "
                 "use torch.distributed.fsdp.fully_shard"
             )
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    while True:
+        compiled = sys.modules.get("torch._dynamo.eval_frame")
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif compiled is not None and isinstance(model, compiled.OptimizedModule):
+            model = model._modules["_orig_mod"]
+        else:
+            return model
 
 
 def _first_difference(ours: list[str], theirs: list[str]) -> tuple[str, str]:

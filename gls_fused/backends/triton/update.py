@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from gls_fused.backends.triton.configs import (
     MAX_RANK,
@@ -163,6 +164,7 @@ def update_layers_(
         plan.launch_tiles(device, SUMS=sums, **shared)
     for target, copy in plan.copies:
         target.copy_(copy)
+    increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
 
 
 class _Plan:

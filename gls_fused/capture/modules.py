@@ -1,0 +1,106 @@
+"""Captured modules: instances of a class of their own, whose forward asks the layer.
+
+As torch's parametrizations and fully_shard do it, a captured module's class is a subclass of the
+one it had, with its name. Whatever copies the module, by copy, pickle, torch.save or by hand, gets
+a plain one: the class says so to those that ask it, and the forward computes as the plain class
+does unless it runs on the very module that was captured.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: F401  # see _captured_class
+
+if TYPE_CHECKING:
+    from gls_fused.capture.layer import Layer
+
+_KEY = "_gls_capture"
+# What a captured class holds the plain one as.
+_PLAIN = "_gls_plain_class"
+
+
+class Capture:
+    """What ties a module to the layer that captures it. Copies of it tie nothing."""
+
+    __slots__ = ("layer", "module")
+
+    def __init__(self, module: nn.Module, layer: Layer) -> None:
+        self.module: nn.Module | None = module
+        self.layer: Layer | None = layer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+def plain_class(module: nn.Module) -> type[Any]:
+    """The class of a module without what captures it, whatever stands above that."""
+    kind: type[Any] = type(module)
+    plain: type[Any] = kind.__dict__.get(_PLAIN, kind)
+    return plain
+
+
+def captured_by(module: nn.Module) -> Layer | None:
+    """The layer that captures a module, if any."""
+    capture = module.__dict__.get(_KEY)
+    return capture.layer if capture is not None and capture.module is module else None
+
+
+def capture_module(module: nn.Module, layer: Layer) -> None:
+    """From here on the module's forward asks the layer."""
+    module.__dict__[_KEY] = Capture(module, layer)
+    kind: Any = plain_class(module)
+    module.__class__ = _captured_class(kind)
+
+
+def release_module(module: nn.Module, layer: Layer) -> None:
+    """Make a module plain that this layer captures."""
+    if captured_by(module) is not layer:
+        return
+    capture = module.__dict__.pop(_KEY)
+    # Copies of the module's attributes may still hold it.
+    capture.module = capture.layer = None
+    # A class that was put on top of ours since keeps it below, where it does nothing.
+    module.__class__ = plain_class(module)
+
+
+@functools.cache
+def _captured_class(plain: Any) -> type[Any]:
+    @functools.wraps(plain.forward)
+    def forward(self: Any, input: Tensor) -> Any:  # noqa: A002  # nn.Module's own name for it
+        capture = getattr(self, _KEY, None)
+        if capture is not None and capture.module is self:
+            layer = capture.layer
+            if layer.watches(self):
+                return layer.forward(self, input)
+        return plain.forward(self, input)
+
+    def reduce_ex(self: Any, protocol: Any) -> Any:
+        reduced = plain.__reduce_ex__(self, protocol)
+        if type(self) is not captured or isinstance(reduced, str):
+            return reduced
+        make, arguments, *rest = reduced
+        arguments = tuple(plain if each is captured else each for each in arguments)
+        if rest and isinstance(rest[0], dict):
+            rest[0] = {key: value for key, value in rest[0].items() if key != _KEY}
+        return (make, arguments, *rest)
+
+    # torch.jit.script reads the wrapped forward's source with the names of this module: F is one.
+    captured = type(
+        plain.__name__,
+        (plain,),
+        {
+            "forward": forward,
+            "__reduce_ex__": reduce_ex,
+            "__module__": plain.__module__,
+            "__qualname__": plain.__qualname__,
+            "__doc__": plain.__doc__,
+            _PLAIN: plain,
+        },
+    )
+    return captured

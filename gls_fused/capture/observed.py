@@ -1,0 +1,78 @@
+"""Weight and bias as one call of a module uses them: observed on the way back.
+
+The values are the parameters' own, so the module computes with torch's own ops what it always does.
+In the backward this node stands between those ops and the parameters. Autograd runs it exactly when
+the weight's gradient is needed, with that gradient: not in evaluation, not for gradients of inputs
+alone, once under activation checkpointing. That is where rows count, and where P applies at the
+backward site, by linearity to whatever this call adds to the gradient, second derivatives included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gls_fused.capture.rows import Rows, outside_autocast
+
+
+def observe(
+    rows: Rows, inputs: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`weight` and `bias`, observed.
+
+    Args:
+        inputs: whose rows count; None where they do not, or have been counted.
+        bias: the layer's own, as P acts on both; None where it has none.
+    """
+    return Observed.apply(rows, inputs, weight, bias)  # type: ignore[no-any-return]
+
+
+class Observed(torch.autograd.Function):
+    """The identity, see `observe`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Rows, inputs: Tensor | None, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.rows = rows
+        # Which of the tensors the weight is.
+        ctx.place = int(inputs is not None)
+        ctx.set_materialize_grads(False)
+        # Saved as autograd saves, so that checkpointing and offloading hold for it as well.
+        ctx.save_for_backward(inputs)
+        ctx.shape, ctx.with_bias = weight.shape, bias is not None
+        # Aliases that share the version: a weight that changes before the backward is noticed.
+        return weight.detach(), None if bias is None else bias.detach()
+
+    @staticmethod
+    def jvp(
+        ctx: Any, _rows: None, _inputs: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return weight, bias
+
+    @staticmethod
+    @outside_autocast
+    def backward(
+        ctx: Any, weight_gradient: Tensor | None, bias_gradient: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        rows: Rows = ctx.rows
+        if weight_gradient is None and bias_gradient is None:
+            return None, None, None, None
+        counts, applies = rows.enter(ctx, ctx.place)
+        (inputs,) = ctx.saved_tensors
+        if counts and inputs is not None:
+            rows.gather(inputs)
+        if applies:
+            # P takes the gradient of one into the direction of the other.
+            if weight_gradient is None:
+                assert bias_gradient is not None
+                weight_gradient = bias_gradient.new_zeros(ctx.shape)
+            if bias_gradient is None and ctx.with_bias:
+                bias_gradient = weight_gradient.new_zeros(ctx.shape[0])
+            gradients = [weight_gradient, bias_gradient]
+            weight_gradient, *rest = rows.direction([g for g in gradients if g is not None])
+            bias_gradient = rest[0] if rest else None
+            rows.deposit(weight_gradient)
+        return None, None, weight_gradient, bias_gradient
