@@ -97,6 +97,7 @@ class Preconditioner:
                     f"layer {layer.name!r}: its weight was sharded after the optimizer was built; "
                     "call fully_shard first"
                 )
+            layer.recapture()
 
     def discard_sums(self) -> None:
         """Forget the rows of this step."""

@@ -19,7 +19,12 @@ from torch.autograd import forward_ad
 
 from gls_fused.backends.dispatch import backend_name, resolve_backend
 from gls_fused.capture.graph import Reach, reach_of, running_task
-from gls_fused.capture.modules import capture_module, captured_by, release_module
+from gls_fused.capture.modules import (
+    capture_module,
+    captured_by,
+    recapture_module,
+    release_module,
+)
 from gls_fused.capture.observed import observe
 from gls_fused.capture.rows import Rows
 from gls_fused.curvature.estimate import make_curvature
@@ -137,6 +142,11 @@ class Layer(Rows):
                 earlier.release()
             capture_module(module, self)
         self.captured = True
+
+    def recapture(self) -> None:
+        """See that the modules' forward still goes through this layer, whatever became of them."""
+        for module in self.modules:
+            recapture_module(module)
 
     def release(self) -> None:
         """Give the modules their own forward back; gradients are true from here on."""

@@ -69,6 +69,21 @@ def release_module(module: nn.Module, layer: Layer) -> None:
     module.__class__ = plain_class(module)
 
 
+def recapture_module(module: nn.Module) -> None:
+    """Route the forward through the layer again where a class that took its place is gone.
+
+    Such as a parametrization's, which puts a subclass of the plain class there, and in the end the
+    plain one.
+    """
+    kind: Any = type(module)
+    if _PLAIN not in kind.__dict__ and "weight" in module._parameters:
+        module.__class__ = _captured_class(kind)
+
+
+def _set_class(module: Any, kind: type[Any]) -> None:
+    object.__dict__["__class__"].__set__(module, kind)
+
+
 @functools.cache
 def _captured_class(plain: Any) -> type[Any]:
     @functools.wraps(plain.forward)
@@ -100,6 +115,8 @@ def _captured_class(plain: Any) -> type[Any]:
             "__module__": plain.__module__,
             "__qualname__": plain.__qualname__,
             "__doc__": plain.__doc__,
+            # What pickle, parametrizations and users ask; they get, and may change, the plain one.
+            "__class__": property(lambda self: plain, _set_class),
             _PLAIN: plain,
         },
     )
