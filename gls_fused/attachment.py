@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from typing_extensions import Self
 
-from gls_fused.capture.layers import Layer, find_layers
+from gls_fused.capture.find import find_layers
+from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.diagnostics import diagnose
 from gls_fused.distributed.ranks import Ranks, unwrapped

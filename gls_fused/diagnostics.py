@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gls_fused.capture.layers import Layer
+from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.distributed.sharding import everywhere
 from gls_fused.preconditioner import Preconditioner

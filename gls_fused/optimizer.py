@@ -15,7 +15,8 @@ from gls_fused.apply.fallback import adam_, forget_adam
 from gls_fused.apply.layers import step_layers_
 from gls_fused.apply.low_precision import make_bits
 from gls_fused.backends.dispatch import resolve_backend
-from gls_fused.capture.layers import Layer, find_layers
+from gls_fused.capture.find import find_layers
+from gls_fused.capture.layer import Layer
 from gls_fused.diagnostics import diagnose
 from gls_fused.distributed.ranks import Ranks
 from gls_fused.groups import (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gls_fused.backends.dispatch import backend_name, resolve_backend
-from gls_fused.capture.layers import Layer
+from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State, blend, make_curvature, settle
 from gls_fused.distributed.ranks import Ranks
 from gls_fused.scaling import where_flag

@@ -7,14 +7,15 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from gls_fused.apply.fallback import forget_adam
 from gls_fused.apply.low_precision import Bits, close_copies, is_low, open_copies
-from gls_fused.capture.layers import Layer
+from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.distributed.sharding import update_shards_
 from gls_fused.reference import Inverse
-from gls_fused.state import fill_layer_states
 
 
 def step_layers_(
@@ -35,6 +36,26 @@ def step_layers_(
     """
     for alike in _group(layers, options):
         _step_together_(backend, alike, states, options, bits, skip)
+
+
+def fill_layer_states(
+    layer: Layer, params: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]
+) -> None:
+    """Buffers for a layer's first update: one step and, for "rms", one square on its weight."""
+    first, dtype = states[0], layer.statistics_dtype
+    if "step" not in first:
+        first["step"] = torch.zeros((), dtype=torch.float32, device=layer.weight.device)
+        if group["normalize"] == "rms":
+            first["exp_avg_sq"] = torch.zeros((), dtype=dtype, device=layer.weight.device)
+    for state in states[1:]:
+        # A bias that took Adam's steps while its weight was frozen averaged another quantity.
+        if "step" in state:
+            forget_adam(state)
+    for param, state in zip(params, states, strict=True):
+        if group["momentum"] and "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
+        if group["normalize"] == "adam" and "exp_avg_sq" not in state:
+            state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
 
 
 def _group(layers: Sequence[Layer], options: Mapping[str, Any]) -> list[list[Layer]]:

@@ -4,20 +4,20 @@ A traced backward can leave nothing in a Python object, so the sums over the row
 gradient of one more input, the tally: autograd then adds them up over calls and micro-batches, and
 counts them when the weight's gradient is counted. The ops are composite: tracing goes through them,
 and the graph holds only torch's ops and the backend's. All that changes from step to step is an
-argument, so that layers of one shape share a graph.
+argument, so that layers of one shape share a graph. A kind of layer defines its op in its own file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from gls_fused.backends.dispatch import resolve_backend
-from gls_fused.capture.rows import Conv2d, ImageRows, Linear, LinearRows, Rows
-from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse, Window
+from gls_fused.capture.rows import Rows
+from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse
 
 RowsT = TypeVar("RowsT", bound=Rows)
 
@@ -26,46 +26,29 @@ _ARGUMENTS = (
     " Tensor[] inverse, bool ones, bool at_backward, str backend"
 )
 _library = torch.library.Library("gls_fused", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(f"traced_linear({_ARGUMENTS}) -> Tensor")  # type: ignore[no-untyped-call]
-_library.define(f"traced_conv2d({_ARGUMENTS}, int[] window) -> Tensor")  # type: ignore[no-untyped-call]
 
 
-def traced_linear(
-    inputs: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: LinearRows,
-    backend: str,
-    tally: Tensor | None,
-) -> Tensor:
-    """`rows.Linear` of what `rows` holds now; the sums become the gradient of `tally`."""
-    arguments = _flatten(rows, backend, tally)
-    return torch.ops.gls_fused.traced_linear(inputs, weight, bias, *arguments)  # type: ignore[no-any-return]
+def define_traced(name: str, run: Callable[..., Tensor], geometry: str = "") -> None:
+    """An op of torch's that runs a layer's forward on what `flatten_rows` gave.
+
+    Args:
+        run: takes inputs, weight, bias, tally and then the rest for `fill_rows`.
+        geometry: the schema of the arguments after these.
+    """
+    _library.define(f"{name}({_ARGUMENTS}{geometry}) -> Tensor")  # type: ignore[no-untyped-call]
+    _library.impl(name, run, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 
 
-def traced_conv2d(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: ImageRows,
-    backend: str,
-    tally: Tensor | None,
-) -> Tensor:
-    """`gls_fused.capture.rows.Conv2d`, as `traced_linear`."""
-    arguments = _flatten(rows, backend, tally)
-    window = [size for pair in rows.window for size in pair]
-    return torch.ops.gls_fused.traced_conv2d(images, weight, bias, *arguments, window)  # type: ignore[no-any-return]
-
-
-def _flatten(
+def flatten_rows(
     rows: Rows, backend: str, tally: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor], bool, bool, str]:
+    """What is in force for a layer, as arguments of its op."""
     inverse = [] if rows.inverse is None else list(rows.inverse)
     tally = tally if rows.gathers else None
     return tally, rows.test_matrix, inverse, rows.ones, rows.at_backward, backend
 
 
-def _fill(
+def fill_rows(
     rows: RowsT,
     tally: Tensor | None,
     test_matrix: Tensor | None,
@@ -74,7 +57,7 @@ def _fill(
     at_backward: bool,
     backend: str,
 ) -> RowsT:
-    """What `_flatten` took apart, as the rows of one call."""
+    """What `flatten_rows` took apart, as the rows of one call."""
     parts: Inverse | None = None
     if inverse:
         parts = DenseInverse(*inverse) if len(inverse) == 1 else SubspaceInverse(*inverse)
@@ -86,23 +69,3 @@ def _fill(
     if tally is not None:
         rows.statistics_dtype = tally.dtype
     return rows
-
-
-def _run_linear(
-    inputs: Tensor, weight: Tensor, bias: Tensor | None, tally: Tensor | None, *arguments: Any
-) -> Tensor:
-    rows = _fill(LinearRows(), tally, *arguments)
-    return Linear.apply(inputs, weight, bias, tally, rows)  # type: ignore[no-any-return]
-
-
-def _run_conv2d(
-    images: Tensor, weight: Tensor, bias: Tensor | None, tally: Tensor | None, *arguments: Any
-) -> Tensor:
-    rows = _fill(ImageRows(), tally, *arguments[:-1])
-    window = arguments[-1]
-    rows.window = Window(*zip(window[::2], window[1::2], strict=True))
-    return Conv2d.apply(images, weight, bias, tally, rows)  # type: ignore[no-any-return]
-
-
-for _name, _run in (("traced_linear", _run_linear), ("traced_conv2d", _run_conv2d)):
-    _library.impl(_name, _run, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import roofline
 from gls_fused.backends import triton as backend
 from gls_fused.backends.triton import configs
-from gls_fused.capture.rows import ImageRows, LinearRows
+from gls_fused.capture.conv import ImageRows
+from gls_fused.capture.linear import LinearRows
 from gls_fused.reference import SubspaceInverse, Window
 
 RANK = 32

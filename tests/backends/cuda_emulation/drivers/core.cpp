@@ -5,7 +5,7 @@
 
 #include <stdexcept>
 
-#include "../../../csrc/cuda/plan.h"
+#include "../../../../csrc/cuda/plan.h"
 
 using namespace gls_fused::cuda;
 using cuda_emulation::guarded;

@@ -1,7 +1,7 @@
 // A product of csrc/cuda/product.h from what a test has.
 #pragma once
 
-#include "../../../csrc/cuda/plan.h"
+#include "../../../../csrc/cuda/plan.h"
 
 namespace gls_fused::cuda {
 

@@ -3,7 +3,7 @@
 
 #include <emulation/driver.h>
 
-#include "../../../csrc/cuda/plan.h"
+#include "../../../../csrc/cuda/plan.h"
 
 using namespace gls_fused::cuda;
 using cuda_emulation::guarded;

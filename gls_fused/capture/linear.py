@@ -1,0 +1,158 @@
+"""nn.Linear: every leading dimension of the inputs is rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gls_fused.capture.layer import Layer, autocast_inputs
+from gls_fused.capture.rows import SKETCH_ROWS, Rows, outside_autocast, take_every
+from gls_fused.capture.traced import define_traced, fill_rows, flatten_rows
+from gls_fused.curvature.estimate import Curvature, Subspace
+from gls_fused.reference import DenseInverse, Inverse
+
+
+class LinearRows(Rows):
+    """Of F.linear: every leading dimension of the inputs is rows."""
+
+    def sample(self, inputs: Tensor) -> tuple[Tensor, int]:
+        return take_every(inputs.reshape(-1, inputs.shape[-1]), SKETCH_ROWS)
+
+    def sum_gram(self, rows: Tensor) -> tuple[int, Tensor, Tensor]:
+        gram, trace = self.backend.sum_gram(rows, dtype=self.statistics_dtype, ones=self.ones)
+        return rows.shape[0], trace, gram
+
+    def sketch(self, rows: Tensor, basis: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
+        core, sketch, trace = self.backend.sketch_rows(rows, basis, ones=self.ones)
+        return rows.shape[0], trace, core, sketch
+
+    def weight_gradient(
+        self, inputs: Tensor, output_gradient: Tensor, with_bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """G'A and the column sums of G; of A P instead of A where P applies at the backward."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        gradient = output_gradient.reshape(-1, output_gradient.shape[-1])
+        if with_bias and not self.ones:
+            # The module's bias is not the layer's: its gradient stays true.
+            return self.weight_gradient(inputs, output_gradient, False)[0], gradient.sum(0)
+        if not self.at_backward:
+            return gradient.T @ rows, gradient.sum(0) if with_bias else None
+        inverse = self.inverse_for(with_bias)
+        if rows.dtype == torch.float16:
+            # The entries of A P are of the order of 1 / sqrt(lambda'): more than it holds where the
+            # inputs are small. With that factor on the gradients all is as large as the direction.
+            inverse, root = _times_root(inverse)
+            gradient = (gradient / root).to(gradient.dtype)
+        if rows.shape[0] <= gradient.shape[1]:
+            product, ones = self.backend.precondition_rows(rows, inverse, ones=with_bias)
+            return gradient.T @ product, None if ones is None else gradient.T @ ones
+        # Fewer outputs than rows: by linearity, P is cheaper on this call's gradient.
+        return self.backend.precondition_gradient(  # type: ignore[no-any-return]
+            gradient.T @ rows, gradient.sum(0) if with_bias else None, inverse
+        )
+
+
+class Linear(torch.autograd.Function):
+    """F.linear whose backward shows the rows.
+
+    With `tally`, whose values do not matter, the sums are its gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tally: Tensor | None,
+        rows: LinearRows,
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.rows = rows
+        outputs = F.linear(inputs, weight, bias)
+        # A view made in here could not be modified in place, as ReLU(inplace=True) does.
+        if outputs._is_view():
+            outputs = torch.ops.aten._unsafe_view(outputs, outputs.shape)
+        return outputs
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        rows: LinearRows = ctx.rows
+        needs_inputs, needs_weight, needs_bias, tallies, _ = ctx.needs_input_grad
+        input_gradient = gradient @ weight if needs_inputs else None
+        if not needs_weight:
+            bias_gradient = gradient.reshape(-1, gradient.shape[-1]).sum(0) if needs_bias else None
+            return input_gradient, None, bias_gradient, None, None
+        rows.show(inputs)
+        sums = rows.take_sums() if tallies else None
+        return input_gradient, *rows.weight_gradient(inputs, gradient, needs_bias), sums, None
+
+
+class LinearLayer(LinearRows, Layer):
+    """nn.Linear: every leading dimension of the inputs is rows."""
+
+    kind = "Linear"
+
+    def assign(self, curvature: Curvature) -> None:
+        super().assign(curvature)
+        # Backends may have an autograd function of their own, for the subspace.
+        self.native = None
+        if hasattr(self.backend, "LinearCapture") and isinstance(curvature, Subspace):
+            self.native = self.backend.LinearCapture(self.name, self.ones, SKETCH_ROWS)
+
+    def expect(self, inverse: Inverse | None, *, gathers: bool, at_backward: bool) -> None:
+        super().expect(inverse, gathers=gathers, at_backward=at_backward)
+        if self.native is not None:
+            parts = (self.test_matrix, None, None) if inverse is None else inverse
+            self.native.expect(*parts, gathers, at_backward)
+
+    def take_sums(self) -> Tensor | None:
+        if self.native is not None:
+            self.sums = self.native.take_sums()
+        return super().take_sums()
+
+    def forward(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        assert isinstance(module, nn.Linear)
+        inputs, weight, bias = autocast_inputs(inputs, module.weight, module.bias)
+        if torch.compiler.is_compiling():
+            return _traced_linear(inputs, weight, bias, self, self.backend_name, self.tally)
+        if self.native is not None:
+            return self.backend.captured_linear(inputs, weight, bias, self.native)  # type: ignore[no-any-return]
+        return Linear.apply(inputs, weight, bias, None, self)  # type: ignore[no-any-return]
+
+
+def _times_root(inverse: Inverse) -> tuple[Inverse, Tensor]:
+    """sqrt(lambda') P and sqrt(lambda') [1]; 1 / lambda' is the largest diagonal of a dense P."""
+    if isinstance(inverse, DenseInverse):
+        root = inverse.matrix.diagonal().amax().rsqrt()
+        return DenseInverse(inverse.matrix * root), root[None]
+    root = inverse.shift.sqrt()
+    return inverse._replace(core_inverse=inverse.core_inverse * root, shift=root), root[None]
+
+
+def _traced_linear(
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: LinearRows,
+    backend: str,
+    tally: Tensor | None,
+) -> Tensor:
+    """`Linear` of what `rows` holds now; the sums become the gradient of `tally`."""
+    arguments = flatten_rows(rows, backend, tally)
+    return torch.ops.gls_fused.traced_linear(inputs, weight, bias, *arguments)  # type: ignore[no-any-return]
+
+
+def _run_linear(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, tally: Tensor | None, *arguments: Any
+) -> Tensor:
+    rows = fill_rows(LinearRows(), tally, *arguments)
+    return Linear.apply(inputs, weight, bias, tally, rows)  # type: ignore[no-any-return]
+
+
+define_traced("traced_linear", _run_linear)
