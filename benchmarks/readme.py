@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import epoch, time_to_loss
-from benchmarks.epoch_report import make_short_table
-from benchmarks.errors import InputError
-from benchmarks.records import CONFIG_FILE, EPOCHS_FILE, read_epochs, write_atomically
-from benchmarks.report import NOTHING, Table, make_summary_table
-from benchmarks.time_to_loss_report import make_ratio_table
+from benchmarks.convergence.records import CONFIG_FILE, EPOCHS_FILE, read_epochs, write_atomically
+from benchmarks.convergence.report import NOTHING, Table, make_summary_table
+from benchmarks.epoch import run as epoch
+from benchmarks.epoch.report import make_short_table
+from benchmarks.harness.errors import InputError
+from benchmarks.time_to_loss import run as time_to_loss
+from benchmarks.time_to_loss.report import make_ratio_table
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = Path(__file__).with_name("published")

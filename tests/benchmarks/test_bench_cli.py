@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.data import Dataset
-from benchmarks.records import read_epochs
+from benchmarks.convergence.records import read_epochs
+from benchmarks.workloads.data import Dataset
 from gls_fused import GLS
 
 ROOT = Path(__file__).parents[2]
@@ -262,13 +262,13 @@ def test_demo_replaces_its_results_and_ends_with_the_report(tmp_path, monkeypatc
 
 def test_without_files_each_task_gets_data_it_can_use(tmp_path, monkeypatch, run_main):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("benchmarks.data.SYSTEM_FASHION_MNIST", tmp_path / "absent")
+    monkeypatch.setattr("benchmarks.workloads.data.SYSTEM_FASHION_MNIST", tmp_path / "absent")
     images = torch.rand(40, 3, 32, 32)
     patches = Dataset("patches", images, None, images[:5], None, 0.0, 1.0)
     small, labels = images[:, :1, :8, :8], torch.zeros(40, dtype=torch.int64)
     digits = Dataset("digits", small, labels, small[:5], labels[:5], 0.0, 1.0)
     monkeypatch.setattr(
-        "benchmarks.convergence.load_dataset",
+        "benchmarks.convergence.run.load_dataset",
         lambda name, *, supervised, **_: digits if supervised else patches,
     )
     status, _, errors = run_main(

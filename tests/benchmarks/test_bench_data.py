@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import data, download
-from benchmarks.errors import InputError
+from benchmarks.harness.errors import InputError
+from benchmarks.workloads import data, download
 
 
 def write_idx(folder: Path, count: int = 6, end: str = ".gz") -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.errors import InputError
-from benchmarks.formats import read_cifar_binary, read_cifar_pickle, read_idx
+from benchmarks.harness.errors import InputError
+from benchmarks.workloads.formats import read_cifar_binary, read_cifar_pickle, read_idx
 
 IMAGES = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5)
 LABELS = np.array([7, 0, 9], dtype=np.uint8)

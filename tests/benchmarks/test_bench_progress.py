@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from benchmarks.progress import LiveReporter, PlainReporter, make_reporter
+from benchmarks.harness.progress import LiveReporter, PlainReporter, make_reporter
 
 
 @pytest.mark.parametrize("terminal", [True, False])

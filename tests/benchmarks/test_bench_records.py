@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.errors import InputError
-from benchmarks.records import (
+from benchmarks.convergence.records import (
     CONFIG_FILE,
     EPOCHS_FILE,
     Store,
@@ -14,6 +13,7 @@ from benchmarks.records import (
     read_epochs,
     write_atomically,
 )
+from benchmarks.harness.errors import InputError
 
 
 def make_config(**settings: object) -> dict[str, object]:

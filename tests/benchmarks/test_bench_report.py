@@ -2,8 +2,8 @@
 
 import re
 
-from benchmarks.plots import plot_convergence
-from benchmarks.report import make_tables, render_report
+from benchmarks.convergence.plots import plot_convergence
+from benchmarks.convergence.report import make_tables, render_report
 
 OPTIMIZERS = ("sgd", "adam", "gls", "gls-sgd")
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.convergence import next_half_decade
-from benchmarks.summary import (
+from benchmarks.convergence.run import next_half_decade
+from benchmarks.convergence.summary import (
     cumulative_seconds,
     final_runs,
     first_reached,

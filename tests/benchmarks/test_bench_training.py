@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.data import Dataset
-from benchmarks.optimizers import OPTIMIZERS
-from benchmarks.tasks import TASKS
-from benchmarks.training import train
+from benchmarks.workloads.data import Dataset
+from benchmarks.workloads.optimizers import OPTIMIZERS
+from benchmarks.workloads.tasks import TASKS
+from benchmarks.workloads.training import train
 
 BATCH = 8
 

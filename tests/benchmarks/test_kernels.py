@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import read_strictly
 
-from benchmarks.ceilings import Ceilings
+from benchmarks.harness.ceilings import Ceilings
 from benchmarks.kernels.cases import BATCH, Case, layers_of, make_adam, make_cases
 from benchmarks.kernels.report import describe_case, render_report
 from gls_fused import reference

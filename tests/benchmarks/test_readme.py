@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.errors import InputError
+from benchmarks.harness.errors import InputError
 from benchmarks.readme import BLOCKS, PUBLISHED, fill
 
 README = Path(__file__).parents[2] / "README.md"

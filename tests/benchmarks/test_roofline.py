@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.roofline import MODELS, TARGETS, Cost, adam, gls_step, total, update
-from benchmarks.roofline_command import MODELLED, make_tables
-from benchmarks.tasks import TASKS
+from benchmarks.roofline.command import MODELLED, make_tables
+from benchmarks.roofline.model import MODELS, TARGETS, Cost, adam, gls_step, total, update
+from benchmarks.workloads.tasks import TASKS
 
 
 def test_report_says_on_every_table_that_it_is_a_model(tmp_path, capsys):

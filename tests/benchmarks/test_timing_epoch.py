@@ -7,16 +7,16 @@ import torch
 from tiny import TINY, read_strictly
 from torch import nn
 
-from benchmarks.ceilings import Ceilings
-from benchmarks.contenders import CONTENDERS, Trainer, state_bytes
-from benchmarks.epoch_report import bound_of, make_short_table, make_tables, render_report, verdict
-from benchmarks.floor import Work, state_share, work_of
-from benchmarks.gate import GateError, check_gls
-from benchmarks.interleave import choose_steps, pair_ratios, quartiles, run_rounds, turn
-from benchmarks.memory import measure_memory
-from benchmarks.shapes import synthesise
-from benchmarks.stages import measure_overhead, profile_stages
-from benchmarks.tasks import TASKS
+from benchmarks.epoch.floor import Work, state_share, work_of
+from benchmarks.epoch.memory import measure_memory
+from benchmarks.epoch.report import bound_of, make_short_table, make_tables, render_report, verdict
+from benchmarks.epoch.stages import measure_overhead, profile_stages
+from benchmarks.harness.ceilings import Ceilings
+from benchmarks.harness.interleave import choose_steps, pair_ratios, quartiles, run_rounds, turn
+from benchmarks.workloads.contenders import CONTENDERS, Trainer, state_bytes
+from benchmarks.workloads.gate import GateError, check_gls
+from benchmarks.workloads.shapes import synthesise
+from benchmarks.workloads.tasks import TASKS
 from gls_fused.dispatch import resolve_backend
 
 RUN = (
@@ -200,7 +200,7 @@ def test_the_gate_passes_and_refuses_a_corrupted_op(monkeypatch):
 
 
 def test_a_red_gate_ends_the_command_before_any_figure(tmp_path, monkeypatch, run_main):
-    monkeypatch.setattr("benchmarks.gate.TOLERANCE", -1.0)
+    monkeypatch.setattr("benchmarks.workloads.gate.TOLERANCE", -1.0)
     status, output, errors = run_main(*RUN, "--out", tmp_path)
     assert (status, output, errors.count("\n")) == (1, "", 1)
     assert errors.startswith("error: tiny, batch 32: in float64 GLS is ")

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from benchmarks import heap
+from benchmarks.harness import heap
 
 # Blocks above glibc's threshold for mapping, whose pages are touched and given back each time.
 COUNT = """
 import sys, torch
-from benchmarks.heap import hold_freed_memory, minor_faults
+from benchmarks.harness.heap import hold_freed_memory, minor_faults
 if sys.argv[1] == "held":
     assert "kept" in hold_freed_memory()
 # The heap grows until the block fits between what else was allocated.

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 from tiny import TINY, read_strictly
 
-from benchmarks import time_to_loss
-from benchmarks.contenders import Trainer
-from benchmarks.convergence import search_rate
-from benchmarks.optimizers import OPTIMIZERS
-from benchmarks.shapes import synthesise
-from benchmarks.time_to_loss import Reached, checkpoint_steps, reach, running_mean, target_of
-from benchmarks.time_to_loss_report import bound_of, render_report, second_ratio
-from benchmarks.training import train
+from benchmarks.convergence.run import search_rate
+from benchmarks.time_to_loss import run as time_to_loss
+from benchmarks.time_to_loss.report import bound_of, render_report, second_ratio
+from benchmarks.time_to_loss.run import Reached, checkpoint_steps, reach, running_mean, target_of
+from benchmarks.workloads.contenders import Trainer
+from benchmarks.workloads.optimizers import OPTIMIZERS
+from benchmarks.workloads.shapes import synthesise
+from benchmarks.workloads.training import train
 
 RUN = (
     "time-to-loss", "--tasks", "mlp", "--dataset", "digits", "--epochs", "2", "--seeds", "0", "1",
@@ -184,7 +184,7 @@ def test_adams_rate_is_searched(tmp_path, monkeypatch, run_main):
 
 
 def test_a_red_gate_ends_the_command_before_any_figure(tmp_path, monkeypatch, run_main):
-    monkeypatch.setattr("benchmarks.gate.TOLERANCE", -1.0)
+    monkeypatch.setattr("benchmarks.workloads.gate.TOLERANCE", -1.0)
     status, output, errors = run_main(*RUN, "--out", tmp_path)
     assert (status, output, errors.count("\n")) == (1, "", 1)
     assert errors.startswith("error: mlp, batch 128: in float64 GLS is ")

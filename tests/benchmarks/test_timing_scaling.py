@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from tiny import read_strictly
 
-from benchmarks import scaling
-from benchmarks.scaling import Point, extra_seconds, fit_power, make_task
-from benchmarks.scaling_report import render_report
+from benchmarks.scaling import run as scaling
+from benchmarks.scaling.report import render_report
+from benchmarks.scaling.run import Point, extra_seconds, fit_power, make_task
 
 RUN = (
     "scaling", "--sweeps", "rank", "--rank", "2", "4", "--rounds", "2", "--seconds", "0.001",
@@ -17,7 +17,7 @@ RUN = (
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr("benchmarks.scaling_command.Point", lambda: Point(8, 16, 2, 4))
+    monkeypatch.setattr("benchmarks.scaling.command.Point", lambda: Point(8, 16, 2, 4))
 
 
 def fabricated(environment: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def test_the_command_varies_what_it_is_asked_to(tmp_path, monkeypatch, run_main)
 
 
 def test_a_red_gate_ends_the_command_before_any_figure(tmp_path, monkeypatch, run_main):
-    monkeypatch.setattr("benchmarks.gate.TOLERANCE", -1.0)
+    monkeypatch.setattr("benchmarks.workloads.gate.TOLERANCE", -1.0)
     status, output, errors = run_main(*RUN, "--out", tmp_path)
     assert (status, output, errors.count("\n")) == (1, "", 1)
     assert "in float64 GLS is " in errors

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import roofline
+from benchmarks.roofline import model as roofline
 from gls_fused.backends import triton as backend
 from gls_fused.backends.triton import configs
 from gls_fused.reference import SubspaceInverse, Window
