@@ -19,7 +19,7 @@ from benchmarks.convergence.records import read_epochs
 from benchmarks.workloads.data import Dataset
 from gls_fused import GLS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RUN = ("convergence", "--dataset", "digits", "--tasks", "mlp", "--threads", "1", "--seeds", "0")
 
 
