@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import rich.box
-import rich.table
 
 from benchmarks.convergence.records import PLOT_FILE, EpochRecord, Run
 from benchmarks.convergence.summary import (
@@ -22,47 +18,15 @@ from benchmarks.convergence.summary import (
     speed_up,
     spread,
 )
+from benchmarks.harness.tables import NOTHING, Table
 from benchmarks.workloads.optimizers import OPTIMIZERS
 from benchmarks.workloads.tasks import TASKS
 
 CHALLENGER, BASELINE = "gls", "adam"
 SAME_STEP, SAME_STEP_BASELINE = "gls-sgd", "sgd"
 MOST_EPOCH_COLUMNS = 8
-NOTHING = "-"
 
 Runs = Mapping[tuple[str, str], BySeed]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A titled table of cells that are already text; the first `labels` columns are words."""
-
-    title: str
-    note: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    labels: int = 2
-
-    def markdown(self) -> str:
-        """A heading, the note and the table."""
-        return "\n".join([f"## {self.title}", "", self.note, "", self.grid()])
-
-    def grid(self) -> str:
-        """The table alone."""
-        rule = ["---"] * self.labels + ["---:"] * (len(self.header) - self.labels)
-        lines = [_row(self.header), _row(rule), *(_row(cells) for cells in self.rows)]
-        return "\n".join(lines)
-
-    def terminal(self) -> rich.table.Table:
-        """The same for a rich console."""
-        table = rich.table.Table(
-            title=self.title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD
-        )
-        for index, name in enumerate(self.header):
-            table.add_column(name, justify="left" if index < self.labels else "right")
-        for cells in self.rows:
-            table.add_row(*(cell.replace("**", "") for cell in cells))
-        return table
 
 
 def make_tables(config: Mapping[str, Any], records: Sequence[EpochRecord]) -> list[Table]:
@@ -392,7 +356,3 @@ def _spread_cell(values: Spread | None, digits: int = 4) -> str:
 def _number(value: float, digits: int = 4) -> str:
     # A diverging but finite loss has no use for decimals.
     return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.3g}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.convergence.report import Table
 from benchmarks.harness.ceilings import Ceilings
 from benchmarks.harness.interleave import quartiles
+from benchmarks.harness.tables import Table
 from benchmarks.roofline.model import ADAM_BYTES, FLOAT, GATHER_EVERY, TASK_MODELS
 from benchmarks.workloads.contenders import BASELINE, CONTENDERS
 from benchmarks.workloads.shapes import SHAPES

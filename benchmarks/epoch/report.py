@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.convergence.report import NOTHING, Table
 from benchmarks.epoch.floor import make_floor_table
 from benchmarks.epoch.stages import make_overhead_table, make_stage_table
 from benchmarks.harness.interleave import Quartiles, pair_ratios, quartiles
+from benchmarks.harness.tables import NOTHING, Table, spread_cell, verdict
 from benchmarks.workloads.contenders import BASELINE, CONTENDERS
 from benchmarks.workloads.gate import HEADROOM, LEAST_ALLOWED, STEPS, TOLERANCE
 from benchmarks.workloads.shapes import SHAPES
@@ -71,17 +71,6 @@ def describe_machine(results: Mapping[str, Any]) -> list[str]:
         f"- `{results['command']}` (commit {results['git_commit'] or 'unknown'}, "
         f"{results['started']} to {results['ended']})",
     ]
-
-
-def verdict(value: float, bound: float) -> str:
-    """Whether a bound is met, and by how much of it."""
-    share = f"{abs(value / bound - 1):.1%}"
-    return f"met by {share}" if value <= bound else f"missed by {share}"
-
-
-def spread_cell(values: Quartiles, digits: int = 3) -> str:
-    """Median [lower quartile, upper quartile]."""
-    return f"{values.median:.{digits}f} [{values.low:.{digits}f}, {values.high:.{digits}f}]"
 
 
 def _setting(results: Mapping[str, Any]) -> str:

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.autograd.profiler import record_function
 
-from benchmarks.convergence.report import Table
 from benchmarks.harness.interleave import Quartiles, quartiles, run_rounds
+from benchmarks.harness.tables import Table
 from benchmarks.workloads.contenders import BASELINE, CONTENDERS, Trainer
 from benchmarks.workloads.data import Dataset
 from benchmarks.workloads.shapes import SHAPES, synthesise

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.convergence.records import REPORT_FILE, write_atomically
-from benchmarks.convergence.report import Table
+from benchmarks.harness.tables import Table
 
 TABLE_WIDTH = 140
 

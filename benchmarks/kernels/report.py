@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.convergence.report import Table
 from benchmarks.epoch.report import describe_machine
 from benchmarks.harness.ceilings import Ceilings
+from benchmarks.harness.tables import Table
 
 
 def describe_case(

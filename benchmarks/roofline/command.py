@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.convergence.records import write_atomically
-from benchmarks.convergence.report import Table
 from benchmarks.harness.arguments import prepare_out
 from benchmarks.harness.environment import command_line, git_commit
 from benchmarks.harness.present import publish
+from benchmarks.harness.tables import Table
 from benchmarks.roofline.model import (
     GATHER_EVERY,
     MODELS,

@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.convergence.report import NOTHING, Table
-from benchmarks.epoch.report import describe_machine, verdict
+from benchmarks.epoch.report import describe_machine
 from benchmarks.harness.interleave import pair_ratios, quartiles
+from benchmarks.harness.tables import NOTHING, Table, verdict
 from benchmarks.time_to_loss.run import BASELINE, CHALLENGER, reach, target_of
 
 # Of Adam's seconds, for 5 epochs on the whole of Fashion-MNIST.

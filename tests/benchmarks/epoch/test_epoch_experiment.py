@@ -9,10 +9,11 @@ from torch import nn
 
 from benchmarks.epoch.floor import Work, state_share, work_of
 from benchmarks.epoch.memory import measure_memory
-from benchmarks.epoch.report import bound_of, make_short_table, make_tables, render_report, verdict
+from benchmarks.epoch.report import bound_of, make_short_table, make_tables, render_report
 from benchmarks.epoch.stages import measure_overhead, profile_stages
 from benchmarks.harness.ceilings import Ceilings
 from benchmarks.harness.interleave import choose_steps, pair_ratios, quartiles, run_rounds, turn
+from benchmarks.harness.tables import verdict
 from benchmarks.workloads.contenders import CONTENDERS, Trainer, state_bytes
 from benchmarks.workloads.gate import GateError, check_gls
 from benchmarks.workloads.shapes import synthesise
