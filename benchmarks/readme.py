@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convergence.records import CONFIG_FILE, EPOCHS_FILE, read_epochs, write_atomically
+from benchmarks.convergence.records import CONFIG_FILE, EPOCHS_FILE, read_epochs
 from benchmarks.convergence.report import make_summary_table
 from benchmarks.epoch import run as epoch
 from benchmarks.epoch.report import make_short_table
 from benchmarks.harness.errors import InputError
+from benchmarks.harness.files import write_atomically
 from benchmarks.harness.tables import NOTHING, Table
 from benchmarks.time_to_loss import run as time_to_loss
 from benchmarks.time_to_loss.report import make_ratio_table

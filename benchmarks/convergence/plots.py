@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from benchmarks.convergence.records import EpochRecord, Run, write_atomically
+from benchmarks.convergence.records import EpochRecord, Run
 from benchmarks.convergence.summary import cumulative_seconds, final_runs, spread
+from benchmarks.harness.files import write_atomically
 from benchmarks.workloads.optimizers import OPTIMIZERS
 from benchmarks.workloads.tasks import TASKS
 

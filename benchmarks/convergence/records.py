@@ -6,18 +6,16 @@ A run is complete when its last epoch is recorded, or the one that diverged.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.harness.errors import InputError
+from benchmarks.harness.files import REPORT_FILE, write_atomically, write_json
 
 EPOCHS_FILE = "epochs.jsonl"
 CONFIG_FILE = "config.json"
-REPORT_FILE = "report.md"
 PLOT_FILE = "convergence.png"
 
 
@@ -136,8 +134,7 @@ class Store:
 
     def write_json(self, name: str, content: object) -> None:
         """Write a JSON file in one piece."""
-        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-        write_atomically(self.directory / name, text.encode())
+        write_json(self.directory / name, content, indent=2)
 
     def _read_config(self) -> dict[str, Any]:
         path = self.directory / CONFIG_FILE
@@ -185,20 +182,6 @@ def read_epochs(path: Path) -> list[EpochRecord]:
             raise InputError(f"{path}: line {number} is damaged")
         records.append(EpochRecord(**values))
     return records
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by a file that is complete, or leave it as it was."""
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        # mkstemp makes files private; these are for reading by anyone the directory lets in.
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
 
 
 def _check_same(name: str, before: Any, value: Any) -> None:

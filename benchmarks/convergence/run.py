@@ -16,18 +16,17 @@ from benchmarks.convergence.plots import plot_convergence
 from benchmarks.convergence.records import (
     EPOCHS_FILE,
     PLOT_FILE,
-    REPORT_FILE,
     EpochRecord,
     Run,
     RunKey,
     Store,
     read_epochs,
-    write_atomically,
 )
 from benchmarks.convergence.report import render_report
 from benchmarks.convergence.summary import last_loss
 from benchmarks.harness.environment import command_line, describe_environment, git_commit
 from benchmarks.harness.errors import InputError
+from benchmarks.harness.files import REPORT_FILE, write_atomically
 from benchmarks.harness.progress import Reporter
 from benchmarks.workloads.data import Dataset, load_dataset
 from benchmarks.workloads.optimizers import OPTIMIZERS, check_gls_options

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import os
 import platform
@@ -15,11 +14,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.convergence.records import write_atomically
 from benchmarks.epoch.memory import measure_memory
 from benchmarks.epoch.stages import measure_overhead, profile_stages
 from benchmarks.harness.ceilings import measure_ceilings
 from benchmarks.harness.environment import command_line, describe_environment, git_commit
+from benchmarks.harness.files import write_json
 from benchmarks.harness.heap import describe_heap
 from benchmarks.harness.interleave import (
     calibrate,
@@ -153,11 +152,6 @@ def finish_run(results: dict[str, Any]) -> None:
     """Note the end, and how busy the machine was."""
     results["ended"] = _now()
     results["load_average_after"] = os.getloadavg()[0]
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write strict JSON in one piece."""
-    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def say(text: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.convergence.records import REPORT_FILE, write_atomically
+from benchmarks.harness.files import REPORT_FILE, write_atomically
 from benchmarks.harness.tables import Table
 
 TABLE_WIDTH = 140

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.epoch.run import describe_run, finish_run, write_json
+from benchmarks.epoch.run import describe_run, finish_run
 from benchmarks.harness.arguments import positive, positive_number, prepare_out
 from benchmarks.harness.errors import InputError
+from benchmarks.harness.files import write_json
 from benchmarks.harness.heap import hold_freed_memory
 from benchmarks.harness.present import publish
 from benchmarks.kernels.report import make_table, pick_cases, render_report

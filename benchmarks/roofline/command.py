@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convergence.records import write_atomically
 from benchmarks.harness.arguments import prepare_out
 from benchmarks.harness.environment import command_line, git_commit
+from benchmarks.harness.files import write_json
 from benchmarks.harness.present import publish
 from benchmarks.harness.tables import Table
 from benchmarks.roofline.model import (
@@ -56,8 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     out = prepare_out(arguments.out)
     tables = make_tables()
     content = {"modelled": True, "command": command_line(), "git_commit": git_commit()}
-    text = json.dumps({**content, **describe()}, indent=2, allow_nan=False) + "\n"
-    write_atomically(out / "roofline.json", text.encode())
+    write_json(out / "roofline.json", {**content, **describe()}, indent=2)
     sections = ["# Roofline: a model of GLS's step on GPUs", MODELLED, f"`{command_line()}`"]
     sections += [table.markdown() for table in tables]
     report = "\n\n".join(sections) + "\n"

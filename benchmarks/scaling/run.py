@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.epoch.run import describe_run, finish_run, say, write_json
+from benchmarks.epoch.run import describe_run, finish_run, say
+from benchmarks.harness.files import write_json
 from benchmarks.harness.interleave import calibrate, choose_steps, quartiles, run_rounds
 from benchmarks.workloads.contenders import BASELINE, CONTENDERS, RATE, Trainer
 from benchmarks.workloads.gate import GateError, check_gls

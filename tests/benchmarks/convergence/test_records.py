@@ -5,14 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.convergence.records import (
-    CONFIG_FILE,
-    EPOCHS_FILE,
-    Store,
-    is_complete,
-    read_epochs,
-    write_atomically,
-)
+from benchmarks.convergence.records import CONFIG_FILE, EPOCHS_FILE, Store, is_complete, read_epochs
 from benchmarks.harness.errors import InputError
 
 
@@ -113,17 +106,3 @@ def test_a_file_where_the_directory_should_be_is_refused(tmp_path):
     path.write_text("")
     with pytest.raises(InputError, match=r"Not a directory|File exists"):
         Store(path).create(make_config(), overwrite=False)
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "report.md"
-    write_atomically(path, b"old")
-
-    def fail(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
