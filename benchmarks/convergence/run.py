@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from benchmarks.harness.environment import command_line, describe_environment, g
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.files import REPORT_FILE, write_atomically
 from benchmarks.harness.progress import Reporter
+from benchmarks.harness.runs import now
 from benchmarks.workloads.data import Dataset, load_dataset
 from benchmarks.workloads.optimizers import OPTIMIZERS, check_gls_options
 from benchmarks.workloads.tasks import TASKS
@@ -255,7 +255,7 @@ class Experiment:
             }
         invocation = {
             "command": command_line(),
-            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "started": now(),
             "git_commit": git_commit(),
             "platform": platform.platform(terse=True),
         }

@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.epoch.floor import make_floor_table
 from benchmarks.epoch.stages import make_overhead_table, make_stage_table
 from benchmarks.harness.interleave import Quartiles, pair_ratios, quartiles
+from benchmarks.harness.runs import describe_machine
 from benchmarks.harness.tables import NOTHING, Table, spread_cell, verdict
 from benchmarks.workloads.contenders import BASELINE, CONTENDERS
 from benchmarks.workloads.gate import HEADROOM, LEAST_ALLOWED, STEPS, TOLERANCE
@@ -51,26 +52,6 @@ def render_report(results: Mapping[str, Any]) -> str:
     """The whole report.md."""
     sections = ["# Seconds per epoch, and bytes", _setting(results)]
     return "\n\n".join([*sections, *(table.markdown() for table in make_tables(results))]) + "\n"
-
-
-def describe_machine(results: Mapping[str, Any]) -> list[str]:
-    """Hardware, versions, load and command, as list items."""
-    environment = results["environment"]
-    device = environment["device"]
-    hardware = environment["cpu"] if device == "cpu" else f"{device}, host {environment['cpu']}"
-    policy = environment.get("omp_wait_policy") or "unset"
-    return [
-        f"- Hardware: {hardware}, {environment['vector_instructions']}; {environment['threads']} "
-        f"threads of {environment['cores']} cores, OMP_WAIT_POLICY {policy}",
-        f"- Versions: torch {environment['torch']}, gls_fused {environment['gls_fused']}, "
-        f"Python {environment['python']}; {results['platform']}",
-        f"- Heap: {environment['heap']}",
-        f"- Load average, of the machine, in the minute before: "
-        f"{results['load_average_before']:.1f}; in the last minute: "
-        f"{results['load_average_after']:.1f}",
-        f"- `{results['command']}` (commit {results['git_commit'] or 'unknown'}, "
-        f"{results['started']} to {results['ended']})",
-    ]
 
 
 def _setting(results: Mapping[str, Any]) -> str:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import math
-import os
-import platform
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +13,7 @@ import torch
 from benchmarks.epoch.memory import measure_memory
 from benchmarks.epoch.stages import measure_overhead, profile_stages
 from benchmarks.harness.ceilings import measure_ceilings
-from benchmarks.harness.environment import command_line, describe_environment, git_commit
 from benchmarks.harness.files import write_json
-from benchmarks.harness.heap import describe_heap
 from benchmarks.harness.interleave import (
     calibrate,
     choose_steps,
@@ -27,6 +21,8 @@ from benchmarks.harness.interleave import (
     quartiles,
     run_rounds,
 )
+from benchmarks.harness.progress import say
+from benchmarks.harness.runs import describe_run, finish_run
 from benchmarks.workloads.contenders import BASELINE, CONTENDERS, RATE, Trainer, state_bytes
 from benchmarks.workloads.data import Dataset
 from benchmarks.workloads.gate import GateError, check_gls
@@ -136,29 +132,6 @@ def _measure_cell(
     }
 
 
-def describe_run(device: torch.device) -> dict[str, Any]:
-    """What the figures of one run depend on."""
-    return {
-        "command": command_line(),
-        "started": _now(),
-        "git_commit": git_commit(),
-        "platform": platform.platform(terse=True),
-        "environment": {**describe_environment(device), "heap": describe_heap()},
-        "load_average_before": os.getloadavg()[0],
-    }
-
-
-def finish_run(results: dict[str, Any]) -> None:
-    """Note the end, and how busy the machine was."""
-    results["ended"] = _now()
-    results["load_average_after"] = os.getloadavg()[0]
-
-
-def say(text: str) -> None:
-    """Show progress."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def _settings(options: EpochOptions) -> dict[str, Any]:
     return {
         "rounds": options.rounds,
@@ -166,7 +139,3 @@ def _settings(options: EpochOptions) -> dict[str, Any]:
         "lr": RATE,
         "optimizers": list(options.optimizers),
     }
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 from typing import Protocol
@@ -175,3 +176,8 @@ def make_reporter() -> Reporter:
     if console.is_terminal and not console.is_dumb_terminal:
         return LiveReporter(console)
     return PlainReporter(console)
+
+
+def say(text: str) -> None:
+    """Show progress."""
+    print(text, file=sys.stderr, flush=True)

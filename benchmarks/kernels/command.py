@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.epoch.run import describe_run, finish_run
 from benchmarks.harness.arguments import positive, positive_number, prepare_out
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.files import write_json
 from benchmarks.harness.heap import hold_freed_memory
 from benchmarks.harness.present import publish
+from benchmarks.harness.runs import describe_run, finish_run
 from benchmarks.kernels.report import make_table, pick_cases, render_report
 
 JSON_FILE = "kernels.json"

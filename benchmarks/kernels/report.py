@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.epoch.report import describe_machine
 from benchmarks.harness.ceilings import Ceilings
+from benchmarks.harness.runs import describe_machine
 from benchmarks.harness.tables import Table
 
 

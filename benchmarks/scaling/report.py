@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.epoch.report import describe_machine
 from benchmarks.harness.interleave import Quartiles, pair_ratios, quartiles
+from benchmarks.harness.runs import describe_machine
 from benchmarks.harness.tables import NOTHING, Table, spread_cell
 from benchmarks.scaling.run import NAMES, WITHOUT, Fit, extra_seconds, fit_power
 from benchmarks.workloads.contenders import BASELINE

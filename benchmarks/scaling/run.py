@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.epoch.run import describe_run, finish_run, say
 from benchmarks.harness.files import write_json
 from benchmarks.harness.interleave import calibrate, choose_steps, quartiles, run_rounds
+from benchmarks.harness.progress import say
+from benchmarks.harness.runs import describe_run, finish_run
 from benchmarks.workloads.contenders import BASELINE, CONTENDERS, RATE, Trainer
 from benchmarks.workloads.gate import GateError, check_gls
 from benchmarks.workloads.shapes import synthesise

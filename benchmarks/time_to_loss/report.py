@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.epoch.report import describe_machine
 from benchmarks.harness.interleave import pair_ratios, quartiles
+from benchmarks.harness.runs import describe_machine
 from benchmarks.harness.tables import NOTHING, Table, verdict
 from benchmarks.time_to_loss.run import BASELINE, CHALLENGER, reach, target_of
 

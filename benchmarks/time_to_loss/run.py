@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.convergence.run import search_rate
-from benchmarks.epoch.run import describe_run, finish_run, say
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.files import write_json
 from benchmarks.harness.interleave import turn
+from benchmarks.harness.progress import say
+from benchmarks.harness.runs import describe_run, finish_run
 from benchmarks.workloads.contenders import Trainer
 from benchmarks.workloads.data import Dataset, load_dataset
 from benchmarks.workloads.gate import STEPS, check_gls
