@@ -18,6 +18,7 @@ from benchmarks.convergence.summary import (
     speed_up,
     spread,
 )
+from benchmarks.harness.environment import hardware_of
 from benchmarks.harness.tables import NOTHING, Table
 from benchmarks.workloads.optimizers import OPTIMIZERS
 from benchmarks.workloads.tasks import TASKS
@@ -81,10 +82,9 @@ def make_summary_table(config: Mapping[str, Any], records: Sequence[EpochRecord]
 def _setting(config: Mapping[str, Any]) -> str:
     settings = config["settings"]
     environment = settings["environment"]
-    device = environment["device"]
-    hardware = environment["cpu"] if device == "cpu" else f"{device}, host {environment['cpu']}"
     lines = [
-        f"- Hardware: {hardware}; {environment['threads']} threads, {environment['cores']} cores, "
+        f"- Hardware: {hardware_of(environment)}; {environment['threads']} threads, "
+        f"{environment['cores']} cores, "
         f"OMP_WAIT_POLICY {environment['omp_wait_policy'] or 'unset'}",
         f"- Versions: torch {environment['torch']}, gls_fused {environment['gls_fused']} "
         f"(backends: {', '.join(environment['backends'])}), Python {environment['python']}",

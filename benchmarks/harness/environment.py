@@ -7,7 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,12 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "gls_fused": gls_fused.__version__,
         "backends": [name for name, why in gls_fused.available_backends().items() if why is None],
     }
+
+
+def hardware_of(environment: Mapping[str, Any]) -> str:
+    """What a report calls the machine, from what `describe_environment` gave."""
+    device, cpu = environment["device"], environment["cpu"]
+    return str(cpu) if device == "cpu" else f"{device}, host {cpu}"
 
 
 def cpu_name() -> str:

@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.environment import command_line, describe_environment, git_commit
+from benchmarks.harness.environment import (
+    command_line,
+    describe_environment,
+    git_commit,
+    hardware_of,
+)
 from benchmarks.harness.heap import describe_heap
 
 
@@ -35,12 +40,11 @@ def finish_run(results: dict[str, Any]) -> None:
 def describe_machine(results: Mapping[str, Any]) -> list[str]:
     """Hardware, versions, load and command, as list items."""
     environment = results["environment"]
-    device = environment["device"]
-    hardware = environment["cpu"] if device == "cpu" else f"{device}, host {environment['cpu']}"
     policy = environment.get("omp_wait_policy") or "unset"
     return [
-        f"- Hardware: {hardware}, {environment['vector_instructions']}; {environment['threads']} "
-        f"threads of {environment['cores']} cores, OMP_WAIT_POLICY {policy}",
+        f"- Hardware: {hardware_of(environment)}, {environment['vector_instructions']}; "
+        f"{environment['threads']} threads of {environment['cores']} cores, "
+        f"OMP_WAIT_POLICY {policy}",
         f"- Versions: torch {environment['torch']}, gls_fused {environment['gls_fused']}, "
         f"Python {environment['python']}; {results['platform']}",
         f"- Heap: {environment['heap']}",
