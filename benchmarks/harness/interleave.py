@@ -12,9 +12,10 @@ LONGEST_SLICE = 3
 
 
 class Runs(Protocol):
-    """What is timed; see `benchmarks.workloads.contenders.Trainer`."""
+    """What is timed."""
 
-    def run(self, steps: int) -> float: ...
+    def run(self, steps: int) -> float:
+        """Take so many steps, and return their seconds."""
 
 
 @dataclass(frozen=True)

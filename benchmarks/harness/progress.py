@@ -17,11 +17,28 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from benchmarks.convergence.records import EpochRecord
-
 # Drawing takes the interpreter's time from the training it measures.
 REFRESHES_PER_SECOND = 2
 SECONDS_BETWEEN_UPDATES = 0.25
+
+
+class Epoch(Protocol):
+    """What is shown of an epoch: its number, of how many, and what it gave."""
+
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def epochs(self) -> int: ...
+
+    @property
+    def train_loss(self) -> float | None: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def diverged(self) -> bool: ...
 
 
 class Reporter(Protocol):
@@ -45,7 +62,7 @@ class Reporter(Protocol):
     def batch(self) -> None:
         """A batch is done."""
 
-    def epoch(self, record: EpochRecord) -> None:
+    def epoch(self, record: Epoch) -> None:
         """An epoch is done."""
 
     def skip_run(self, label: str, epochs: int) -> None:
@@ -105,7 +122,7 @@ class LiveReporter:
             self._shown = now
             self._progress.update(self._run, completed=self._batches)
 
-    def epoch(self, record: EpochRecord) -> None:
+    def epoch(self, record: Epoch) -> None:
         self._epochs_left -= 1
         # The epochs that a diverged run does not take are done with, too.
         done = 1 + (self._epochs_left if record.diverged else 0)
@@ -148,7 +165,7 @@ class PlainReporter:
     def batch(self) -> None:
         pass
 
-    def epoch(self, record: EpochRecord) -> None:
+    def epoch(self, record: Epoch) -> None:
         self._epochs_left -= 1
         self._done += 1 + (self._epochs_left if record.diverged else 0)
         self._print(f"{self._label}  {describe_epoch(record)}")
@@ -162,7 +179,7 @@ class PlainReporter:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def describe_epoch(record: EpochRecord) -> str:
+def describe_epoch(record: Epoch) -> str:
     """One epoch in a few words."""
     epoch = f"epoch {record.epoch}/{record.epochs}"
     if record.train_loss is None or record.diverged:
