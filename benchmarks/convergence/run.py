@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,9 @@ from benchmarks.harness.progress import Reporter
 from benchmarks.harness.runs import now
 from benchmarks.workloads.data import Dataset, load_dataset
 from benchmarks.workloads.optimizers import OPTIMIZERS, check_gls_options
+from benchmarks.workloads.search import search_rate
 from benchmarks.workloads.tasks import TASKS
 from benchmarks.workloads.training import peak_memory_kind, train
-
-MOST_EXTENSIONS = 2
 
 
 @dataclass(frozen=True)
@@ -266,31 +265,3 @@ class Experiment:
             "settings": settings,
             "invocations": [invocation],
         }
-
-
-def search_rate(grid: Sequence[float], evaluate: Callable[[float], float]) -> float:
-    """The rate of the lowest loss, the grid being extended where its best is an edge.
-
-    Args:
-        evaluate: learning rate -> loss, infinite when it diverged.
-    """
-    losses = {lr: evaluate(lr) for lr in grid}
-    for _ in range(MOST_EXTENSIONS):
-        best = min(losses, key=lambda lr: (losses[lr], lr))
-        if min(losses) < best < max(losses):
-            break
-        further = next_half_decade(best, up=best == max(losses))
-        losses[further] = evaluate(further)
-    return min(losses, key=lambda lr: (losses[lr], lr))
-
-
-def next_half_decade(value: float, *, up: bool) -> float:
-    """The next of ..., 0.1, 0.3, 1, 3, ... above or below."""
-    exponent = math.floor(math.log10(value))
-    ladder = [
-        float(f"{digit}e{power}") for power in range(exponent - 1, exponent + 3) for digit in (1, 3)
-    ]
-    # The margin keeps 0.1 from being its own neighbour.
-    if up:
-        return min(step for step in ladder if step > value * 1.001)
-    return max(step for step in ladder if step < value / 1.001)

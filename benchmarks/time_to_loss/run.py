@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.convergence.run import search_rate
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.files import write_json
 from benchmarks.harness.interleave import turn
@@ -26,6 +25,7 @@ from benchmarks.workloads.contenders import Trainer
 from benchmarks.workloads.data import Dataset, load_dataset
 from benchmarks.workloads.gate import STEPS, check_gls
 from benchmarks.workloads.optimizers import OPTIMIZERS, check_gls_options
+from benchmarks.workloads.search import search_rate
 from benchmarks.workloads.tasks import TASKS, Task
 from benchmarks.workloads.training import WARM_UP_STEPS, train
 

@@ -2,7 +2,6 @@
 
 import pytest
 
-from benchmarks.convergence.run import next_half_decade
 from benchmarks.convergence.summary import (
     cumulative_seconds,
     final_runs,
@@ -12,6 +11,7 @@ from benchmarks.convergence.summary import (
     speed_up,
     spread,
 )
+from benchmarks.workloads.search import next_half_decade
 
 
 def test_speed_up_counts_whole_epochs_to_adams_best(run_of):

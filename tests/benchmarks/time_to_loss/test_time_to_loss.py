@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from tiny import TINY, read_strictly
 
-from benchmarks.convergence.run import search_rate
 from benchmarks.time_to_loss import run as time_to_loss
 from benchmarks.time_to_loss.report import bound_of, render_report, second_ratio
 from benchmarks.time_to_loss.run import Reached, checkpoint_steps, reach, running_mean, target_of
 from benchmarks.workloads.contenders import Trainer
 from benchmarks.workloads.optimizers import OPTIMIZERS
+from benchmarks.workloads.search import search_rate
 from benchmarks.workloads.shapes import synthesise
 from benchmarks.workloads.training import train
 
