@@ -18,9 +18,9 @@ from typing import Any
 from benchmarks.harness.ceilings import Ceilings
 from benchmarks.harness.interleave import quartiles
 from benchmarks.harness.tables import Table
-from benchmarks.roofline.model import ADAM_BYTES, FLOAT, GATHER_EVERY, TASK_MODELS
 from benchmarks.workloads.contenders import BASELINE, CONTENDERS
 from benchmarks.workloads.shapes import SHAPES
+from benchmarks.workloads.sizes import ADAM_BYTES, FLOAT, GATHER_EVERY, TASK_MODELS
 
 SHAPE = "cifar10"
 UPDATE_BYTES: Mapping[str, int] = {"gls": 24, "gls-momentum0": 16, BASELINE: ADAM_BYTES}

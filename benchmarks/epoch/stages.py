@@ -20,11 +20,11 @@ from benchmarks.harness.tables import Table
 from benchmarks.workloads.contenders import BASELINE, CONTENDERS, Trainer
 from benchmarks.workloads.data import Dataset
 from benchmarks.workloads.shapes import SHAPES, synthesise
+from benchmarks.workloads.sizes import GATHER_EVERY
 from benchmarks.workloads.tasks import CLASSES, Shape, Task
 from gls_fused.dispatch import resolve_backend
 
 PERIOD = CONTENDERS["gls"].period
-GATHER_EVERY = 10
 # Backward nodes of linear layers and convolutions, captured or not: what their names contain.
 LAYER_NODES = ("CapturedLinear", "_LinearBackward", "_Conv2dBackward", "Addmm", "ConvolutionBack")
 NODE = "autograd::engine::evaluate_function: "

@@ -13,7 +13,6 @@ from benchmarks.harness.files import write_json
 from benchmarks.harness.present import publish
 from benchmarks.harness.tables import Table
 from benchmarks.roofline.model import (
-    GATHER_EVERY,
     MODELS,
     RANK,
     TARGETS,
@@ -26,6 +25,7 @@ from benchmarks.roofline.model import (
     total,
     update,
 )
+from benchmarks.workloads.sizes import GATHER_EVERY
 
 MODELLED = "A model from data-sheet figures; nothing here was measured."
 SHAPES = ((128, 3072, 1024), (128, 1024, 512), (8192, 768, 3072))

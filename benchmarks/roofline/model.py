@@ -7,21 +7,26 @@ over the peak of float32 without tensor cores, which the kernels' "ieee" product
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gls_fused.curvature import AUTO_RANK, auto_rank
-from gls_fused.rows import SKETCH_IMAGES, SKETCH_ROWS
+from benchmarks.workloads.sizes import (
+    ADAM_BYTES,
+    FLOAT,
+    GATHER_EVERY,
+    TASK_MODELS,
+    Model,
+    transformer,
+)
+from gls_fused.curvature import AUTO_RANK
 
-FLOAT = 4
 RANK = AUTO_RANK
-GATHER_EVERY = 10
 BATCH = 128
-# torch's fused Adam: p, g, m and v read, p, m and v written; launches of at most 320 blocks of
-# 65,536 elements (ATen/native/cuda/MultiTensorApply.cuh), and one for the step counters.
-ADAM_BYTES, ADAM_ELEMENTS_PER_LAUNCH = 28, 320 * 65536
+MODELS = (*(model(BATCH) for model in TASK_MODELS.values()), transformer())
+# torch's fused Adam: launches of at most 320 blocks of 65,536 elements
+# (ATen/native/cuda/MultiTensorApply.cuh), and one for the step counters.
+ADAM_ELEMENTS_PER_LAUNCH = 320 * 65536
 # torch's ops around a layer's sketch, of which 10 add the sums up, and those of a convolution's,
 # whose sketch is torch's own. Of as many rows A'Y is made in parts, one launch more.
 SKETCH_OPS, IMAGE_OPS, ROWS_IN_PARTS = 12, 22, 1024
@@ -82,44 +87,6 @@ class Cost:
 NOTHING = Cost(0, 0, 0)
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A weight [outputs, inputs] with a bias, its rows, and those that the sketch takes."""
-
-    outputs: int
-    inputs: int
-    rows: int
-    sketched: int
-    convolution: bool = False
-
-    @property
-    def parameters(self) -> int:
-        return self.outputs * (self.inputs + 1)
-
-    @property
-    def rank(self) -> int:
-        """As rank="auto" decides."""
-        return auto_rank(self.outputs)
-
-    @property
-    def at_backward(self) -> bool:
-        """As site="auto" decides."""
-        return not self.convolution and self.rows < self.outputs
-
-
-@dataclass(frozen=True)
-class Model:
-    """Layers that GLS covers, and the parameters that take Adam's update."""
-
-    title: str
-    layers: tuple[Layer, ...]
-    others: int = 0
-
-    @property
-    def parameters(self) -> int:
-        return sum(layer.parameters for layer in self.layers) + self.others
-
-
 def precondition(rows: int, inputs: int, rank: int = RANK) -> Cost:
     """X P of [rows, inputs]: X read in two walks, the product written."""
     return Cost(12 * rows * inputs, 4 * rows * inputs * rank + 2 * rows * rank**2, 1)
@@ -177,46 +144,3 @@ def gls_step(model: Model, *, momentum: bool = True) -> dict[str, Cost]:
 def total(pieces: Sequence[Cost]) -> Cost:
     """All of them."""
     return sum(pieces, NOTHING)
-
-
-def _mlp(title: str, widths: Sequence[int], rows: int) -> Model:
-    pairs = itertools.pairwise(widths)
-    few = min(rows, SKETCH_ROWS)
-    return Model(title, tuple(Layer(after, before, rows, few) for before, after in pairs))
-
-
-def _cnn(batch: int) -> Model:
-    """3x32x32 images; the sketch takes 16 of them."""
-    few = min(batch, SKETCH_IMAGES)
-    return Model(
-        "CNN, 2 convolutions and 2 linear layers",
-        (
-            Layer(16, 75, batch * 1024, few * 1024, convolution=True),
-            Layer(32, 400, batch * 256, few * 256, convolution=True),
-            Layer(128, 2048, batch, batch),
-            Layer(10, 128, batch, batch),
-        ),
-    )
-
-
-def _transformer() -> Model:
-    """GPT-2's smallest shape: 12 blocks of width 768, vocabulary 50,257 and 1,024 positions.
-
-    One GPU's step of 8 sequences of 1,024 tokens holds more rows than outputs, so P applies at the
-    step, and 1,024 rows are sketched; the embedding, tied to the head, and the norms take Adam's.
-    """
-    width, rows = 768, 8 * 1024
-    shapes = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
-    layers = tuple(Layer(m, k, rows, SKETCH_ROWS) for _ in range(12) for m, k in shapes)
-    return Model("Transformer, 124M parameters", layers, (50257 + 1024) * width + 25 * 2 * width)
-
-
-# The tasks at CIFAR-10's shape, by name, as functions of the batch size.
-TASK_MODELS: Mapping[str, Callable[[int], Model]] = {
-    "mlp": lambda batch: _mlp("MLP, 3 linear layers", (3072, 1024, 512, 10), batch),
-    "cnn": _cnn,
-    "autoencoder": lambda batch: _mlp(
-        "Autoencoder, 4 linear layers", (3072, 1024, 128, 1024, 3072), batch
-    ),
-}
-MODELS = (*(model(BATCH) for model in TASK_MODELS.values()), _transformer())
