@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.roofline.command import MODELLED, make_tables
 from benchmarks.roofline.model import MODELS, TARGETS, Cost, adam, gls_step, total, update
+from benchmarks.roofline.report import MODELLED, make_tables
 from benchmarks.workloads.tasks import TASKS
 
 
