@@ -13,12 +13,13 @@ import torch
 
 from benchmarks.convergence.report import make_tables
 from benchmarks.convergence.run import Experiment, Options
-from benchmarks.harness.arguments import positive_number, rate, setting
+from benchmarks.harness.arguments import positive_number, setting
 from benchmarks.harness.environment import command_line
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.present import show
 from benchmarks.harness.progress import make_reporter
-from benchmarks.workloads.data import DATASETS, LOCAL_DATA
+from benchmarks.workloads.arguments import add_data, rate
+from benchmarks.workloads.data import LOCAL_DATA
 from benchmarks.workloads.download import download_cifar10
 from benchmarks.workloads.optimizers import OPTIMIZERS
 from benchmarks.workloads.tasks import TASKS
@@ -154,14 +155,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
             help=f"the same as --lr {name}=VALUE",
         )
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default="auto", choices=("auto", *DATASETS))
-    data.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help=f"where CIFAR-10's or Fashion-MNIST's files are; default: {LOCAL_DATA}",
-    )
+    data = add_data(parser)
     data.add_argument(
         "--download-cifar10",
         action="store_true",

@@ -1,4 +1,4 @@
-"""Types and groups of options that the timing experiments share."""
+"""Types and groups of options that experiments share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from benchmarks.harness.errors import InputError
-from benchmarks.workloads.optimizers import OPTIMIZERS
 
 
 def positive(text: str) -> int:
@@ -40,16 +39,6 @@ def positive_number(text: str) -> float:
     if not (value > 0 and math.isfinite(value)):
         raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
     return value
-
-
-def rate(text: str) -> tuple[str, float]:
-    """NAME=VALUE: an optimizer and its learning rate."""
-    name, _, value = text.partition("=")
-    if name not in OPTIMIZERS:
-        raise argparse.ArgumentTypeError(
-            f"expected NAME=VALUE with a NAME among {', '.join(OPTIMIZERS)}, got {text!r}"
-        )
-    return name, positive_number(value)
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from benchmarks.harness.arguments import (
     natural,
     positive,
     prepare_out,
-    rate,
     refuse_twice,
     setting,
 )
@@ -23,7 +21,7 @@ from benchmarks.harness.heap import hold_freed_memory
 from benchmarks.harness.present import publish
 from benchmarks.time_to_loss.report import make_tables, render_report
 from benchmarks.time_to_loss.run import BASELINE, CHALLENGER, TimeOptions, measure_time_to_loss
-from benchmarks.workloads.data import DATASETS, LOCAL_DATA
+from benchmarks.workloads.arguments import add_data, rate
 from benchmarks.workloads.tasks import TASKS
 
 
@@ -59,14 +57,7 @@ def add_time_to_loss(subparsers: Any) -> None:
         metavar="KEY=VALUE",
         help="options for GLS, such as damping=.1 rank=64",
     )
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default="auto", choices=("auto", *DATASETS))
-    data.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help=f"where CIFAR-10's or Fashion-MNIST's files are; default: {LOCAL_DATA}",
-    )
+    data = add_data(parser)
     data.add_argument(
         "--train-images", type=positive, metavar="N", help="train on at most N images"
     )
