@@ -60,10 +60,11 @@ sanitize: setup ## Run the kernels' tests with AddressSanitizer and UndefinedBeh
 	  -m "not slow" tests/test_backends.py tests/test_native.py tests/test_native_arguments.py
 	@$(BIN)/python -m pytest -m slow tests/cuda/test_sanitized.py
 
-lint: setup ## Check style, format and types
+lint: setup ## Check style, format, types and the direction of imports
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy --no-error-summary
+	@found=$$($(BIN)/lint-imports --no-cache --no-logo 2>&1) || { echo "$$found"; exit 1; }
 
 format: setup ## Rewrite the Python files in the house format
 	@$(BIN)/ruff check --quiet --fix
