@@ -1,4 +1,4 @@
-"""The command line: whole runs on scikit-learn's digits, and what it refuses."""
+"""The command line of convergence and demo: whole runs on digits, and what it refuses."""
 
 import inspect
 import json

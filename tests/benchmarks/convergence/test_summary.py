@@ -1,7 +1,5 @@
 """The comparison's figures, on fabricated histories."""
 
-import pytest
-
 from benchmarks.convergence.summary import (
     cumulative_seconds,
     final_runs,
@@ -11,7 +9,6 @@ from benchmarks.convergence.summary import (
     speed_up,
     spread,
 )
-from benchmarks.workloads.search import next_half_decade
 
 
 def test_speed_up_counts_whole_epochs_to_adams_best(run_of):
@@ -75,19 +72,3 @@ def test_only_complete_final_runs_of_the_asked_seeds_count(run_of):
     runs = final_runs(records, seeds=[0, 1, 2], epochs=2)
     assert list(runs) == [("mlp", "adam")]
     assert sorted(runs["mlp", "adam"]) == [0, 1]
-
-
-@pytest.mark.parametrize(
-    ("value", "up", "expected"),
-    [
-        (1.0, True, 3.0),
-        (0.3, True, 1.0),
-        (0.003, True, 0.01),
-        (0.2, True, 0.3),
-        (0.1, False, 0.03),
-        (3e-4, False, 1e-4),
-        (0.4, False, 0.3),
-    ],
-)
-def test_grids_grow_by_half_decades(value, up, expected):
-    assert next_half_decade(value, up=up) == expected

@@ -1,74 +1,24 @@
-"""The epoch experiment: its arithmetic on fabricated rounds, its gate, its command line."""
+"""The epoch experiment: its arithmetic on fabricated rounds, its command line."""
 
 from typing import Any
 
 import pytest
 import torch
 from tiny import TINY, read_strictly
-from torch import nn
 
-from benchmarks.epoch.floor import Work, state_share, work_of
+from benchmarks.epoch.floor import work_of
 from benchmarks.epoch.memory import measure_memory
 from benchmarks.epoch.report import bound_of, make_short_table, make_tables, render_report
 from benchmarks.epoch.stages import measure_overhead, profile_stages
 from benchmarks.harness.ceilings import Ceilings
-from benchmarks.harness.interleave import choose_steps, pair_ratios, quartiles, run_rounds, turn
 from benchmarks.harness.tables import verdict
-from benchmarks.workloads.contenders import CONTENDERS, Trainer, state_bytes
-from benchmarks.workloads.gate import GateError, check_gls
+from benchmarks.workloads.contenders import CONTENDERS
 from benchmarks.workloads.shapes import synthesise
-from benchmarks.workloads.tasks import TASKS
-from gls_fused.dispatch import resolve_backend
 
 RUN = (
     "epoch", "--tasks", "tiny", "--shapes", "cifar10", "--batch-sizes", "32", "--threads", "1",
     "--rounds", "3", "--seconds", "0.001",
 )  # fmt: skip
-
-
-class Clock:
-    """A runner whose steps take a given time, for which the log says when it ran."""
-
-    def __init__(self, name: str, log: list[tuple[str, int]], seconds: float) -> None:
-        self.name, self.log, self.seconds = name, log, seconds
-
-    def run(self, steps: int) -> float:
-        self.log.append((self.name, steps))
-        return steps * self.seconds
-
-
-def test_ratios_are_taken_within_rounds():
-    # A machine that slows down fourfold in the middle of the run.
-    adam = [1.0, 1.0, 4.0, 4.0]
-    gls = [1.1, 1.2, 4.4, 4.8]
-    ratios = pair_ratios(gls, adam)
-    assert ratios == pytest.approx([1.1, 1.2, 1.1, 1.2])
-    assert quartiles(ratios).median == pytest.approx(1.15)
-    assert (quartiles(ratios).low, quartiles(ratios).high) == pytest.approx((1.1, 1.2))
-    assert quartiles([2.0]).low == quartiles([2.0]).high == 2.0
-    with pytest.raises(ValueError, match="shorter"):
-        pair_ratios(gls, adam[:3])
-
-
-def test_every_round_has_every_contender_in_another_order():
-    log: list[tuple[str, int]] = []
-    runners = {name: Clock(name, log, 0.5) for name in "abc"}
-    taken = run_rounds(runners, {"a": 2, "b": 2, "c": 1}, 6)
-    assert taken == {name: [0.5] * 6 for name in "abc"}
-    rounds = ["".join(name for name, _ in log[i : i + 3]) for i in range(0, 18, 3)]
-    assert rounds == ["abc", "cba", "bca", "acb", "cab", "bac"]
-    assert {steps for name, steps in log if name == "c"} == {1}
-    assert turn(["a"], 5) == ["a"]
-
-
-@pytest.mark.parametrize(
-    ("adam", "expected"),
-    [(0.001, 400), (0.01, 40), (0.5, 10)],
-)
-def test_slices_hold_the_same_steps_in_whole_periods(adam, expected):
-    seconds = {"gls": 1.2 * adam, "adam": adam, "muon": 30 * adam}
-    steps = choose_steps(seconds, {"gls": 10, "adam": 1, "muon": 1}, "adam", 0.4)
-    assert steps == {"gls": expected, "adam": expected, "muon": expected // 10}
 
 
 def test_bounds_and_verdicts():
@@ -150,54 +100,6 @@ def test_the_report_of_fabricated_rounds():
 def test_the_short_table_says_where_a_bound_is_missed():
     (row,) = make_short_table(fabricated()["cells"]).rows
     assert row == ("mlp", "128", "15.00", "1.250 [1.125, 1.375] > 1.05", "0.550 ≤ 0.60")
-
-
-def test_state_is_counted_by_memory_once():
-    model = nn.Linear(8, 4)
-    adam = torch.optim.Adam(model.parameters())
-    model(torch.ones(2, 8)).sum().backward()
-    adam.step()
-    # Two averages per element and a step per parameter, in float32.
-    assert state_bytes(adam) == 4 * (2 * 36 + 2)
-    average = adam.state[model.weight]["exp_avg"]
-    adam.state[model.weight]["again"] = average.view(-1)[:2]
-    assert state_bytes(adam) == 4 * (2 * 36 + 2)
-    assert state_bytes(torch.optim.SGD(model.parameters())) == 0
-
-
-def test_trainers_of_one_seed_see_the_same():
-    data = synthesise((3, 32, 32), 96)
-    first, second = (Trainer(TINY, data, CONTENDERS[name].build, 32) for name in ("sgd", "adam"))
-    for one, other in zip(first.model.parameters(), second.model.parameters(), strict=True):
-        assert torch.equal(one, other)
-    first.next_steps(1)
-    second.next_steps(1)
-    assert torch.equal(first.loss, second.loss)
-
-
-def test_the_gate_passes_and_refuses_a_corrupted_op(monkeypatch):
-    data = synthesise((3, 32, 32), 256)
-    for options in ({}, {"momentum": 0.0}):
-        verdict = check_gls(TINY, data, 32, **options)
-        assert verdict.double < 1e-12
-        assert 0 < verdict.single <= verdict.allowed
-    backend = resolve_backend("auto", {"cpu"})
-    if backend is resolve_backend("reference", {"cpu"}):
-        pytest.skip("the native backend is not available")
-    for op, corrupt in (
-        ("update_layers_", lambda update: lambda *a, **k: update(*a, **{**k, "lr": 1.0001e-3})),
-        ("invert_cores", lambda invert: lambda *a: [(1.01 * c, s) for c, s in invert(*a)]),
-        (
-            "refresh_subspaces",
-            lambda _: lambda cores, sketches: list(zip(sketches, cores, strict=True)),
-        ),
-        ("update_layers_", lambda update: lambda *a, **k: update(*a[:5], [None] * len(a[4]), **k)),
-        ("update_layers_", lambda _: lambda params, *a, **k: params[0].fill_(float("nan"))),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(backend, op, corrupt(getattr(backend, op)))
-            with pytest.raises(GateError, match="nothing is reported"):
-                check_gls(TINY, data, 32)
 
 
 def test_a_red_gate_ends_the_command_before_any_figure(tmp_path, monkeypatch, run_main):
@@ -289,19 +191,6 @@ def test_an_unusable_directory_gives_one_line(tmp_path, run_main):
     assert "--out" in errors
 
 
-def test_the_floor_counts_what_the_equations_need():
-    parameters, batch = 3073 * 1024 + 1025 * 512 + 513 * 10, 128
-    adam, gls, plain = (work_of(name, "mlp", batch) for name in ("adam", "gls", "gls-momentum0"))
-    assert adam == Work(0, 28 * parameters)
-    # The classifier has fewer outputs than rows: P on its gradient, of rank 10.
-    assert gls.bytes == 24 * parameters + 12 * 513 * 10
-    assert plain.bytes == 16 * parameters + 12 * 513 * 10
-    rows = 4 * batch * 32 * (3073 + 1025)
-    sketch = (rows + 4 * batch * 10 * 513) / 10
-    assert gls.flops == pytest.approx(rows + 4 * 10 * 10 * 513 + sketch)
-    assert gls.seconds(Ceilings(copy=1.0, gemm=2.0)) == gls.bytes + gls.flops / 2
-
-
 def test_the_floor_is_in_the_report_with_its_ceilings():
     results = {**fabricated(), "ceilings": {"copy": 1e10, "gemm": 1e11}}
     extra = work_of("gls", "mlp", 128).seconds(Ceilings(1e10, 1e11))
@@ -309,16 +198,3 @@ def test_the_floor_is_in_the_report_with_its_ceilings():
     report = render_report(results)
     assert "A model, not a measurement" in report
     assert f"| {1e3 * extra:+.2f} | {1 + extra / 0.015:.3f} | 0.519 |" in report
-
-
-@pytest.mark.parametrize("task", ["mlp", "cnn", "autoencoder"])
-@pytest.mark.parametrize("name", ["gls", "gls-momentum0"])
-def test_the_state_is_as_large_as_the_floor_says(name, task):
-    data = synthesise((3, 32, 32), 16)
-    sizes = {}
-    for contender in (name, "adam"):
-        trainer = Trainer(TASKS[task], data, CONTENDERS[contender].build, 8)
-        trainer.next_steps(1)
-        sizes[contender] = state_bytes(trainer.optimizer)
-    # Scalars: steps, traces, shifts.
-    assert sizes[name] / sizes["adam"] == pytest.approx(state_share(name, task), abs=1e-3)

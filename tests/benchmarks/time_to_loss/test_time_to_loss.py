@@ -11,7 +11,6 @@ from benchmarks.time_to_loss.report import bound_of, render_report, second_ratio
 from benchmarks.time_to_loss.run import Reached, checkpoint_steps, reach, running_mean, target_of
 from benchmarks.workloads.contenders import Trainer
 from benchmarks.workloads.optimizers import OPTIMIZERS
-from benchmarks.workloads.search import search_rate
 from benchmarks.workloads.shapes import synthesise
 from benchmarks.workloads.training import train
 
@@ -117,17 +116,6 @@ def test_a_trainer_goes_the_way_that_a_training_run_goes():
     )  # fmt: skip
     means = [running_mean(losses[:2], 2), running_mean(losses, 2)]
     assert [result.train_loss for result in epochs] == pytest.approx(means)
-
-
-def test_a_search_extends_its_grid_at_an_edge():
-    asked = []
-
-    def evaluate(lr):
-        asked.append(lr)
-        return abs(math.log10(lr) + 4)
-
-    assert search_rate((1e-3, 3e-3), evaluate) == 1e-4
-    assert asked == [1e-3, 3e-3, 3e-4, 1e-4]
 
 
 def test_the_command_alternates_and_writes_strict_json(tmp_path, monkeypatch, run_main):
