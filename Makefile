@@ -60,10 +60,11 @@ sanitize: setup ## Run the kernels' tests with AddressSanitizer and UndefinedBeh
 	  -m "not slow" tests/backends/test_backends.py tests/backends/native
 	@$(BIN)/python -m pytest -m slow tests/backends/cuda/test_sanitized.py
 
-lint: docs ## Check style, format and types, and build the site
+lint: docs ## Check style, format, types and the direction of imports, and build the site
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy --no-error-summary
+	@found=$$($(BIN)/lint-imports --no-cache --no-logo 2>&1) || { echo "$$found"; exit 1; }
 
 # A link, an anchor or a name in a docstring that leads nowhere is an error: a warning to mkdocs, which
 # counts none under --quiet. The variable silences a note of the theme's on its own future.

@@ -14,12 +14,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import epoch, time_to_loss
-from benchmarks.epoch_report import make_short_table
-from benchmarks.errors import InputError
-from benchmarks.records import CONFIG_FILE, EPOCHS_FILE, read_epochs, write_atomically
-from benchmarks.report import NOTHING, Table, make_summary_table
-from benchmarks.time_to_loss_report import make_ratio_table
+from benchmarks.convergence.records import CONFIG_FILE, EPOCHS_FILE, read_epochs
+from benchmarks.convergence.report import make_summary_table
+from benchmarks.epoch import run as epoch
+from benchmarks.epoch.report import make_short_table
+from benchmarks.harness.environment import hardware_of
+from benchmarks.harness.errors import InputError
+from benchmarks.harness.files import write_atomically
+from benchmarks.harness.tables import NOTHING, Table
+from benchmarks.time_to_loss import run as time_to_loss
+from benchmarks.time_to_loss.report import make_ratio_table
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = Path(__file__).with_name("published")
@@ -138,15 +142,13 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _block(title: str, command: str, environment: Mapping[str, Any], table: Table) -> str:
     """What is shown, the command, the hardware, how to read the table, the table."""
-    device, cpu = environment["device"], environment["cpu"]
-    hardware = cpu if device == "cpu" else f"{device}, host {cpu}"
     return "\n".join(
         [
             f"{title}:",
             "",
             f"    {command}",
             "",
-            f"{hardware} ({environment.get('vector_instructions') or NOTHING}), "
+            f"{hardware_of(environment)} ({environment.get('vector_instructions') or NOTHING}), "
             f"{environment['threads']} threads of {environment['cores']} cores, torch "
             f"{environment['torch']}. {table.note}",
             "",

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks.errors import InputError
+from benchmarks.harness.errors import InputError
 from benchmarks.readme import BLOCKS, PAGES, PUBLISHED, fill
 
 EMPTY = "".join(
