@@ -11,7 +11,7 @@ STAMP := .venv/.stamp
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: help setup data demo test test-slow sanitize lint format bench-kernels readme clean
+.PHONY: help setup data demo test test-slow sanitize lint format docs bench-kernels readme clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 14
@@ -60,10 +60,17 @@ sanitize: setup ## Run the kernels' tests with AddressSanitizer and UndefinedBeh
 	  -m "not slow" tests/backends/test_backends.py tests/backends/native
 	@$(BIN)/python -m pytest -m slow tests/backends/cuda/test_sanitized.py
 
-lint: setup ## Check style, format and types
+lint: docs ## Check style, format, types and the direction of imports, and build the site
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy --no-error-summary
+	@found=$$($(BIN)/lint-imports --no-cache --no-logo 2>&1) || { echo "$$found"; exit 1; }
+
+# A link, an anchor or a name in a docstring that leads nowhere is an error: a warning to mkdocs, which
+# counts none under --quiet. The variable silences a note of the theme's on its own future.
+docs: setup ## Build the site of docs/ and the docstrings: build/site/index.html
+	@mkdir -p build
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict >build/site.log 2>&1 || { cat build/site.log; exit 1; }
 
 format: setup ## Rewrite the Python files in the house format
 	@$(BIN)/ruff check --quiet --fix
@@ -72,7 +79,7 @@ format: setup ## Rewrite the Python files in the house format
 bench-kernels: setup ## Time every op against the machine's ceilings
 	@$(BIN)/python -m benchmarks kernels
 
-readme: setup ## Rewrite README's tables from benchmarks/published
+readme: setup ## Rewrite the tables of README and docs/benchmarks.md from benchmarks/published
 	@$(BIN)/python -m benchmarks readme
 
 clean: ## Remove what was built and cached; .venv and results/ stay

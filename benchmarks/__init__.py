@@ -1,4 +1,8 @@
-"""Experiments on the optimizer: convergence on real data, and its cost."""
+"""Experiments on the optimizer: convergence on real data, and its cost.
+
+A package per command, over `workloads`, what is trained and timed, over `harness`, what any
+experiment needs. pyproject.toml holds the imports to that.
+"""
 
 import os
 

@@ -10,15 +10,15 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from benchmarks.convergence_command import add_convergence, add_demo
-from benchmarks.epoch_command import add_epoch
-from benchmarks.errors import InputError
-from benchmarks.gate import GateError
-from benchmarks.kernels_command import add_kernels
+from benchmarks.convergence.command import add_convergence, add_demo
+from benchmarks.epoch.command import add_epoch
+from benchmarks.harness.errors import InputError
+from benchmarks.kernels.command import add_kernels
 from benchmarks.readme import add_readme
-from benchmarks.roofline_command import add_roofline
-from benchmarks.scaling_command import add_scaling
-from benchmarks.time_to_loss_command import add_time_to_loss
+from benchmarks.roofline.command import add_roofline
+from benchmarks.scaling.command import add_scaling
+from benchmarks.time_to_loss.command import add_time_to_loss
+from benchmarks.workloads.gate import GateError
 
 COMMANDS = (
     add_convergence,

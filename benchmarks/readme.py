@@ -1,6 +1,7 @@
-"""README's result tables, made from the published results: the subcommand `readme`.
+"""The docs' result tables, made from the published results: the subcommand `readme`.
 
-What stands between `<!-- BEGIN name -->` and `<!-- END name -->` is replaced; the rest is left.
+What stands between `<!-- BEGIN name -->` and `<!-- END name -->` is replaced, in each page that has
+these markers; the rest is left.
 """
 
 from __future__ import annotations
@@ -13,62 +14,74 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import epoch, time_to_loss
-from benchmarks.epoch_report import make_short_table
-from benchmarks.errors import InputError
-from benchmarks.records import CONFIG_FILE, EPOCHS_FILE, read_epochs, write_atomically
-from benchmarks.report import NOTHING, Table, make_summary_table
-from benchmarks.time_to_loss_report import make_ratio_table
+from benchmarks.convergence.records import CONFIG_FILE, EPOCHS_FILE, read_epochs
+from benchmarks.convergence.report import make_summary_table
+from benchmarks.epoch import run as epoch
+from benchmarks.epoch.report import make_short_table
+from benchmarks.harness.environment import hardware_of
+from benchmarks.harness.errors import InputError
+from benchmarks.harness.files import write_atomically
+from benchmarks.harness.tables import NOTHING, Table
+from benchmarks.time_to_loss import run as time_to_loss
+from benchmarks.time_to_loss.report import make_ratio_table
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = Path(__file__).with_name("published")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 
 
 def add_readme(subparsers: Any) -> None:
     """Register `readme`."""
     parser = subparsers.add_parser(
         "readme",
-        help="rewrite README's result tables from the published results",
-        description=f"Rewrite the text between the markers {', '.join(BLOCKS)} of README from the "
-        "results in benchmarks/published.",
+        help="rewrite the docs' result tables from the published results",
+        description=f"Rewrite the text between the markers {', '.join(BLOCKS)} of README and "
+        "docs/benchmarks.md from the results in benchmarks/published.",
         allow_abbrev=False,
     )
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if stale")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, metavar="FILE")
     parser.add_argument("--published", type=Path, default=PUBLISHED, metavar="DIR")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Rewrite README, or say whether it is what would be written."""
-    path: Path = arguments.readme
+    """Rewrite the pages, or say which of them is not what would be written."""
     if not arguments.published.is_dir():
         raise InputError(f"--published {arguments.published}: no such directory")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--readme {path}: {error}") from error
-    filled = fill(text, arguments.published)
-    if arguments.check:
-        if filled != text:
+    texts = {}
+    for path in arguments.pages:
+        try:
+            texts[path] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--pages {path}: {error}") from error
+    for name in BLOCKS:
+        if not any(f"<!-- BEGIN {name} -->" in text for text in texts.values()):
+            raise InputError(f"--pages: expected <!-- BEGIN {name} --> in one of them, got none")
+    filled = {path: fill(text, arguments.published) for path, text in texts.items()}
+    stale = [path for path in texts if filled[path] != texts[path]]
+    for path in stale:
+        if arguments.check:
             print(f"error: {path} is not what its results give: run make readme", file=sys.stderr)
-        return int(filled != text)
-    if filled != text:
-        write_atomically(path, filled.encode())
-    return 0
+        else:
+            write_atomically(path, filled[path].encode())
+    return int(arguments.check and bool(stale))
 
 
 def fill(text: str, published: Path) -> str:
-    """README with every block made anew; one without published results is empty.
+    """A page with each of its blocks made anew; one without published results is empty.
 
     Raises:
-        InputError: a block that is missing or there twice, or damaged results.
+        InputError: a block that has one marker only or is there twice, or damaged results.
     """
     for name, make in BLOCKS.items():
         begin, end = f"<!-- BEGIN {name} -->", f"<!-- END {name} -->"
+        markers = text.count(begin) + text.count(end)
+        if markers == 0:
+            continue
         parts = re.split(f"{begin}.*?{end}", text, flags=re.DOTALL)
-        if len(parts) != 2 or text.count(begin) + text.count(end) != 2:
-            raise InputError(f"README: expected {begin} and then {end}, once")
+        if len(parts) != 2 or markers != 2:
+            raise InputError(f"page: expected {begin} and then {end}, once")
         try:
             content = make(published)
         except (ValueError, KeyError, TypeError) as error:
@@ -129,15 +142,13 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _block(title: str, command: str, environment: Mapping[str, Any], table: Table) -> str:
     """What is shown, the command, the hardware, how to read the table, the table."""
-    device, cpu = environment["device"], environment["cpu"]
-    hardware = cpu if device == "cpu" else f"{device}, host {cpu}"
     return "\n".join(
         [
             f"{title}:",
             "",
             f"    {command}",
             "",
-            f"{hardware} ({environment.get('vector_instructions') or NOTHING}), "
+            f"{hardware_of(environment)} ({environment.get('vector_instructions') or NOTHING}), "
             f"{environment['threads']} threads of {environment['cores']} cores, torch "
             f"{environment['torch']}. {table.note}",
             "",

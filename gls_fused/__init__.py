@@ -1,5 +1,6 @@
-"""GLS, a fused least-squares optimizer for PyTorch: `GLS` is the optimizer, `attach` feeds others.
+"""GLS, a fused first-order optimizer for PyTorch, made of damped least-squares steps.
 
+`GLS` is the optimizer, `attach` lets other optimizers step on its directions, and
 `gls_fused.reference` is the definition of every op.
 """
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.shapes import SHAPES
-from benchmarks.tasks import TASKS
+from benchmarks.workloads.shapes import SHAPES
+from benchmarks.workloads.tasks import TASKS
 from gls_fused import reference
 from gls_fused.capture.rows import SKETCH_IMAGES
 from gls_fused.curvature.estimate import AUTO_RANK, auto_rank

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.ceilings import Ceilings, measure_ceilings
-from benchmarks.heap import hold_freed_memory
+from benchmarks.harness.ceilings import Ceilings, measure_ceilings
+from benchmarks.harness.heap import hold_freed_memory
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.ceilings import Ceilings
-from benchmarks.epoch_report import describe_machine
-from benchmarks.report import Table
+from benchmarks.harness.ceilings import Ceilings
+from benchmarks.harness.runs import describe_machine
+from benchmarks.harness.tables import Table
 
 
 def describe_case(

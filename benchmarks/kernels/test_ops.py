@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.kernels.cases import Case, make_adam, make_cases
 from benchmarks.kernels.report import describe_case
-from benchmarks.tasks import TASKS
+from benchmarks.workloads.tasks import TASKS
 from gls_fused import available_backends
 from gls_fused.backends.dispatch import resolve_backend
 

@@ -66,9 +66,12 @@ def resolve_backend(name: str, devices: Iterable[str]) -> ModuleType:
 
 
 def build_info() -> dict[str, object]:
-    """How the native backend was built, `_C.BuildInfo`, and more.
+    """How the native backend was built.
 
-        running: the CPU capability it uses
+        torch: the release it was compiled against, such as "2.14.1"
+        compiler, flags: what compiled its CPU kernels, and how
+        cpu_capabilities: torch's names of those that they were compiled for, such as "AVX512"
+        running: the one of them that it uses
         cuda: the version of the toolkit its CUDA kernels were built with; None without them
         cuda_architectures: such as "sm_90"
         cuda_failure: why there are no CUDA kernels; None where there are

@@ -8,7 +8,7 @@ from nets import loss_of, make_batch, make_net, snapshot
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.data import load_dataset
+from benchmarks.workloads.data import load_dataset
 from gls_fused import GLS
 from gls_fused.apply.low_precision import POLICIES, make_bits, round_stochastically
 

@@ -12,11 +12,11 @@ sys.path.insert(0, str(ROOT))
 
 from tiny import TINY  # noqa: E402  (needs the path set above)
 
-from benchmarks import heap  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
-from benchmarks.records import EpochRecord, Run  # noqa: E402
-from benchmarks.shapes import synthesise  # noqa: E402
-from benchmarks.tasks import TASKS  # noqa: E402
+from benchmarks.convergence.records import EpochRecord, Run  # noqa: E402
+from benchmarks.harness import heap  # noqa: E402
+from benchmarks.workloads.shapes import synthesise  # noqa: E402
+from benchmarks.workloads.tasks import TASKS  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +114,9 @@ def config_of() -> Callable[..., dict[str, object]]:
 def run_main(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """(status, standard output, standard error) of a run in this process, with a tiny task."""
     monkeypatch.setitem(TASKS, "tiny", TINY)
-    monkeypatch.setattr("benchmarks.epoch.images_of", lambda shape: synthesise(shape.shape, 256))
+    monkeypatch.setattr(
+        "benchmarks.epoch.run.images_of", lambda shape: synthesise(shape.shape, 256)
+    )
     # The tests' process keeps malloc's own settings.
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
     monkeypatch.setattr(heap, "_state", heap.describe_heap())

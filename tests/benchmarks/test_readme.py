@@ -1,16 +1,14 @@
-"""README's tables: that they are what the published results give, and how they are made."""
+"""The docs' tables: that they are what the published results give, and how they are made."""
 
 import json
 import re
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
-from benchmarks.errors import InputError
-from benchmarks.readme import BLOCKS, PUBLISHED, fill
+from benchmarks.harness.errors import InputError
+from benchmarks.readme import BLOCKS, PAGES, PUBLISHED, fill
 
-README = Path(__file__).parents[2] / "README.md"
 EMPTY = "".join(
     f"before\n<!-- BEGIN {name} -->\nold\n<!-- END {name} -->\nafter\n" for name in BLOCKS
 )
@@ -33,8 +31,10 @@ def published(tmp_path, run_of, config_of):
     return tmp_path
 
 
-def test_readme_is_what_its_results_give():
-    text = README.read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page_is_what_its_results_give(page):
+    text = page.read_text()
+    assert "<!-- BEGIN " in text
     assert fill(text, PUBLISHED) == text, "run make readme"
 
 
@@ -69,13 +69,34 @@ def test_timing_tables_have_their_command_and_verdict(tmp_path, run_main):
 def test_the_command_writes_and_checks(tmp_path, published, run_main):
     readme = tmp_path / "README.md"
     readme.write_text(EMPTY)
-    options = ("readme", "--readme", readme, "--published", published)
+    options = ("readme", "--pages", readme, "--published", published)
     status, output, errors = run_main(*options, "--check")
     assert (status, output, errors.count("\n")) == (1, "", 1)
     assert readme.read_text() == EMPTY
     assert run_main(*options) == (0, "", "")
     assert readme.read_text() == fill(EMPTY, published)
     assert run_main(*options, "--check") == (0, "", "")
+
+
+def test_blocks_are_written_wherever_they_are(tmp_path, published, run_main):
+    first, *others = EMPTY.split("before\n")[1:]
+    short, long = tmp_path / "README.md", tmp_path / "benchmarks.md"
+    short.write_text(first)
+    long.write_text(EMPTY)
+    options = ("readme", "--pages", short, long, "--published", published)
+    assert run_main(*options) == (0, "", "")
+    assert short.read_text() == fill(first, published) != first
+    assert long.read_text() == fill(EMPTY, published)
+    long.write_text(EMPTY)
+    status, _, errors = run_main(*options, "--check")
+    assert (status, errors.count("\n")) == (1, 1)
+    assert str(long) in errors
+    long.write_text("".join(others[1:]))
+    status, _, errors = run_main(*options)
+    assert (status, errors) == (
+        2, "error: --pages: expected <!-- BEGIN epoch --> in one of them, got none\n"
+    )  # fmt: skip
+    assert long.read_text() == "".join(others[1:])
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -94,7 +115,7 @@ def test_a_marker_that_is_missing_or_doubled_is_named(published, name):
 def test_damaged_results_give_one_line_and_leave_readme(tmp_path, run_main):
     readme = tmp_path / "README.md"
     readme.write_text(EMPTY)
-    options = ("readme", "--readme", readme, "--published")
+    options = ("readme", "--pages", readme, "--published")
     for content in ("{", "[]", "{}"):
         (tmp_path / "epoch.json").write_text(content)
         status, output, errors = run_main(*options, tmp_path)
@@ -102,6 +123,6 @@ def test_damaged_results_give_one_line_and_leave_readme(tmp_path, run_main):
         assert errors == f"error: {tmp_path}: the results of epoch are damaged\n"
     status, _, errors = run_main(*options, tmp_path / "none")
     assert (status, errors) == (2, f"error: --published {tmp_path / 'none'}: no such directory\n")
-    status, _, errors = run_main("readme", "--readme", tmp_path / "none")
+    status, _, errors = run_main("readme", "--pages", readme, tmp_path / "none")
     assert (status, errors.count("\n")) == (2, 1)
     assert readme.read_text() == EMPTY

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.tasks import CLASSES, Task
+from benchmarks.workloads.tasks import CLASSES, Task
 
 
 def build_tiny(shape: tuple[int, int, int]) -> nn.Module:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import roofline
+from benchmarks.roofline import model as roofline
 from gls_fused.backends import triton as backend
 from gls_fused.backends.triton import configs
 from gls_fused.capture.conv import ImageRows
 from gls_fused.capture.linear import LinearRows
+from gls_fused.curvature.estimate import auto_rank
 from gls_fused.reference import SubspaceInverse, Window
 
 RANK = 32
@@ -275,7 +276,7 @@ class CountedOps(TorchDispatchMode):
 @pytest.mark.parametrize("outputs", [10, 64])
 @pytest.mark.parametrize("n", [128, 1024])
 def test_roofline_counts_what_a_gathering_step_launches(launches, n, outputs):
-    rank = roofline.auto_rank(outputs)
+    rank = auto_rank(outputs)
     rows = LinearRows()
     rows.backend, rows.ones, rows.statistics_dtype = backend, True, torch.float32
     rows.test_matrix = torch.zeros(rank, SIZE + 1).T

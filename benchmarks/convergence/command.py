@@ -1,0 +1,290 @@
+"""The subcommands `convergence` and `demo`: their options, and what they print."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.convergence.report import make_tables
+from benchmarks.convergence.run import Experiment, Options
+from benchmarks.harness.arguments import positive_number, setting
+from benchmarks.harness.environment import command_line
+from benchmarks.harness.errors import InputError
+from benchmarks.harness.present import show
+from benchmarks.harness.progress import make_reporter
+from benchmarks.workloads.arguments import add_data, rate
+from benchmarks.workloads.data import LOCAL_DATA
+from benchmarks.workloads.download import download_cifar10
+from benchmarks.workloads.optimizers import OPTIMIZERS
+from benchmarks.workloads.tasks import TASKS
+
+INTERRUPTED = 130
+DEFAULT_OPTIMIZERS = ("sgd", "adam", "gls", "gls-sgd")
+# Together about five minutes of one core, so that the demonstration ends in time on a busy machine.
+DEMO_TRAIN_IMAGES = ("cnn=15000", "autoencoder=30000")
+DEMO_GRIDS = ("off", "sgd=0.1,0.3,1", "adam=0.0003,0.001,0.003")
+
+
+def add_convergence(subparsers: Any) -> None:
+    """Register `convergence`."""
+    parser = subparsers.add_parser(
+        "convergence",
+        help="train tasks x optimizers x seeds; tables and plots of the losses",
+        description="Train every task with every optimizer on every seed, after searching the "
+        "baselines' learning rates, and write tables and plots.",
+        allow_abbrev=False,
+    )
+    _add_options(parser)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the earlier results in --out"
+    )
+    parser.set_defaults(run=run, demo=False)
+
+
+def add_demo(subparsers: Any) -> None:
+    """Register `demo`."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="the same, sized to end within about six minutes on two cores",
+        description="The convergence experiment with one seed, small grids and fewer images "
+        "for the larger tasks; replaces its earlier results.",
+        allow_abbrev=False,
+    )
+    _add_options(parser)
+    parser.set_defaults(
+        run=run,
+        out=Path("results/demo"),
+        seeds=[0],
+        grid_epochs=2,
+        lr_grid=list(DEMO_GRIDS),
+        train_images=list(DEMO_TRAIN_IMAGES),
+        overwrite=True,
+        demo=True,
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the experiment that the options describe; print its tables and the report's path."""
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    if arguments.download_cifar10:
+        download_cifar10(arguments.data or LOCAL_DATA)
+    experiment = Experiment(_options(arguments))
+    try:
+        with make_reporter() as reporter:
+            experiment.run(reporter)
+        report = experiment.report()
+    except KeyboardInterrupt:
+        given = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+        again = command_line([*given, "--resume"])
+        print(f"interrupted; complete runs are kept, continue with: {again}", file=sys.stderr)
+        return INTERRUPTED
+    show(make_tables(experiment.config, experiment.records()), report)
+    return 0
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    training = parser.add_argument_group("what is trained")
+    training.add_argument(
+        "--tasks",
+        nargs="+",
+        default=list(TASKS),
+        choices=list(TASKS),
+        metavar="TASK",
+        help=f"among {', '.join(TASKS)}; default: all",
+    )
+    training.add_argument(
+        "--optimizers",
+        nargs="+",
+        default=list(DEFAULT_OPTIMIZERS),
+        choices=list(OPTIMIZERS),
+        metavar="NAME",
+        help=f"among {', '.join(OPTIMIZERS)}; default: {' '.join(DEFAULT_OPTIMIZERS)}",
+    )
+    training.add_argument("--epochs", type=_positive, default=4, help="default: %(default)s")
+    training.add_argument("--batch-size", type=_positive, default=128, help="default: %(default)s")
+    training.add_argument(
+        "--seeds", nargs="+", type=_natural, default=[0, 1, 2], help="default: 0 1 2"
+    )
+    training.add_argument(
+        "--gls",
+        nargs="+",
+        action="extend",
+        type=setting,
+        default=[],
+        metavar="KEY=VALUE",
+        help="options for GLS, such as damping=.1 rank=64",
+    )
+
+    rates = parser.add_argument_group("learning rates")
+    rates.add_argument(
+        "--lr-grid",
+        nargs="+",
+        default=["auto"],
+        metavar="GRID",
+        help="'auto': search each baseline's own grid; 'off': search nothing; "
+        "NAME=VALUE,VALUE,...: this grid for this optimizer. Default: auto",
+    )
+    rates.add_argument(
+        "--grid-epochs",
+        type=_positive,
+        help="epochs of each run of the search; default: as many as --epochs",
+    )
+    rates.add_argument(
+        "--lr",
+        nargs="+",
+        action="extend",
+        type=rate,
+        default=[],
+        metavar="NAME=VALUE",
+        help="fix an optimizer's learning rate instead of searching",
+    )
+    for name in ("gls", "gls-sgd"):
+        rates.add_argument(
+            f"--lr-{name}",
+            dest="lr",
+            action="append",
+            type=functools.partial(_rate_of, name),
+            metavar="VALUE",
+            help=f"the same as --lr {name}=VALUE",
+        )
+
+    data = add_data(parser)
+    data.add_argument(
+        "--download-cifar10",
+        action="store_true",
+        help="first fetch CIFAR-10 (170 MB) into --data, unless it is there",
+    )
+    data.add_argument(
+        "--train-images",
+        nargs="+",
+        default=[],
+        metavar="[TASK=]N",
+        help="train on at most N images, of every task or of one",
+    )
+
+    machine = parser.add_argument_group("machine and output")
+    machine.add_argument("--device", type=_device, default="cpu", help="default: %(default)s")
+    machine.add_argument("--threads", type=_positive, help="default: torch's own choice")
+    machine.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results/convergence"),
+        metavar="DIR",
+        help="default: %(default)s",
+    )
+    machine.add_argument(
+        "--resume", action="store_true", help="continue in --out; complete runs are kept"
+    )
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    for name in ("tasks", "optimizers", "seeds"):
+        values = getattr(arguments, name)
+        if len(set(values)) < len(values):
+            raise InputError(f"--{name}: {' '.join(map(str, values))} names one twice")
+    if arguments.resume and arguments.overwrite and not arguments.demo:
+        raise InputError("--resume and --overwrite exclude each other")
+    return Options(
+        tasks=tuple(arguments.tasks),
+        optimizers=tuple(arguments.optimizers),
+        seeds=tuple(arguments.seeds),
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        grids=_parse_grids(arguments.lr_grid),
+        grid_epochs=arguments.grid_epochs or arguments.epochs,
+        rates=dict(arguments.lr),
+        device=arguments.device,
+        dataset=arguments.dataset,
+        data=arguments.data,
+        train_images=_parse_train_images(arguments.train_images, arguments.tasks),
+        gls=dict(arguments.gls),
+        out=arguments.out,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+    )
+
+
+def _parse_grids(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """Later entries win; a grid given for one optimizer leaves the others as they are."""
+    grids = {name: spec.grid for name, spec in OPTIMIZERS.items() if spec.grid}
+    for text in texts:
+        if text == "auto":
+            continue
+        if text == "off":
+            grids = {}
+            continue
+        name, values = _split(text, "--lr-grid")
+        if name not in OPTIMIZERS:
+            raise InputError(
+                f"--lr-grid: unknown optimizer {name!r}, one of {', '.join(OPTIMIZERS)}"
+            )
+        try:
+            grids[name] = tuple(sorted({positive_number(value) for value in values.split(",")}))
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"--lr-grid {text}: {error}") from error
+    return grids
+
+
+def _parse_train_images(texts: Sequence[str], tasks: Sequence[str]) -> dict[str, int]:
+    """Counts by task; a count without a task is for all of them, whatever the order."""
+    counts: dict[str, int] = {}
+    for text in sorted(texts, key=lambda text: "=" in text):
+        name, value = _split(text, "--train-images") if "=" in text else ("", text)
+        if name and name not in TASKS:
+            raise InputError(f"--train-images: unknown task {name!r}, one of {', '.join(TASKS)}")
+        try:
+            count = _positive(value)
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"--train-images {text}: {error}") from error
+        counts.update(dict.fromkeys([name] if name else tasks, count))
+    return counts
+
+
+def _split(text: str, option: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise InputError(f"{option}: expected NAME=VALUE, got {text!r}")
+    return name, value
+
+
+def _rate_of(name: str, text: str) -> tuple[str, float]:
+    return name, positive_number(text)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"no such device: {text!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("CUDA is not available here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"there is no {text}")
+    return device
+
+
+def _integer(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text!r}")
+    return value
+
+
+def _positive(text: str) -> int:
+    return _integer(text, 1)
+
+
+def _natural(text: str) -> int:
+    return _integer(text, 0)

@@ -1,0 +1,358 @@
+"""The tables of a convergence experiment, as Markdown and for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.convergence.records import PLOT_FILE, EpochRecord, Run
+from benchmarks.convergence.summary import (
+    BySeed,
+    SpeedUp,
+    Spread,
+    final_runs,
+    last_loss,
+    loss_ratios,
+    second_ratios,
+    seconds_per_epoch,
+    speed_up,
+    spread,
+)
+from benchmarks.harness.environment import hardware_of
+from benchmarks.harness.tables import NOTHING, Table
+from benchmarks.workloads.optimizers import OPTIMIZERS
+from benchmarks.workloads.tasks import TASKS
+
+CHALLENGER, BASELINE = "gls", "adam"
+SAME_STEP, SAME_STEP_BASELINE = "gls-sgd", "sgd"
+MOST_EPOCH_COLUMNS = 8
+
+Runs = Mapping[tuple[str, str], BySeed]
+
+
+def make_tables(config: Mapping[str, Any], records: Sequence[EpochRecord]) -> list[Table]:
+    """Every table that the recorded runs have something for."""
+    settings = config["settings"]
+    runs = final_runs(records, config["seeds"], settings["epochs"])
+    tasks, optimizers = config["tasks"], config["optimizers"]
+    order = [(task, name) for task in tasks for name in optimizers if (task, name) in runs]
+    tables = [
+        _loss_table(runs, order, settings["epochs"]),
+        _ratio_table(runs, tasks),
+        _speed_up_table(runs, tasks),
+        _same_step_table(runs, tasks),
+        _validation_table(runs, order),
+        _seconds_table(runs, order),
+        _search_table(records, order, config["seeds"][0], settings["grid_epochs"]),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def render_report(config: Mapping[str, Any], records: Sequence[EpochRecord]) -> str:
+    """The whole report.md."""
+    sections = [
+        "# Convergence",
+        _setting(config),
+        f"![Training and validation loss over epochs and seconds]({PLOT_FILE})",
+        *(table.markdown() for table in make_tables(config, records)),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def make_summary_table(config: Mapping[str, Any], records: Sequence[EpochRecord]) -> Table:
+    """The last training loss of every optimizer, one row per task."""
+    epochs, optimizers = config["settings"]["epochs"], config["optimizers"]
+    runs = final_runs(records, config["seeds"], epochs)
+    rows = []
+    for task in config["tasks"]:
+        found = [runs.get((task, name), {}) for name in optimizers]
+        ratios = loss_ratios(runs.get((task, CHALLENGER), {}), runs.get((task, BASELINE), {}))
+        cells = [_last_cell(by_seed) if by_seed else NOTHING for by_seed in found]
+        rows.append((_title(task), *cells, _spread_cell(spread(ratios), 3)))
+    return Table(
+        "Training loss",
+        f"Training loss of epoch {epochs}, learning rates searched; over {len(config['seeds'])} "
+        "seeds: mean [least, greatest].",
+        ("task", *(_title(name) for name in optimizers), "GLS / Adam"),
+        tuple(rows),
+        labels=1,
+    )
+
+
+def _setting(config: Mapping[str, Any]) -> str:
+    settings = config["settings"]
+    environment = settings["environment"]
+    lines = [
+        f"- Hardware: {hardware_of(environment)}; {environment['threads']} threads, "
+        f"{environment['cores']} cores, "
+        f"OMP_WAIT_POLICY {environment['omp_wait_policy'] or 'unset'}",
+        f"- Versions: torch {environment['torch']}, gls_fused {environment['gls_fused']} "
+        f"(backends: {', '.join(environment['backends'])}), Python {environment['python']}",
+    ]
+    for task in config["tasks"]:
+        data = settings[f"data of {task}"]
+        lines.append(
+            f"- {TASKS[task].title}: {data['name']}, {data['train_images']} training images, "
+            f"{data['validation_images']} for validation; {data['parameters']} parameters"
+        )
+    seeds = ", ".join(str(seed) for seed in config["seeds"])
+    lines.append(
+        f"- {settings['epochs']} epochs, batches of {settings['batch_size']}, seeds {seeds}; "
+        "a seed gives every optimizer the same initial weights and the same batches"
+    )
+    if settings["gls"]:
+        options = ", ".join(f"{name}={value}" for name, value in settings["gls"].items())
+        lines.append(f"- GLS options other than its defaults: {options}")
+    for invocation in config["invocations"]:
+        commit = invocation["git_commit"] or "unknown"
+        lines.append(f"- `{invocation['command']}` (commit {commit})")
+    return "\n".join(lines)
+
+
+def _loss_table(runs: Runs, order: Sequence[tuple[str, str]], epochs: int) -> Table:
+    shown = _shown_epochs(epochs)
+    rows = []
+    for task, name in order:
+        by_seed = runs[task, name]
+        cells = [_epoch_cell(by_seed, epoch) for epoch in shown]
+        rows.append((_title(task), _title(name), _rate(by_seed), *cells))
+    return Table(
+        "Training loss",
+        "Mean of the minibatch losses during the epoch; over the seeds: mean [least, greatest].",
+        ("task", "optimizer", "lr", *(f"epoch {epoch}" for epoch in shown)),
+        tuple(rows),
+    )
+
+
+def _shown_epochs(epochs: int) -> list[int]:
+    if epochs <= MOST_EPOCH_COLUMNS:
+        return list(range(1, epochs + 1))
+    step = (epochs - 1) / (MOST_EPOCH_COLUMNS - 1)
+    return sorted({round(1 + index * step) for index in range(MOST_EPOCH_COLUMNS)})
+
+
+def _epoch_cell(by_seed: BySeed, epoch: int) -> str:
+    losses = []
+    for run in by_seed.values():
+        loss = run[epoch - 1].train_loss if epoch <= len(run) else None
+        if loss is not None:
+            losses.append(loss)
+    diverged = len(by_seed) - len(losses)
+    if diverged:
+        return f"diverged ({diverged} of {len(by_seed)})"
+    return _spread_cell(spread(losses))
+
+
+def _ratio_table(runs: Runs, tasks: Sequence[str]) -> Table:
+    rows = []
+    for task in tasks:
+        if (task, CHALLENGER) not in runs or (task, BASELINE) not in runs:
+            continue
+        challenger, baseline = runs[task, CHALLENGER], runs[task, BASELINE]
+        ratios = spread(loss_ratios(challenger, baseline))
+        rows.append(
+            (
+                _title(task),
+                _rate(challenger),
+                _rate(baseline),
+                *((NOTHING,) * 3 if ratios is None else _mean_low_high(ratios)),
+            )
+        )
+    return Table(
+        "GLS against the best Adam",
+        "GLS's training loss of the last epoch divided by Adam's, per seed; Adam at the best "
+        "learning rate of its grid. Below 1 GLS is ahead. Runs that diverged are left out.",
+        ("task", "GLS lr", "Adam lr", "ratio, mean", "least", "greatest"),
+        tuple(rows),
+        labels=1,
+    )
+
+
+def _speed_up_table(runs: Runs, tasks: Sequence[str]) -> Table:
+    rows = []
+    for task in tasks:
+        challenger = runs.get((task, CHALLENGER), {})
+        baseline = runs.get((task, BASELINE), {})
+        for seed in sorted(challenger.keys() & baseline.keys()):
+            found = speed_up(challenger[seed], baseline[seed])
+            if found is not None:
+                rows.append((_title(task), str(seed), *_speed_up_cells(found)))
+    return Table(
+        "Until GLS reaches Adam's best training loss",
+        "Epochs, and seconds of training, up to the end of the first epoch at or below Adam's "
+        "lowest training loss; nothing is interpolated.",
+        (
+            "task",
+            "seed",
+            "target",
+            "Adam epochs",
+            "GLS epochs",
+            "factor",
+            "Adam s",
+            "GLS s",
+            "factor",
+        ),
+        tuple(rows),
+    )
+
+
+def _speed_up_cells(found: SpeedUp) -> tuple[str, ...]:
+    if found.epochs is None or found.epoch_factor is None:
+        epochs, epoch_factor = "not reached", NOTHING
+    else:
+        epochs, epoch_factor = str(found.epochs), f"**{found.epoch_factor:.2f}**"
+    if found.seconds is None or found.second_factor is None:
+        seconds, second_factor = "not reached", NOTHING
+    else:
+        seconds, second_factor = f"{found.seconds:.1f}", f"**{found.second_factor:.2f}**"
+    return (
+        _number(found.target),
+        str(found.baseline_epochs),
+        epochs,
+        epoch_factor,
+        f"{found.baseline_seconds:.1f}",
+        seconds,
+        second_factor,
+    )
+
+
+def _same_step_table(runs: Runs, tasks: Sequence[str]) -> Table:
+    rows = []
+    for task in tasks:
+        if (task, SAME_STEP) not in runs or (task, SAME_STEP_BASELINE) not in runs:
+            continue
+        challenger, baseline = runs[task, SAME_STEP], runs[task, SAME_STEP_BASELINE]
+        ratios = spread(loss_ratios(challenger, baseline))
+        rows.append(
+            (
+                _title(task),
+                _rate(baseline),
+                _rate(challenger),
+                _last_cell(baseline),
+                _last_cell(challenger),
+                NOTHING if ratios is None else f"**{_spread_cell(ratios)}**",
+            )
+        )
+    return Table(
+        "The same step size as SGD",
+        "GLS's direction at the length of SGD's step, at SGD's best learning rate: training loss "
+        "of the last epoch, and the ratio per seed.",
+        ("task", "SGD lr", "GLS lr", "SGD", "GLS", "ratio"),
+        tuple(rows),
+        labels=1,
+    )
+
+
+def _validation_table(runs: Runs, order: Sequence[tuple[str, str]]) -> Table:
+    rows = []
+    for task, name in order:
+        finished = [run for run in runs[task, name].values() if not run[-1].diverged]
+        losses = [run[-1].validation_loss for run in finished]
+        errors = [run[-1].validation_error for run in finished]
+        rows.append(
+            (
+                _title(task),
+                _title(name),
+                _spread_cell(spread(loss for loss in losses if loss is not None)),
+                _spread_cell(spread(100 * error for error in errors if error is not None), 2),
+            )
+        )
+    return Table(
+        "Validation",
+        "After the last epoch; over the seeds that did not diverge.",
+        ("task", "optimizer", "loss", "error, %"),
+        tuple(rows),
+    )
+
+
+def _seconds_table(runs: Runs, order: Sequence[tuple[str, str]]) -> Table:
+    rows = []
+    for task, name in order:
+        by_seed = runs[task, name]
+        baseline = runs.get((task, BASELINE))
+        ratios = spread(second_ratios(by_seed, baseline)) if baseline else None
+        records = [record for run in by_seed.values() for record in run]
+        # The CPU's figure is the whole process's, so it compares no optimizers.
+        memory = [
+            record.peak_memory_bytes / 2**20
+            for record in records
+            if record.peak_memory_kind == "max_memory_allocated"
+        ]
+        rows.append(
+            (
+                _title(task),
+                _title(name),
+                _spread_cell(spread(seconds_per_epoch(run) for run in by_seed.values()), 2),
+                NOTHING if ratios is None else _spread_cell(ratios, 2),
+                f"{max(memory):.0f}" if memory else NOTHING,
+            )
+        )
+    return Table(
+        "Seconds per epoch",
+        "Training only, mean over the epochs; the ratio to Adam is taken seed by seed, each "
+        "seed's runs having followed one another. Peak memory is the allocator's on the GPU.",
+        ("task", "optimizer", "seconds", "over Adam's", "peak MiB"),
+        tuple(rows),
+    )
+
+
+def _search_table(
+    records: Sequence[EpochRecord], order: Sequence[tuple[str, str]], seed: int, epochs: int
+) -> Table:
+    searches: dict[tuple[str, str], dict[float, Run]] = {}
+    for record in records:
+        if record.phase == "search" and record.seed == seed and record.epochs == epochs:
+            by_rate = searches.setdefault((record.task, record.optimizer), {})
+            by_rate[record.lr] = (*by_rate.get(record.lr, ()), record)
+    rows = []
+    for key in order:
+        losses = {lr: last_loss(run) for lr, run in sorted(searches.get(key, {}).items())}
+        if not losses:
+            continue
+        finite = {lr: loss for lr, loss in losses.items() if loss is not None}
+        best = min(finite, key=lambda lr: finite[lr], default=None)
+        cells = []
+        for lr, loss in losses.items():
+            cell = f"{lr:g}: {'diverged' if loss is None else _number(loss)}"
+            cells.append(f"**{cell}**" if lr == best else cell)
+        rows.append((_title(key[0]), _title(key[1]), ", ".join(cells)))
+    return Table(
+        "Learning rates searched",
+        f"Training loss of the last epoch at each learning rate, {epochs} epochs, seed {seed}; "
+        "the best in bold. A grid whose best is at its edge was extended.",
+        ("task", "optimizer", "lr: loss"),
+        tuple(rows),
+        labels=3,
+    )
+
+
+def _title(name: str) -> str:
+    return TASKS[name].name if name in TASKS else OPTIMIZERS[name].title
+
+
+def _rate(by_seed: BySeed) -> str:
+    return ", ".join(f"{lr:g}" for lr in sorted({run[0].lr for run in by_seed.values()}))
+
+
+def _last_cell(by_seed: BySeed) -> str:
+    losses = [last_loss(run) for run in by_seed.values()]
+    finite = [loss for loss in losses if loss is not None]
+    return _spread_cell(spread(finite)) if len(finite) == len(losses) else "diverged"
+
+
+def _mean_low_high(values: Spread) -> tuple[str, str, str]:
+    return f"**{values.mean:.3f}**", f"{values.low:.3f}", f"{values.high:.3f}"
+
+
+def _spread_cell(values: Spread | None, digits: int = 4) -> str:
+    if values is None:
+        return NOTHING
+    if values.count == 1:
+        return _number(values.mean, digits)
+    low, high = _number(values.low, digits), _number(values.high, digits)
+    return f"{_number(values.mean, digits)} [{low}, {high}]"
+
+
+def _number(value: float, digits: int = 4) -> str:
+    # A diverging but finite loss has no use for decimals.
+    return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.3g}"

@@ -1,0 +1,1 @@
+"""Kernels on a GPU: `python -m benchmarks.device`, which device_check.sh runs."""

@@ -1,0 +1,1 @@
+"""Seconds of forward, backward and step, and bytes, against Adam's."""

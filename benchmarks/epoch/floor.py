@@ -1,0 +1,116 @@
+"""The arithmetic of a step on the CPU: what GLS and Adam must move and multiply, at full rate.
+
+    rows        4 n d r flops, for layers whose P applies at the backward
+    gradient    4 m d r flops and 12 m d bytes, for the others: D0 read, D's lines read and written
+    sketch      4 n d r flops every `GATHER_EVERY` steps, n of 16 images for a convolution
+    update      24 bytes a parameter with momentum and normalize="rms", 16 without; Adam's 28
+    state       U [d, r], M and C [r, r] per layer, 4 bytes a parameter with momentum; Adam's 8
+
+Letters: see gls_fused.reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.harness.ceilings import Ceilings
+from benchmarks.harness.interleave import quartiles
+from benchmarks.harness.tables import Table
+from benchmarks.workloads.contenders import BASELINE, CONTENDERS
+from benchmarks.workloads.shapes import SHAPES
+from benchmarks.workloads.sizes import ADAM_BYTES, FLOAT, GATHER_EVERY, TASK_MODELS
+
+SHAPE = "cifar10"
+UPDATE_BYTES: Mapping[str, int] = {"gls": 24, "gls-momentum0": 16, BASELINE: ADAM_BYTES}
+WRITTEN = 3 * FLOAT
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one step, beyond the forward and the backward: flops, and bytes to and from memory."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        """One after the other, each at its ceiling."""
+        return self.flops / ceilings.gemm + self.bytes / ceilings.copy
+
+
+def work_of(optimizer: str, task: str, batch_size: int) -> Work:
+    """Of a contender in `UPDATE_BYTES`, on the task at CIFAR-10's shape."""
+    model = TASK_MODELS[task](batch_size)
+    moved = UPDATE_BYTES[optimizer] * model.parameters
+    if optimizer == BASELINE:
+        return Work(0, moved)
+    flops = 0.0
+    for layer in model.layers:
+        dim = layer.inputs + 1
+        per_row = 4 * dim * layer.rank
+        flops += per_row * (layer.rows if layer.at_backward else layer.outputs)
+        flops += per_row * layer.sketched / GATHER_EVERY
+        moved += 0 if layer.at_backward else WRITTEN * layer.parameters
+    return Work(flops, moved)
+
+
+def state_share(optimizer: str, task: str) -> float:
+    """Bytes of GLS's state over Adam's."""
+    model = TASK_MODELS[task](1)
+    kept = sum(layer.rank * (layer.inputs + 1 + 2 * layer.rank) for layer in model.layers)
+    kept += model.parameters if optimizer == "gls" else 0
+    return kept / (2 * model.parameters)
+
+
+def make_floor_table(cells: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float]) -> Table:
+    """One row per cell and kind of GLS, at CIFAR-10's shape."""
+    machine = Ceilings(**ceilings)
+    rows = []
+    for cell in cells:
+        if cell["shape"] != SHAPE or cell["task"] not in TASK_MODELS:
+            continue
+        seconds = cell["seconds_per_step"]
+        for name in UPDATE_BYTES:
+            if name == BASELINE or name not in seconds:
+                continue
+            ours, adam = (work_of(n, cell["task"], cell["batch_size"]) for n in (name, BASELINE))
+            extra = ours.seconds(machine) - adam.seconds(machine)
+            rows.append(
+                (
+                    SHAPES[SHAPE].title,
+                    cell["task"],
+                    str(cell["batch_size"]),
+                    CONTENDERS[name].title,
+                    f"{ours.flops / 1e6:.0f}",
+                    f"{ours.bytes / 1e6:.1f}",
+                    f"{adam.bytes / 1e6:.1f}",
+                    f"{1e3 * extra:+.2f}",
+                    f"{1 + extra / quartiles(seconds[BASELINE]).median:.3f}",
+                    f"{state_share(name, cell['task']):.3f}",
+                )
+            )
+    return Table(
+        "What the arithmetic allows",
+        "A model, not a measurement: the flops of P and of a tenth of a sketch and the bytes of "
+        f"the update, at this machine's ceilings, a copy's {machine.copy / 1e9:.1f} GB/s (read and "
+        f"written) and a GEMM's {machine.gemm / 1e9:.0f} GFLOP/s, measured before the rounds; how "
+        "much longer than Adam's step that takes, and the ratio to Adam's measured step it would "
+        "give. What a measured ratio has above it are kernels below these ceilings, small layers, "
+        "Python, and noise. The state is U [d, r], M and C [r, r] of every layer, and the "
+        "momentum: a layer's U is r / m of its weight.",
+        (
+            "data",
+            "task",
+            "batch",
+            "optimizer",
+            "MFLOP",
+            "MB",
+            "Adam's MB",
+            "ms more than Adam",
+            "seconds, of Adam's",
+            "state, of Adam's",
+        ),
+        tuple(rows),
+        labels=4,
+    )

@@ -1,0 +1,1 @@
+"""What every experiment needs, whatever it measures. It knows no workload and no command."""

@@ -1,0 +1,146 @@
+"""What a step must move and compute on a GPU: a model from data sheets, nothing of it measured.
+
+Bytes count each operand once per pass over it; a basis and small matrices stay in L2. Launches are
+those of the Triton backend. A floor is the longer of bytes over the memory's bandwidth and flops
+over the peak of float32 without tensor cores, which the kernels' "ieee" products use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.workloads.sizes import (
+    ADAM_BYTES,
+    FLOAT,
+    GATHER_EVERY,
+    TASK_MODELS,
+    Model,
+    transformer,
+)
+from gls_fused.curvature.estimate import AUTO_RANK
+
+RANK = AUTO_RANK
+BATCH = 128
+MODELS = (*(model(BATCH) for model in TASK_MODELS.values()), transformer())
+# torch's fused Adam: launches of at most 320 blocks of 65,536 elements
+# (ATen/native/cuda/MultiTensorApply.cuh), and one for the step counters.
+ADAM_ELEMENTS_PER_LAUNCH = 320 * 65536
+# torch's ops around a layer's sketch, of which 10 add the sums up, and those of a convolution's,
+# whose sketch is torch's own. Of as many rows A'Y is made in parts, one launch more.
+SKETCH_OPS, IMAGE_OPS, ROWS_IN_PARTS = 12, 22, 1024
+# Of all layers at a commit: the blending, the bases in five, C, and the copies into the state.
+COMMIT_LAUNCHES = 8
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU's data-sheet figures: bytes per second, and float32 flops per second."""
+
+    name: str
+    bandwidth: float
+    flops: float
+    source: str
+
+
+TARGETS = (
+    Target(
+        "A100 SXM 80 GB",
+        2.039e12,
+        19.5e12,
+        "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/"
+        "nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf",
+    ),
+    Target("H100 SXM", 3.35e12, 67e12, "NVIDIA H100 data sheet, 2023"),
+    # 7,680 bits at 3,996 MHz, as the driver says; data sheets round 7.67 TB/s to 7.7 or to 8.
+    Target(
+        "B200 (of HGX B200)",
+        7.672e12,
+        75e12,
+        "NVIDIA HGX B200 data sheet, 2025; bandwidth: https://github.com/pytorch/ao/pull/4002",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one or several launches."""
+
+    bytes: float
+    flops: float
+    launches: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.bytes + other.bytes, self.flops + other.flops, self.launches + other.launches
+        )
+
+    def __mul__(self, share: float) -> Cost:
+        return Cost(self.bytes * share, self.flops * share, self.launches * share)
+
+    def floor(self, target: Target) -> float:
+        """Seconds, at the least."""
+        return max(self.bytes / target.bandwidth, self.flops / target.flops)
+
+
+NOTHING = Cost(0, 0, 0)
+
+
+def precondition(rows: int, inputs: int, rank: int = RANK) -> Cost:
+    """X P of [rows, inputs]: X read in two walks, the product written."""
+    return Cost(12 * rows * inputs, 4 * rows * inputs * rank + 2 * rows * rank**2, 1)
+
+
+def sketch(rows: int, inputs: int, rank: int = RANK, *, convolution: bool = False) -> Cost:
+    """Y'Y, A'Y, ||A||^2: A read twice, Y written and read, A'Y written; a sum of the parts."""
+    moved = 2 * rows * inputs + 2 * rows * rank + inputs * rank
+    launches = IMAGE_OPS if convolution else SKETCH_OPS + 3 + (rows >= ROWS_IN_PARTS)
+    return Cost(FLOAT * moved, 4 * rows * inputs * rank + 2 * rows * rank**2, launches)
+
+
+def refresh(inputs: int, rank: int = RANK) -> Cost:
+    """Over Z, in float64 between; the launches are those of all layers, counted once."""
+    return Cost(FLOAT * 5 * inputs * rank, 8 * inputs * rank**2, 0)
+
+
+def update(parameters: int, *, formed: bool, momentum: bool = True) -> Cost:
+    """normalize="rms": a norm pass, then the update; T first where D is formed there."""
+    words = 4 + (2 if momentum else 0) + (1 if formed else 0)
+    flops = 12 * parameters + (6 * parameters * RANK if formed else 0)
+    return Cost(FLOAT * words * parameters, flops, 3 if formed else 2)
+
+
+def adam(parameters: int) -> Cost:
+    """torch's fused Adam."""
+    launches = 1 + math.ceil(parameters / ADAM_ELEMENTS_PER_LAUNCH)
+    return Cost(ADAM_BYTES * parameters, 12 * parameters, launches)
+
+
+def gls_step(model: Model, *, momentum: bool = True) -> dict[str, Cost]:
+    """The pieces of GLS's step with its defaults, statistics spread over the steps between."""
+    pieces = dict.fromkeys(("rows", "statistics", "update", "others"), NOTHING)
+    for layer in model.layers:
+        rank = layer.rank
+        if layer.at_backward:
+            pieces["rows"] += precondition(layer.rows, layer.inputs, rank)
+        gathered = sketch(layer.sketched, layer.inputs, rank, convolution=layer.convolution)
+        gathered += refresh(layer.inputs, rank)
+        pieces["statistics"] += gathered * (1 / GATHER_EVERY)
+    # For ranks padded to 16 and to 32, but for the copies.
+    padded = {layer.rank > 16 for layer in model.layers}
+    launches = (COMMIT_LAUNCHES - 1) * len(padded) + 1
+    pieces["statistics"] += Cost(0, 0, launches) * (1 / GATHER_EVERY)
+    for formed in (False, True):
+        chosen = [layer for layer in model.layers if layer.at_backward != formed]
+        if chosen:
+            count = sum(layer.parameters for layer in chosen)
+            pieces["update"] += update(count, formed=formed, momentum=momentum)
+    if model.others:
+        pieces["others"] = adam(model.others)
+    return pieces
+
+
+def total(pieces: Sequence[Cost]) -> Cost:
+    """All of them."""
+    return sum(pieces, NOTHING)

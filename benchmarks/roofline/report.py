@@ -1,0 +1,114 @@
+"""The tables of the model, as JSON values and for a report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from benchmarks.harness.tables import Table
+from benchmarks.roofline.model import (
+    MODELS,
+    RANK,
+    TARGETS,
+    Cost,
+    adam,
+    gls_step,
+    precondition,
+    refresh,
+    sketch,
+    total,
+    update,
+)
+from benchmarks.workloads.sizes import GATHER_EVERY
+
+MODELLED = "A model from data-sheet figures; nothing here was measured."
+SHAPES = ((128, 3072, 1024), (128, 1024, 512), (8192, 768, 3072))
+
+
+def operations() -> list[tuple[str, str, Cost]]:
+    """(op, shape, cost) of every kernel, for some shapes."""
+    found = []
+    for n, k, m in SHAPES:
+        count = m * (k + 1)
+        found += [
+            ("precondition_rows", f"[{n}, {k}]", precondition(n, k)),
+            ("precondition_gradient", f"[{m}, {k}]", precondition(m, k)),
+            ("sketch_rows", f"[{n}, {k}]", sketch(n, k)),
+            ("refresh_subspace", f"[{k}, {RANK}]", refresh(k) + Cost(0, 0, 5)),
+            ("update_layers_, D given", f"[{m}, {k}]", update(count, formed=False)),
+            ("update_layers_, D formed", f"[{m}, {k}]", update(count, formed=True)),
+            ("torch's fused Adam", f"[{m}, {k}]", adam(count)),
+        ]
+    return found
+
+
+def describe() -> dict[str, Any]:
+    """The tables' numbers, as JSON values."""
+    return {
+        "targets": [asdict(target) for target in TARGETS],
+        "operations": [
+            {"op": op, "shape": shape, **asdict(cost)} for op, shape, cost in operations()
+        ],
+        "steps": [
+            {
+                "model": model.title,
+                "parameters": model.parameters,
+                "adam": asdict(adam(model.parameters)),
+                "gls": {name: asdict(cost) for name, cost in gls_step(model).items()},
+            }
+            for model in MODELS
+        ],
+    }
+
+
+def make_tables() -> list[Table]:
+    """Data sheets, operations and whole steps."""
+    return [_target_table(), _operation_table(), _step_table()]
+
+
+def _floors(cost: Cost) -> tuple[str, ...]:
+    return tuple(f"{cost.floor(target) * 1e6:.2f}" for target in TARGETS)
+
+
+def _cost(cost: Cost) -> tuple[str, ...]:
+    return f"{cost.bytes / 1e6:.3f}", f"{cost.flops / 1e6:.1f}", f"{cost.launches:.1f}"
+
+
+def _target_table() -> Table:
+    rows = [
+        (t.name, t.source, f"{t.bandwidth / 1e12:.3f}", f"{t.flops / 1e12:.1f}") for t in TARGETS
+    ]
+    header = ("GPU", "source", "TB/s", "float32 Tflop/s")
+    return Table("Targets", MODELLED, header, tuple(rows))
+
+
+def _operation_table() -> Table:
+    rows = [(op, shape, *_cost(cost), *_floors(cost)) for op, shape, cost in operations()]
+    note = f"{MODELLED} Rank {RANK}, float32, normalize rms, momentum .9; floors in microseconds."
+    names = tuple(f"{target.name}, µs" for target in TARGETS)
+    return Table(
+        "Operations", note, ("op", "shape", "MB", "Mflop", "launches", *names), tuple(rows)
+    )
+
+
+def _step_table() -> Table:
+    rows: list[tuple[str, ...]] = []
+    for model in MODELS:
+        baseline = adam(model.parameters)
+        pieces = gls_step(model)
+        plain = gls_step(model, momentum=False)
+        lines = [("Adam (fused)", baseline)]
+        lines += [(f"GLS: {name}", cost) for name, cost in pieces.items() if cost.launches]
+        lines.append(("GLS", total(list(pieces.values()))))
+        lines.append(("GLS, momentum 0", total(list(plain.values()))))
+        for name, cost in lines:
+            ratio = f"{cost.bytes / baseline.bytes:.3f}"
+            rows.append((model.title, name, *_cost(cost), ratio, *_floors(cost)))
+    note = (
+        f"{MODELLED} Defaults; statistics every {GATHER_EVERY} steps, spread over them. Floors "
+        "leave launch latency out: launches stand beside them. Images of CIFAR-10's shape, batch "
+        "128; 8,192 tokens to a step of the transformer, 1,024 of which are sketched, in float32."
+    )
+    names = tuple(f"{target.name}, µs" for target in TARGETS)
+    header = ("model", "step", "MB", "Mflop", "launches", "bytes to Adam's", *names)
+    return Table("Steps", note, header, tuple(rows))

@@ -1,0 +1,1 @@
+"""What GLS adds to a step over batch size, width, depth and rank."""

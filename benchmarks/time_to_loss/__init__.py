@@ -1,0 +1,1 @@
+"""Seconds of training until Adam's best training loss."""

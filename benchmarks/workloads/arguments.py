@@ -1,0 +1,34 @@
+"""Options that name a workload."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.arguments import positive_number
+from benchmarks.workloads.data import DATASETS, LOCAL_DATA
+from benchmarks.workloads.optimizers import OPTIMIZERS
+
+
+def rate(text: str) -> tuple[str, float]:
+    """NAME=VALUE: an optimizer and its learning rate."""
+    name, _, value = text.partition("=")
+    if name not in OPTIMIZERS:
+        raise argparse.ArgumentTypeError(
+            f"expected NAME=VALUE with a NAME among {', '.join(OPTIMIZERS)}, got {text!r}"
+        )
+    return name, positive_number(value)
+
+
+def add_data(parser: Any) -> Any:
+    """--dataset and --data, in a group of their own that is returned for more."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", default="auto", choices=("auto", *DATASETS))
+    data.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help=f"where CIFAR-10's or Fashion-MNIST's files are; default: {LOCAL_DATA}",
+    )
+    return data

@@ -1,0 +1,59 @@
+"""Images to take time on: of a data set's shape, and the data set itself where it is on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.harness.errors import InputError
+from benchmarks.workloads.data import Dataset, load_dataset
+from benchmarks.workloads.tasks import CLASSES, Shape
+
+# More than the caches hold, few enough that CIFAR-10's shape takes 100 MB.
+IMAGES = 8192
+SEED = 0
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """A data set's shape and the length of its epoch.
+
+    Attributes:
+        train_images: of the whole data set, to which epochs' seconds are scaled.
+    """
+
+    name: str
+    title: str
+    shape: Shape
+    train_images: int
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        ImageShape("cifar10", "CIFAR-10", (3, 32, 32), 50_000),
+        ImageShape("fashion-mnist", "Fashion-MNIST", (1, 28, 28), 60_000),
+    )
+}
+
+
+def images_of(shape: ImageShape, images: int = IMAGES) -> Dataset:
+    """The first images of the data set, or synthetic ones where it is not on disk."""
+    try:
+        return load_dataset(shape.name, train_images=images)
+    except InputError:
+        return synthesise(shape.shape, images)
+
+
+def synthesise(shape: Shape, images: int) -> Dataset:
+    """Independent Gaussian pixels, mean 0 and variance 1, and labels at random."""
+    generator = torch.Generator().manual_seed(SEED)
+    pixels = torch.randn(images, *shape, generator=generator)
+    labels = torch.randint(CLASSES, (images,), generator=generator)
+    return Dataset("synthetic", pixels, labels, pixels[:1], labels[:1], 0.0, 1.0)
+
+
+def in_double(dataset: Dataset) -> Dataset:
+    """The same images in float64."""
+    return replace(dataset, images=dataset.images.double())

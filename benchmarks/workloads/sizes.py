@@ -1,0 +1,96 @@
+"""Sizes of the tasks' layers, from which models count bytes and flops without building anything."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from gls_fused.capture.rows import SKETCH_IMAGES, SKETCH_ROWS
+from gls_fused.curvature.estimate import auto_rank
+
+FLOAT = 4
+# Steps from one gathering of GLS's statistics to the next.
+GATHER_EVERY = 10
+# A parameter's, with torch's fused Adam: p, g, m and v read, p, m and v written.
+ADAM_BYTES = 28
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight [outputs, inputs] with a bias, its rows, and those that the sketch takes."""
+
+    outputs: int
+    inputs: int
+    rows: int
+    sketched: int
+    convolution: bool = False
+
+    @property
+    def parameters(self) -> int:
+        return self.outputs * (self.inputs + 1)
+
+    @property
+    def rank(self) -> int:
+        """As rank="auto" decides."""
+        return auto_rank(self.outputs)
+
+    @property
+    def at_backward(self) -> bool:
+        """As site="auto" decides."""
+        return not self.convolution and self.rows < self.outputs
+
+
+@dataclass(frozen=True)
+class Model:
+    """Layers that GLS covers, and the parameters that take Adam's update."""
+
+    title: str
+    layers: tuple[Layer, ...]
+    others: int = 0
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers) + self.others
+
+
+def _mlp(title: str, widths: Sequence[int], rows: int) -> Model:
+    pairs = itertools.pairwise(widths)
+    few = min(rows, SKETCH_ROWS)
+    return Model(title, tuple(Layer(after, before, rows, few) for before, after in pairs))
+
+
+def _cnn(batch: int) -> Model:
+    """3x32x32 images; the sketch takes 16 of them."""
+    few = min(batch, SKETCH_IMAGES)
+    return Model(
+        "CNN, 2 convolutions and 2 linear layers",
+        (
+            Layer(16, 75, batch * 1024, few * 1024, convolution=True),
+            Layer(32, 400, batch * 256, few * 256, convolution=True),
+            Layer(128, 2048, batch, batch),
+            Layer(10, 128, batch, batch),
+        ),
+    )
+
+
+def transformer() -> Model:
+    """GPT-2's smallest shape: 12 blocks of width 768, vocabulary 50,257 and 1,024 positions.
+
+    One GPU's step of 8 sequences of 1,024 tokens holds more rows than outputs, so P applies at the
+    step, and 1,024 rows are sketched; the embedding, tied to the head, and the norms take Adam's.
+    """
+    width, rows = 768, 8 * 1024
+    shapes = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
+    layers = tuple(Layer(m, k, rows, SKETCH_ROWS) for _ in range(12) for m, k in shapes)
+    return Model("Transformer, 124M parameters", layers, (50257 + 1024) * width + 25 * 2 * width)
+
+
+# The tasks at CIFAR-10's shape, by name, as functions of the batch size.
+TASK_MODELS: Mapping[str, Callable[[int], Model]] = {
+    "mlp": lambda batch: _mlp("MLP, 3 linear layers", (3072, 1024, 512, 10), batch),
+    "cnn": _cnn,
+    "autoencoder": lambda batch: _mlp(
+        "Autoencoder, 4 linear layers", (3072, 1024, 128, 1024, 3072), batch
+    ),
+}

@@ -1,0 +1,35 @@
+"""The arithmetic of a step: what it counts, and that states are as large as it says."""
+
+import pytest
+
+from benchmarks.epoch.floor import Work, state_share, work_of
+from benchmarks.harness.ceilings import Ceilings
+from benchmarks.workloads.contenders import CONTENDERS, Trainer, state_bytes
+from benchmarks.workloads.shapes import synthesise
+from benchmarks.workloads.tasks import TASKS
+
+
+def test_the_floor_counts_what_the_equations_need():
+    parameters, batch = 3073 * 1024 + 1025 * 512 + 513 * 10, 128
+    adam, gls, plain = (work_of(name, "mlp", batch) for name in ("adam", "gls", "gls-momentum0"))
+    assert adam == Work(0, 28 * parameters)
+    # The classifier has fewer outputs than rows: P on its gradient, of rank 10.
+    assert gls.bytes == 24 * parameters + 12 * 513 * 10
+    assert plain.bytes == 16 * parameters + 12 * 513 * 10
+    rows = 4 * batch * 32 * (3073 + 1025)
+    sketch = (rows + 4 * batch * 10 * 513) / 10
+    assert gls.flops == pytest.approx(rows + 4 * 10 * 10 * 513 + sketch)
+    assert gls.seconds(Ceilings(copy=1.0, gemm=2.0)) == gls.bytes + gls.flops / 2
+
+
+@pytest.mark.parametrize("task", ["mlp", "cnn", "autoencoder"])
+@pytest.mark.parametrize("name", ["gls", "gls-momentum0"])
+def test_the_state_is_as_large_as_the_floor_says(name, task):
+    data = synthesise((3, 32, 32), 16)
+    sizes = {}
+    for contender in (name, "adam"):
+        trainer = Trainer(TASKS[task], data, CONTENDERS[contender].build, 8)
+        trainer.next_steps(1)
+        sizes[contender] = state_bytes(trainer.optimizer)
+    # Scalars: steps, traces, shifts.
+    assert sizes[name] / sizes["adam"] == pytest.approx(state_share(name, task), abs=1e-3)

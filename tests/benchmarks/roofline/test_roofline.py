@@ -1,0 +1,56 @@
+"""The model of a step on GPUs: its bytes, and that it never passes for a measurement."""
+
+import json
+
+from benchmarks.__main__ import main
+from benchmarks.roofline.model import MODELS, TARGETS, Cost, adam, gls_step, total, update
+from benchmarks.roofline.report import MODELLED, make_tables
+
+
+def test_report_says_on_every_table_that_it_is_a_model(tmp_path, capsys):
+    assert main(["roofline", "--out", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    report = (tmp_path / "report.md").read_text()
+    tables = len(make_tables())
+    assert report.count("## ") == tables
+    assert report.count(MODELLED) == tables + 1
+    assert output.count(MODELLED) >= tables
+    assert output.splitlines()[-1] == str(tmp_path / "report.md")
+    content = json.loads((tmp_path / "roofline.json").read_text())
+    assert content["modelled"] is True
+    assert len(content["steps"]) == len(MODELS)
+
+
+def test_out_that_is_a_file_is_refused(tmp_path, capsys):
+    path = tmp_path / "file"
+    path.touch()
+    assert main(["roofline", "--out", str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_bytes_per_parameter_and_launches():
+    """The table of gls_fused/backends/triton/update.py, and Adam's seven words."""
+    found = [
+        update(1, formed=formed, momentum=momentum)
+        for formed in (False, True)
+        for momentum in (False, True)
+    ]
+    assert [cost.bytes for cost in found] == [16, 24, 20, 28]
+    assert [cost.launches for cost in found] == [2, 2, 3, 3]
+    assert adam(1).bytes == 28
+    assert adam(1).launches == 2
+    assert adam(320 * 65536 + 1).launches == 3
+
+
+def test_floor_is_the_longer_of_bytes_and_flops():
+    target = TARGETS[0]
+    assert Cost(target.bandwidth, 0, 1).floor(target) == 1
+    assert Cost(target.bandwidth, 3 * target.flops, 1).floor(target) == 3
+
+
+def test_mlp_moves_fewer_bytes_than_adam():
+    pieces = gls_step(MODELS[0])
+    assert total(list(pieces.values())).bytes < adam(MODELS[0].parameters).bytes
+    assert pieces["rows"].launches == 2
+    # The last layer's P applies at the step, the others' in the backward.
+    assert pieces["update"].launches == 2 + 3

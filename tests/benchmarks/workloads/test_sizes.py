@@ -1,0 +1,18 @@
+"""Sizes from which models count: that they are the tasks' own."""
+
+import pytest
+import torch
+
+from benchmarks.workloads.sizes import TASK_MODELS, transformer
+from benchmarks.workloads.tasks import TASKS
+
+
+@pytest.mark.parametrize("task", ["mlp", "cnn", "autoencoder"])
+def test_models_are_the_tasks(task):
+    with torch.device("meta"):
+        model = TASKS[task].build((3, 32, 32))
+    assert TASK_MODELS[task](1).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_transformer_has_124_million_parameters():
+    assert round(transformer().parameters / 1e6) == 124

@@ -1,0 +1,138 @@
+"""One run: what the seed decides, what an epoch's figures are."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.workloads.data import Dataset
+from benchmarks.workloads.optimizers import OPTIMIZERS
+from benchmarks.workloads.tasks import TASKS
+from benchmarks.workloads.training import train
+
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(27, 1, 8, 8, generator=generator)
+    labels = torch.randint(10, (27,), generator=generator)
+    return Dataset("random", images, labels, images[:7], labels[:7], 0.0, 1.0)
+
+
+class Recorder:
+    """Steps nothing, and keeps the weights and the images' order it was shown."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weights = [parameter.detach().clone() for parameter in model.parameters()]
+        self.gradients: list[torch.Tensor] = []
+        self.parameter = next(model.parameters())
+
+    def zero_grad(self) -> None:
+        self.parameter.grad = None
+
+    def step(self) -> None:
+        assert self.parameter.grad is not None
+        self.gradients.append(self.parameter.grad.clone())
+
+
+def record(dataset: Dataset, seed: int, *, warm_up: bool = False) -> Recorder:
+    recorders: list[Recorder] = []
+
+    def make(model: nn.Module) -> Recorder:
+        recorders.append(Recorder(model))
+        return recorders[-1]
+
+    list(train(TASKS["mlp"], dataset, make, seed=seed, epochs=2, batch_size=BATCH, warm_up=warm_up))
+    return recorders[-1]
+
+
+def test_the_seed_alone_decides_weights_and_batches(dataset):
+    first = record(dataset, 5)
+    torch.rand(11)
+    again, warmed, other = record(dataset, 5), record(dataset, 5, warm_up=True), record(dataset, 6)
+    # Two epochs of three whole batches; the last three images of each are dropped.
+    assert len(first.gradients) == 6
+    for same in (again, warmed):
+        assert all(map(torch.equal, first.weights, same.weights))
+        assert all(map(torch.equal, first.gradients, same.gradients))
+    assert not torch.equal(first.weights[0], other.weights[0])
+    assert not torch.equal(first.gradients[0], first.gradients[3])
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_an_epoch_reports_the_mean_of_its_batches_and_the_validation_set(dataset, task):
+    # A rate of zero leaves the model as the seed made it.
+    (result,) = train(
+        task,
+        dataset,
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.0),
+        seed=1,
+        epochs=1,
+        batch_size=27,
+    )
+    torch.manual_seed(1)
+    model = task.build(dataset.shape)
+    loss = task.loss(model(dataset.images), dataset.images, dataset.labels).item()
+    outputs = model(dataset.validation_images)
+    validation = task.loss(outputs, dataset.validation_images, dataset.validation_labels).item()
+    assert result.train_loss == pytest.approx(loss, rel=1e-5)
+    assert result.validation_loss == pytest.approx(validation, rel=1e-5)
+    if task.supervised:
+        wrong = (outputs.argmax(1) != dataset.validation_labels).float().mean().item()
+        assert result.validation_error == pytest.approx(wrong)
+    else:
+        assert result.validation_error is None
+    assert result.seconds > 0
+    assert result.peak_memory_bytes > 2**20
+    assert not result.diverged
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_models_fit_every_image_size(task, shape):
+    model = task.build(shape)
+    outputs = model(torch.zeros(2, *shape))
+    assert outputs.shape == (2, 10 if task.supervised else math.prod(shape))
+    linear = sum(isinstance(module, nn.Linear) for module in model.modules())
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert (linear, convolutions) == {"mlp": (3, 0), "cnn": (2, 2), "autoencoder": (4, 0)}[
+        task.name
+    ]
+
+
+def test_a_diverging_run_ends_with_that_epoch(dataset):
+    results = list(
+        train(
+            TASKS["mlp"],
+            dataset,
+            lambda model: torch.optim.SGD(model.parameters(), lr=1e30),
+            seed=0,
+            epochs=5,
+            batch_size=BATCH,
+        )
+    )
+    assert len(results) < 5
+    assert results[-1].diverged
+    assert results[-1].train_loss is None
+    assert results[-1].validation_error is None
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_lowers_the_loss(dataset, name):
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    spec = OPTIMIZERS[name]
+    results = list(
+        train(
+            TASKS["cnn"],
+            dataset,
+            lambda model: spec.build(model, spec.rate, {}),
+            seed=0,
+            epochs=12,
+            batch_size=BATCH,
+        )
+    )
+    assert results[-1].train_loss < 0.99 * results[0].train_loss
