@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from gls_fused.capture.find import Uncovered
 from gls_fused.capture.layer import Layer
@@ -56,20 +57,21 @@ def describe(
         params: all that are trained.
         otherwise: what those get that no layer covers.
     """
-    known = {param for each in uncovered for param in [each.param]}
+    known = {each.param for each in uncovered}
     known |= {param for layer in layers for param in layer.params}
-    large = [each for each in uncovered if each.param.ndim > 1]
-    small = sum(each.param.ndim < 2 for each in uncovered)
+    # What is not initialised yet has no shape.
+    sizes = {param: 0 if is_lazy(param) else param.numel() for param in params}
+    small = [each for each in uncovered if not is_lazy(each.param) and each.param.ndim < 2]
+    large = [each for each in uncovered if each not in small]
     bare = [param for param in params if param not in known]
     found = [*lines, *(f"{each.name}: {otherwise} ({each.reason})" for each in large)]
     if small:
-        found.append(f"{small} norms, biases and other vectors: {otherwise}")
+        found.append(f"{len(small)} norms, biases and other vectors: {otherwise}")
     if bare:
         found.append(f"{len(bare)} parameters given without their model: {otherwise}")
     mine = {param for layer in layers if layer.idle is None for param in layer.params}
-    total = sum(param.numel() for param in params)
-    share = sum(param.numel() for param in params if param in mine) / max(1, total)
-    found.append(f"covered: {share:.1%} of {total:,} parameters")
+    share = sum(sizes[param] for param in mine if param in sizes) / max(1, sum(sizes.values()))
+    found.append(f"share covered: {share:.1%} of {sum(sizes.values()):,} parameters")
     return "\n".join(found)
 
 

@@ -250,8 +250,10 @@ class GLS(torch.optim.Optimizer):
         self._seen, self._owners = members, {}
         for group in self.param_groups:
             # One that somebody made without us lacks what torch's own `add_param_group` gives.
-            for key, value in {**self.defaults, "step": 0, "version": VERSION}.items():
-                group.setdefault(key, value)
+            for option in self._options:
+                group.setdefault(option, self.defaults[option])
+            group.setdefault("step", 0)
+            group.setdefault("version", VERSION)
             self._owners.update(dict.fromkeys(group["params"], group))
         layers = self._preconditioner.layers
         self._layers_of = [

@@ -121,7 +121,7 @@ def test_trainer_trains_every_projection(example, tmp_path):
         assert lines[name].startswith("GLS")
         assert "rows, rank" in lines[name]
     assert lines["model.embed_tokens.weight"] == "Adam (Embedding is not covered)"
-    assert lines["model.norm.weight"] == "Adam (LlamaRMSNorm is not covered)"
+    assert lines["5 norms, biases and other vectors"] == "Adam"
 
 
 def test_trainer_resumes_as_if_never_stopped(example, tmp_path):
@@ -154,7 +154,10 @@ def test_report_on_other_transformers(example, kind):
         optimizer.step()
     lines = lines_of(repr(optimizer).split("\n)\n")[1])
     if kind == "GPT2":
-        assert lines["transformer.h.0.attn.c_attn.weight"] == "Adam (Conv1D is not covered)"
+        assert (
+            lines["transformer.h.0.attn.c_attn.weight"]
+            == "Adam (transformers.pytorch_utils.Conv1D is not covered)"
+        )
         shared = "transformer.wte.weight"
     else:
         assert lines["bert.encoder.layer.0.attention.self.query"].startswith("GLS (Linear 17 -> 16")

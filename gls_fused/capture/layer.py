@@ -349,8 +349,10 @@ class Layer(Rows):
         gradient = self.weight.grad
         assert gradient is not None
         (marks, sizes), found = self.marks, self._marks_of(gradient)
-        square = marks.square().sum()
-        factor = found @ marks / square.clamp(min=torch.finfo(square.dtype).tiny)
+        # At a scale of one, so that no square overflows or is lost.
+        scale = sizes.amax().clamp(min=torch.finfo(sizes.dtype).tiny)
+        unit = marks / scale
+        factor = found @ unit / unit.square().sum().clamp(min=torch.finfo(sizes.dtype).tiny) / scale
         # Each part, and the sum, is rounded to the gradient's dtype, and scaled a few times.
         rounding = (4 + 2 * self._parts) * torch.finfo(gradient.dtype).eps
         allowed = rounding * (factor.abs() * sizes + found.abs()).max()

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gls_fused import GLS
+from gls_fused.capture.rows import take_sample
 
 EVERY_STEP = {"rank": 4, "curvature_every": 1}
 
@@ -268,19 +269,19 @@ def test_rows_count_once_under_checkpointing(backend, recompute):
     assert rows_of_first_step(optimizer, model) == [5] * 4
 
 
-@pytest.mark.parametrize(("images", "counted"), [(3, 3), (16, 16), (17, 18), (40, 42)])
+@pytest.mark.parametrize("images", [3, 16, 17, 40])
 @pytest.mark.parametrize("curvature", ["dense", "subspace"])
-def test_few_images_of_a_batch_count(backend, curvature, images, counted):
+def test_few_images_of_a_batch_count(backend, curvature, images):
     model = nn.Conv2d(2, 3, 3)
     optimizer = GLS(model, curvature=curvature, backend=backend)
     model(torch.randn(images, 2, 5, 6)).sum().backward()
     optimizer.step()
-    assert optimizer.state[model.weight]["rows"] == counted * 3 * 4
+    assert optimizer.state[model.weight]["rows"] == images * 3 * 4
 
 
-@pytest.mark.parametrize(("count", "every"), [(1024, 1), (1025, 2), (3000, 3)])
+@pytest.mark.parametrize("count", [1024, 1025, 3000])
 @pytest.mark.parametrize("curvature", ["dense", "subspace"])
-def test_some_rows_stand_for_all(backend, curvature, count, every):
+def test_some_rows_stand_for_all(backend, curvature, count):
     """Weighted by how many each stands for, beside a backward pass in which all count."""
     model = nn.Linear(3, 4).double()
     optimizer = GLS(model, rank=4, curvature=curvature, backend=backend)
@@ -288,11 +289,12 @@ def test_some_rows_stand_for_all(backend, curvature, count, every):
     for rows in (many, few):
         model(rows).sum().backward()
     optimizer.step()
-    weights = torch.tensor([every] * len(many[::every]) + [1] * len(few)).double()
-    rows = torch.cat([torch.cat([many[::every], few]), torch.ones(len(weights), 1)], 1)
+    sample, weight = take_sample(many, 1024, 0)
+    weights = torch.tensor([weight] * len(sample) + [1] * len(few)).double()
+    rows = torch.cat([torch.cat([sample, few]), torch.ones(len(weights), 1)], 1)
     sigma = rows.T @ (rows * weights[:, None]) / weights.sum()
     state = optimizer.state[model.weight]
-    assert state["rows"] == weights.sum()
+    assert state["rows"] == count + 7
     if curvature == "subspace":
         found = state["basis"] @ state["core"] @ state["basis"].T
     else:
@@ -351,8 +353,11 @@ def test_detach_leaves_every_attribute(kind):
     inputs, _ = make_batch(kind, 5, 0)
     before = [(module, dict(vars(module))) for module in model.modules()]
     outputs = model(inputs)
+    classes = [type(module) for module in model.modules()]
     with GLS(model):
-        assert any("forward" in vars(module) for module in model.modules())
+        assert [type(module) for module in model.modules()] != classes
+        assert [module.__class__ for module in model.modules()] == classes
+    assert [type(module) for module in model.modules()] == classes
     for module, attributes in before:
         assert list(vars(module)) == list(attributes)
         assert all(vars(module)[key] is value for key, value in attributes.items())
@@ -369,7 +374,7 @@ def test_detach_after_an_exception():
 
     with pytest.raises(KeyError, match="mine"):
         leave_badly()
-    assert all("forward" not in vars(module) for module in model.modules())
+    assert all(type(module) in (nn.Linear, type(model)) for module in model.modules())
 
 
 def test_step_of_a_replaced_optimizer_moves_nothing():
@@ -384,4 +389,4 @@ def test_step_of_a_replaced_optimizer_moves_nothing():
     assert_equal(snapshot(model), before)
     second.step()
     second.detach()
-    assert all("forward" not in vars(module) for module in model.modules())
+    assert all(type(module) in (nn.Linear, type(model)) for module in model.modules())

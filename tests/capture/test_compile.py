@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import pytest
 import torch
@@ -81,9 +82,10 @@ def assert_trains_as_eager(
     for p, q, before in zip(model.parameters(), eager.parameters(), start, strict=True):
         assert_near(p, q, tolerance)
         assert relative_error(before, q) > tolerance
-    # It has the rows of every layer.
-    assert optimizer.report() == expected.report()
-    assert "no rows yet" not in optimizer.report()
+    # It has the rows of every layer; p.grad keeps the gradient where a graph has left it there.
+    reports = [re.sub(r"site \w+", "", run.report()) for run in (optimizer, expected)]
+    assert reports[0] == reports[1]
+    assert "no rows yet" not in reports[0]
     assert not counters["graph_break"]
     assert GRAPHS <= counters["stats"]["unique_graphs"] <= graphs
 
@@ -156,7 +158,10 @@ def test_autocast(kind, how):
     """The same casts; the statistics stay in float32."""
     backend, low = how
     feed = functools.partial(backward_under_autocast, dtype=low)
-    options = {"dtype": torch.float32, "feed": feed, "backend": backend}
+    # One site for both, as A P is rounded to 16 bits and D0 P is not; outside of a graph that of a
+    # convolution's backward is formed in float32.
+    site = "backward" if kind == "mlp" else "step"
+    options = {"dtype": torch.float32, "feed": feed, "backend": backend, "site": site}
     assert_trains_as_eager(kind, PRODUCT[torch.float32], **options)
 
 
@@ -264,10 +269,11 @@ def test_rows_count_when_gradients_are_left_on_the_parameters():
 
 def test_vmap_in_a_graph_is_refused():
     model = make_net("mlp")
-    GLS(model)
+    optimizer = GLS(model)
     mapped = torch.compile(torch.func.vmap(model), backend="aot_eager")
     with pytest.raises(RuntimeError, match=r"layer 'stem': torch\.func's"):
         mapped(make_batch("mlp", 5, 0)[0][:, None])
+    optimizer.detach()
 
 
 def test_functional_gradient_in_a_graph_is_the_true_one():

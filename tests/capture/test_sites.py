@@ -239,7 +239,7 @@ def test_auto_chooses_by_rows_and_outputs():
     assert optimizer.report().count("undecided") == 2
     model(torch.randn(5, 6).double()).sum().backward()
     optimizer.step()
-    first, second = optimizer.report().splitlines()
+    first, second, _ = optimizer.report().splitlines()
     assert "site step" in first
     assert "site backward" in second
 

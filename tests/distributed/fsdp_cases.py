@@ -218,7 +218,7 @@ def adams_partial_gradients_are_added_up():
     """Of DTensors that every rank has whole, with inputs that are sharded."""
     expected = nn.LayerNorm(6, dtype=torch.float64)
     model = distribute_module(copy.deepcopy(expected), line_mesh())
-    optimizers = [GLS([{"params": list(m.parameters())}], **OPTIONS) for m in (expected, model)]
+    optimizers = [GLS(m.parameters(), model=m, **OPTIONS) for m in (expected, model)]
     for step in range(STEPS):
         inputs, _ = make_batch("mlp", 8, step)
         for m, optimizer in zip((expected, model), optimizers, strict=True):
@@ -281,21 +281,11 @@ def communication_is_counted():
             loss_of(model, part_of(batch, even(8))).backward()
             with Traffic() as traffic:
                 optimizer.step()
-            assert traffic.reduced == ([] if step % 3 else [sums]) + norms, traffic.reduced
+            found = sums + (2 if step == 0 else 0)
+            assert traffic.reduced == ([] if step % 3 else [found]) + norms, traffic.reduced
             assert bool(traffic.others) == (step == 0), traffic.others
         # Where the squares are shards, their sums are of all ranks.
         assert all(math.isfinite(x) for x in optimizer.diagnostics().values())
-
-
-@case
-def site_counts_that_a_rank_has_part_of_the_gradient():
-    world = dist.get_world_size()
-    for rows, site in ((4 // world, "backward"), (8 // world, "step")):
-        model = sharded(make_net("mlp"))
-        optimizer = GLS(model, **OPTIONS)
-        train_on_part(model, optimizer, "mlp", [rows] * world, range(2))
-        line = next(x for x in optimizer.report().splitlines() if x.startswith("first"))
-        assert f"site {site}" in line, line
 
 
 @case
@@ -355,9 +345,10 @@ def sharded_over_its_inputs_takes_adams_update():
 def tensor_parallel_is_refused():
     model = make_net("mlp")
     parallelize_module(model, line_mesh(), {"first": ColwiseParallel(use_local_output=False)})
-    GLS(model, **OPTIONS)
+    optimizer = GLS(model, **OPTIONS)
     with pytest.raises(RuntimeError, match=r"'first': .* does not cover tensor parallelism"):
         model.first(torch.ones(2, 8, dtype=torch.float64))
+    optimizer.detach()
 
 
 @case

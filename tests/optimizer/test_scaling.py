@@ -227,7 +227,7 @@ def test_model_on_several_devices(monkeypatch):
         start_without_values(optimizer)
         optimizer.grad_scale, optimizer.found_inf = torch.ones(2, device="cuda:0").unbind()
         step_without_values(model, optimizer, 2)
-        for layer in optimizer._preconditioners[0].layers:
+        for layer in optimizer._preconditioner.layers:
             state = optimizer.state[layer.weight]
             devices = {x.device for x in state.values() if isinstance(x, torch.Tensor)}
             assert devices == {layer.weight.device}
@@ -237,7 +237,7 @@ def start_without_values(optimizer):
     """As if every layer had seen rows, which a host does have to read, once."""
     for param in optimizer.param_groups[0]["params"]:
         param.grad = torch.zeros_like(param)
-    (preconditioner,) = optimizer._preconditioners
+    preconditioner = optimizer._preconditioner
     prime_states(optimizer.param_groups[0], preconditioner.layers, optimizer.state)
     assert isinstance(preconditioner, Preconditioner)
     for layer in preconditioner.layers:
@@ -251,7 +251,7 @@ def step_without_values(model, optimizer, count):
     for _ in range(count):
         for param in model.parameters():
             param.grad = torch.zeros_like(param)
-        for layer in optimizer._preconditioners[0].layers:
+        for layer in optimizer._preconditioner.layers:
             layer.sums = layer.no_sums()
         optimizer.step()
 
@@ -312,7 +312,7 @@ def test_inputs_of_any_size_under_float16_autocast(backend, rows, size, bias, cu
             found[site] = gradients(layer)
             scaler.step(optimizer)
             scaler.update()
-        (captured,) = optimizer._preconditioners[0].layers
+        (captured,) = optimizer._preconditioner.layers
         if site == "step":
             found[site] = captured.direction(found[site])
         optimizer.detach()

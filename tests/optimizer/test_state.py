@@ -74,7 +74,7 @@ def test_state_holds_tensors_and_plain_numbers():
     for group in saved["param_groups"]:
         assert group.pop("params") == list(range(8))
         assert all(isinstance(value, int | float | str) for value in group.values())
-        assert group["version"] == 1
+        assert group["version"] == 2
 
 
 def test_loaded_state_is_a_copy():
@@ -96,7 +96,7 @@ def test_loaded_state_is_a_copy():
 def test_inverses_are_views_of_the_state():
     _, optimizer = make_trained()
     optimizer.load_state_dict(optimizer.state_dict())
-    for layer in optimizer._preconditioners[0].layers:
+    for layer in optimizer._preconditioner.layers:
         state = optimizer.state[layer.weight]
         for name, part in zip(("basis", "core_inverse", "shift"), layer.inverse, strict=True):
             assert part.data_ptr() == state[name].data_ptr()
@@ -135,7 +135,7 @@ def other_normalize(saved):
 
 
 def later_version(saved):
-    saved["param_groups"][0]["version"] = 2
+    saved["param_groups"][0]["version"] = 3
     return saved
 
 
@@ -153,7 +153,7 @@ def no_core(saved):
 
 
 def unknown_entry(saved):
-    saved["state"][2]["hessian"] = torch.ones(2, 2)
+    saved["state"][2]["gram"] = torch.ones(2, 2)
     return saved
 
 
@@ -180,11 +180,11 @@ REFUSED = {
     other_curvature: r"layer 'stem': expected basis \[7, 4\], .*, got gram \[7, 7\], matrix \[7, 7",
     other_outputs: r"layer 'head': expected a state of a weight \[3, 8\], got one of \[5, 8\]",
     other_normalize: r"layer 'stem': expected exp_avg_sq \[8, 6\], got \[\]",
-    later_version: r"version: expected a state of 0 to 1, got 2",
+    later_version: r"version: expected a state of 0 to 2, got 3",
     of_adam: r"group 0: expected the options of GLS, got none named 'damping'",
     fewer_layers: r"state_dict: expected 8 parameters in group 0, got 4",
     no_core: r"layer 'first': expected basis .*, core \[4, 4\], .*, got basis",
-    unknown_entry: r"layer 'first': expected .*, got hessian \[2, 2\]",
+    unknown_entry: r"layer 'first': expected .*, got gram \[2, 2\]",
     more_groups: r"state_dict: expected 1 groups, got 2",
 }
 
@@ -239,7 +239,7 @@ def test_state_without_a_version_is_taken():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda saved: saved.update(version=2), "version: expected a state of 0 to 1, got 2"),
+        (lambda saved: saved.update(version=3), "version: expected a state of 0 to 2, got 3"),
         (
             lambda saved: saved["layers"]["first"].update(basis=torch.ones(9, 2)),
             r"layer 'first': expected basis \[9, 4\], got \[9, 2\]",

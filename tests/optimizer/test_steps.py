@@ -177,7 +177,9 @@ def test_each_group_steps_with_its_own_options(backend):
 
 def test_parameters_without_their_module_take_adams_update():
     ours, theirs = make_net("mlp"), make_net("mlp")
-    train(ours, GLS([{"params": list(ours.parameters()), "lr": 0.01, "weight_decay": 0.1}]), 5)
+    with pytest.warns(UserWarning, match="given without the model"):
+        optimizer = GLS([{"params": list(ours.parameters()), "lr": 0.01, "weight_decay": 0.1}])
+    train(ours, optimizer, 5)
     options = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
     train(theirs, torch.optim.AdamW(theirs.parameters(), **options), 5)
     assert_equal(snapshot(ours), snapshot(theirs))
