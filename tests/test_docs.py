@@ -70,7 +70,7 @@ def test_public_name_has_a_page(name):
 def test_table_of_options_has_each_default():
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", (DOCS / "usage.md").read_text(), re.MULTILINE)
     parameters = inspect.signature(gls_fused.GLS).parameters.values()
-    expected = {p.name: p.default for p in parameters if p.name != "model"}
+    expected = {p.name: p.default for p in parameters if p.name != "params"}
     assert {name: literal_eval(default) for name, default in rows} == expected
 
 

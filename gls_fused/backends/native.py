@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from gls_fused import _build_info, reference
+try:
+    from gls_fused import _build_info
+except ImportError as error:
+    raise ImportError(
+        "not built: this is a source tree; run `pip install --no-build-isolation -e .` in it"
+    ) from error
+from gls_fused import reference
 from gls_fused.reference import (
     DenseInverse,
     Inverse,
