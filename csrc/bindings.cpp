@@ -41,7 +41,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "torch.nn.functional.linear whose backward applies P to the rows.");
   py::class_<LinearCapture, c10::intrusive_ptr<LinearCapture>>(m, "LinearCapture")
       .def(py::init([](std::string name, bool ones, bool promised, at::Tensor weight,
-                       at::Tensor places, py::function leave) {
+                       std::vector<int64_t> places, py::function leave) {
         auto capture = c10::make_intrusive<LinearCapture>();
         capture->name = std::move(name);
         capture->ones = ones;
@@ -62,5 +62,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       }))
       .def("expect", &LinearCapture::expect, py::arg("basis"), py::arg("core_inverse"),
            py::arg("shift"))
-      .def("take_marks", &LinearCapture::take_marks);
+      .def_property_readonly("has_marks", &LinearCapture::has_marks)
+      .def("clear_marks", &LinearCapture::clear_marks)
+      .def("add_marks", &LinearCapture::add_marks)
+      .def("match", &LinearCapture::match)
+      .def("are_gone_from", &LinearCapture::are_gone_from);
 }

@@ -4,11 +4,15 @@
 #include "capture.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
 #include <tuple>
 #include <utility>
 
@@ -54,36 +58,85 @@ void LinearCapture::expect(const std::optional<Tensor>& new_basis,
   shift = new_shift.value_or(Tensor());
 }
 
-std::pair<std::optional<Tensor>, int64_t> LinearCapture::take_marks() {
-  if (!marks.defined()) return {std::nullopt, 0};
-  return {std::exchange(marks, Tensor()), std::exchange(parts, 0)};
-}
-
 namespace {
 
-// Some entries of a tensor of the weight's shape, in at least float32.
-Tensor marks_of(const Tensor& gradient, const Tensor& places) {
-  const Tensor found = gradient.reshape({-1}).index_select(0, places);
-  return found.to(at::promote_types(found.scalar_type(), at::kFloat));
+// Some entries of a tensor of the weight's shape, on the CPU.
+std::vector<double> read_entries(const Tensor& tensor, const std::vector<int64_t>& places) {
+  const Tensor flat = tensor.detach().reshape({-1});
+  const int64_t stride = flat.stride(0);
+  std::vector<double> found(places.size());
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, flat.scalar_type(), "read_entries", [&] {
+        const scalar_t* data = flat.const_data_ptr<scalar_t>();
+        for (size_t i = 0; i < places.size(); ++i) {
+          found[i] = static_cast<double>(data[places[i] * stride]);
+        }
+      });
+  return found;
+}
+
+double epsilon_of(at::ScalarType dtype) {
+  double epsilon = 0;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "epsilon_of", [&] {
+    epsilon = static_cast<double>(std::numeric_limits<scalar_t>::epsilon());
+  });
+  return epsilon;
+}
+
+bool any_nonzero(const std::vector<double>& values) {
+  return std::any_of(values.begin(), values.end(), [](double value) { return value != 0; });
 }
 
 }  // namespace
 
-void LinearCapture::forget_dropped() {
-  if (!marks.defined()) return;
-  const Tensor gradient = weight.grad();
-  const bool dropped = !gradient.defined() || (marks.any().item<bool>() &&
-                                               !marks_of(gradient, places).any().item<bool>());
-  if (dropped) take_marks();
+void LinearCapture::clear_marks() {
+  parts = 0;
+  sums.clear();
+  sizes.clear();
 }
 
-void LinearCapture::deposit(const Tensor& direction) {
-  if (promised) return;
-  const at::NoGradGuard no_grad;
-  const Tensor part = marks_of(direction, places);
-  const Tensor both = at::stack({part, part.abs()});
-  marks = marks.defined() ? marks + both : both;
+void LinearCapture::add_marks(const Tensor& part) {
+  const std::vector<double> found = read_entries(part, places);
+  sums.resize(places.size());
+  sizes.resize(places.size());
+  for (size_t i = 0; i < found.size(); ++i) {
+    sums[i] += found[i];
+    sizes[i] += std::abs(found[i]);
+  }
   ++parts;
+}
+
+bool LinearCapture::match(const Tensor& gradient) const {
+  const std::vector<double> found = read_entries(gradient, places);
+  const double scale = *std::max_element(sizes.begin(), sizes.end());
+  if (scale == 0) return !any_nonzero(found);
+  // At a scale of one, so that no square overflows or is lost.
+  double product = 0, square = 0;
+  for (size_t i = 0; i < found.size(); ++i) {
+    product += found[i] * (sums[i] / scale);
+    square += (sums[i] / scale) * (sums[i] / scale);
+  }
+  const double factor = square > 0 ? product / square : 0;
+  double difference = 0, size = 0;
+  bool finite = true;
+  for (size_t i = 0; i < found.size(); ++i) {
+    finite = finite && std::isfinite(found[i]);
+    difference = std::max(difference, std::abs(found[i] - factor * (sums[i] / scale)));
+    size = std::max(size, std::abs(factor) * (sizes[i] / scale) + std::abs(found[i]));
+  }
+  // Each part, and the sum, is rounded to the gradient's dtype, and scaled a few times.
+  const double rounding = (4 + 2 * parts) * epsilon_of(gradient.scalar_type());
+  return !finite || !(difference > rounding * size);
+}
+
+bool LinearCapture::are_gone_from(const Tensor& gradient) const {
+  return any_nonzero(sums) && !any_nonzero(read_entries(gradient, places));
+}
+
+void LinearCapture::forget_dropped() {
+  if (!has_marks()) return;
+  const Tensor gradient = weight.grad();
+  if (!gradient.defined() || are_gone_from(gradient)) clear_marks();
 }
 
 namespace {

@@ -7,6 +7,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace gls_fused {
 
@@ -15,26 +16,33 @@ struct LinearCapture : torch::CustomClassHolder {
   bool ones = false;      // the layer has a bias, so a one belongs to every row
   bool promised = false;  // the user asked for D in .grad, which then is not checked
   at::Tensor weight;      // the parameter
-  at::Tensor places;      // of the entries of D that are remembered, int64
+  std::vector<int64_t> places;  // of the entries of D that are remembered
   std::function<void()> leave;  // makes D in .grad the gradient again, and forgets P here
 
   at::Tensor basis;         // U; undefined where P does not apply
   at::Tensor core_inverse;
   at::Tensor shift;
-  at::Tensor marks;         // sums over the parts of D in .grad: of their entries, of absolute ones
-  int64_t parts = 0;        // how many
+  // Over the parts of D in .grad: sums of their entries, of absolute ones, and how many they are.
+  std::vector<double> sums, sizes;
+  int64_t parts = 0;
   int64_t task = -1;        // the backward pass that was here last
 
   // P as it applies from here on, or nothing.
   void expect(const std::optional<at::Tensor>& basis, const std::optional<at::Tensor>& core_inverse,
               const std::optional<at::Tensor>& shift);
-  // Marks and parts, which are then forgotten.
-  std::pair<std::optional<at::Tensor>, int64_t> take_marks();
+  // Marks of gls_fused/capture/marks.py.
+  bool has_marks() const { return parts > 0; }
+  void clear_marks();
+  void add_marks(const at::Tensor& part);
+  bool match(const at::Tensor& gradient) const;
+  bool are_gone_from(const at::Tensor& gradient) const;
 
   bool at_backward() const { return basis.defined(); }
   // Forget what an earlier backward pass left in a gradient that was cleared since.
   void forget_dropped();
-  void deposit(const at::Tensor& direction);
+  void deposit(const at::Tensor& direction) {
+    if (!promised) add_marks(direction);
+  }
 };
 
 at::Tensor captured_linear(const at::Tensor& inputs, const at::Tensor& weight,

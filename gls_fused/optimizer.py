@@ -475,10 +475,17 @@ class GLS(torch.optim.Optimizer):
             self.state = defaultdict(dict, self.state)
         for param in self._owners:
             state = self.state.get(param)
-            if state:
+            if not state:
+                continue
+            wide = torch.promote_types(param.dtype, torch.float32)
+            # Who moves or casts a state does so with all of it: one of its tensors tells.
+            probe, dtype = state.get("exp_avg"), wide
+            if probe is None:
+                probe, dtype = state.get("step"), torch.float32
+            if probe is not None and (probe.device != param.device or probe.dtype is not dtype):
                 name = f"parameter {self._names.get(param, '')!r}"
                 check_device(name, param, state, ("step", "master", *AVERAGES))
-                recast(state, torch.promote_types(param.dtype, torch.float32), AVERAGES)
+                recast(state, wide, AVERAGES)
                 recast(state, torch.float32, ("step", "master"))
 
     def _take_sums(self, skip: Tensor | None) -> dict[Layer, Tensor]:

@@ -116,11 +116,12 @@ class Preconditioner:
             if not layer.fits:
                 layer.fit()
             state = states.get(layer.weight) or {}
+            if _is_in_force(layer, state):
+                continue
             keys = layer.curvature.shapes()
             check_device(f"layer {layer.name!r}: its weight", layer.weight, state, keys)
             recast(state, layer.statistics_dtype, keys)
-            found = _inverse(layer, state)
-            if layer.inverse is not None and not _same(layer.inverse, found):
+            if layer.inverse is not None and not _is_in_force(layer, state):
                 # Another estimate: the rows of this step were sketched with a basis that is gone,
                 # and D in p.grad was made with its P.
                 if layer.at_backward and not layer.promised:
@@ -129,7 +130,8 @@ class Preconditioner:
                     layer.stays_at_step = stays
                 layer.forget()
                 self._told.pop(layer, None)
-                layer.expect(found, gathers=found is None, at_backward=False)
+                inverse = _inverse(layer, state)
+                layer.expect(inverse, gathers=inverse is None, at_backward=False)
 
     def start(
         self, layers: Sequence[Layer], states: States, sums: dict[Layer, Tensor], damping: float
@@ -309,6 +311,16 @@ def _inverse(layer: Layer, state: State) -> Inverse | None:
     return layer.curvature.inverse(state) if whole else None
 
 
+def _is_in_force(layer: Layer, state: State) -> bool:
+    """Whether the P that a layer has is its state's, in its place and dtype."""
+    return layer.inverse is not None and all(
+        state.get(name) is part
+        and part.device == layer.device
+        and part.dtype is layer.statistics_dtype
+        for name, part in zip(layer.curvature.inverse_names, layer.inverse, strict=True)
+    )
+
+
 def release_all(layers: Iterable[Layer]) -> None:
     """Give all modules their own forward back."""
     for layer in layers:
@@ -331,8 +343,3 @@ def describe_layers(preconditioner: Preconditioner, states: States) -> list[str]
             f"site {preconditioner.site_of(layer)}, backend {layer.backend_name})"
         )
     return lines
-
-
-def _same(ours: Inverse, theirs: Inverse | None) -> bool:
-    """Whether two inverses are the same tensors."""
-    return theirs is not None and all(a is b for a, b in zip(ours, theirs, strict=True))

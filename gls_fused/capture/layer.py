@@ -9,7 +9,6 @@ module's op.
 from __future__ import annotations
 
 import abc
-import functools
 import warnings
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ from torch.autograd import forward_ad
 
 from gls_fused.backends.dispatch import backend_name, resolve_backend
 from gls_fused.capture.graph import Reach, reach_of, running_task
+from gls_fused.capture.marks import Marks, choose_places
 from gls_fused.capture.modules import (
     capture_module,
     captured_by,
@@ -30,9 +30,6 @@ from gls_fused.capture.rows import Rows
 from gls_fused.curvature.estimate import make_curvature
 from gls_fused.distributed.sharding import is_sharded, shards_of
 from gls_fused.reference import Inverse, SubspaceInverse, undo_inverse
-
-# So many entries of a weight's gradient tell whether it is still what the backward left there.
-MARKS = 64
 
 
 class Layer(Rows):
@@ -48,8 +45,7 @@ class Layer(Rows):
         stays_at_step: whether p.grad has turned out to be in use, so that it keeps the gradient.
         compiled: whether a graph that torch.compile traced has shown rows.
         idle: why it takes part in no statistics, or None; such as never having been called.
-        marks: some entries of the D that this step's backward passes have left in p.grad; None
-            before the first.
+        marks: some entries of the D that this step's backward passes have left in p.grad.
         tally: in graphs that torch.compile traces, the leaf whose gradient is the sums; one number
             in memory. None before the first step that gathers.
         captured: False once another optimizer has taken the modules over.
@@ -73,9 +69,8 @@ class Layer(Rows):
         self.promised = self.stays_at_step = self.compiled = self.captured = False
         self.idle: str | None = None
         self.misses = 0
-        self.marks: Tensor | None = None
+        self.marks: Any = None
         self.tally: Tensor | None = None
-        self._parts = 0
         self._task = -1
 
     def __reduce__(self) -> tuple[type[Layer], tuple[Any, ...]]:
@@ -98,7 +93,8 @@ class Layer(Rows):
         self.backend_name = backend_name(self.backend)
         self.curvature = make_curvature(kind, self.dim, self.outputs, rank, self.backend)
         self.statistics_dtype = torch.promote_types(self.dtype, torch.float32)
-        self.inverse = self.test_matrix = self.tally = self.sums = self.marks = None
+        self.inverse = self.test_matrix = self.tally = self.sums = None
+        self.marks = Marks(choose_places(self.weight.numel()))
         self.at_backward = False
 
     @property
@@ -154,33 +150,33 @@ class Layer(Rows):
             release_module(module, self)
         self.captured = False
         self.expect(None, gathers=False, at_backward=False)
-        self.sums = self.marks = self.tally = self.test_matrix = None
+        self.sums = self.tally = self.test_matrix = None
+        self.marks.clear_marks()
 
     # ---- the forward of a captured module --------------------------------------------------------
 
     def watches(self, module: nn.Module) -> bool:
         """Whether a call of the module is to go through `forward`."""
         weight = module._parameters.get("weight")
-        if weight is None or not (torch.is_grad_enabled() and weight.requires_grad):
+        if weight is None or not (weight.requires_grad and torch.is_grad_enabled()):
             return False
         if torch.compiler.is_compiling():
-            if _is_exporting():
-                return False
-        elif torch._C._get_tracing_state() is not None:
-            return False
-        elif torch._C._are_functorch_transforms_active():
+            return (self.at_backward or self.gathers) and not _is_exporting()
+        if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 f"layer {self.name!r}: torch.func's transforms (grad, vmap, ...) would give "
                 "gradients of rows that GLS does not see; use a copy.deepcopy of the model, "
                 "or call detach() of the optimizer first"
             )
-        elif weight is not self.weight and self.shards is None:
-            # Another's: a parameter replaced, or those of torch.func.functional_call.
-            return False
-        elif not self.fits:
-            self.fit()
         if not (self.at_backward or self.gathers):
             return False
+        if torch._C._get_tracing_state() is not None:
+            return False
+        if weight is not self.weight and self.shards is None:
+            # Another's: a parameter replaced, or those of torch.func.functional_call.
+            return False
+        if not self.fits:
+            self.fit()
         if self.shards is not None and is_sharded(weight):
             raise RuntimeError(
                 f"layer {self.name!r}: expected its weight whole in the forward, as under "
@@ -275,13 +271,8 @@ class Layer(Rows):
         return self.gathers and self.idle is None, applies
 
     def deposit(self, direction: Tensor) -> None:
-        if self.promised:
-            return
-        part = self._marks_of(direction)
-        if self.marks is None:
-            self.marks = part.new_zeros(2, MARKS)
-        self.marks += torch.stack([part, part.abs()])
-        self._parts += 1
+        if not self.promised:
+            self.marks.add_marks(direction)
 
     def gather(self, inputs: Tensor) -> None:
         self.sketched_with()
@@ -297,15 +288,14 @@ class Layer(Rows):
 
     def _forget_dropped(self) -> None:
         """Forget rows of earlier backward passes whose gradient somebody has cleared since."""
-        self.read_native()
         gradient = self.weight.grad
         # fully_shard keeps the gradient of steps without synchronisation elsewhere.
-        if self.shards is not None or (self.sums is None and self.marks is None):
+        if self.shards is not None or not (self.sums is not None or self.marks.has_marks):
             return
         if gradient is None:
             self.forget()
-        elif self.marks is not None:
-            if self.marks[0].any() and not self._marks_of(gradient).any():
+        elif self.marks.has_marks:
+            if self.marks.are_gone_from(gradient):
                 self.forget()
         elif self.sums is not None:
             kept = torch.linalg.vector_norm(gradient, torch.inf) != 0
@@ -328,12 +318,11 @@ class Layer(Rows):
 
     def forget(self) -> None:
         """Forget the rows of this step, and what of D is in p.grad."""
-        self.take_sums()
-        self.read_native()
-        self.marks, self._parts = None, 0
-
-    def read_native(self) -> None:
-        """Take over what an autograd function of the backend's own has noted."""
+        self.sums = None
+        if self.tally is not None:
+            self.tally.grad = None
+        if self.marks.has_marks:
+            self.marks.clear_marks()
 
     def holds_direction(self) -> bool:
         """Whether p.grad, which there is, holds D, so that P is not to be applied again.
@@ -343,20 +332,9 @@ class Layer(Rows):
         """
         if not self.at_backward or self.promised:
             return self.at_backward
-        self.read_native()
-        if self.marks is None:
+        if not self.marks.has_marks:
             return False
-        gradient = self.weight.grad
-        assert gradient is not None
-        (marks, sizes), found = self.marks, self._marks_of(gradient)
-        # At a scale of one, so that no square overflows or is lost.
-        scale = sizes.amax().clamp(min=torch.finfo(sizes.dtype).tiny)
-        unit = marks / scale
-        factor = found @ unit / unit.square().sum().clamp(min=torch.finfo(sizes.dtype).tiny) / scale
-        # Each part, and the sum, is rounded to the gradient's dtype, and scaled a few times.
-        rounding = (4 + 2 * self._parts) * torch.finfo(gradient.dtype).eps
-        allowed = rounding * (factor.abs() * sizes + found.abs()).max()
-        if (found - factor * marks).abs().max() > allowed:
+        if not self.marks.match(self.weight.grad):
             self.stays_at_step = True
             warnings.warn(
                 f"layer {self.name!r}: its p.grad is not what backward() left there, which was D = "
@@ -369,8 +347,7 @@ class Layer(Rows):
 
     def leave_backward_site(self) -> None:
         """From here on p.grad keeps the gradient; what of D is in it already becomes D0."""
-        self.read_native()
-        if self.marks is not None and self.inverse is not None:
+        if self.marks.has_marks and self.inverse is not None:
             params = [param for param in self.params if param.grad is not None]
             matrices = [param.grad.view(self.outputs, -1) for param in params]  # type: ignore[union-attr]
             inverse = self.inverse_for(len(params) == len(self.params))
@@ -378,24 +355,13 @@ class Layer(Rows):
             parts = torch.split(restored, [matrix.shape[1] for matrix in matrices], dim=1)
             for matrix, part in zip(matrices, parts, strict=True):
                 matrix.copy_(part)
-        self.marks, self._parts = None, 0
+        self.marks.clear_marks()
         self.stays_at_step = True
         self.expect(self.inverse, gathers=self.gathers, at_backward=False)
 
     def _gradient_is_in_use(self) -> bool:
         """Whether hooks of the parameters see their gradients."""
         return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.params)
-
-    def _marks_of(self, gradient: Tensor) -> Tensor:
-        """Some entries of a gradient of the weight's shape, [MARKS] in at least float32."""
-        found = gradient.reshape(-1).index_select(0, self.mark_places)
-        return found.to(torch.promote_types(found.dtype, torch.float32))
-
-    @functools.cached_property
-    def mark_places(self) -> Tensor:
-        """Which, [MARKS] int64: all over the weight, as inputs or outputs may be dead."""
-        places = [0x9E3779B1 * (i + 1) % max(1, self.weight.numel()) for i in range(MARKS)]
-        return torch.tensor(places, device="cpu")
 
 
 def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:

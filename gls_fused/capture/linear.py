@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gls_fused.capture.layer import Layer, autocast_inputs
+from gls_fused.capture.marks import choose_places
 from gls_fused.capture.observed import observe
 from gls_fused.capture.rows import SKETCH_ROWS, Rows, outside_autocast, take_sample
 from gls_fused.capture.traced import define_traced, fill_rows, flatten_rows
@@ -122,21 +123,15 @@ class LinearLayer(LinearRows, Layer):
             # Not this layer itself, which then nothing would free but the cycle collector.
             leave = functools.partial(_leave, weakref.ref(self))
             self.native = self.backend.LinearCapture(
-                self.name, self.ones, self.promised, self.weight, self.mark_places, leave
-            )
+                self.name, self.ones, self.promised, self.weight,
+                choose_places(self.weight.numel()), leave,
+            )  # fmt: skip
+            self.marks = self.native
 
     def expect(self, inverse: Inverse | None, *, gathers: bool, at_backward: bool) -> None:
         super().expect(inverse, gathers=gathers, at_backward=at_backward)
         if self.native is not None:
             self.native.expect(*(inverse if at_backward and inverse else (None, None, None)))
-
-    def read_native(self) -> None:
-        if self.native is None:
-            return
-        marks, parts = self.native.take_marks()
-        if marks is not None:
-            self.marks = marks if self.marks is None else self.marks + marks
-            self._parts += parts
 
     def gather(self, inputs: Tensor) -> None:
         add_sketch_ = getattr(self.backend, "add_sketch_", None)
@@ -147,10 +142,13 @@ class LinearLayer(LinearRows, Layer):
         # Into the sums themselves, in one pass over the rows.
         with torch.no_grad():
             rows, weight = self.sample(inputs)
-            sums = self.no_sums()
+            sums = self.no_sums() if self.sums is None or weight != 1 else self.sums
             if rows.numel():
                 add_sketch_(rows, basis, self.ones, sums)
-            self.sums = sums * weight if self.sums is None else self.sums.add(sums, alpha=weight)
+            if weight != 1:
+                sums *= weight
+                sums = sums if self.sums is None else self.sums + sums
+            self.sums = sums
 
     def compute(
         self, module: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None

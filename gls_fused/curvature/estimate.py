@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class Curvature(Protocol):
     """One kind of running estimate; without state of its own."""
 
     backend: ModuleType
+    # Of the tensors of a state that make up its P.
+    inverse_names: ClassVar[tuple[str, ...]]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the tensors in a state."""
@@ -67,6 +69,8 @@ class Curvature(Protocol):
 
 class Dense:
     """Sigma itself. The oracle, and practical for small d."""
+
+    inverse_names: ClassVar[tuple[str, ...]] = ("matrix",)
 
     def __init__(self, dim: int, backend: ModuleType) -> None:
         self.dim = dim
@@ -101,6 +105,8 @@ class Dense:
 class Subspace:
     """A basis of r directions that follows the leading eigenvectors of Sigma."""
 
+    inverse_names: ClassVar[tuple[str, ...]] = ("basis", "core_inverse", "shift")
+
     def __init__(self, dim: int, rank: int, backend: ModuleType) -> None:
         self.dim = dim
         self.rank = min(rank, dim)
@@ -134,7 +140,7 @@ class Subspace:
         return Moments(sketch, core, trace.clone())
 
     def inverse(self, state: Mapping[str, Any]) -> Inverse:
-        return SubspaceInverse(state["basis"], state["core_inverse"], state["shift"])
+        return SubspaceInverse(*(state[name] for name in self.inverse_names))
 
 
 def auto_rank(outputs: int) -> int:
