@@ -121,17 +121,18 @@ class Preconditioner:
             keys = layer.curvature.shapes()
             check_device(f"layer {layer.name!r}: its weight", layer.weight, state, keys)
             recast(state, layer.statistics_dtype, keys)
-            if layer.inverse is not None and not _is_in_force(layer, state):
-                # Another estimate: the rows of this step were sketched with a basis that is gone,
-                # and D in p.grad was made with its P.
-                if layer.at_backward and not layer.promised:
-                    stays = layer.stays_at_step
-                    layer.leave_backward_site()
-                    layer.stays_at_step = stays
-                layer.forget()
-                self._told.pop(layer, None)
-                inverse = _inverse(layer, state)
-                layer.expect(inverse, gathers=inverse is None, at_backward=False)
+            found = _inverse(layer, state)
+            if _is_in_force(layer, state) or (layer.inverse is None and found is None):
+                continue
+            # Another estimate: the rows of this step were sketched with a basis that is gone, and D
+            # in p.grad was made with its P.
+            if layer.at_backward and not layer.promised:
+                stays = layer.stays_at_step
+                layer.leave_backward_site()
+                layer.stays_at_step = stays
+            layer.forget()
+            self._told.pop(layer, None)
+            layer.expect(found, gathers=found is None, at_backward=False)
 
     def start(
         self, layers: Sequence[Layer], states: States, sums: dict[Layer, Tensor], damping: float
