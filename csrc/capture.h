@@ -14,7 +14,6 @@ struct LinearCapture : torch::CustomClassHolder {
   std::string name;
   bool ones = false;      // the layer has a bias, so a one belongs to every row
   bool promised = false;  // the user asked for D in .grad, which then is not checked
-  at::Tensor weight;      // the parameter
   at::Tensor places;      // of the entries of D that are remembered, int64
   std::function<void()> leave;  // makes D in .grad the gradient again, and forgets P here
 
@@ -32,8 +31,8 @@ struct LinearCapture : torch::CustomClassHolder {
   std::pair<std::optional<at::Tensor>, int64_t> take_marks();
 
   bool at_backward() const { return basis.defined(); }
-  // Forget what an earlier backward pass left in a gradient that was cleared since.
-  void forget_dropped();
+  // Forget what an earlier backward pass left in the weight's gradient, if it was cleared since.
+  void forget_dropped(const at::Tensor& gradient);
   void deposit(const at::Tensor& direction);
 };
 

@@ -17,7 +17,6 @@ class LinearCapture:
         name: str,
         ones: bool,
         promised: bool,
-        weight: Tensor,
         places: Tensor,
         leave: Callable[[], None],
     ) -> None: ...
