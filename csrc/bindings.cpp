@@ -40,13 +40,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("captured_linear", &gls_fused::captured_linear,
         "torch.nn.functional.linear whose backward applies P to the rows.");
   py::class_<LinearCapture, c10::intrusive_ptr<LinearCapture>>(m, "LinearCapture")
-      .def(py::init([](std::string name, bool ones, bool promised, at::Tensor weight,
-                       std::vector<int64_t> places, py::function leave) {
+      .def(py::init([](std::string name, bool ones, bool promised, std::vector<int64_t> places,
+                       py::function leave) {
         auto capture = c10::make_intrusive<LinearCapture>();
         capture->name = std::move(name);
         capture->ones = ones;
         capture->promised = promised;
-        capture->weight = std::move(weight);
         capture->places = std::move(places);
         // The backward runs without the interpreter's lock, and what ends last may end without it.
         auto held = std::shared_ptr<py::function>(

@@ -7,6 +7,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -133,9 +134,8 @@ bool LinearCapture::are_gone_from(const Tensor& gradient) const {
   return any_nonzero(sums) && !any_nonzero(read_entries(gradient, places));
 }
 
-void LinearCapture::forget_dropped() {
+void LinearCapture::forget_dropped(const Tensor& gradient) {
   if (!has_marks()) return;
-  const Tensor gradient = weight.grad();
   if (!gradient.defined() || are_gone_from(gradient)) clear_marks();
 }
 
@@ -143,15 +143,25 @@ namespace {
 
 enum class Reach { kNothing, kGradient, kCaptured };
 
+// Where the gradient of a parameter is accumulated, of a weight that is it or, under autocast, came
+// from it. The parameter is not kept elsewhere, as torch swaps none that others refer to.
+auto accumulator_of(const Tensor& weight) {
+  auto node = torch::autograd::impl::gradient_edge(weight).function;
+  while (node != nullptr && node->num_outputs() > 0) {
+    auto next = node->next_edge(0).function;
+    node = std::move(next);
+  }
+  return node;
+}
+
 // Where the running backward pass takes the gradient of a parameter: reach_of of
 // gls_fused/capture/graph.py, by torch's own tables.
-Reach reach_of_leaf(const Tensor& parameter) {
-  const auto node = torch::autograd::impl::try_get_grad_accumulator(parameter);
-  if (node == nullptr) return Reach::kNothing;
+Reach reach_of(torch::autograd::Node* accumulator) {
+  if (accumulator == nullptr) return Reach::kNothing;
   const auto* info = torch::autograd::get_current_graph_task_exec_info();
   // Empty where every leaf's gradient is accumulated.
   if (info == nullptr || info->empty()) return Reach::kGradient;
-  const auto found = info->find(node.get());
+  const auto found = info->find(accumulator);
   if (found == info->end() || !found->second.should_execute()) return Reach::kNothing;
   return found->second.captures_ != nullptr ? Reach::kCaptured : Reach::kGradient;
 }
@@ -159,22 +169,30 @@ Reach reach_of_leaf(const Tensor& parameter) {
 // Weight and bias as they are, on whose gradients P acts: Observed of gls_fused/capture/observed.py.
 // A second derivative reaches the weight through it.
 struct ObservedWeight : torch::autograd::Function<ObservedWeight> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& weight, const Tensor& bias,
+  static variable_list forward(AutogradContext* ctx, const Tensor& weight,
+                               const std::optional<Tensor>& bias,
                                const c10::intrusive_ptr<LinearCapture>& capture) {
     ctx->saved_data["capture"] = c10::IValue::make_capsule(capture);
-    ctx->saved_data["outputs"] = weight.size(0);
-    return {weight.detach(), bias.defined() ? bias.detach() : Tensor()};
+    ctx->save_for_backward({weight});
+    // Autograd takes no undefined tensor, in or out.
+    if (!bias.has_value()) return {weight.detach()};
+    return {weight.detach(), bias->detach()};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list gradients);
 };
 
 // What a backward pass asks first: whether P applies to a gradient of the weight.
-bool applies_to(LinearCapture& capture, Reach reach) {
+bool applies_to(LinearCapture& capture, const Tensor& weight) {
+  const auto accumulator = accumulator_of(weight);
+  const Reach reach = reach_of(accumulator.get());
   const int64_t task = torch::autograd::get_current_graph_task_id();
   if (task != capture.task) {
     capture.task = task;
-    if (reach == Reach::kGradient) capture.forget_dropped();
+    if (reach == Reach::kGradient) {
+      const auto* leaf = dynamic_cast<torch::autograd::AccumulateGrad*>(accumulator.get());
+      if (leaf != nullptr) capture.forget_dropped(leaf->variable.grad());
+    }
   }
   if (capture.at_backward() && at::GradMode::is_enabled()) {
     TORCH_CHECK(!capture.promised, "layer '", capture.name,
@@ -189,12 +207,14 @@ bool applies_to(LinearCapture& capture, Reach reach) {
 variable_list ObservedWeight::backward(AutogradContext* ctx, variable_list gradients) {
   const auto capture = c10::static_intrusive_pointer_cast<LinearCapture>(
       ctx->saved_data["capture"].toCapsule());
-  Tensor weight_gradient = gradients[0], bias_gradient = gradients[1];
+  Tensor weight_gradient = gradients[0];
+  const bool has_bias = gradients.size() > 1;
+  Tensor bias_gradient = has_bias ? gradients[1] : Tensor();
   if (!ctx->needs_input_grad(0) || !weight_gradient.defined()) {
     return {weight_gradient, bias_gradient, Tensor()};
   }
-  if (applies_to(*capture, reach_of_leaf(capture->weight))) {
-    const bool with_bias = capture->ones && ctx->needs_input_grad(1);
+  if (applies_to(*capture, ctx->get_saved_variables()[0])) {
+    const bool with_bias = capture->ones && has_bias && ctx->needs_input_grad(1);
     std::optional<Tensor> plain;
     if (with_bias) {
       plain = bias_gradient.defined()
@@ -235,14 +255,15 @@ struct CapturedLinear : torch::autograd::Function<CapturedLinear> {
     const bool needs_bias =
         ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2);
     const bool needs_weight = ctx->needs_input_grad(1);
-    const bool applies = needs_weight && applies_to(*capture, reach_of_leaf(capture->weight));
+    const bool applies = needs_weight && applies_to(*capture, weight);
 
     Tensor input_gradient, weight_gradient, bias_gradient;
     if (ctx->needs_input_grad(0)) {
       Tensor factor = weight;
       if (at::GradMode::is_enabled() && weight.requires_grad() && capture->at_backward()) {
         const bool owned = capture->ones && bias.defined() && bias.requires_grad();
-        factor = ObservedWeight::apply(weight, owned ? bias : Tensor(), capture)[0];
+        const auto own = owned ? std::make_optional(bias) : std::nullopt;
+        factor = ObservedWeight::apply(weight, own, capture)[0];
       }
       input_gradient = at::matmul(output_gradient, factor);
     }

@@ -15,7 +15,6 @@ struct LinearCapture : torch::CustomClassHolder {
   std::string name;
   bool ones = false;      // the layer has a bias, so a one belongs to every row
   bool promised = false;  // the user asked for D in .grad, which then is not checked
-  at::Tensor weight;      // the parameter
   std::vector<int64_t> places;  // of the entries of D that are remembered
   std::function<void()> leave;  // makes D in .grad the gradient again, and forgets P here
 
@@ -38,8 +37,8 @@ struct LinearCapture : torch::CustomClassHolder {
   bool are_gone_from(const at::Tensor& gradient) const;
 
   bool at_backward() const { return basis.defined(); }
-  // Forget what an earlier backward pass left in a gradient that was cleared since.
-  void forget_dropped();
+  // Forget what an earlier backward pass left in the weight's gradient, if it was cleared since.
+  void forget_dropped(const at::Tensor& gradient);
   void deposit(const at::Tensor& direction) {
     if (!promised) add_marks(direction);
   }

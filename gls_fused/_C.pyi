@@ -17,7 +17,6 @@ class LinearCapture:
         name: str,
         ones: bool,
         promised: bool,
-        weight: Tensor,
         places: list[int],
         leave: Callable[[], None],
     ) -> None: ...

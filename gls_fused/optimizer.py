@@ -319,7 +319,7 @@ class GLS(torch.optim.Optimizer):
             if skip is None or not (skip.is_cpu and skip):
                 group["step"] += 1
             for layer in layers:
-                layer.forget()
+                layer.finish_step()
         self._expect()
         return loss
 

@@ -266,7 +266,10 @@ class Preconditioner:
     def _miss(self, layer: Layer) -> None:
         layer.misses += 1
         if layer.misses == MOST_MISSES:
-            layer.idle = layer.unseen or "its module is not called, its weight is used elsewhere"
+            otherwise = "its module is not called, its weight is used elsewhere"
+            if layer.called:
+                otherwise = "its gradient is cleared and written anew before each step"
+            layer.idle = layer.unseen or otherwise
             self._told.pop(layer, None)
 
 
@@ -293,6 +296,7 @@ def take_sums(
         # Rows count when the gradient that they led to does.
         if sums is None or layer.weight.grad is None:
             continue
+        sums = layer.counted(sums)
         if skip is not None:
             sums = where_flag(skip, torch.zeros_like(sums), sums)
         # Rows that count for nothing, all zero or not finite, have been seen nevertheless.

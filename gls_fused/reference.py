@@ -189,7 +189,7 @@ def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
     basis, triangle = torch.linalg.qr(sketch / scale)
     unit = core / scale
     shift = unit.trace() * precision.eps * len(core) + precision.tiny
-    factor, _ = torch.linalg.cholesky_ex(unit + shift * torch.eye(len(core)).to(unit))
+    factor, _ = torch.linalg.cholesky_ex(unit + shift * eye_like(unit))
     root = torch.linalg.solve_triangular(factor, triangle.T, upper=False)
     return basis, root.T @ root * scale
 
@@ -223,7 +223,7 @@ def invert_core(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[
     damp = damping_of(trace, dim, damping)
     rest = (trace - core.trace()).clamp(min=0) / (dim - rank) if dim > rank else 0.0
     shift = damp + rest
-    return invert_damped(core, damp) - torch.eye(rank).to(core) / shift, shift
+    return invert_damped(core, damp) - eye_like(core) / shift, shift
 
 
 def invert_cores(
@@ -246,13 +246,18 @@ def damping_of(trace: Tensor, dim: int, damping: float) -> Tensor:
     return trace * max(damping / dim, 32 * torch.finfo(trace.dtype).eps)
 
 
+def eye_like(matrix: Tensor) -> Tensor:
+    """I of a square matrix's size, wherever torch's default device is."""
+    return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+
+
 def invert_damped(matrix: Tensor, damp: Tensor) -> Tensor:
     """(S + lambda I)^-1 by Cholesky.
 
     Numerics: where rounding has left S + lambda I not positive definite, I / (lambda + tr S / d),
         decided on the device.
     """
-    eye = torch.eye(len(matrix)).to(matrix)
+    eye = eye_like(matrix)
     factor, info = torch.linalg.cholesky_ex(matrix / damp + eye)
     inverse = torch.cholesky_inverse(factor) / damp
     return torch.where(info == 0, inverse, eye / (damp + matrix.trace() / len(matrix)))
@@ -279,7 +284,7 @@ def undo_inverse(matrix: Tensor, inverse: Inverse) -> Tensor:
         restored = torch.linalg.solve(inverse.matrix, matrix.to(inverse.matrix), left=False)
         return restored.to(matrix.dtype)
     basis, core_inverse, shift = inverse
-    inner = torch.eye(len(core_inverse)).to(core_inverse) + shift * core_inverse
+    inner = eye_like(core_inverse) + shift * core_inverse
     product = matrix.to(basis) @ basis @ core_inverse
     product = torch.linalg.solve(inner, product, left=False) @ basis.T
     restored = shift * (matrix - shift * product)

@@ -30,7 +30,8 @@ def unscale_(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> None
     for param in params:
         if param.grad is not None:
             gradients[param.grad.device].append(param.grad)
-    # As the scaler does it, so that both ways give the same bits.
-    inverse = scale.double().reciprocal().float()
+    # The scaler's own way is through float64, which not every device has; to the same bits, as a
+    # reciprocal of float32 that is rounded twice is the one that is rounded once.
+    inverse = scale.reciprocal()
     for device, group in gradients.items():
         torch._foreach_mul_(group, inverse.to(device, non_blocking=True))

@@ -15,8 +15,11 @@ from gls_fused.distributed.sharding import gradient_here, rows_here
 
 def start_adam(param: Tensor, state: dict[str, Any]) -> None:
     """Fill a state with step, exp_avg and exp_avg_sq, unless it has them."""
-    # A bias whose weight was frozen since has averages, but no step of its own.
-    if "step" in state:
+    # A bias whose weight was frozen since has averages, but no step of its own; a weight whose
+    # estimate somebody has taken away has one mean square for all of it.
+    averages = (state.get("exp_avg"), state.get("exp_avg_sq"))
+    whole = all(found is not None and found.shape == param.shape for found in averages)
+    if "step" in state and whole:
         return
     dtype = torch.promote_types(param.dtype, torch.float32)
     state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
@@ -70,4 +73,6 @@ def adam_(
         eps=options["eps"],
         maximize=False,
     )
+    # torch's fused kernel does not tell autograd.
+    torch.autograd.graph.increment_version(params)
     close_copies(params, copies, options, bits)

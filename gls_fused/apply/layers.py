@@ -181,6 +181,12 @@ def fill_layer_states(
 ) -> None:
     """Buffers for a layer's first update: one step and, for "rms", one square on its weight."""
     first, dtype = states[0], layer.statistics_dtype
+    # Somebody may have taken the mean squares away, or chosen another way to normalize.
+    square, shape = first.get("exp_avg_sq"), () if group["normalize"] == "rms" else params[0].shape
+    averaged = group["normalize"] in ("rms", "adam")
+    if "step" in first and averaged and (square is None or square.shape != shape):
+        for state in states:
+            forget_adam(state)
     if "step" not in first:
         first["step"] = torch.zeros((), dtype=torch.float32, device=layer.weight.device)
         if group["normalize"] == "rms":
@@ -194,17 +200,3 @@ def fill_layer_states(
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
         if group["normalize"] == "adam" and "exp_avg_sq" not in state:
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
-
-
-def _group(layers: Sequence[Layer], options: Mapping[str, Any]) -> list[list[Layer]]:
-    """Layers that one update takes together: of one dtype, device and sharding."""
-    groups: dict[tuple[object, ...], list[Layer]] = {}
-    for layer in layers:
-        key: tuple[object, ...] = (layer.weight.dtype, layer.weight.get_device(), layer.shards)
-        # One by one, so that the float32 copies of a single layer are alive at a time.
-        # Not where they share an all-reduce.
-        alone = layer.shards is None and options["low_precision"] == "stochastic"
-        if alone and is_low(layer.weight):
-            key = (*key, layer.name)
-        groups.setdefault(key, []).append(layer)
-    return list(groups.values())

@@ -44,6 +44,8 @@ class Layer(Rows):
         promised: whether D in p.grad is what the user asked for, and not this layer's own choice.
         stays_at_step: whether p.grad has turned out to be in use, so that it keeps the gradient.
         compiled: whether a graph that torch.compile traced has shown rows.
+        called: whether rows have been seen.
+        cleared: whether some D in p.grad has been cleared since the last step.
         idle: why it takes part in no statistics, or None; such as never having been called.
         marks: some entries of the D that this step's backward passes have left in p.grad.
         tally: in graphs that torch.compile traces, the leaf whose gradient is the sums; one number
@@ -67,6 +69,7 @@ class Layer(Rows):
         self.size = weight.shape[1:].numel()
         self.dim = self.size + self.ones
         self.promised = self.stays_at_step = self.compiled = self.captured = False
+        self.called = self.cleared = False
         self.idle: str | None = None
         self.misses = 0
         self.marks: Any = None
@@ -146,6 +149,8 @@ class Layer(Rows):
 
     def release(self) -> None:
         """Give the modules their own forward back; gradients are true from here on."""
+        if self.at_backward and not self.promised:
+            self.leave_backward_site()
         for module in self.modules:
             release_module(module, self)
         self.captured = False
@@ -189,7 +194,8 @@ class Layer(Rows):
         """The module's output, its rows seen and P applied in the backward as the step asks."""
         if torch.compiler.is_compiling():
             return self.traced(module, inputs)
-        if self.at_backward and not self.promised and self._gradient_is_in_use():
+        in_use = self.at_backward and (self._gradient_is_in_use() or not self.owns_bias_of(module))
+        if in_use and not self.promised:
             self.leave_backward_site()
         if self.at_backward:
             return self.precondition(module, inputs)
@@ -200,15 +206,20 @@ class Layer(Rows):
     def observed(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """The output by torch's own op, of weight and bias that are observed."""
         weight: Tensor | None = module._parameters["weight"]
-        bias: Tensor | None = module._parameters["bias"]
+        bias = _bias_of(module)
         assert weight is not None
         (inputs,) = autocast_inputs(inputs)
         seen = self.gathers and self.sees(inputs)
         if not (seen or self.at_backward):
             return self.plain(module, inputs)
         # P couples weight and bias; without it the bias need not be observed.
-        owned = self.at_backward and self.ones and bias is not None and bias.requires_grad
-        weight, own = observe(self, inputs if seen else None, weight, bias if owned else None)
+        owned = self.at_backward and self.ones and self.owns_bias_of(module)
+        owned = owned and bias is not None and bias.requires_grad
+        # The rows without their tangent, which the weight has not.
+        rows = inputs
+        if _has_level():
+            rows = forward_ad.unpack_dual(inputs).primal  # type: ignore[no-untyped-call]
+        weight, own = observe(self, rows if seen else None, weight, bias if owned else None)
         return self.compute(module, inputs, weight, own if owned else bias)
 
     def precondition(self, module: nn.Module, inputs: Tensor) -> Tensor:
@@ -219,7 +230,17 @@ class Layer(Rows):
         """The module's own output."""
         weight = module._parameters["weight"]
         assert weight is not None
-        return self.compute(module, inputs, weight, module._parameters["bias"])
+        return self.compute(module, inputs, weight, _bias_of(module))
+
+    def owns_bias_of(self, module: nn.Module) -> bool:
+        """Whether the bias that a module has now, if any, is as it was, so that P acts on it too.
+
+        Somebody may have replaced it, put a mask or a parametrization on it, or call the module by
+        torch.func.functional_call with another.
+        """
+        if not self.ones or self.shards is not None:
+            return True
+        return module._parameters.get("bias") is self.bias
 
     @abc.abstractmethod
     def compute(
@@ -239,7 +260,7 @@ class Layer(Rows):
         if type(inputs).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             self.unseen = f"its inputs are {type(inputs).__name__}s"
             return False
-        return forward_ad._current_level < 0 or not self.at_backward
+        return not (self.at_backward and _has_level())
 
     unseen: str | None = None
 
@@ -275,6 +296,7 @@ class Layer(Rows):
             self.marks.add_marks(direction)
 
     def gather(self, inputs: Tensor) -> None:
+        self.called = True
         self.sketched_with()
         super().gather(inputs)
 
@@ -298,8 +320,7 @@ class Layer(Rows):
             if self.marks.are_gone_from(gradient):
                 self.forget()
         elif self.sums is not None:
-            kept = torch.linalg.vector_norm(gradient, torch.inf) != 0
-            self.sums = torch.where(kept, self.sums, 0.0)
+            self.sums = self.counted(self.sums)
 
     # ---- the step --------------------------------------------------------------------------------
 
@@ -310,6 +331,14 @@ class Layer(Rows):
         self.compiled = True
         traced, self.tally.grad = self.tally.grad, None
         return traced if sums is None else sums + traced
+
+    def counted(self, sums: Tensor) -> Tensor:
+        """The sums, over no row where the gradient that the rows led to has been set to zero."""
+        gradient = self.weight.grad
+        # What others have of a sharded gradient is not known here.
+        if self.shards is not None or gradient is None:
+            return sums
+        return torch.where(torch.linalg.vector_norm(gradient, torch.inf) != 0, sums, 0.0)
 
     def no_sums(self) -> Tensor:
         """The sums over no row."""
@@ -322,7 +351,13 @@ class Layer(Rows):
         if self.tally is not None:
             self.tally.grad = None
         if self.marks.has_marks:
+            self.cleared = True
             self.marks.clear_marks()
+
+    def finish_step(self) -> None:
+        """Forget what belonged to the step that has been taken."""
+        self.forget()
+        self.cleared = False
 
     def holds_direction(self) -> bool:
         """Whether p.grad, which there is, holds D, so that P is not to be applied again.
@@ -332,19 +367,18 @@ class Layer(Rows):
         """
         if not self.at_backward or self.promised:
             return self.at_backward
+        gradient = self.weight.grad
+        assert gradient is not None
         if not self.marks.has_marks:
-            return False
-        if not self.marks.match(self.weight.grad):
-            self.stays_at_step = True
-            warnings.warn(
-                f"layer {self.name!r}: its p.grad is not what backward() left there, which was D = "
-                "D0 P and not the gradient: a penalty, hook, mask, noise or use of the weight "
-                'outside its module added to it. GLS(..., site="step") keeps the gradient in '
-                "p.grad; this layer does so from here on",
-                stacklevel=2,
-            )
+            # Nothing, or what somebody has made of D and put there after it was cleared.
+            if not (self.cleared and gradient.any()):
+                return False
+            self._warn_of_use()
+        elif not self.marks.match(gradient):
+            self._warn_of_use()
         return True
 
+    @torch.no_grad()
     def leave_backward_site(self) -> None:
         """From here on p.grad keeps the gradient; what of D is in it already becomes D0."""
         if self.marks.has_marks and self.inverse is not None:
@@ -359,9 +393,26 @@ class Layer(Rows):
         self.stays_at_step = True
         self.expect(self.inverse, gathers=self.gathers, at_backward=False)
 
+    def _warn_of_use(self) -> None:
+        self.stays_at_step = True
+        warnings.warn(
+            f"layer {self.name!r}: its p.grad is not what backward() left there, which was D = "
+            "D0 P and not the gradient: a penalty, hook, mask, noise or use of the weight outside "
+            'its module added to it, or it was written by hand. GLS(..., site="step") keeps the '
+            "gradient in p.grad; this layer does so from here on",
+            stacklevel=3,
+        )
+
     def _gradient_is_in_use(self) -> bool:
         """Whether hooks of the parameters see their gradients."""
         return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.params)
+
+
+def _bias_of(module: nn.Module) -> Tensor | None:
+    """The present bias of a module, a parameter or what somebody has put in its place."""
+    bias: Any = module.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return bias
 
 
 def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -374,6 +425,11 @@ def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:
         x if x is None or x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype)
         for x in tensors
     )
+
+
+def _has_level() -> bool:
+    """Whether forward-mode differentiation is on."""
+    return forward_ad._current_level >= 0
 
 
 def _is_exporting() -> bool:

@@ -123,9 +123,8 @@ class LinearLayer(LinearRows, Layer):
             # Not this layer itself, which then nothing would free but the cycle collector.
             leave = functools.partial(_leave, weakref.ref(self))
             self.native = self.backend.LinearCapture(
-                self.name, self.ones, self.promised, self.weight,
-                choose_places(self.weight.numel()), leave,
-            )  # fmt: skip
+                self.name, self.ones, self.promised, choose_places(self.weight.numel()), leave
+            )
             self.marks = self.native
 
     def expect(self, inverse: Inverse | None, *, gathers: bool, at_backward: bool) -> None:
@@ -139,6 +138,7 @@ class LinearLayer(LinearRows, Layer):
         if add_sketch_ is None or basis is None:
             super().gather(inputs)
             return
+        self.called = True
         # Into the sums themselves, in one pass over the rows.
         with torch.no_grad():
             rows, weight = self.sample(inputs)
@@ -157,8 +157,9 @@ class LinearLayer(LinearRows, Layer):
 
     def precondition(self, module: nn.Module, inputs: Tensor) -> Tensor:
         assert isinstance(module, nn.Linear)
-        # Rows that are no plain tensor, or have a tangent, take torch's own op.
-        if not self.sees(inputs):
+        # Rows that are no plain tensor, or have a tangent, take torch's own op; so does the bias of
+        # somebody else.
+        if not self.sees(inputs) or not self.owns_bias_of(module):
             return super().precondition(module, inputs)
         inputs, weight, bias = autocast_inputs(inputs, module.weight, module.bias)
         if self.native is not None and not self.gathers:

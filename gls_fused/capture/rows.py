@@ -144,9 +144,9 @@ def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 def take_sample(inputs: Tensor, most: int, draw: Tensor | int) -> tuple[Tensor, float]:
     """At most `most` of the inputs, and how many each of them stands for.
 
-    One of each of `most` stretches of nearly equal length, at a place that a hash of the stretch
-    and of `draw` gives: no order of the inputs, sorted or periodic, favours some of them; the same
-    on every backend and after a resume, and the host does not wait for it.
+    One of each of `most` stretches of equal length, which may end inside an input, at a place that
+    a hash of the stretch and of `draw` gives: no order of the inputs, sorted or periodic, favours
+    some of them; the same on every backend and after a resume, and the host does not wait for it.
 
     Args:
         inputs: [n, ...].
@@ -156,9 +156,9 @@ def take_sample(inputs: Tensor, most: int, draw: Tensor | int) -> tuple[Tensor, 
     if n <= most:
         return inputs, 1.0
     stretch = torch.arange(most, device=inputs.device)
-    start = stretch * n // most
-    length = (stretch + 1) * n // most - start
-    return inputs.index_select(0, start + _hash(stretch, draw) % length), n / most
+    # In units of 2^-16 stretches, so that no product overflows.
+    place = (stretch << 16) + (_hash(stretch, draw) >> 15)
+    return inputs.index_select(0, place * n // (most << 16)), n / most
 
 
 def _hash(index: Tensor, draw: Tensor | int) -> Tensor:

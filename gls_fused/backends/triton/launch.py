@@ -53,7 +53,7 @@ def upload(values: Sequence[Any], device: torch.device, expand: _Expand = tuple)
     # One uploaded in a capture is filled only when the graph is replayed: of no use to others.
     kept = pair is not None or not capturing
     if pair is None:
-        host = torch.tensor(expand(values), dtype=torch.int64)
+        host = torch.tensor(expand(values), dtype=torch.int64, device="cpu")
         if device.type == "cuda":
             host = host.pin_memory()
         pair = host, host.to(device, non_blocking=True)
