@@ -151,7 +151,9 @@ class Apart:
             ):
                 self._biases.append((index, own))
                 self.written[index] = torch.zeros_like(copies[index])
-        if self._biases and not isinstance(self.lr, Tensor) and self.lr == 0:
+        # A device is not asked: see `close_`.
+        known = not isinstance(self.lr, Tensor) or self.lr.is_cpu
+        if self._biases and known and self.lr == 0:
             self.lr = 1.0
             places = {index for index, _ in self._biases}
             for index, copy in enumerate(copies):
@@ -163,6 +165,9 @@ class Apart:
         """The biases take their steps."""
         for index, own in self._biases:
             decay, ratio = 1 - own["lr"] * own["weight_decay"], own["lr"] / self.lr
+            if isinstance(self.lr, Tensor):
+                # Of a warmup that begins at 0, where the update has been lost.
+                ratio = torch.where(self.lr == 0, 0.0, ratio)
             if skip is not None:
                 # The zero has stayed one.
                 decay = torch.where(skip, torch.ones_like(skip, dtype=torch.float32), decay)

@@ -1,0 +1,193 @@
+"""What users do to captured modules and optimizers: the module computes as it would without GLS."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
+
+from gls_fused import GLS, attach
+
+SITES = ("step", "backward", "auto")
+# After 3 steps the next one does not gather rows, after 4 it does.
+STEPS = (0, 3, 4)
+OPTIONS = {"rank": 4, "curvature_every": 2}
+
+
+def make_mlp(dtype=torch.float64):
+    """Wide enough that "auto" takes the backward site for all but the last layer."""
+    torch.manual_seed(0)
+    layers = nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 3)
+    return nn.Sequential(*layers).to(dtype)
+
+
+def loss_of(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs, targets = (torch.randn(16, n, generator=generator) for n in (8, 3))
+    dtype = next(model.parameters()).dtype
+    return F.mse_loss(model(inputs.to(dtype)), targets.to(dtype))
+
+
+def fit(model, optimizer, seeds):
+    for seed in seeds:
+        optimizer.zero_grad()
+        loss_of(model, seed).backward()
+        optimizer.step()
+
+
+def make_fitted(steps, **options):
+    model = make_mlp()
+    optimizer = GLS(model, **OPTIONS, **options)
+    fit(model, optimizer, range(steps))
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def plain_of(model):
+    plain = make_mlp()
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("site", SITES)
+def test_bias_replaced(backend, site, steps):
+    """Its gradient is a true one, as P is for the layer's own bias."""
+    model, optimizer = make_fitted(steps, site=site, backend=backend)
+    model[0].bias = nn.Parameter(model[0].bias.detach().clone())
+    plain = plain_of(model)
+    loss_of(model, 9).backward()
+    loss_of(plain, 9).backward()
+    torch.testing.assert_close(model[0].bias.grad, plain[0].bias.grad)
+    optimizer.step()
+    fit(model, optimizer, range(20, 23))
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("site", SITES)
+def test_functional_call_with_another_bias(backend, site, steps):
+    """As adapters and meta-learning packages call a module."""
+    model, _ = make_fitted(steps, site=site, backend=backend)
+    plain, bias = plain_of(model), model[0].bias.detach().clone().requires_grad_()
+    inputs = torch.randn(16, 8, dtype=torch.float64)
+    functional_call(model, {"0.bias": bias}, inputs).square().sum().backward()
+    plain(inputs).square().sum().backward()
+    torch.testing.assert_close(bias.grad, plain[0].bias.grad)
+
+
+class Half(nn.Module):
+    def forward(self, tensor):
+        return tensor / 2
+
+
+CHANGES = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "bias", amount=0.5),
+    "parametrized": lambda layer: parametrize.register_parametrization(layer, "bias", Half()),
+    "none": lambda layer: layer.register_parameter("bias", None),
+}
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("site", SITES)
+def test_bias_that_is_no_parameter_any_more(backend, site, change, steps):
+    model, optimizer = make_fitted(steps, site=site, backend=backend)
+    CHANGES[change](model[0])
+    fit(model, optimizer, range(10, 14))
+    inputs = torch.randn(16, 8, dtype=torch.float64)
+    found = model[0](inputs)
+    torch.testing.assert_close(found, F.linear(inputs, model[0].weight, model[0].bias))
+    if change == "parametrized":
+        parametrize.remove_parametrizations(model[0], "bias")
+        fit(model, optimizer, range(14, 17))
+
+
+# torch's own decompositions, which it loads at the first.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("site", SITES)
+def test_forward_mode(backend, site, steps):
+    """The tangent is the plain module's, whether or not the step gathers rows."""
+    model, optimizer = make_fitted(steps, site=site, backend=backend)
+    inputs, tangent = torch.randn(2, 16, 8, dtype=torch.float64)
+    tangents = []
+    for module in (model, plain_of(model)):
+        with forward_ad.dual_level():
+            outputs = module(forward_ad.make_dual(inputs, tangent))
+            tangents.append(forward_ad.unpack_dual(outputs).tangent)
+    torch.testing.assert_close(*tangents)
+    tangents[0].square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("site", SITES)
+def test_weights_are_swapped(backend, site, steps):
+    """torch swaps no tensor that others hold, but may swap all when a model is cast."""
+    model, optimizer = make_fitted(steps, site=site, backend=backend)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    fit(model, optimizer, range(10, 14))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_memory_is_freed_without_the_cycle_collector(backend, site):
+    """After a schedule, a closure and a load, which all refer to the optimizer."""
+    model, optimizer = make_fitted(4, site=site, backend=backend)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step(lambda: loss_of(model, 4))
+    schedule.step()
+    optimizer.report(), optimizer.diagnostics()
+    gone = [optimizer, *optimizer._preconditioner.layers, optimizer.state[model[0].weight]["basis"]]
+    gone = [weakref.ref(each) for each in gone]
+    gc.collect()
+    gc.disable()
+    try:
+        del optimizer, schedule
+        assert [each() for each in gone] == [None] * len(gone)
+    finally:
+        gc.enable()
+    assert type(model[0]) is nn.Linear
+
+
+def test_attachment_is_freed_with_its_optimizer(backend):
+    model = make_mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    handle = weakref.ref(attach(model, optimizer, backend=backend, **OPTIONS))
+    fit(model, optimizer, range(4))
+    assert handle() is not None
+    gc.collect()
+    gc.disable()
+    try:
+        del optimizer
+        assert handle() is None
+    finally:
+        gc.enable()
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("when", ["after the forward", "after the backward"])
+@pytest.mark.parametrize("steps", [3, 4])
+def test_dropped_in_the_middle_of_a_step(backend, when, steps):
+    """What takes over finds true gradients."""
+    model, optimizer = make_fitted(steps, backend=backend)
+    plain = plain_of(model)
+    loss = loss_of(model, 9)
+    if when == "after the backward":
+        loss.backward()
+    del optimizer
+    if when == "after the forward":
+        loss.backward()
+    loss_of(plain, 9).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)

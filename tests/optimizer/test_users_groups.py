@@ -1,0 +1,171 @@
+"""Groups as everybody writes them, and what the report says of them."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gls_fused import GLS
+
+OPTIONS = {"rank": 4, "curvature_every": 2}
+
+
+def make_mlp():
+    torch.manual_seed(0)
+    hidden = nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 32), nn.LayerNorm(32)
+    return nn.Sequential(*hidden, nn.Linear(32, 3))
+
+
+def fit(model, optimizer, seeds):
+    for seed in seeds:
+        inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        F.mse_loss(model(inputs), inputs[:, :3]).backward()
+        optimizer.step()
+
+
+def params_of(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def split(model):
+    matrices = [(name, p) for name, p in model.named_parameters() if p.ndim > 1]
+    vectors = [(name, p) for name, p in model.named_parameters() if p.ndim < 2]
+    return matrices, vectors
+
+
+FORMS = {
+    "parameters": lambda model: model.parameters(),
+    "named": lambda model: model.named_parameters(),
+    "one group": lambda model: [{"params": model.parameters()}],
+    "decay and none": lambda model: [
+        {"params": [p for _, p in part], "weight_decay": 0.0} for part in split(model)
+    ],
+    "named, decay and none": lambda model: [{"params": part} for part in split(model)],
+    "a group to each": lambda model: [{"params": [p], "lr_scale": 1} for p in model.parameters()],
+    "an empty group": lambda model: [{"params": model.parameters()}, {"params": []}],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_form_of_the_groups_changes_no_step(backend, form):
+    found = []
+    for groups in (None, FORMS[form]):
+        model = make_mlp()
+        given = model if groups is None else groups(model)
+        optimizer = GLS(given, model=model, backend=backend, **OPTIONS)
+        fit(model, optimizer, range(8))
+        assert optimizer.report().count(": GLS") == 3
+        found.append(params_of(model))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_warmup_from_zero_of_weights_and_biases_apart(backend, as_tensor):
+    """Schedulers fill a rate that is a tensor in place."""
+    model = make_mlp()
+    groups = [{"params": [p for _, p in part]} for part in split(model)]
+    for group in groups:
+        group["lr"] = torch.tensor(0.01) if as_tensor else 0.01
+    optimizer = GLS(groups, model=model, backend=backend, **OPTIONS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 4)
+    before = params_of(model)
+    fit(model, optimizer, [0])
+    assert torch.equal(params_of(model), before)
+    for seed in range(1, 6):
+        schedule.step()
+        fit(model, optimizer, [seed])
+    assert 0 < (params_of(model) - before).abs().max() < 0.2
+
+
+def test_biases_alone():
+    model = make_mlp()
+    weights = [p.detach().clone() for p in model.parameters() if p.ndim > 1]
+    params = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = GLS(params, model=model, **OPTIONS)
+    fit(model, optimizer, range(4))
+    assert "share covered: 0.0%" in optimizer.report()
+    for p, weight in zip((p for p in model.parameters() if p.ndim > 1), weights, strict=True):
+        assert torch.equal(p, weight)
+
+
+def test_layer_is_thawed_and_added_later():
+    model = make_mlp()
+    model[0].requires_grad_(False)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = GLS(params, model=model, **OPTIONS)
+    fit(model, optimizer, range(3))
+    assert model[0].weight not in optimizer.state
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": list(model[0].parameters()), "lr": 1e-4})
+    fit(model, optimizer, range(3, 7))
+    assert "0: GLS (Linear 9 -> 64, 16 rows" in optimizer.report()
+
+
+def test_keys_of_others_are_kept_and_misspellings_named():
+    model = make_mlp()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = GLS([{"params": model.parameters(), "lr_scale": 0.5}], model=model)
+    assert optimizer.param_groups[0]["lr_scale"] == 0.5
+    with pytest.warns(UserWarning, match="weight_decay"):
+        GLS([{"params": model.parameters(), "weight_decy": 0.1}], model=model)
+
+
+def test_parameters_without_their_model():
+    with pytest.warns(UserWarning, match="model=model"):
+        GLS(make_mlp().parameters())
+
+
+class Elsewhere(nn.Module):
+    """Uses its weight without calling the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, inputs):
+        return F.linear(inputs, self.inner.weight, self.inner.bias)
+
+
+def test_layer_whose_module_is_never_called(backend):
+    model = nn.Sequential(Elsewhere(), nn.Linear(8, 8))
+    optimizer = GLS(model, backend=backend, **OPTIONS)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+    lines = optimizer.report().splitlines()
+    assert "0.inner: Adam (its module is not called" in lines[0]
+    assert lines[-1].startswith("share covered: 50.0%")
+
+
+def test_layer_decay_of_timm():
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("timm.optim")
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=4
+    )
+    groups = timm.optim.param_groups_layer_decay(model, weight_decay=0.05)
+    optimizer = GLS(groups, model=model, **OPTIONS)
+    for _ in range(2):
+        model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.report().count(": GLS") == 10
+
+
+def test_groups_of_the_trainer():
+    transformers = pytest.importorskip("transformers")
+    model = make_mlp()
+    decayed = transformers.trainer_pt_utils.get_parameter_names(model, [nn.LayerNorm], ["bias"])
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [p for name, p in named.items() if name in decayed], "weight_decay": 0.1},
+        {"params": [p for name, p in named.items() if name not in decayed], "weight_decay": 0.0},
+    ]
+    optimizer = GLS(groups, model=model, **OPTIONS)
+    fit(model, optimizer, range(4))
+    assert optimizer.report().count(": GLS") == 3

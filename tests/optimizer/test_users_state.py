@@ -1,0 +1,219 @@
+"""What users do to the state, the model's dtype and torch's defaults: it goes on."""
+
+import copy
+from collections import defaultdict
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gls_fused import GLS, attach
+
+SITES = ("step", "backward", "auto")
+OPTIONS = {"rank": 4, "curvature_every": 2}
+
+
+def make_mlp(dtype=torch.float32):
+    torch.manual_seed(0)
+    hidden = nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 32), nn.LayerNorm(32)
+    return nn.Sequential(*hidden, nn.Linear(32, 3)).to(dtype)
+
+
+def loss_of(model, seed):
+    inputs = torch.randn(16, 8, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    outputs = model(inputs.to(next(model.parameters()).dtype))
+    return F.mse_loss(outputs.float(), inputs[:, :3])
+
+
+def fit(model, optimizer, seeds):
+    for seed in seeds:
+        optimizer.zero_grad()
+        loss_of(model, seed).backward()
+        optimizer.step()
+
+
+def params_of(model):
+    return torch.cat([p.detach().flatten().float() for p in model.parameters()])
+
+
+def change_tensors(change):
+    def run(model, optimizer):
+        for state in optimizer.state.values():
+            state.update({k: change(v) for k, v in state.items() if isinstance(v, torch.Tensor)})
+
+    return run
+
+
+def pop(key):
+    def run(model, optimizer):
+        for state in optimizer.state.values():
+            state.pop(key, None)
+
+    return run
+
+
+def replace_states(model, optimizer):
+    optimizer.state = {param: {} for param in optimizer.state}
+
+
+def empty_and_fill(model, optimizer):
+    params = optimizer.param_groups[0]["params"]
+    kept = list(params)
+    params.clear()
+    optimizer.step()
+    params.extend(kept)
+
+
+def start_groups_anew(model, optimizer):
+    optimizer.param_groups.clear()
+    optimizer.state = defaultdict(dict)
+    optimizer.add_param_group({"params": list(model.parameters())})
+
+
+def split_groups(model, optimizer):
+    (group,) = optimizer.param_groups
+    matrices = {**group, "params": [p for p in group["params"] if p.ndim > 1]}
+    others = {**group, "params": [p for p in group["params"] if p.ndim < 2], "lr": 0.01}
+    optimizer.param_groups = [matrices, others]
+
+
+CHANGES = {
+    "cleared": lambda model, optimizer: optimizer.state.clear(),
+    "replaced": replace_states,
+    "halved": change_tensors(torch.Tensor.half),
+    "doubled": change_tensors(torch.Tensor.double),
+    "copied": change_tensors(torch.clone),
+    "groups emptied and filled": empty_and_fill,
+    "groups anew": start_groups_anew,
+    "groups split": split_groups,
+    "normalized otherwise": lambda model, optimizer: optimizer.param_groups[0].update(
+        normalize="adam"
+    ),
+    **{
+        f"without {key}": pop(key)
+        for key in ("step", "exp_avg", "exp_avg_sq", "rows", "outputs", "basis", "core", "shift")
+    },
+}
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("site", SITES)
+def test_state_is_the_users(backend, site, change, steps):
+    """Whatever was changed, the next steps are as small as the first."""
+    model = make_mlp()
+    optimizer = GLS(model, site=site, backend=backend, **OPTIONS)
+    fit(model, optimizer, range(steps))
+    before = params_of(model)
+    CHANGES[change](model, optimizer)
+    fit(model, optimizer, range(10, 15))
+    moved = (params_of(model) - before).abs().max()
+    assert 0 < moved < 0.2
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    fit(model, optimizer, range(15, 17))
+
+
+@pytest.mark.parametrize("at", ["before a step", "after its backward"])
+@pytest.mark.parametrize("change", ["cleared", "halved", "without rows"])
+def test_state_changed_around_a_backward(backend, change, at):
+    model = make_mlp()
+    optimizer = GLS(model, backend=backend, **OPTIONS)
+    fit(model, optimizer, range(3))
+    optimizer.zero_grad()
+    loss = loss_of(model, 3)
+    if at == "after its backward":
+        loss.backward()
+    CHANGES[change](model, optimizer)
+    if at == "before a step":
+        loss.backward()
+    optimizer.step()
+    fit(model, optimizer, range(4, 8))
+    assert params_of(model).isfinite().all()
+
+
+@pytest.mark.parametrize("low_precision", ["nearest", "stochastic", "master"])
+@pytest.mark.parametrize("steps", [0, 1, 3, 4])
+@pytest.mark.parametrize("dtypes", [("double",), ("bfloat16",), ("bfloat16", "float")])
+def test_model_is_cast(backend, dtypes, steps, low_precision):
+    model = make_mlp()
+    optimizer = GLS(model, backend=backend, low_precision=low_precision, **OPTIONS)
+    fit(model, optimizer, range(steps))
+    for dtype in dtypes:
+        getattr(model, dtype)()
+    before = params_of(model)
+    fit(model, optimizer, range(10, 15))
+    moved = (params_of(model) - before).abs().max()
+    assert 0 < moved < 0.2
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    fit(model, optimizer, range(15, 17))
+
+
+@pytest.mark.parametrize("low_precision", ["nearest", "stochastic", "master"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("normalize", ["rms", "adam", "none"])
+def test_every_parameter_counts_as_written(backend, normalize, dtype, low_precision):
+    """Norms, which take Adam's update, and biases of another group too."""
+    model = make_mlp(dtype)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1]},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.1},
+    ]
+    options = {"normalize": normalize, "low_precision": low_precision, **OPTIONS}
+    optimizer = GLS(groups, model=model, backend=backend, **options)
+    for seed in range(4):
+        optimizer.zero_grad()
+        loss_of(model, seed).backward()
+        versions = [p._version for p in model.parameters()]
+        optimizer.step()
+        for p, version in zip(model.parameters(), versions, strict=True):
+            assert p._version > version
+
+
+class NoFloat64(TorchDispatchMode):
+    """Stands in for a device without it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64:
+                assert not leaf.ndim
+                assert function.__name__.startswith(("scalar", "empty", "full"))
+        return found
+
+
+def test_scaler_on_a_device_without_float64():
+    model = make_mlp()
+    optimizer, scaler = GLS(model, backend="reference", **OPTIONS), torch.amp.GradScaler("cpu")
+    with NoFloat64():
+        for seed in range(4):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, seed)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+
+@pytest.mark.parametrize("options", [{}, {"curvature": "dense"}, {"site": "backward"}])
+def test_default_device_elsewhere(backend, options):
+    """While it is built, trains, loses its state and is attached; "meta" stands for a GPU."""
+    model = make_mlp()
+    torch.set_default_device("meta")
+    try:
+        optimizer = GLS(model, backend=backend, **{**OPTIONS, **options})
+        fit(model, optimizer, range(4))
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        fit(model, optimizer, range(4, 6))
+        optimizer.zero_grad()
+        loss_of(model, 6).backward()
+        optimizer.state.clear()
+        optimizer.step()
+        optimizer.diagnostics()
+        optimizer.detach()
+        other = torch.optim.SGD(model.parameters(), 0.01)
+        attach(model, other, backend=backend, **OPTIONS)
+        fit(model, other, range(6, 10))
+    finally:
+        torch.set_default_device(None)
+    assert params_of(model).isfinite().all()
