@@ -21,7 +21,7 @@ from gls_fused.apply.fallback import start_adam
 from gls_fused.apply.layers import fill_layer_states
 from gls_fused.apply.low_precision import open_copies
 from gls_fused.capture.layer import Layer
-from gls_fused.curvature.estimate import State, empty_state, make_curvature
+from gls_fused.curvature.estimate import Dense, State, Subspace, empty_state, make_curvature
 from gls_fused.distributed.sharding import is_sharded
 
 # 0: without a version, "low_precision", "seed" and "outputs". 1: without "at_step".
@@ -29,8 +29,7 @@ VERSION = 2
 ADDED_SINCE_0 = {"low_precision": "nearest", "seed": 0}
 
 AVERAGES = ("exp_avg", "exp_avg_sq")
-CURVATURE = ("gram", "matrix", "basis", "core", "core_inverse", "trace", "shift")
-OWN_TENSORS = {"step", "master", *AVERAGES, *CURVATURE}
+OWN_TENSORS = {"step", "master", *AVERAGES, *Dense.names, *Subspace.names}
 
 Groups = Sequence[Mapping[str, Any]]
 
