@@ -63,14 +63,14 @@ namespace {
 
 // Some entries of a tensor of the weight's shape, on the CPU.
 std::vector<double> read_entries(const Tensor& tensor, const std::vector<int64_t>& places) {
-  const Tensor flat = tensor.detach().reshape({-1});
-  const int64_t stride = flat.stride(0);
+  // Contiguous as a rule, and then read where it is.
+  const Tensor flat = tensor.is_contiguous() ? tensor : tensor.detach().contiguous();
   std::vector<double> found(places.size());
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, flat.scalar_type(), "read_entries", [&] {
         const scalar_t* data = flat.const_data_ptr<scalar_t>();
         for (size_t i = 0; i < places.size(); ++i) {
-          found[i] = static_cast<double>(data[places[i] * stride]);
+          found[i] = static_cast<double>(data[places[i]]);
         }
       });
   return found;

@@ -300,7 +300,7 @@ class GLS(torch.optim.Optimizer):
             preconditioner.discard_sums()
             return loss
         skip = take_flag(self)
-        sums = self._take_sums(skip)
+        sums = self._take_sums(groups, skip)
         bits = {id(group): make_bits(group) for group, _ in groups}
         ready: dict[Tensor, Layer] = {}
         for group, layers in groups:
@@ -320,7 +320,7 @@ class GLS(torch.optim.Optimizer):
                 group["step"] += 1
             for layer in layers:
                 layer.finish_step()
-        self._expect()
+            preconditioner.expect(layers, self.state, group["step"], group)
         return loss
 
     @_disable_dynamo
@@ -477,7 +477,7 @@ class GLS(torch.optim.Optimizer):
             state = self.state.get(param)
             if not state:
                 continue
-            wide = torch.promote_types(param.dtype, torch.float32)
+            wide = torch.float64 if param.dtype is torch.float64 else torch.float32
             # Who moves or casts a state does so with all of it: one of its tensors tells.
             probe, dtype = state.get("exp_avg"), wide
             if probe is None:
@@ -488,7 +488,9 @@ class GLS(torch.optim.Optimizer):
                 recast(state, wide, AVERAGES)
                 recast(state, torch.float32, ("step", "master"))
 
-    def _take_sums(self, skip: Tensor | None) -> dict[Layer, Tensor]:
+    def _take_sums(
+        self, groups: Sequence[tuple[dict[str, Any], list[Layer]]], skip: Tensor | None
+    ) -> dict[Layer, Tensor]:
         """The sums of this step over the rows of all ranks."""
         preconditioner = self._preconditioner
         if preconditioner.ranks.size > 1:
@@ -498,7 +500,7 @@ class GLS(torch.optim.Optimizer):
                     *describe_layers(preconditioner, self.state),
                 ]
             )
-        layers = [layer for _, layers in self._groups() for layer in layers]
+        layers = [layer for _, layers in groups for layer in layers]
         return take_sums(layers, preconditioner.ranks, skip)
 
     def _bits_of(self, bits: Mapping[int, Bits]) -> Bits:

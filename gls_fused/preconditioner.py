@@ -186,7 +186,8 @@ class Preconditioner:
             for layer in layers
             if layer in sums
         ]
-        settle(blend(own, options["beta"]), options["damping"], skip)
+        if own:
+            settle(blend(own, options["beta"]), options["damping"], skip)
 
     def expect(
         self, layers: Sequence[Layer], states: States, step: int, options: Mapping[str, Any]

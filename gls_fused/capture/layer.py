@@ -415,9 +415,9 @@ def _bias_of(module: nn.Module) -> Tensor | None:
     return bias
 
 
-def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:
+def autocast_inputs(inputs: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """What torch's own op would do under autocast, seen by autograd."""
-    device = next(x for x in tensors if x is not None).device.type
+    device, tensors = inputs.device.type, (inputs, *others)
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
