@@ -330,7 +330,9 @@ class Layer(Rows):
             if self.marks[0].any() and not self._marks_of(gradient).any():
                 self.forget()
         elif self.sums is not None:
-            self.sums = self.counted(self.sums)
+            # In a backward pass the bias may have its new gradient already.
+            kept = torch.linalg.vector_norm(gradient, torch.inf) != 0
+            self.sums = torch.where(kept, self.sums, 0.0)
 
     # ---- the step --------------------------------------------------------------------------------
 
