@@ -261,6 +261,9 @@ class Layer(Rows):
         if inputs.layout != torch.strided:
             self.unseen = f"its inputs are {str(inputs.layout).removeprefix('torch.')}"
             return False
+        if inputs.is_nested:
+            self.unseen = "its inputs are nested"
+            return False
         if type(inputs).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             self.unseen = f"its inputs are {type(inputs).__name__}s"
             return False
