@@ -257,6 +257,9 @@ class Layer(Rows):
         if inputs.layout != torch.strided:
             self.unseen = f"its inputs are {str(inputs.layout).removeprefix('torch.')}"
             return False
+        if inputs.is_nested:
+            self.unseen = "its inputs are nested"
+            return False
         if type(inputs).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             self.unseen = f"its inputs are {type(inputs).__name__}s"
             return False
@@ -320,7 +323,9 @@ class Layer(Rows):
             if self.marks.are_gone_from(gradient):
                 self.forget()
         elif self.sums is not None:
-            self.sums = self.counted(self.sums)
+            # In a backward pass the bias may have its new gradient already.
+            kept = torch.linalg.vector_norm(gradient, torch.inf) != 0
+            self.sums = torch.where(kept, self.sums, 0.0)
 
     # ---- the step --------------------------------------------------------------------------------
 
@@ -333,12 +338,14 @@ class Layer(Rows):
         return traced if sums is None else sums + traced
 
     def counted(self, sums: Tensor) -> Tensor:
-        """The sums, over no row where the gradient that the rows led to has been set to zero."""
-        gradient = self.weight.grad
+        """The sums, over no row where the gradients that the rows led to have been set to zero."""
+        gradients = [param.grad for param in self.params if param.grad is not None]
         # What others have of a sharded gradient is not known here.
-        if self.shards is not None or gradient is None:
+        if self.shards is not None or self.weight.grad is None:
             return sums
-        return torch.where(torch.linalg.vector_norm(gradient, torch.inf) != 0, sums, 0.0)
+        # Of rows that are zero the bias alone has one.
+        largest = [torch.linalg.vector_norm(gradient, torch.inf) for gradient in gradients]
+        return torch.where(torch.stack(largest).amax() != 0, sums, 0.0)
 
     def no_sums(self) -> Tensor:
         """The sums over no row."""

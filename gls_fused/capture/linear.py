@@ -159,7 +159,8 @@ class LinearLayer(LinearRows, Layer):
         assert isinstance(module, nn.Linear)
         # Rows that are no plain tensor, or have a tangent, take torch's own op; so does the bias of
         # somebody else.
-        if not self.sees(inputs) or not self.owns_bias_of(module):
+        plain = type(inputs) in (Tensor, nn.Parameter) and self.sees(inputs)
+        if not (plain and self.owns_bias_of(module)):
             return super().precondition(module, inputs)
         inputs, weight, bias = autocast_inputs(inputs, module.weight, module.bias)
         if self.native is not None and not self.gathers:

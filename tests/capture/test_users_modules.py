@@ -191,3 +191,52 @@ def test_dropped_in_the_middle_of_a_step(backend, when, steps):
     loss_of(plain, 9).backward()
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+class Twice(torch.Tensor):
+    """Has an F.linear of its own."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        found = super().__torch_function__(function, types, args, kwargs or {})
+        return 2 * found if function is F.linear else found
+
+
+class Named(torch.Tensor):
+    """A subclass that only has a name, as those of fastai."""
+
+
+@pytest.mark.parametrize("kind", [Twice, Named])
+@pytest.mark.parametrize("site", SITES)
+def test_inputs_of_a_subclass(backend, site, kind):
+    """The outputs are those of the plain module, and of its type."""
+    model, optimizer = make_fitted(0, site=site, backend=backend)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(16, 8, generator=generator, dtype=torch.float64).as_subclass(kind)
+        found, sought = model(inputs), plain_of(model)(inputs)
+        assert type(found) is type(sought)
+        torch.testing.assert_close(
+            found.as_subclass(torch.Tensor), sought.as_subclass(torch.Tensor)
+        )
+        optimizer.zero_grad()
+        found.square().mean().backward()
+        optimizer.step()
+
+
+# torch's own, of a prototype.
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("site", SITES)
+def test_nested_inputs(backend, site, layout):
+    """They train, by Adam's update in the end, and the report says so."""
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3)).double()
+    optimizer = GLS(model, site=site, backend=backend, **OPTIONS)
+    for _ in range(5):
+        parts = [torch.randn(n, 8, dtype=torch.float64) for n in (3, 5)]
+        outputs = model(torch.nested.nested_tensor(parts, layout=layout))
+        optimizer.zero_grad()
+        torch.nested.to_padded_tensor(outputs, 0.0).square().mean().backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert "its inputs are" in optimizer.report()
