@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.convergence.report import make_tables
 from benchmarks.convergence.run import Experiment, Options
-from benchmarks.harness.arguments import positive_number, setting
+from benchmarks.harness.arguments import device, natural, positive, positive_number, setting
 from benchmarks.harness.environment import command_line
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.present import show
@@ -25,6 +25,7 @@ from benchmarks.workloads.optimizers import OPTIMIZERS
 from benchmarks.workloads.tasks import TASKS
 
 INTERRUPTED = 130
+BATCH_SIZE = 128
 DEFAULT_OPTIMIZERS = ("sgd", "adam", "gls", "gls-sgd")
 # Together about five minutes of one core, so that the demonstration ends in time on a busy machine.
 DEMO_TRAIN_IMAGES = ("cnn=15000", "autoencoder=30000")
@@ -107,10 +108,16 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"among {', '.join(OPTIMIZERS)}; default: {' '.join(DEFAULT_OPTIMIZERS)}",
     )
-    training.add_argument("--epochs", type=_positive, default=4, help="default: %(default)s")
-    training.add_argument("--batch-size", type=_positive, default=128, help="default: %(default)s")
+    training.add_argument("--epochs", type=positive, default=4, help="default: %(default)s")
     training.add_argument(
-        "--seeds", nargs="+", type=_natural, default=[0, 1, 2], help="default: 0 1 2"
+        "--batch-size",
+        nargs="+",
+        default=[],
+        metavar="[TASK=]N",
+        help="of every task or of one; default: 128, of the transformer 32",
+    )
+    training.add_argument(
+        "--seeds", nargs="+", type=natural, default=[0, 1, 2], help="default: 0 1 2"
     )
     training.add_argument(
         "--gls",
@@ -133,7 +140,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     rates.add_argument(
         "--grid-epochs",
-        type=_positive,
+        type=positive,
         help="epochs of each run of the search; default: as many as --epochs",
     )
     rates.add_argument(
@@ -166,12 +173,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="[TASK=]N",
-        help="train on at most N images, of every task or of one",
+        help="train on at most N images or sequences, of every task or of one",
     )
 
     machine = parser.add_argument_group("machine and output")
-    machine.add_argument("--device", type=_device, default="cpu", help="default: %(default)s")
-    machine.add_argument("--threads", type=_positive, help="default: torch's own choice")
+    machine.add_argument("--device", type=device, default="cpu", help="default: %(default)s")
+    machine.add_argument("--threads", type=positive, help="default: torch's own choice")
     machine.add_argument(
         "--out",
         type=Path,
@@ -191,19 +198,22 @@ def _options(arguments: argparse.Namespace) -> Options:
             raise InputError(f"--{name}: {' '.join(map(str, values))} names one twice")
     if arguments.resume and arguments.overwrite and not arguments.demo:
         raise InputError("--resume and --overwrite exclude each other")
+    batch_size, batch_sizes = _parse_batch_sizes(arguments.batch_size, arguments.tasks)
     return Options(
         tasks=tuple(arguments.tasks),
         optimizers=tuple(arguments.optimizers),
         seeds=tuple(arguments.seeds),
         epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
+        batch_size=batch_size,
+        batch_sizes=batch_sizes,
         grids=_parse_grids(arguments.lr_grid),
         grid_epochs=arguments.grid_epochs or arguments.epochs,
         rates=dict(arguments.lr),
         device=arguments.device,
         dataset=arguments.dataset,
         data=arguments.data,
-        train_images=_parse_train_images(arguments.train_images, arguments.tasks),
+        text=arguments.text,
+        train_images=_parse_counts("--train-images", arguments.train_images, arguments.tasks),
         gls=dict(arguments.gls),
         out=arguments.out,
         resume=arguments.resume,
@@ -232,19 +242,30 @@ def _parse_grids(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
     return grids
 
 
-def _parse_train_images(texts: Sequence[str], tasks: Sequence[str]) -> dict[str, int]:
+def _parse_batch_sizes(texts: Sequence[str], tasks: Sequence[str]) -> tuple[int, dict[str, int]]:
+    """The size for every task, and those of the tasks that have their own."""
+    general = [text for text in texts if "=" not in text]
+    sizes = {} if general else {name: size for name in tasks if (size := TASKS[name].batch_size)}
+    sizes |= _parse_counts("--batch-size", [text for text in texts if "=" in text], tasks)
+    return _count("--batch-size", general[-1]) if general else BATCH_SIZE, sizes
+
+
+def _parse_counts(option: str, texts: Sequence[str], tasks: Sequence[str]) -> dict[str, int]:
     """Counts by task; a count without a task is for all of them, whatever the order."""
     counts: dict[str, int] = {}
     for text in sorted(texts, key=lambda text: "=" in text):
-        name, value = _split(text, "--train-images") if "=" in text else ("", text)
+        name, value = _split(text, option) if "=" in text else ("", text)
         if name and name not in TASKS:
-            raise InputError(f"--train-images: unknown task {name!r}, one of {', '.join(TASKS)}")
-        try:
-            count = _positive(value)
-        except argparse.ArgumentTypeError as error:
-            raise InputError(f"--train-images {text}: {error}") from error
-        counts.update(dict.fromkeys([name] if name else tasks, count))
+            raise InputError(f"{option}: unknown task {name!r}, one of {', '.join(TASKS)}")
+        counts.update(dict.fromkeys([name] if name else tasks, _count(option, value)))
     return counts
+
+
+def _count(option: str, text: str) -> int:
+    try:
+        return positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"{option} {text}: {error}") from error
 
 
 def _split(text: str, option: str) -> tuple[str, str]:
@@ -256,35 +277,3 @@ def _split(text: str, option: str) -> tuple[str, str]:
 
 def _rate_of(name: str, text: str) -> tuple[str, float]:
     return name, positive_number(text)
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"no such device: {text!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("CUDA is not available here")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"there is no {text}")
-    return device
-
-
-def _integer(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text!r}")
-    return value
-
-
-def _positive(text: str) -> int:
-    return _integer(text, 1)
-
-
-def _natural(text: str) -> int:
-    return _integer(text, 0)

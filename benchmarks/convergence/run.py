@@ -32,6 +32,7 @@ from benchmarks.workloads.data import Dataset, load_dataset
 from benchmarks.workloads.optimizers import OPTIMIZERS, check_gls_options
 from benchmarks.workloads.search import search_rate
 from benchmarks.workloads.tasks import TASKS
+from benchmarks.workloads.text import load_text
 from benchmarks.workloads.training import peak_memory_kind, train
 
 
@@ -43,7 +44,10 @@ class Options:
         grids: learning rates to search, ascending, by optimizer; without one there is no search.
         grid_epochs: the length of a search run.
         rates: learning rates fixed by hand, by optimizer; they win over grids.
-        train_images: how many training images to keep, by task; all where nothing is said.
+        batch_sizes: by task; `batch_size` where nothing is said.
+        text: where the transformer's text is.
+        train_images: how many training images or sequences to keep, by task; all where nothing is
+            said.
         gls: options for GLS.
     """
 
@@ -52,12 +56,14 @@ class Options:
     seeds: tuple[int, ...]
     epochs: int
     batch_size: int
+    batch_sizes: Mapping[str, int]
     grids: Mapping[str, tuple[float, ...]]
     grid_epochs: int
     rates: Mapping[str, float]
     device: torch.device
     dataset: str
     data: Path | None
+    text: Path | None
     train_images: Mapping[str, int]
     gls: Mapping[str, Any]
     out: Path
@@ -168,7 +174,8 @@ class Experiment:
             return done
         options, dataset = self.options, self._datasets[key.task]
         spec = OPTIMIZERS[key.optimizer]
-        reporter.start_run(label, key.epochs, len(dataset.images) // options.batch_size)
+        batch_size = self._batch_size(key.task)
+        reporter.start_run(label, key.epochs, len(dataset.images) // batch_size)
         run: list[EpochRecord] = []
         for result in train(
             TASKS[key.task],
@@ -176,7 +183,7 @@ class Experiment:
             lambda model: spec.build(model, key.lr, options.gls),
             seed=key.seed,
             epochs=key.epochs,
-            batch_size=options.batch_size,
+            batch_size=batch_size,
             warm_up=(key.task, key.optimizer) not in self._warm,
             on_batch=reporter.batch,
         ):
@@ -206,26 +213,32 @@ class Experiment:
     def _load(self) -> dict[str, Dataset]:
         """Each task's data set on the device; the tasks that use the same images share them."""
         options = self.options
-        loaded: dict[tuple[bool, int | None], Dataset] = {}
+        loaded: dict[tuple[bool, bool, int | None], Dataset] = {}
         datasets: dict[str, Dataset] = {}
         for task in options.tasks:
             # Only what "auto" falls back to depends on whether labels are needed.
-            wanted = (TASKS[task].supervised, options.train_images.get(task))
+            wanted = TASKS[task].text, TASKS[task].supervised, options.train_images.get(task)
             if wanted not in loaded:
-                loaded[wanted] = load_dataset(
-                    options.dataset,
-                    directory=options.data,
-                    supervised=wanted[0],
-                    train_images=wanted[1],
-                ).to(options.device)
+                loaded[wanted] = self._load_one(*wanted).to(options.device)
             datasets[task] = loaded[wanted]
-            count = len(datasets[task].images)
-            if count < options.batch_size:
+            count, batch_size = len(datasets[task].images), self._batch_size(task)
+            if count < batch_size:
                 raise InputError(
-                    f"--batch-size {options.batch_size} is more than the {count} training images "
-                    f"of {task}"
+                    f"--batch-size {batch_size} is more than the {count} training "
+                    f"{'sequences' if TASKS[task].text else 'images'} of {task}"
                 )
         return datasets
+
+    def _load_one(self, text: bool, supervised: bool, count: int | None) -> Dataset:
+        options = self.options
+        if text:
+            return load_text(options.text, train_sequences=count)
+        return load_dataset(
+            options.dataset, directory=options.data, supervised=supervised, train_images=count
+        )
+
+    def _batch_size(self, task: str) -> int:
+        return self.options.batch_sizes.get(task, self.options.batch_size)
 
     def _configure(self) -> dict[str, Any]:
         """config.json: under "settings" what a resumed experiment may not change."""
@@ -242,6 +255,8 @@ class Experiment:
             settings[f"lr of {name}"] = options.rates.get(name)
             settings[f"lr grid of {name}"] = list(self._grid(name))
         for task, dataset in self._datasets.items():
+            if self._batch_size(task) != options.batch_size:
+                settings[f"batch size of {task}"] = self._batch_size(task)
             model = TASKS[task].build(dataset.shape)
             settings[f"data of {task}"] = {
                 "name": dataset.name,

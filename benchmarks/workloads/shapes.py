@@ -55,5 +55,6 @@ def synthesise(shape: Shape, images: int) -> Dataset:
 
 
 def in_double(dataset: Dataset) -> Dataset:
-    """The same images in float64."""
-    return replace(dataset, images=dataset.images.double())
+    """The same data for weights in float64."""
+    images = dataset.images if dataset.vocabulary else dataset.images.double()
+    return replace(dataset, images=images, dtype=torch.float64)

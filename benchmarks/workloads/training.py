@@ -107,7 +107,7 @@ def train(
 
 @torch.no_grad()
 def validate(task: Task, dataset: Dataset, model: nn.Module) -> tuple[float, float | None]:
-    """Mean loss over the validation images, and the share of wrong classes if there are labels."""
+    """Mean loss over the validation data, and the share of wrong labels if there are any."""
     model.eval()
     images, labels = dataset.validation_images, dataset.validation_labels
     loss = torch.zeros((), device=images.device, dtype=torch.float64)
@@ -118,9 +118,9 @@ def validate(task: Task, dataset: Dataset, model: nn.Module) -> tuple[float, flo
         outputs = model(part)
         loss += task.loss(outputs, part, target) * len(part)
         if task.supervised and target is not None:
-            wrong += (outputs.argmax(1) != target).sum()
+            wrong += (outputs.argmax(-1) != target).sum()
     model.train()
-    error = wrong.item() / len(images) if task.supervised else None
+    error = wrong.item() / labels.numel() if task.supervised and labels is not None else None
     return loss.item() / len(images), error
 
 

@@ -9,9 +9,11 @@ from torch import nn
 from benchmarks.workloads.data import Dataset
 from benchmarks.workloads.optimizers import OPTIMIZERS
 from benchmarks.workloads.tasks import TASKS
+from benchmarks.workloads.text import make_dataset
 from benchmarks.workloads.training import train
 
 BATCH = 8
+IMAGE_TASKS = [task for task in TASKS.values() if not task.text]
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +22,11 @@ def dataset() -> Dataset:
     images = torch.randn(27, 1, 8, 8, generator=generator)
     labels = torch.randint(10, (27,), generator=generator)
     return Dataset("random", images, labels, images[:7], labels[:7], 0.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def text() -> Dataset:
+    return make_dataset("text", "the quick brown fox jumps over a lazy dog. " * 47)
 
 
 class Recorder:
@@ -63,7 +70,9 @@ def test_the_seed_alone_decides_weights_and_batches(dataset):
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_an_epoch_reports_the_mean_of_its_batches_and_the_validation_set(dataset, task):
+def test_an_epoch_reports_the_mean_of_its_batches_and_the_validation_set(dataset, text, task):
+    dataset = text if task.text else dataset
+    assert len(dataset.images) >= 27
     # A rate of zero leaves the model as the seed made it.
     (result,) = train(
         task,
@@ -71,17 +80,18 @@ def test_an_epoch_reports_the_mean_of_its_batches_and_the_validation_set(dataset
         lambda model: torch.optim.SGD(model.parameters(), lr=0.0),
         seed=1,
         epochs=1,
-        batch_size=27,
+        batch_size=len(dataset.images),
     )
     torch.manual_seed(1)
     model = task.build(dataset.shape)
     loss = task.loss(model(dataset.images), dataset.images, dataset.labels).item()
-    outputs = model(dataset.validation_images)
+    # Batch norm's averages, which that forward has moved, count here.
+    outputs = model.eval()(dataset.validation_images)
     validation = task.loss(outputs, dataset.validation_images, dataset.validation_labels).item()
     assert result.train_loss == pytest.approx(loss, rel=1e-5)
     assert result.validation_loss == pytest.approx(validation, rel=1e-5)
     if task.supervised:
-        wrong = (outputs.argmax(1) != dataset.validation_labels).float().mean().item()
+        wrong = (outputs.argmax(-1) != dataset.validation_labels).float().mean().item()
         assert result.validation_error == pytest.approx(wrong)
     else:
         assert result.validation_error is None
@@ -91,16 +101,41 @@ def test_an_epoch_reports_the_mean_of_its_batches_and_the_validation_set(dataset
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("task", IMAGE_TASKS, ids=lambda task: task.name)
 def test_models_fit_every_image_size(task, shape):
     model = task.build(shape)
     outputs = model(torch.zeros(2, *shape))
     assert outputs.shape == (2, 10 if task.supervised else math.prod(shape))
     linear = sum(isinstance(module, nn.Linear) for module in model.modules())
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    assert (linear, convolutions) == {"mlp": (3, 0), "cnn": (2, 2), "autoencoder": (4, 0)}[
-        task.name
-    ]
+    assert (linear, convolutions) == {
+        "mlp": (3, 0), "cnn": (2, 2), "autoencoder": (4, 0), "resnet": (1, 15)
+    }[task.name]  # fmt: skip
+
+
+def test_residual_networks_are_sized_for_their_images():
+    sizes = {shape: count(TASKS["resnet"].build(shape)) for shape in ((3, 32, 32), (1, 28, 28))}
+    assert 0.9e6 < sizes[3, 32, 32] < 1.2e6
+    assert 1e5 < sizes[1, 28, 28] < 0.5e6
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_transformer_sees_the_past_alone():
+    model = TASKS["transformer"].build((97, 64))
+    assert 0.7e6 < count(model) < 1.2e6
+    tokens = torch.randint(97, (2, 64), generator=torch.Generator().manual_seed(0))
+    scores = model(tokens)
+    assert scores.shape == (2, 64, 97)
+    changed = tokens.clone()
+    changed[:, 40] = (tokens[:, 40] + 1) % 97
+    differ = (model(changed) - scores).abs().amax((0, 2))
+    assert differ[:40].max() < 1e-5 < 1e-3 < differ[40:].min()
+    # Positions count: one character at all of them gives different scores.
+    same = model(torch.full((1, 64), 5))
+    assert (same[0, 1:] - same[0, :-1]).abs().amax(1).min() > 1e-4
 
 
 def test_a_diverging_run_ends_with_that_epoch(dataset):
