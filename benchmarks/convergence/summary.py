@@ -77,6 +77,12 @@ def last_loss(run: Run) -> float | None:
     return None if run[-1].diverged else run[-1].train_loss
 
 
+def best_validation(run: Run) -> float | None:
+    """The lowest validation loss of an epoch; None if there is none."""
+    losses = [record.validation_loss for record in run if record.validation_loss is not None]
+    return min(losses, default=None)
+
+
 def loss_ratios(challenger: BySeed, baseline: BySeed) -> list[float]:
     """The challenger's last training loss over the baseline's, per seed that has both."""
     ratios = []

@@ -1,16 +1,19 @@
 """One run: what the seed decides, what an epoch's figures are."""
 
 import math
+import time
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.workloads import training
 from benchmarks.workloads.data import Dataset
 from benchmarks.workloads.optimizers import OPTIMIZERS
+from benchmarks.workloads.schedule import Schedule
 from benchmarks.workloads.tasks import TASKS
 from benchmarks.workloads.text import make_dataset
-from benchmarks.workloads.training import train
+from benchmarks.workloads.training import Evaluations, train
 
 BATCH = 8
 IMAGE_TASKS = [task for task in TASKS.values() if not task.text]
@@ -138,6 +141,66 @@ def test_the_transformer_sees_the_past_alone():
     assert (same[0, 1:] - same[0, :-1]).abs().amax(1).min() > 1e-4
 
 
+def test_evaluations_lie_between_epochs_and_change_nothing(dataset, monkeypatch):
+    def go(evaluations):
+        def sgd(model):
+            return torch.optim.SGD(model.parameters(), lr=0.1)
+
+        return list(
+            train(
+                TASKS["resnet"],
+                dataset,
+                sgd,
+                seed=0,
+                epochs=4,
+                batch_size=BATCH,
+                evaluations=evaluations,
+            )
+        )
+
+    found = []
+    plain, evaluated = go(None), go(Evaluations(2, found.append))
+    assert [e.train_loss for e in plain] == [e.train_loss for e in evaluated]
+    # Three batches an epoch, so evaluations cross its ends.
+    assert [e.step for e in found] == [2, 4, 6, 8, 10, 12]
+    means = [sum(e.train_loss for e in part) / len(part) for part in (found, plain)]
+    assert means[0] == pytest.approx(means[1])
+    assert found[-1].validation_loss == evaluated[-1].validation_loss
+    assert found[-1].validation_error == evaluated[-1].validation_error
+    assert [e.seconds for e in found] == sorted(e.seconds for e in found)
+    assert found[-1].seconds == pytest.approx(sum(e.seconds for e in evaluated), rel=0.2)
+
+    # An evaluation takes no time of the training's.
+    def slow(*_):
+        time.sleep(0.2)
+        return 1.0, 0.5
+
+    monkeypatch.setattr(training, "validate", slow)
+    found.clear()
+    slowed = go(Evaluations(1, found.append))
+    assert sum(e.seconds for e in slowed) < 1.0 < 0.2 * len(found)
+    assert found[-1].seconds < 1.0
+
+
+def test_a_schedule_is_followed_over_the_whole_run(dataset):
+    rates = []
+
+    class Noting(torch.optim.SGD):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
+
+    list(
+        train(
+            TASKS["mlp"], dataset, lambda model: Noting(model.parameters(), lr=0.1),
+            seed=0, epochs=2, batch_size=BATCH, schedule=Schedule("linear", 2), warm_up=True,
+        )
+    )  # fmt: skip
+    # Twelve steps on a copy come first, which a schedule does not know.
+    assert rates[:12] == [0.1] * 12
+    assert rates[12:] == pytest.approx([0.05, 0.1, 0.1, 0.075, 0.05, 0.025])
+
+
 def test_a_diverging_run_ends_with_that_epoch(dataset):
     results = list(
         train(
@@ -157,9 +220,9 @@ def test_a_diverging_run_ends_with_that_epoch(dataset):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_lowers_the_loss(dataset, name):
-    if name == "muon" and not hasattr(torch.optim, "Muon"):
-        pytest.skip("this torch has no Muon")
     spec = OPTIMIZERS[name]
+    if spec.missing() is not None:
+        pytest.skip(spec.missing())
     results = list(
         train(
             TASKS["cnn"],
