@@ -9,9 +9,12 @@ from benchmarks.convergence.cells import number, rate, spread_cell, title
 from benchmarks.convergence.records import PLOT_FILE, EpochRecord, EvaluationRecord
 from benchmarks.convergence.search_report import SELECTED, by_run, make_search_table
 from benchmarks.convergence.summary import (
+    BASELINE,
+    CHALLENGER,
     BySeed,
     SpeedUp,
     Spread,
+    baseline_of,
     final_runs,
     last_loss,
     loss_ratios,
@@ -30,16 +33,10 @@ from benchmarks.harness.environment import hardware_of
 from benchmarks.harness.tables import NOTHING, Table
 from benchmarks.workloads.tasks import TASKS
 
-CHALLENGER, BASELINE = "gls", "adam"
 SAME_STEP, SAME_STEP_BASELINE = "gls-sgd", "sgd"
 MOST_EPOCH_COLUMNS = 8
 
 Runs = Mapping[tuple[str, str], BySeed]
-
-
-def baseline_of(optimizers: Sequence[str]) -> str:
-    """What the others are compared with: Adam, or AdamW where it stands for it."""
-    return "adamw" if BASELINE not in optimizers and "adamw" in optimizers else BASELINE
 
 
 def make_tables(

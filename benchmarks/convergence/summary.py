@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks.convergence.records import EpochRecord, Run, is_complete
 
+CHALLENGER, BASELINE = "gls", "adam"
 # Runs of one task and optimizer, by seed.
 BySeed = Mapping[int, Run]
 
@@ -47,6 +48,11 @@ class SpeedUp:
     def second_factor(self) -> float | None:
         """How many times fewer seconds the challenger takes."""
         return None if self.seconds is None else self.baseline_seconds / self.seconds
+
+
+def baseline_of(optimizers: Sequence[str]) -> str:
+    """What the others are compared with: Adam, or AdamW where it stands for it."""
+    return "adamw" if BASELINE not in optimizers and "adamw" in optimizers else BASELINE
 
 
 def spread(values: Iterable[float]) -> Spread | None:

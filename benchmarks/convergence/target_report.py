@@ -4,15 +4,71 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from benchmarks.convergence.cells import number, rate, spread_cell, title, weight_decay
-from benchmarks.convergence.records import Run
-from benchmarks.convergence.summary import BySeed, spread
+from benchmarks.convergence.records import EpochRecord, Run
+from benchmarks.convergence.summary import (
+    CHALLENGER,
+    BySeed,
+    baseline_of,
+    final_runs,
+    spread,
+)
 from benchmarks.convergence.targets import Curve, Curves, Loss, Way, share_of
 from benchmarks.harness.tables import NOTHING, Table
 
 Runs = Mapping[tuple[str, str], BySeed]
 Order = Sequence[tuple[str, str]]
+Config = Mapping[str, Any]
+LOSSES: tuple[Loss, Loss] = ("train_loss", "validation_loss")
+
+
+def make_first_table(experiments: Sequence[tuple[Config, Sequence[EpochRecord]]]) -> Table:
+    """The lowest losses of every optimizer, one row per task of each experiment."""
+    names = list(dict.fromkeys(name for config, _ in experiments for name in config["optimizers"]))
+    baselines = list(dict.fromkeys(baseline_of(config["optimizers"]) for config, _ in experiments))
+    rows = []
+    for config, records in experiments:
+        settings = config["settings"]
+        runs = final_runs(records, config["seeds"], settings["epochs"])
+        for task in config["tasks"]:
+            mine = runs.get((task, CHALLENGER), {})
+            its = runs.get((task, baseline_of(config["optimizers"])), {})
+            ratios = [
+                [
+                    ours[0] / theirs[0]
+                    for seed in sorted(mine.keys() & its.keys())
+                    if (ours := best_epoch(mine[seed], loss))
+                    and (theirs := best_epoch(its[seed], loss))
+                    and theirs[0] > 0
+                ]
+                for loss in LOSSES
+            ]
+            rows.append(
+                (
+                    title(task),
+                    settings[f"data of {task}"]["name"],
+                    str(settings["epochs"]),
+                    *(_lowest_cell(runs.get((task, name), {})) for name in names),
+                    " / ".join(_mean(found, 3) for found in ratios),
+                )
+            )
+    return Table(
+        "Lowest losses",
+        "The lowest training loss and validation loss of an epoch, training / validation, means "
+        "over the seeds. The last column is GLS's over "
+        f"{' or '.join(map(title, baselines))}'s, per seed.",
+        (
+            "task",
+            "data",
+            "epochs",
+            *(title(name) for name in names),
+            f"GLS / {' or '.join(map(title, baselines))}",
+        ),
+        tuple(rows),
+        labels=3,
+    )
 
 
 def make_best_table(runs: Runs, order: Order, baseline: str) -> Table:
@@ -67,8 +123,7 @@ def make_share_table(curves: Curves, order: Order, baseline: str) -> Table:
     for task, name in order:
         mine, its = curves.get((task, name), {}), curves.get((task, baseline), {})
         cells: list[str] = []
-        losses: tuple[Loss, Loss] = ("train_loss", "validation_loss")
-        for loss in losses:
+        for loss in LOSSES:
             shares = shares_of(mine, its, loss)
             cells += [_share_cell([way.steps for way in shares])]
             cells += [_share_cell([way.seconds for way in shares])]
@@ -129,6 +184,18 @@ def shares_of(mine: Mapping[int, Curve], its: Mapping[int, Curve], loss: Loss) -
     seeds = sorted(mine.keys() & its.keys())
     found = [share_of(mine[seed], its[seed], loss) for seed in seeds]
     return [way for way in found if way is not None]
+
+
+def _lowest_cell(by_seed: BySeed) -> str:
+    """Both losses, of all seeds; those of runs that diverged up to there."""
+    found = [
+        [best[0] for run in by_seed.values() if (best := best_epoch(run, loss))] for loss in LOSSES
+    ]
+    return " / ".join(_mean(losses, 4) for losses in found) if any(found) else NOTHING
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    return number(sum(values) / len(values), digits) if values else NOTHING
 
 
 def _best_cells(by_seed: BySeed, figure: str, factor: float) -> tuple[str, str]:
