@@ -155,12 +155,15 @@ def normalizes_of(cells: Sequence[Cell], task: str) -> list[str | None]:
 
 
 def ratio_to(cell: Cell, adam: Cell | None) -> float:
-    """The loss over Adam's at the same rate: 0 where only Adam diverged, NaN without Adam."""
+    """The loss over Adam's at the same rate: infinite where it diverged, NaN without Adam.
+
+    0 where Adam's loss is not finite, or is 0.
+    """
     if adam is None:
         return math.nan
     if cell.diverged or cell.loss is None:
         return math.inf
-    if adam.diverged or not adam.loss:
+    if not adam.loss:
         return 0.0
     return cell.loss / adam.loss
 

@@ -76,8 +76,8 @@ def test_shares_of_adams_way_are_interpolated(run_of, config_of, curve_of):
     for name, losses in (("gls", [0.8, 0.4, 0.3]), ("muon", [0.9, 0.8, 0.7])):
         records += run_of([0.5, 0.4], optimizer=name)
         evaluations += curve_of(losses, optimizer=name, seconds=2.0)
-    # Of a run that is not complete.
-    evaluations += curve_of([0.1], optimizer="gls", seed=1)
+    # Of runs that are not complete.
+    evaluations += curve_of([0.1], optimizer="gls", seed=1) + curve_of([0.9], seed=1)
     config = config_of(2, (0, 1), ("adam", "gls", "muon"))
     shares = section(render_report(config, records, evaluations), "Until Adam's best loss")
     # From .8 at step 100 to .4 at step 200, .5 is three quarters of the way: 175 of 200 steps.

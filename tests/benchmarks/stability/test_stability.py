@@ -111,6 +111,9 @@ def test_the_command_trains_every_cell_and_resumes(tmp_path, monkeypatch, run_ma
     usual = [c for c in cells if c["lr"] == 1e-3 and c["normalize"] in (None, "rms")]
     assert not any(c["diverged"] for c in usual)
     assert all(c["loss"] < c["first_loss"] for c in usual)
+    # Each grid's value reaches GLS.
+    assert len({c["loss"] for c in usual}) == 3
+    assert len({c["loss"] for c in cells if c["lr"] == 1e-3}) == 5
     # All start from the same weights and the same batch.
     assert len({c["first_loss"] for c in cells}) == 1
     assert (tmp_path / "stability-mlp.png").exists()
