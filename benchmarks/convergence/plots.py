@@ -81,7 +81,8 @@ def plot_convergence(config: Mapping[str, Any], records: Sequence[EpochRecord], 
                 _draw(axes, name, curve)
             _finish(axes, x_label, over_seconds)
             if task == tasks[0]:
-                axes.set_title(title, fontsize=12, pad=24)
+                # At one height, with a second axis below and without.
+                axes.set_title(title, fontsize=12, y=1.22)
         data = config["settings"][f"data of {task}"]
         steps = data["train_images"] // batch_size_of(config, task)
         for axes in row[:2]:

@@ -113,8 +113,14 @@ def _setting(config: Mapping[str, Any]) -> str:
     for task in config["tasks"]:
         data = settings[f"data of {task}"]
         lines.append(
-            f"- {TASKS[task].title}: {data['name']}, {data['train_images']} training images, "
+            f"- {TASKS[task].title}: {data['name']}, {data['train_images']} training "
+            f"{'sequences' if TASKS[task].text else 'images'}, "
             f"{data['validation_images']} for validation; {data['parameters']} parameters"
+            + (
+                f"; batches of {settings[own]}"
+                if (own := f"batch size of {task}") in settings
+                else ""
+            )
         )
     seeds = ", ".join(str(seed) for seed in config["seeds"])
     lines.append(

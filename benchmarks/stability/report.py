@@ -23,6 +23,8 @@ from benchmarks.workloads.tasks import TASKS
 DIVERGED = "diverged"
 # Of the colours, in powers of 10 of the ratio to Adam's loss: what is further off looks the same.
 FURTHEST = 1.0
+# Beyond it a colour is too dark for black letters.
+DARK = 0.6 * FURTHEST
 DIVERGED_COLOUR = "#555555"
 
 
@@ -126,7 +128,7 @@ def plot_task(cells: Sequence[Cell], task: str, path: Path) -> None:
                 cell = mine.get((damping, lr))
                 if cell is not None:
                     shades[row, column] = _shade(cell, adam.get(lr))
-                    _write(axes, column, row, cell)
+                    _write(axes, column, row, cell, shades[row, column])
         colours = colormaps["RdBu_r"].with_extremes(bad=DIVERGED_COLOUR)
         image = axes.imshow(shades, cmap=colours, norm=norm, origin="lower", aspect="auto")
         axes.set_xticks(range(len(rates)), [f"{lr:.2g}" for lr in rates], fontsize=8)
@@ -176,9 +178,9 @@ def _shade(cell: Cell, adam: Cell | None) -> float:
     return max(-FURTHEST, min(FURTHEST, math.log10(max(ratio, 1e-9))))
 
 
-def _write(axes: Axes, column: int, row: int, cell: Cell) -> None:
+def _write(axes: Axes, column: int, row: int, cell: Cell, shade: float) -> None:
     text = "×" if cell.diverged else _number(cell.loss, 2)
-    colour = "white" if cell.diverged else "black"
+    colour = "white" if cell.diverged or abs(shade) > DARK else "black"
     axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
 
 

@@ -400,6 +400,9 @@ def test_a_text_and_sizes_of_its_own(tmp_path, run_main):
     data = config["settings"]["data of transformer"]
     assert (data["name"], data["train_images"], data["validation_images"]) == ("text", 32, 3)
     assert config["settings"]["batch size of transformer"] == 16
+    report = (out / "report.md").read_text()
+    assert "text, 32 training sequences, 3 for validation; " in report
+    assert " parameters; batches of 16\n" in report
     (line,) = strict_lines(out / "epochs.jsonl")
     assert 2 < line["train_loss"] < 4
     assert 0 < line["validation_error"] < 1
