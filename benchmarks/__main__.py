@@ -17,6 +17,7 @@ from benchmarks.kernels.command import add_kernels
 from benchmarks.readme import add_readme
 from benchmarks.roofline.command import add_roofline
 from benchmarks.scaling.command import add_scaling
+from benchmarks.stability.command import add_stability
 from benchmarks.time_to_loss.command import add_time_to_loss
 from benchmarks.workloads.gate import GateError
 
@@ -26,6 +27,7 @@ COMMANDS = (
     add_epoch,
     add_time_to_loss,
     add_scaling,
+    add_stability,
     add_kernels,
     add_roofline,
     add_readme,

@@ -14,19 +14,31 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convergence.records import CONFIG_FILE, EPOCHS_FILE, read_epochs
-from benchmarks.convergence.report import make_summary_table
+from benchmarks.convergence.records import (
+    CONFIG_FILE,
+    EPOCHS_FILE,
+    EVALUATIONS_FILE,
+    EpochRecord,
+    EvaluationRecord,
+    read_epochs,
+    read_evaluations,
+)
+from benchmarks.convergence.report import make_summary_table, make_tables
+from benchmarks.convergence.target_report import make_first_table
 from benchmarks.epoch import run as epoch
 from benchmarks.epoch.report import make_short_table
 from benchmarks.harness.environment import hardware_of
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.files import write_atomically
 from benchmarks.harness.tables import NOTHING, Table
+from benchmarks.stability import run as stability
+from benchmarks.stability.report import make_count_table
 from benchmarks.time_to_loss import run as time_to_loss
 from benchmarks.time_to_loss.report import make_ratio_table
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = Path(__file__).with_name("published")
+Experiment = tuple[dict[str, Any], list[EpochRecord], list[EvaluationRecord]]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 
 
@@ -100,6 +112,73 @@ def _convergence(published: Path) -> str:
     return _block("Training loss", config["invocations"][0]["command"], environment, table)
 
 
+def _first(published: Path) -> str:
+    """One table of all horizons, under the commands that made them."""
+    experiments = {name: _experiment(published / name) for name in HORIZONS}
+    found = [experiment for experiment in experiments.values() if experiment is not None]
+    if not found:
+        return ""
+    table = make_first_table([(config, records) for config, records, _ in found])
+    commands = [f"    {_command(config)}" for config, _, _ in found]
+    environment = found[0][0]["settings"]["environment"]
+    return "\n".join(
+        [
+            f"{table.title}:",
+            "",
+            *commands,
+            "",
+            f"{_machine(environment)}. {table.note}",
+            "",
+            table.grid(),
+            "",
+        ]
+    )
+
+
+def _horizon(name: str) -> Callable[[Path], str]:
+    """The best epochs and the shares of Adam's way, of one experiment."""
+
+    def make(published: Path) -> str:
+        found = _experiment(published / name)
+        if found is None:
+            return ""
+        config, records, evaluations = found
+        tables = make_tables(config, records, evaluations)
+        wanted = [table for table in tables if table.title.startswith(("Best epochs", "Until"))]
+        environment = config["settings"]["environment"]
+        blocks = [
+            _block(table.title, _command(config), environment, table)
+            for table in wanted
+            if "GLS reaches" not in table.title
+        ]
+        return "\n".join(blocks)
+
+    return make
+
+
+def _stability(published: Path) -> str:
+    results = _read(published / stability.JSON_FILE)
+    if results is None:
+        return ""
+    table = make_count_table(results)
+    return _block(table.title, results["command"], results["environment"], table)
+
+
+def _experiment(directory: Path) -> Experiment | None:
+    config = _read(directory / CONFIG_FILE)
+    if config is None:
+        return None
+    return (
+        config,
+        read_epochs(directory / EPOCHS_FILE),
+        read_evaluations(directory / EVALUATIONS_FILE),
+    )
+
+
+def _command(config: Mapping[str, Any]) -> str:
+    return str(config["invocations"][0]["command"])
+
+
 def _epoch(published: Path) -> str:
     results = _read(published / epoch.JSON_FILE)
     if results is None:
@@ -121,11 +200,16 @@ def _time_to_loss(published: Path) -> str:
     return _block(table.title, results["command"], results["environment"], table)
 
 
+# Experiments of convergence, in the order of the first table.
+HORIZONS = ("five-tasks", "horizon")
 # By marker.
 BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "convergence": _convergence,
     "epoch": _epoch,
     "time-to-loss": _time_to_loss,
+    "first": _first,
+    **{name: _horizon(name) for name in HORIZONS},
+    "stability": _stability,
 }
 
 
@@ -148,11 +232,17 @@ def _block(title: str, command: str, environment: Mapping[str, Any], table: Tabl
             "",
             f"    {command}",
             "",
-            f"{hardware_of(environment)} ({environment.get('vector_instructions') or NOTHING}), "
-            f"{environment['threads']} threads of {environment['cores']} cores, torch "
-            f"{environment['torch']}. {table.note}",
+            f"{_machine(environment)}. {table.note}",
             "",
             table.grid(),
             "",
         ]
+    )
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    return (
+        f"{hardware_of(environment)} ({environment.get('vector_instructions') or NOTHING}), "
+        f"{environment['threads']} threads of {environment['cores']} cores, torch "
+        f"{environment['torch']}"
     )

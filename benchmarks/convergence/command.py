@@ -11,9 +11,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.convergence.options import Options
 from benchmarks.convergence.report import make_tables
-from benchmarks.convergence.run import Experiment, Options
-from benchmarks.harness.arguments import positive_number, setting
+from benchmarks.convergence.run import Experiment
+from benchmarks.harness.arguments import (
+    device,
+    natural,
+    positive,
+    positive_number,
+    refuse_twice,
+    setting,
+)
 from benchmarks.harness.environment import command_line
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.present import show
@@ -22,12 +30,19 @@ from benchmarks.workloads.arguments import add_data, rate
 from benchmarks.workloads.data import LOCAL_DATA
 from benchmarks.workloads.download import download_cifar10
 from benchmarks.workloads.optimizers import OPTIMIZERS
+from benchmarks.workloads.schedule import KINDS, Schedule
 from benchmarks.workloads.tasks import TASKS
 
 INTERRUPTED = 130
+BATCH_SIZE = 128
+SEARCH_SEED = 1000
+WEIGHT_DECAYS = (0.0, 0.01, 0.1)
 DEFAULT_OPTIMIZERS = ("sgd", "adam", "gls", "gls-sgd")
 # Together about five minutes of one core, so that the demonstration ends in time on a busy machine.
-DEMO_TRAIN_IMAGES = ("cnn=15000", "autoencoder=30000")
+DEMO_TRAIN_IMAGES = (
+    "mlp=15360", "cnn=5120", "autoencoder=7680", "resnet=1024", "transformer=640"
+)  # fmt: skip
+DEMO_VALIDATION_IMAGES = ("2000", "resnet=500", "transformer=160")
 DEMO_GRIDS = ("off", "sgd=0.1,0.3,1", "adam=0.0003,0.001,0.003")
 
 
@@ -52,8 +67,8 @@ def add_demo(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="the same, sized to end within about six minutes on two cores",
-        description="The convergence experiment with one seed, small grids and fewer images "
-        "for the larger tasks; replaces its earlier results.",
+        description="The convergence experiment with one seed, small grids, fewer images and less "
+        "text; replaces its earlier results.",
         allow_abbrev=False,
     )
     _add_options(parser)
@@ -61,9 +76,10 @@ def add_demo(subparsers: Any) -> None:
         run=run,
         out=Path("results/demo"),
         seeds=[0],
-        grid_epochs=2,
+        grid_epochs=1,
         lr_grid=list(DEMO_GRIDS),
         train_images=list(DEMO_TRAIN_IMAGES),
+        validation_images=list(DEMO_VALIDATION_IMAGES),
         overwrite=True,
         demo=True,
     )
@@ -85,7 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
         again = command_line([*given, "--resume"])
         print(f"interrupted; complete runs are kept, continue with: {again}", file=sys.stderr)
         return INTERRUPTED
-    show(make_tables(experiment.config, experiment.records()), report)
+    tables = make_tables(experiment.config, experiment.records(), experiment.evaluations())
+    show(tables, report)
     return 0
 
 
@@ -107,10 +124,16 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"among {', '.join(OPTIMIZERS)}; default: {' '.join(DEFAULT_OPTIMIZERS)}",
     )
-    training.add_argument("--epochs", type=_positive, default=4, help="default: %(default)s")
-    training.add_argument("--batch-size", type=_positive, default=128, help="default: %(default)s")
+    training.add_argument("--epochs", type=positive, default=4, help="default: %(default)s")
     training.add_argument(
-        "--seeds", nargs="+", type=_natural, default=[0, 1, 2], help="default: 0 1 2"
+        "--batch-size",
+        nargs="+",
+        default=[],
+        metavar="[TASK=]N",
+        help="of every task or of one; default: 128, of the transformer 32",
+    )
+    training.add_argument(
+        "--seeds", nargs="+", type=natural, default=[0, 1, 2], help="default: 0 1 2"
     )
     training.add_argument(
         "--gls",
@@ -122,7 +145,28 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="options for GLS, such as damping=.1 rank=64",
     )
 
-    rates = parser.add_argument_group("learning rates")
+    training.add_argument(
+        "--schedule",
+        default="constant",
+        choices=KINDS,
+        help="of every learning rate, over a run; linear and cosine end at 0; default: constant",
+    )
+    training.add_argument(
+        "--warmup",
+        type=natural,
+        default=0,
+        metavar="STEPS",
+        help="in which every learning rate rises to its value; default: %(default)s",
+    )
+    training.add_argument(
+        "--evaluate-every",
+        type=positive,
+        default=200,
+        metavar="STEPS",
+        help="also evaluate between the ends of epochs; default: %(default)s",
+    )
+
+    rates = parser.add_argument_group("learning rates and weight decays")
     rates.add_argument(
         "--lr-grid",
         nargs="+",
@@ -133,7 +177,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     rates.add_argument(
         "--grid-epochs",
-        type=_positive,
+        type=positive,
         help="epochs of each run of the search; default: as many as --epochs",
     )
     rates.add_argument(
@@ -144,6 +188,33 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=VALUE",
         help="fix an optimizer's learning rate instead of searching",
+    )
+    rates.add_argument(
+        "--tries",
+        type=positive,
+        metavar="N",
+        help="search rates and weight decays, with N runs for each optimizer that has a grid; "
+        "default: rates alone, by the grid and at most two extensions",
+    )
+    rates.add_argument(
+        "--weight-decays",
+        nargs="+",
+        type=_decay,
+        metavar="VALUE",
+        help=f"searched with --tries; default: {' '.join(f'{x:g}' for x in WEIGHT_DECAYS)}",
+    )
+    rates.add_argument(
+        "--select",
+        choices=("train", "validation"),
+        help="the loss that a search goes by: the last training loss, or the lowest validation "
+        "loss; default: train, with --tries validation",
+    )
+    rates.add_argument(
+        "--search-seed",
+        type=natural,
+        default=SEARCH_SEED,
+        metavar="SEED",
+        help="of every search; none of --seeds; default: %(default)s",
     )
     for name in ("gls", "gls-sgd"):
         rates.add_argument(
@@ -166,12 +237,20 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="[TASK=]N",
-        help="train on at most N images, of every task or of one",
+        help="train on at most N images or sequences, of every task or of one",
+    )
+
+    data.add_argument(
+        "--validation-images",
+        nargs="+",
+        default=[],
+        metavar="[TASK=]N",
+        help="validate on at most N",
     )
 
     machine = parser.add_argument_group("machine and output")
-    machine.add_argument("--device", type=_device, default="cpu", help="default: %(default)s")
-    machine.add_argument("--threads", type=_positive, help="default: torch's own choice")
+    machine.add_argument("--device", type=device, default="cpu", help="default: %(default)s")
+    machine.add_argument("--threads", type=positive, help="default: torch's own choice")
     machine.add_argument(
         "--out",
         type=Path,
@@ -185,26 +264,37 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(arguments: argparse.Namespace) -> Options:
-    for name in ("tasks", "optimizers", "seeds"):
-        values = getattr(arguments, name)
-        if len(set(values)) < len(values):
-            raise InputError(f"--{name}: {' '.join(map(str, values))} names one twice")
+    refuse_twice(arguments, "tasks", "optimizers", "seeds")
     if arguments.resume and arguments.overwrite and not arguments.demo:
         raise InputError("--resume and --overwrite exclude each other")
+    decays = arguments.weight_decays
+    if decays is not None and arguments.tries is None:
+        raise InputError("--weight-decays are searched with --tries only: add it")
+    tasks = arguments.tasks
+    batch_size, batch_sizes = _parse_batch_sizes(arguments.batch_size, tasks)
     return Options(
         tasks=tuple(arguments.tasks),
         optimizers=tuple(arguments.optimizers),
         seeds=tuple(arguments.seeds),
         epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
+        batch_size=batch_size,
+        batch_sizes=batch_sizes,
         grids=_parse_grids(arguments.lr_grid),
         grid_epochs=arguments.grid_epochs or arguments.epochs,
         rates=dict(arguments.lr),
         device=arguments.device,
         dataset=arguments.dataset,
         data=arguments.data,
-        train_images=_parse_train_images(arguments.train_images, arguments.tasks),
+        text=arguments.text,
+        train_images=_parse_counts("--train-images", arguments.train_images, tasks),
+        validation_images=_parse_counts("--validation-images", arguments.validation_images, tasks),
         gls=dict(arguments.gls),
+        tries=arguments.tries,
+        decays=WEIGHT_DECAYS if decays is None else tuple(decays),
+        select=arguments.select or ("train" if arguments.tries is None else "validation"),
+        search_seed=arguments.search_seed,
+        schedule=Schedule(arguments.schedule, arguments.warmup),
+        evaluate_every=arguments.evaluate_every,
         out=arguments.out,
         resume=arguments.resume,
         overwrite=arguments.overwrite,
@@ -232,19 +322,30 @@ def _parse_grids(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
     return grids
 
 
-def _parse_train_images(texts: Sequence[str], tasks: Sequence[str]) -> dict[str, int]:
+def _parse_batch_sizes(texts: Sequence[str], tasks: Sequence[str]) -> tuple[int, dict[str, int]]:
+    """The size for every task, and those of the tasks that have their own."""
+    general = [text for text in texts if "=" not in text]
+    sizes = {} if general else {name: size for name in tasks if (size := TASKS[name].batch_size)}
+    sizes |= _parse_counts("--batch-size", [text for text in texts if "=" in text], tasks)
+    return _count("--batch-size", general[-1]) if general else BATCH_SIZE, sizes
+
+
+def _parse_counts(option: str, texts: Sequence[str], tasks: Sequence[str]) -> dict[str, int]:
     """Counts by task; a count without a task is for all of them, whatever the order."""
     counts: dict[str, int] = {}
     for text in sorted(texts, key=lambda text: "=" in text):
-        name, value = _split(text, "--train-images") if "=" in text else ("", text)
+        name, value = _split(text, option) if "=" in text else ("", text)
         if name and name not in TASKS:
-            raise InputError(f"--train-images: unknown task {name!r}, one of {', '.join(TASKS)}")
-        try:
-            count = _positive(value)
-        except argparse.ArgumentTypeError as error:
-            raise InputError(f"--train-images {text}: {error}") from error
-        counts.update(dict.fromkeys([name] if name else tasks, count))
+            raise InputError(f"{option}: unknown task {name!r}, one of {', '.join(TASKS)}")
+        counts.update(dict.fromkeys([name] if name else tasks, _count(option, value)))
     return counts
+
+
+def _count(option: str, text: str) -> int:
+    try:
+        return positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"{option} {text}: {error}") from error
 
 
 def _split(text: str, option: str) -> tuple[str, str]:
@@ -254,37 +355,9 @@ def _split(text: str, option: str) -> tuple[str, str]:
     return name, value
 
 
+def _decay(text: str) -> float:
+    return 0.0 if text.strip() in ("0", "0.0") else positive_number(text)
+
+
 def _rate_of(name: str, text: str) -> tuple[str, float]:
     return name, positive_number(text)
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"no such device: {text!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("CUDA is not available here")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"there is no {text}")
-    return device
-
-
-def _integer(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text!r}")
-    return value
-
-
-def _positive(text: str) -> int:
-    return _integer(text, 1)
-
-
-def _natural(text: str) -> int:
-    return _integer(text, 0)

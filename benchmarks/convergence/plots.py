@@ -19,7 +19,7 @@ from benchmarks.harness.files import write_atomically
 from benchmarks.workloads.optimizers import OPTIMIZERS
 from benchmarks.workloads.tasks import TASKS
 
-# Okabe and Ito's palette, told apart with colour-blind eyes too.
+# Okabe and Ito's palette, told apart with colour-blind eyes too, and three darker ones.
 COLOURS = {
     "sgd": "#7A7A7A",
     "adam": "#0072B2",
@@ -28,6 +28,10 @@ COLOURS = {
     "muon": "#009E73",
     "sgd-momentum": "#CC79A7",
     "adamw": "#56B4E9",
+    "gls-tuned": "#8B2500",
+    "soap": "#F0E442",
+    "shampoo": "#4B3B9C",
+    "psgd-kron": "#7B4B2A",
 }
 MARKERS = {
     "sgd": "s",
@@ -37,6 +41,10 @@ MARKERS = {
     "muon": "v",
     "sgd-momentum": "P",
     "adamw": "X",
+    "gls-tuned": "h",
+    "soap": "<",
+    "shampoo": ">",
+    "psgd-kron": "*",
 }
 MOST_MARKED_EPOCHS = 12
 # A loss further above the smallest is cut off, so that one bad run does not flatten the others.
@@ -53,7 +61,7 @@ class Curve(NamedTuple):
 
 
 def plot_convergence(config: Mapping[str, Any], records: Sequence[EpochRecord], path: Path) -> None:
-    """Draw training loss over epochs, validation loss over epochs, training loss over seconds."""
+    """Draw training and validation loss over epochs and steps, and over seconds."""
     runs = final_runs(records, config["seeds"], config["settings"]["epochs"])
     tasks = [task for task in config["tasks"] if any(key[0] == task for key in runs)]
     names = [name for name in config["optimizers"] if any(key[1] == name for key in runs)]
@@ -61,8 +69,9 @@ def plot_convergence(config: Mapping[str, Any], records: Sequence[EpochRecord], 
         ("Training loss", "epoch", lambda record: record.train_loss, False),
         ("Validation loss", "epoch", lambda record: record.validation_loss, False),
         ("Training loss", "seconds of training", lambda record: record.train_loss, True),
+        ("Validation loss", "seconds of training", lambda record: record.validation_loss, True),
     )
-    figure = Figure(figsize=(12.5, 0.9 + 3.4 * max(len(tasks), 1)), layout="constrained", dpi=150)
+    figure = Figure(figsize=(16.5, 0.9 + 3.4 * max(len(tasks), 1)), layout="constrained", dpi=150)
     grid = figure.subplots(max(len(tasks), 1), len(panels), squeeze=False)
     for row, task in zip(grid, tasks, strict=False):
         for axes, (title, x_label, loss, over_seconds) in zip(row, panels, strict=True):
@@ -72,8 +81,12 @@ def plot_convergence(config: Mapping[str, Any], records: Sequence[EpochRecord], 
                 _draw(axes, name, curve)
             _finish(axes, x_label, over_seconds)
             if task == tasks[0]:
-                axes.set_title(title, fontsize=12, pad=10)
+                # At one height, with a second axis below and without.
+                axes.set_title(title, fontsize=12, y=1.22)
         data = config["settings"][f"data of {task}"]
+        steps = data["train_images"] // batch_size_of(config, task)
+        for axes in row[:2]:
+            _add_steps(axes, steps)
         row[0].set_ylabel(f"{TASKS[task].title}\n{data['name']}", fontsize=10)
     handles = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
     if handles:
@@ -88,6 +101,28 @@ def plot_convergence(config: Mapping[str, Any], records: Sequence[EpochRecord], 
     image = io.BytesIO()
     figure.savefig(image, format="png")
     write_atomically(path, image.getvalue())
+
+
+def batch_size_of(config: Mapping[str, Any], task: str) -> int:
+    """Of a recorded experiment."""
+    settings = config["settings"]
+    return int(settings.get(f"batch size of {task}", settings["batch_size"]))
+
+
+def _add_steps(axes: Axes, steps_per_epoch: int) -> None:
+    """A second axis above an axis of epochs."""
+
+    def to_steps(epochs: Any) -> Any:
+        return epochs * steps_per_epoch
+
+    def to_epochs(steps: Any) -> Any:
+        return steps / steps_per_epoch
+
+    above = axes.secondary_xaxis("top", functions=(to_steps, to_epochs))
+    above.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    above.set_xlabel("steps", fontsize=9)
+    above.tick_params(color="#999999", labelsize=8)
+    above.spines["top"].set_visible(False)
 
 
 def _mean_curve(

@@ -1,4 +1,4 @@
-"""What an experiment leaves on disk: one JSON line per epoch, and the configuration.
+"""What an experiment leaves on disk: one JSON line per epoch and evaluation; the configuration.
 
 A run is complete when its last epoch is recorded, or the one that diverged.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.files import REPORT_FILE, write_atomically, write_json
 
 EPOCHS_FILE = "epochs.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 CONFIG_FILE = "config.json"
 PLOT_FILE = "convergence.png"
 
@@ -28,6 +29,7 @@ class RunKey(NamedTuple):
     lr: float
     seed: int
     epochs: int
+    weight_decay: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class EpochRecord:
         seconds: of training in this epoch, validation excluded.
         peak_memory_kind: "max_memory_allocated" (CUDA, this epoch's) or "ru_maxrss" (the whole
             process's so far, which never falls).
+        weight_decay: None: the optimizer's own.
+        failure: why the optimizer could not go on, where it raised an error; the run has diverged.
     """
 
     phase: str
@@ -59,14 +63,47 @@ class EpochRecord:
     peak_memory_bytes: int
     peak_memory_kind: str
     diverged: bool
+    weight_decay: float | None = None
+    failure: str | None = None
 
     @property
     def key(self) -> RunKey:
         """The run this epoch belongs to."""
-        return RunKey(self.phase, self.task, self.optimizer, self.lr, self.seed, self.epochs)
+        return _key_of(self)
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """One line of evaluations.jsonl, of a final run.
+
+    Attributes:
+        step: taken so far.
+        train_loss: mean of the minibatch losses since the evaluation before.
+        seconds: of training so far, evaluations excluded.
+    """
+
+    phase: str
+    task: str
+    optimizer: str
+    lr: float
+    weight_decay: float | None
+    seed: int
+    epochs: int
+    step: int
+    train_loss: float | None
+    validation_loss: float | None
+    validation_error: float | None
+    seconds: float
+    diverged: bool
+
+    @property
+    def key(self) -> RunKey:
+        """The run this evaluation belongs to."""
+        return _key_of(self)
 
 
 Run = tuple[EpochRecord, ...]
+Record = TypeVar("Record", EpochRecord, EvaluationRecord)
 
 
 class Store:
@@ -96,13 +133,13 @@ class Store:
             self.directory.mkdir(parents=True, exist_ok=True)
             # The configuration marks the directory as ours, so it is never missing.
             self.write_json(CONFIG_FILE, config)
-            for name in (EPOCHS_FILE, REPORT_FILE, PLOT_FILE):
+            for name in (EPOCHS_FILE, EVALUATIONS_FILE, REPORT_FILE, PLOT_FILE):
                 (self.directory / name).unlink(missing_ok=True)
         except OSError as error:
             raise InputError(f"--out {self.directory}: {error.strerror or error}") from error
 
     def reopen(self, config: dict[str, Any]) -> None:
-        """Go on where an earlier experiment stopped; drop the epochs of its incomplete runs.
+        """Go on where an earlier experiment stopped; drop what its incomplete runs left.
 
         Raises:
             InputError: there is none, its files are damaged, or its settings differ.
@@ -117,6 +154,11 @@ class Store:
             self._runs.setdefault(record.key, []).append(record)
         self._runs = {key: run for key, run in self._runs.items() if is_complete(run)}
         lines = [_to_line(record) for run in self._runs.values() for record in run]
+        path = self.directory / EVALUATIONS_FILE
+        kept = [_to_line(found) for found in read_evaluations(path) if found.key in self._runs]
+        # Evaluations first: were this interrupted, complete runs would still have all of theirs.
+        if kept or path.exists():
+            write_atomically(path, "".join(kept).encode())
         write_atomically(self.directory / EPOCHS_FILE, "".join(lines).encode())
         config["invocations"] = [*earlier["invocations"], *config["invocations"]]
         self.write_json(CONFIG_FILE, config)
@@ -126,11 +168,18 @@ class Store:
         run = self._runs.get(key, [])
         return tuple(run) if is_complete(run) else None
 
+    def append_evaluation(self, record: EvaluationRecord) -> None:
+        """Write one evaluation, through to the file."""
+        self._append(EVALUATIONS_FILE, record)
+
     def append(self, record: EpochRecord) -> None:
         """Write one epoch, through to the file."""
-        with (self.directory / EPOCHS_FILE).open("a", encoding="utf-8") as file:
-            file.write(_to_line(record))
+        self._append(EPOCHS_FILE, record)
         self._runs.setdefault(record.key, []).append(record)
+
+    def _append(self, name: str, record: EpochRecord | EvaluationRecord) -> None:
+        with (self.directory / name).open("a", encoding="utf-8") as file:
+            file.write(_to_line(record))
 
     def write_json(self, name: str, content: object) -> None:
         """Write a JSON file in one piece."""
@@ -166,6 +215,15 @@ def read_epochs(path: Path) -> list[EpochRecord]:
     Raises:
         InputError: an unreadable file, or a damaged line before the last.
     """
+    return _read(path, EpochRecord)
+
+
+def read_evaluations(path: Path) -> list[EvaluationRecord]:
+    """The same of evaluations.jsonl."""
+    return _read(path, EvaluationRecord)
+
+
+def _read(path: Path, kind: type[Record]) -> list[Record]:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -174,13 +232,15 @@ def read_epochs(path: Path) -> list[EpochRecord]:
         raise InputError(f"{path}: {error.strerror or error}") from error
     # What follows the last newline is empty, or a line that was cut short.
     *lines, _ = content.split(b"\n")
-    names = {field.name for field in fields(EpochRecord)}
+    names = {field.name for field in fields(kind)}
+    # Lines of earlier versions lack what has a default.
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
     records = []
     for number, line in enumerate(lines, start=1):
         values = _parse_object(line)
-        if values.keys() != names:
+        if not needed <= values.keys() <= names:
             raise InputError(f"{path}: line {number} is damaged")
-        records.append(EpochRecord(**values))
+        records.append(kind(**values))
     return records
 
 
@@ -203,5 +263,17 @@ def _parse_object(line: bytes) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _to_line(record: EpochRecord) -> str:
+def _key_of(record: EpochRecord | EvaluationRecord) -> RunKey:
+    return RunKey(
+        record.phase,
+        record.task,
+        record.optimizer,
+        record.lr,
+        record.seed,
+        record.epochs,
+        record.weight_decay,
+    )
+
+
+def _to_line(record: EpochRecord | EvaluationRecord) -> str:
     return json.dumps(asdict(record), allow_nan=False) + "\n"

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.convergence.records import PLOT_FILE, EpochRecord, Run
+from benchmarks.convergence.cells import number, rate, spread_cell, title
+from benchmarks.convergence.records import PLOT_FILE, EpochRecord, EvaluationRecord
+from benchmarks.convergence.search_report import SELECTED, by_run, make_search_table
 from benchmarks.convergence.summary import (
+    BASELINE,
+    CHALLENGER,
     BySeed,
     SpeedUp,
     Spread,
+    baseline_of,
     final_runs,
     last_loss,
     loss_ratios,
@@ -18,43 +23,59 @@ from benchmarks.convergence.summary import (
     speed_up,
     spread,
 )
+from benchmarks.convergence.target_report import (
+    make_best_table,
+    make_failure_table,
+    make_share_table,
+)
+from benchmarks.convergence.targets import curves_of
 from benchmarks.harness.environment import hardware_of
 from benchmarks.harness.tables import NOTHING, Table
-from benchmarks.workloads.optimizers import OPTIMIZERS
 from benchmarks.workloads.tasks import TASKS
 
-CHALLENGER, BASELINE = "gls", "adam"
 SAME_STEP, SAME_STEP_BASELINE = "gls-sgd", "sgd"
 MOST_EPOCH_COLUMNS = 8
 
 Runs = Mapping[tuple[str, str], BySeed]
 
 
-def make_tables(config: Mapping[str, Any], records: Sequence[EpochRecord]) -> list[Table]:
+def make_tables(
+    config: Mapping[str, Any],
+    records: Sequence[EpochRecord],
+    evaluations: Sequence[EvaluationRecord] = (),
+) -> list[Table]:
     """Every table that the recorded runs have something for."""
     settings = config["settings"]
     runs = final_runs(records, config["seeds"], settings["epochs"])
     tasks, optimizers = config["tasks"], config["optimizers"]
     order = [(task, name) for task in tasks for name in optimizers if (task, name) in runs]
+    baseline = baseline_of(optimizers)
     tables = [
         _loss_table(runs, order, settings["epochs"]),
+        make_best_table(runs, order, baseline),
+        make_share_table(curves_of(runs, evaluations), order, baseline),
         _ratio_table(runs, tasks),
         _speed_up_table(runs, tasks),
         _same_step_table(runs, tasks),
         _validation_table(runs, order),
-        _seconds_table(runs, order),
-        _search_table(records, order, config["seeds"][0], settings["grid_epochs"]),
+        _seconds_table(runs, order, baseline),
+        make_search_table(records, order, config),
+        make_failure_table(by_run(records)),
     ]
     return [table for table in tables if table.rows]
 
 
-def render_report(config: Mapping[str, Any], records: Sequence[EpochRecord]) -> str:
+def render_report(
+    config: Mapping[str, Any],
+    records: Sequence[EpochRecord],
+    evaluations: Sequence[EvaluationRecord] = (),
+) -> str:
     """The whole report.md."""
     sections = [
         "# Convergence",
         _setting(config),
         f"![Training and validation loss over epochs and seconds]({PLOT_FILE})",
-        *(table.markdown() for table in make_tables(config, records)),
+        *(table.markdown() for table in make_tables(config, records, evaluations)),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -68,12 +89,12 @@ def make_summary_table(config: Mapping[str, Any], records: Sequence[EpochRecord]
         found = [runs.get((task, name), {}) for name in optimizers]
         ratios = loss_ratios(runs.get((task, CHALLENGER), {}), runs.get((task, BASELINE), {}))
         cells = [_last_cell(by_seed) if by_seed else NOTHING for by_seed in found]
-        rows.append((_title(task), *cells, _spread_cell(spread(ratios), 3)))
+        rows.append((title(task), *cells, spread_cell(spread(ratios), 3)))
     return Table(
         "Training loss",
         f"Training loss of epoch {epochs}, learning rates searched; over {len(config['seeds'])} "
         "seeds: mean [least, greatest].",
-        ("task", *(_title(name) for name in optimizers), "GLS / Adam"),
+        ("task", *(title(name) for name in optimizers), "GLS / Adam"),
         tuple(rows),
         labels=1,
     )
@@ -92,14 +113,21 @@ def _setting(config: Mapping[str, Any]) -> str:
     for task in config["tasks"]:
         data = settings[f"data of {task}"]
         lines.append(
-            f"- {TASKS[task].title}: {data['name']}, {data['train_images']} training images, "
+            f"- {TASKS[task].title}: {data['name']}, {data['train_images']} training "
+            f"{'sequences' if TASKS[task].text else 'images'}, "
             f"{data['validation_images']} for validation; {data['parameters']} parameters"
+            + (
+                f"; batches of {settings[own]}"
+                if (own := f"batch size of {task}") in settings
+                else ""
+            )
         )
     seeds = ", ".join(str(seed) for seed in config["seeds"])
     lines.append(
         f"- {settings['epochs']} epochs, batches of {settings['batch_size']}, seeds {seeds}; "
         "a seed gives every optimizer the same initial weights and the same batches"
     )
+    lines += _protocol(config)
     if settings["gls"]:
         options = ", ".join(f"{name}={value}" for name, value in settings["gls"].items())
         lines.append(f"- GLS options other than its defaults: {options}")
@@ -109,13 +137,34 @@ def _setting(config: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _protocol(config: Mapping[str, Any]) -> list[str]:
+    """What was searched, how rates went, and who is not there."""
+    settings, lines = config["settings"], []
+    schedule = settings.get("schedule", {"kind": "constant", "warmup": 0})
+    if schedule != {"kind": "constant", "warmup": 0}:
+        lines.append(
+            f"- Learning rates: {schedule['kind']}, after {schedule['warmup']} steps of warm-up"
+        )
+    search = settings.get("search", {"tries": None})
+    if search["tries"] is not None:
+        decays = ", ".join(f"{decay:g}" for decay in search["weight_decays"])
+        lines.append(
+            f"- Search: {search['tries']} runs of {settings['grid_epochs']} epochs for each "
+            f"optimizer that is searched, over rates and weight decays {decays}; by the "
+            f"{SELECTED[search['select']]}, on seed {search['seed']}, which no other run has"
+        )
+    for name, why in config.get("left_out", {}).items():
+        lines.append(f"- {title(name)} is left out: {why}")
+    return lines
+
+
 def _loss_table(runs: Runs, order: Sequence[tuple[str, str]], epochs: int) -> Table:
     shown = _shown_epochs(epochs)
     rows = []
     for task, name in order:
         by_seed = runs[task, name]
         cells = [_epoch_cell(by_seed, epoch) for epoch in shown]
-        rows.append((_title(task), _title(name), _rate(by_seed), *cells))
+        rows.append((title(task), title(name), rate(by_seed), *cells))
     return Table(
         "Training loss",
         "Mean of the minibatch losses during the epoch; over the seeds: mean [least, greatest].",
@@ -140,7 +189,7 @@ def _epoch_cell(by_seed: BySeed, epoch: int) -> str:
     diverged = len(by_seed) - len(losses)
     if diverged:
         return f"diverged ({diverged} of {len(by_seed)})"
-    return _spread_cell(spread(losses))
+    return spread_cell(spread(losses))
 
 
 def _ratio_table(runs: Runs, tasks: Sequence[str]) -> Table:
@@ -152,9 +201,9 @@ def _ratio_table(runs: Runs, tasks: Sequence[str]) -> Table:
         ratios = spread(loss_ratios(challenger, baseline))
         rows.append(
             (
-                _title(task),
-                _rate(challenger),
-                _rate(baseline),
+                title(task),
+                rate(challenger),
+                rate(baseline),
                 *((NOTHING,) * 3 if ratios is None else _mean_low_high(ratios)),
             )
         )
@@ -176,7 +225,7 @@ def _speed_up_table(runs: Runs, tasks: Sequence[str]) -> Table:
         for seed in sorted(challenger.keys() & baseline.keys()):
             found = speed_up(challenger[seed], baseline[seed])
             if found is not None:
-                rows.append((_title(task), str(seed), *_speed_up_cells(found)))
+                rows.append((title(task), str(seed), *_speed_up_cells(found)))
     return Table(
         "Until GLS reaches Adam's best training loss",
         "Epochs, and seconds of training, up to the end of the first epoch at or below Adam's "
@@ -206,7 +255,7 @@ def _speed_up_cells(found: SpeedUp) -> tuple[str, ...]:
     else:
         seconds, second_factor = f"{found.seconds:.1f}", f"**{found.second_factor:.2f}**"
     return (
-        _number(found.target),
+        number(found.target),
         str(found.baseline_epochs),
         epochs,
         epoch_factor,
@@ -225,12 +274,12 @@ def _same_step_table(runs: Runs, tasks: Sequence[str]) -> Table:
         ratios = spread(loss_ratios(challenger, baseline))
         rows.append(
             (
-                _title(task),
-                _rate(baseline),
-                _rate(challenger),
+                title(task),
+                rate(baseline),
+                rate(challenger),
                 _last_cell(baseline),
                 _last_cell(challenger),
-                NOTHING if ratios is None else f"**{_spread_cell(ratios)}**",
+                NOTHING if ratios is None else f"**{spread_cell(ratios)}**",
             )
         )
     return Table(
@@ -251,10 +300,10 @@ def _validation_table(runs: Runs, order: Sequence[tuple[str, str]]) -> Table:
         errors = [run[-1].validation_error for run in finished]
         rows.append(
             (
-                _title(task),
-                _title(name),
-                _spread_cell(spread(loss for loss in losses if loss is not None)),
-                _spread_cell(spread(100 * error for error in errors if error is not None), 2),
+                title(task),
+                title(name),
+                spread_cell(spread(loss for loss in losses if loss is not None)),
+                spread_cell(spread(100 * error for error in errors if error is not None), 2),
             )
         )
     return Table(
@@ -265,12 +314,12 @@ def _validation_table(runs: Runs, order: Sequence[tuple[str, str]]) -> Table:
     )
 
 
-def _seconds_table(runs: Runs, order: Sequence[tuple[str, str]]) -> Table:
+def _seconds_table(runs: Runs, order: Sequence[tuple[str, str]], baseline: str) -> Table:
     rows = []
     for task, name in order:
         by_seed = runs[task, name]
-        baseline = runs.get((task, BASELINE))
-        ratios = spread(second_ratios(by_seed, baseline)) if baseline else None
+        reference = runs.get((task, baseline))
+        ratios = spread(second_ratios(by_seed, reference)) if reference else None
         records = [record for run in by_seed.values() for record in run]
         # The CPU's figure is the whole process's, so it compares no optimizers.
         memory = [
@@ -280,79 +329,28 @@ def _seconds_table(runs: Runs, order: Sequence[tuple[str, str]]) -> Table:
         ]
         rows.append(
             (
-                _title(task),
-                _title(name),
-                _spread_cell(spread(seconds_per_epoch(run) for run in by_seed.values()), 2),
-                NOTHING if ratios is None else _spread_cell(ratios, 2),
+                title(task),
+                title(name),
+                spread_cell(spread(seconds_per_epoch(run) for run in by_seed.values()), 2),
+                NOTHING if ratios is None else spread_cell(ratios, 2),
                 f"{max(memory):.0f}" if memory else NOTHING,
             )
         )
     return Table(
         "Seconds per epoch",
-        "Training only, mean over the epochs; the ratio to Adam is taken seed by seed, each "
-        "seed's runs having followed one another. Peak memory is the allocator's on the GPU.",
-        ("task", "optimizer", "seconds", "over Adam's", "peak MiB"),
+        f"Training only, mean over the epochs; the ratio to {title(baseline)} is taken seed by "
+        "seed, each seed's runs having followed one another. Peak memory is the allocator's on "
+        "the GPU.",
+        ("task", "optimizer", "seconds", f"over {title(baseline)}'s", "peak MiB"),
         tuple(rows),
     )
-
-
-def _search_table(
-    records: Sequence[EpochRecord], order: Sequence[tuple[str, str]], seed: int, epochs: int
-) -> Table:
-    searches: dict[tuple[str, str], dict[float, Run]] = {}
-    for record in records:
-        if record.phase == "search" and record.seed == seed and record.epochs == epochs:
-            by_rate = searches.setdefault((record.task, record.optimizer), {})
-            by_rate[record.lr] = (*by_rate.get(record.lr, ()), record)
-    rows = []
-    for key in order:
-        losses = {lr: last_loss(run) for lr, run in sorted(searches.get(key, {}).items())}
-        if not losses:
-            continue
-        finite = {lr: loss for lr, loss in losses.items() if loss is not None}
-        best = min(finite, key=lambda lr: finite[lr], default=None)
-        cells = []
-        for lr, loss in losses.items():
-            cell = f"{lr:g}: {'diverged' if loss is None else _number(loss)}"
-            cells.append(f"**{cell}**" if lr == best else cell)
-        rows.append((_title(key[0]), _title(key[1]), ", ".join(cells)))
-    return Table(
-        "Learning rates searched",
-        f"Training loss of the last epoch at each learning rate, {epochs} epochs, seed {seed}; "
-        "the best in bold. A grid whose best is at its edge was extended.",
-        ("task", "optimizer", "lr: loss"),
-        tuple(rows),
-        labels=3,
-    )
-
-
-def _title(name: str) -> str:
-    return TASKS[name].name if name in TASKS else OPTIMIZERS[name].title
-
-
-def _rate(by_seed: BySeed) -> str:
-    return ", ".join(f"{lr:g}" for lr in sorted({run[0].lr for run in by_seed.values()}))
 
 
 def _last_cell(by_seed: BySeed) -> str:
     losses = [last_loss(run) for run in by_seed.values()]
     finite = [loss for loss in losses if loss is not None]
-    return _spread_cell(spread(finite)) if len(finite) == len(losses) else "diverged"
+    return spread_cell(spread(finite)) if len(finite) == len(losses) else "diverged"
 
 
 def _mean_low_high(values: Spread) -> tuple[str, str, str]:
     return f"**{values.mean:.3f}**", f"{values.low:.3f}", f"{values.high:.3f}"
-
-
-def _spread_cell(values: Spread | None, digits: int = 4) -> str:
-    if values is None:
-        return NOTHING
-    if values.count == 1:
-        return _number(values.mean, digits)
-    low, high = _number(values.low, digits), _number(values.high, digits)
-    return f"{_number(values.mean, digits)} [{low}, {high}]"
-
-
-def _number(value: float, digits: int = 4) -> str:
-    # A diverging but finite loss has no use for decimals.
-    return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.3g}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks.convergence.records import EpochRecord, Run, is_complete
 
+CHALLENGER, BASELINE = "gls", "adam"
 # Runs of one task and optimizer, by seed.
 BySeed = Mapping[int, Run]
 
@@ -49,6 +50,11 @@ class SpeedUp:
         return None if self.seconds is None else self.baseline_seconds / self.seconds
 
 
+def baseline_of(optimizers: Sequence[str]) -> str:
+    """What the others are compared with: Adam, or AdamW where it stands for it."""
+    return "adamw" if BASELINE not in optimizers and "adamw" in optimizers else BASELINE
+
+
 def spread(values: Iterable[float]) -> Spread | None:
     """Mean and range; None of nothing."""
     found = list(values)
@@ -75,6 +81,12 @@ def final_runs(
 def last_loss(run: Run) -> float | None:
     """The last epoch's mean training loss; None if the run diverged."""
     return None if run[-1].diverged else run[-1].train_loss
+
+
+def best_validation(run: Run) -> float | None:
+    """The lowest validation loss of an epoch; None if there is none."""
+    losses = [record.validation_loss for record in run if record.validation_loss is not None]
+    return min(losses, default=None)
 
 
 def loss_ratios(challenger: BySeed, baseline: BySeed) -> list[float]:

@@ -20,6 +20,7 @@ from benchmarks.harness.arguments import (
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.heap import hold_freed_memory
 from benchmarks.harness.present import publish
+from benchmarks.harness.progress import say
 from benchmarks.workloads.contenders import BASELINE, CONTENDERS
 from benchmarks.workloads.shapes import IMAGES, SHAPES
 from benchmarks.workloads.tasks import TASKS
@@ -70,6 +71,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(
             f"--batch-sizes: {max(arguments.batch_sizes)} is more than the {IMAGES} images timed"
         )
+    shapes = [SHAPES[shape] for shape in arguments.shapes]
+    left_out = [
+        task for task in arguments.tasks if not any(shape.fits(TASKS[task]) for shape in shapes)
+    ]
+    if len(left_out) == len(arguments.tasks):
+        kind = "text" if TASKS[left_out[0]].text else "images"
+        raise InputError(f"--shapes: {left_out[0]} trains on {kind}, and none of these is")
+    for task in left_out:
+        say(f"{task} is left out, as none of --shapes is what it trains on")
     hold_freed_memory()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

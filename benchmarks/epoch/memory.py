@@ -50,7 +50,8 @@ def main() -> None:
     dataset = synthesise(SHAPES[shape].shape, BATCHES * batch_size).to(target)
     build = CONTENDERS[optimizer].build
     # What the first steps of any model load is no model's.
-    warm_up = synthesise((1, 8, 8), 2 * SMALL_BATCH).to(target)
+    small = (8, 8) if TASKS[task].text else (1, 8, 8)
+    warm_up = synthesise(small, 2 * SMALL_BATCH).to(target)
     Trainer(TASKS[task], warm_up, build, SMALL_BATCH).next_steps(STEPS)
     before = _start_peak(target)
     trainer = Trainer(TASKS[task], dataset, build, batch_size)

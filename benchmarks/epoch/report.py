@@ -71,10 +71,13 @@ def _setting(results: Mapping[str, Any]) -> str:
             + (
                 "synthetic standardised images of its shape, as it is not on disk"
                 if found == {"synthetic"}
+                else ", ".join(sorted(found))
+                if SHAPES[shape].text
                 else "its own images"
             )
-            + f"; an epoch is {SHAPES[shape].train_images} images, seconds are the median step "
-            "times the epoch's steps"
+            + f"; an epoch is {SHAPES[shape].train_images} "
+            + ("sequences" if SHAPES[shape].text else "images")
+            + ", seconds are the median step times the epoch's steps"
         )
     return "\n".join(lines)
 

@@ -54,6 +54,8 @@ GLS_OPTIONS: Mapping[str, Mapping[str, Any]] = {"gls": {}, "gls-momentum0": {"mo
 def measure_epochs(options: EpochOptions, out: Path) -> dict[str, Any]:
     """Time every cell of shapes x tasks x batch sizes; `out` is kept complete after each.
 
+    A task on text has cells at the shape of text alone, the others at those of images.
+
     Raises:
         GateError: GLS does something else than the reference; the cell is not timed.
     """
@@ -62,8 +64,11 @@ def measure_epochs(options: EpochOptions, out: Path) -> dict[str, Any]:
         results["ceilings"] = asdict(measure_ceilings())
     cells: list[dict[str, Any]] = results["cells"]
     for shape in options.shapes:
+        fitting = [task for task in options.tasks if SHAPES[shape].fits(TASKS[task])]
+        if not fitting:
+            continue
         dataset = images_of(SHAPES[shape]).to(options.device)
-        for task in options.tasks:
+        for task in fitting:
             for batch_size in options.batch_sizes:
                 cells.append(_measure_cell(options, shape, dataset, task, batch_size))
                 if options.memory:

@@ -27,7 +27,13 @@ def positive(text: str) -> int:
 
 def natural(text: str) -> int:
     """A whole number, at least 0."""
-    return 0 if text.strip() == "0" else positive(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 0, got {text!r}")
+    return value
 
 
 def positive_number(text: str) -> float:

@@ -1,4 +1,5 @@
-"""What is timed: every op on the arrays it meets in CIFAR-10's models at batch 128.
+"""What is timed: every op on the arrays it meets in the tasks' models, at CIFAR-10's shape and the
+text's, at batch 128.
 
 Flops and bytes are what the equations need: leading orders, every array read and written once.
 """
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.workloads.shapes import SHAPES
+from benchmarks.workloads.shapes import SHAPES, synthesise
 from benchmarks.workloads.tasks import TASKS
 from gls_fused import reference
-from gls_fused.capture.rows import SKETCH_IMAGES
+from gls_fused.capture.rows import SKETCH_IMAGES, SKETCH_ROWS
 from gls_fused.curvature.estimate import AUTO_RANK, auto_rank
 from gls_fused.reference import SubspaceInverse, Window
 from tests.tolerances import PRODUCT, SOLVE, assert_near
@@ -72,6 +73,7 @@ class Layer:
     weight: torch.Size
     inputs: torch.Size
     window: Window | None
+    bias: bool
 
     @property
     def outputs(self) -> int:
@@ -81,11 +83,25 @@ class Layer:
     def size(self) -> int:
         return self.weight[1:].numel()
 
+    @property
+    def dim(self) -> int:
+        return self.size + self.bias
+
+    @property
+    def rows(self) -> int:
+        """Of a linear layer."""
+        return self.inputs[:-1].numel()
+
+    @property
+    def parameters(self) -> list[tuple[int, ...]]:
+        """Their shapes."""
+        return [tuple(self.weight), (self.outputs,)] if self.bias else [tuple(self.weight)]
+
 
 def layers_of(task: str) -> list[Layer]:
-    """The linear layers and convolutions of a task's model, all with a bias."""
-    shape = SHAPES["cifar10"].shape
-    model = TASKS[task].build(shape)
+    """The linear layers and convolutions of a task's model."""
+    data = synthesise(SHAPES["text" if TASKS[task].text else "cifar10"].shape, BATCH)
+    model = TASKS[task].build(data.shape)
     found: list[Layer] = []
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -94,13 +110,13 @@ def layers_of(task: str) -> list[Layer]:
         if isinstance(module, nn.Conv2d):
             # Paddings are pairs unless they are words, which no task uses.
             window = Window(module.kernel_size, module.stride, module.padding, module.dilation)  # type: ignore[arg-type]
-        found.append(Layer(module.weight.shape, inputs[0].shape, window))
+        found.append(Layer(module.weight.shape, inputs[0].shape, window, module.bias is not None))
 
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             module.register_forward_pre_hook(note)
     with torch.no_grad():
-        model(torch.zeros(BATCH, *shape))
+        model(data.images)
     return found
 
 
@@ -112,7 +128,7 @@ def make_cases() -> list[Case]:
         *(case for layer in every if layer.window is None for case in _of_rows(layer)),
         *(_sketch_images(layer) for layer in every if layer.window is not None),
         *(_precondition_gradient(layer) for layer in every),
-        *(_refresh(layer.size + 1) for layer in every),
+        *(_refresh(layer.dim) for layer in every),
         _invert_core(),
         *(_update(task, layers[task], momentum) for momentum in (0.9, 0.0) for task in layers),
     ]
@@ -142,8 +158,9 @@ def _core(rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _of_rows(layer: Layer) -> list[Case]:
-    n, k = layer.inputs[0], layer.size
+    n, k = layer.rows, layer.size
     d, r = k + 1, min(RANK, k + 1)
+    few = min(n, SKETCH_ROWS)
     shape = f"[{n}, {k}]"
 
     def precondition(dtype: torch.dtype) -> Call:
@@ -151,7 +168,7 @@ def _of_rows(layer: Layer) -> list[Case]:
         return lambda backend: backend.precondition_rows(rows, inverse, ones=True)
 
     def sketch(dtype: torch.dtype) -> Call:
-        rows, basis = normal(n, k, seed=2).to(dtype), make_inverse(d, dtype).basis
+        rows, basis = normal(few, k, seed=2).to(dtype), make_inverse(d, dtype).basis
         return lambda backend: backend.sketch_rows(rows, basis, ones=True)
 
     return [
@@ -160,8 +177,8 @@ def _of_rows(layer: Layer) -> list[Case]:
             PRODUCT[torch.float32],
         ),
         Case(
-            "sketch_rows", shape, sketch, 4 * n * d * r + 2 * n * r * r,
-            FLOAT * (n * k + 2 * d * r), PRODUCT[torch.float32],
+            "sketch_rows", f"[{few}, {k}]", sketch, 4 * few * d * r + 2 * few * r * r,
+            FLOAT * (few * k + 2 * d * r), PRODUCT[torch.float32],
         ),
     ]  # fmt: skip
 
@@ -170,17 +187,19 @@ def _sketch_images(layer: Layer) -> Case:
     window = layer.window
     assert window is not None
     shape = (SKETCH_IMAGES, *layer.inputs[1:])
-    d = layer.size + 1
+    d = layer.dim
     r = min(auto_rank(layer.outputs), d)
     n = len(reference.unfold_images(torch.zeros(1, *shape[1:]), window)) * SKETCH_IMAGES
 
     def make(dtype: torch.dtype) -> Call:
         images, basis = normal(*shape, seed=2).to(dtype), make_inverse(d, dtype, r).basis
-        return lambda backend: backend.sketch_images(images, basis, window, ones=True)
+        return lambda backend: backend.sketch_images(images, basis, window, ones=layer.bias)
 
     return Case(
         "sketch_images",
-        f"{list(shape)}, {window.kernel_size[0]}x{window.kernel_size[1]}",
+        f"{list(shape)}, {window.kernel_size[0]}x{window.kernel_size[1]}"
+        + ("" if window.stride[0] == 1 else f" by {window.stride[0]}")
+        + ("" if layer.bias else ", no bias"),
         make,
         4 * n * d * r + 2 * n * r * r,
         FLOAT * (torch.Size(shape).numel() + 2 * d * r),
@@ -190,18 +209,23 @@ def _sketch_images(layer: Layer) -> Case:
 
 
 def _precondition_gradient(layer: Layer) -> Case:
-    m, k = layer.outputs, layer.size
-    d, r = k + 1, min(RANK, k + 1)
+    m, k, d = layer.outputs, layer.size, layer.dim
+    r = min(RANK, d)
 
     def make(dtype: torch.dtype) -> Call:
-        weight, bias = normal(m, k, seed=2).to(dtype), normal(m, seed=3).to(dtype)
+        weight = normal(m, k, seed=2).to(dtype)
+        bias = normal(m, seed=3).to(dtype) if layer.bias else None
         inverse = make_inverse(d, dtype)
         return lambda backend: backend.precondition_gradient(weight, bias, inverse)
 
     return Case(
-        "precondition_gradient", f"[{m}, {k}]", make, 4 * m * d * r,
-        FLOAT * (2 * m * d + d * r), PRODUCT[torch.float32],
-    )  # fmt: skip
+        "precondition_gradient",
+        f"[{m}, {k}]" + ("" if layer.bias else ", no bias"),
+        make,
+        4 * m * d * r,
+        FLOAT * (2 * m * d + d * r),
+        PRODUCT[torch.float32],
+    )
 
 
 def _refresh(d: int) -> Case:
@@ -243,7 +267,8 @@ def _invert_core() -> Case:
 
 def _update(task: str, layers: Sequence[Layer], momentum: float) -> Case:
     """The update of all layers whose rows were preconditioned in the backward."""
-    shapes = [shape for layer in layers for shape in (tuple(layer.weight), (layer.outputs,))]
+    shapes = [shape for layer in layers for shape in layer.parameters]
+    sizes = [len(layer.parameters) for layer in layers]
     count = sum(torch.Size(shape).numel() for shape in shapes)
 
     def make(dtype: torch.dtype) -> Call:
@@ -256,7 +281,7 @@ def _update(task: str, layers: Sequence[Layer], momentum: float) -> Case:
         def call(backend: ModuleType) -> Sequence[Tensor]:
             backend.update_layers_(
                 params, gradients, averages, squares, steps, [None] * len(layers),
-                layer_sizes=[2] * len(layers), momentum=momentum, **OPTIONS,
+                layer_sizes=sizes, momentum=momentum, **OPTIONS,
             )  # fmt: skip
             return [*params, *averages, *squares]
 
@@ -277,7 +302,7 @@ def parameters_of(shapes: Sequence[tuple[int, ...]], seed: int, dtype: torch.dty
 
 def make_adam(task: str) -> tuple[torch.optim.Adam, int]:
     """torch's fused Adam with its gradients in place, and how many parameters it steps."""
-    shapes = [s for layer in layers_of(task) for s in (tuple(layer.weight), (layer.outputs,))]
+    shapes = [shape for layer in layers_of(task) for shape in layer.parameters]
     params = [nn.Parameter(x) for x in parameters_of(shapes, 5, torch.float32)]
     for index, param in enumerate(params):
         param.grad = normal(*param.shape, seed=6 + index).float()

@@ -37,7 +37,7 @@ def add_time_to_loss(subparsers: Any) -> None:
     )
     add_choices(parser, "--tasks", tuple(TASKS), tuple(TASKS))
     parser.add_argument("--epochs", type=positive, default=5, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=positive, default=128, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=positive, help="default: 128, of the transformer 32")
     parser.add_argument(
         "--seeds", nargs="+", type=natural, default=[0, 1, 2], help="default: 0 1 2"
     )
@@ -59,7 +59,7 @@ def add_time_to_loss(subparsers: Any) -> None:
     )
     data = add_data(parser)
     data.add_argument(
-        "--train-images", type=positive, metavar="N", help="train on at most N images"
+        "--train-images", type=positive, metavar="N", help="train on at most N images or sequences"
     )
     add_machine(parser, "results/time-to-loss")
     parser.set_defaults(run=run)
@@ -85,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         dataset=arguments.dataset,
         data=arguments.data,
+        text=arguments.text,
         train_images=arguments.train_images,
     )
     results = measure_time_to_loss(options, prepare_out(arguments.out))

@@ -83,7 +83,7 @@ def _setting(results: Mapping[str, Any]) -> str:
     settings = results["settings"]
     lines = [
         *describe_machine(results),
-        f"- {settings['epochs']} epochs, batches of {settings['batch_size']}. The two optimizers "
+        f"- {settings['epochs']} epochs, batches of {_batch_sizes(results)}. The two optimizers "
         f"of a seed train in turn, a slice of 1/{settings['checkpoints_per_epoch']} epoch each, "
         "the first of a pair changing; they have the same initial weights and batches.",
         "- The training loss is the mean of the minibatch losses of the last epoch's worth of "
@@ -95,6 +95,14 @@ def _setting(results: Mapping[str, Any]) -> str:
         options = ", ".join(f"{name}={value}" for name, value in settings["gls"].items())
         lines.append(f"- GLS options other than its defaults: {options}")
     return "\n".join(lines)
+
+
+def _batch_sizes(results: Mapping[str, Any]) -> str:
+    """One for all, or those of the tasks."""
+    general = results["settings"]["batch_size"]
+    own = {task["task"]: task.get("batch_size", general) for task in results["tasks"]}
+    others = [f"{size} ({task})" for task, size in own.items() if size != general]
+    return ", ".join([str(general), *others])
 
 
 def _seed_table(results: Mapping[str, Any]) -> Table:

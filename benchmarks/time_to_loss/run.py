@@ -27,10 +27,13 @@ from benchmarks.workloads.gate import STEPS, check_gls
 from benchmarks.workloads.optimizers import OPTIMIZERS, check_gls_options
 from benchmarks.workloads.search import search_rate
 from benchmarks.workloads.tasks import TASKS, Task
+from benchmarks.workloads.text import load_text
 from benchmarks.workloads.training import WARM_UP_STEPS, train
 
 JSON_FILE = "time_to_loss.json"
 CHALLENGER, BASELINE = "gls", "adam"
+# Of a task without one of its own.
+BATCH_SIZE = 128
 CHECKPOINTS_PER_EPOCH = 10
 
 
@@ -39,6 +42,7 @@ class TimeOptions:
     """What is trained, on what, for how long.
 
     Attributes:
+        batch_size: of every task; None: 128, or the task's own.
         rates: learning rates fixed by hand; Adam's is searched where it is not among them.
         gls: options for GLS.
     """
@@ -46,13 +50,18 @@ class TimeOptions:
     tasks: tuple[str, ...]
     seeds: tuple[int, ...]
     epochs: int
-    batch_size: int
+    batch_size: int | None
     rates: Mapping[str, float]
     gls: Mapping[str, Any]
     device: torch.device
     dataset: str
     data: Path | None
+    text: Path | None
     train_images: int | None
+
+    def batch_size_of(self, task: Task) -> int:
+        """Given by hand, or the task's own."""
+        return self.batch_size or task.batch_size or BATCH_SIZE
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ def measure_time_to_loss(options: TimeOptions, out: Path) -> dict[str, Any]:
         **describe_run(options.device),
         "settings": {
             "epochs": options.epochs,
-            "batch_size": options.batch_size,
+            "batch_size": options.batch_size or BATCH_SIZE,
             "seeds": list(options.seeds),
             "checkpoints_per_epoch": CHECKPOINTS_PER_EPOCH,
             "gls": dict(options.gls),
@@ -103,14 +112,16 @@ def measure_time_to_loss(options: TimeOptions, out: Path) -> dict[str, Any]:
     }
     for name, dataset in datasets.items():
         task = TASKS[name]
-        few = replace(dataset, images=dataset.images[: STEPS * options.batch_size])
-        gate = asdict(check_gls(task, few, options.batch_size, **options.gls))
+        batch_size = options.batch_size_of(task)
+        few = replace(dataset, images=dataset.images[: STEPS * batch_size])
+        gate = asdict(check_gls(task, few, batch_size, **options.gls))
         rates, search = _choose_rates(options, task, dataset)
         found: dict[str, Any] = {
             "task": name,
             "data": dataset.name,
             "train_images": len(dataset.images),
-            "steps_per_epoch": len(dataset.images) // options.batch_size,
+            "batch_size": batch_size,
+            "steps_per_epoch": len(dataset.images) // batch_size,
             "gate": gate,
             "search": [{"lr": lr, "train_loss": loss} for lr, loss in sorted(search.items())],
             "lr": rates,
@@ -153,19 +164,23 @@ def running_mean(losses: Sequence[float], steps: int) -> float | None:
 
 
 def _load(options: TimeOptions, task: str) -> Dataset:
-    dataset = load_dataset(
-        options.dataset,
-        directory=options.data,
-        supervised=TASKS[task].supervised,
-        train_images=options.train_images,
-    ).to(options.device)
-    count = len(dataset.images)
-    if count < CHECKPOINTS_PER_EPOCH * options.batch_size:
-        raise InputError(
-            f"--batch-size {options.batch_size}: {task} has {count} training images, fewer than "
-            f"the {CHECKPOINTS_PER_EPOCH} batches between which an epoch's checkpoints lie"
+    if TASKS[task].text:
+        dataset = load_text(options.text, train_sequences=options.train_images)
+    else:
+        dataset = load_dataset(
+            options.dataset,
+            directory=options.data,
+            supervised=TASKS[task].supervised,
+            train_images=options.train_images,
         )
-    return dataset
+    count, batch_size = len(dataset.images), options.batch_size_of(TASKS[task])
+    if count < CHECKPOINTS_PER_EPOCH * batch_size:
+        what = "sequences" if TASKS[task].text else "images"
+        raise InputError(
+            f"--batch-size {batch_size}: {task} has {count} training {what}, fewer than the "
+            f"{CHECKPOINTS_PER_EPOCH} batches between which an epoch's checkpoints lie"
+        )
+    return dataset.to(options.device)
 
 
 def _choose_rates(
@@ -184,7 +199,7 @@ def _choose_rates(
             lambda model: OPTIMIZERS[BASELINE].build(model, lr, {}),
             seed=options.seeds[0],
             epochs=options.epochs,
-            batch_size=options.batch_size,
+            batch_size=options.batch_size_of(task),
         )
         found = [result.train_loss for result in run if result.train_loss is not None]
         losses[lr] = min(found, default=None)
@@ -207,7 +222,7 @@ def _train_seed(
             task,
             dataset,
             lambda model: OPTIMIZERS[name].build(model, rates[name], gls),
-            options.batch_size,
+            options.batch_size_of(task),
             seed,
         )
 
@@ -215,7 +230,7 @@ def _train_seed(
         # No checkpoint pays for what the first steps of any run set up.
         start(name).run(WARM_UP_STEPS)
     runs = {name: start(name) for name in names}
-    steps_per_epoch = len(dataset.images) // options.batch_size
+    steps_per_epoch = len(dataset.images) // options.batch_size_of(task)
     ends = checkpoint_steps(steps_per_epoch, options.epochs)
     losses: dict[str, list[float]] = {name: [] for name in names}
     curves: dict[str, dict[str, list[Any]]] = {

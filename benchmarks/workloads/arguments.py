@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.harness.arguments import positive_number
 from benchmarks.workloads.data import DATASETS, LOCAL_DATA
 from benchmarks.workloads.optimizers import OPTIMIZERS
+from benchmarks.workloads.text import LIBRARY
 
 
 def rate(text: str) -> tuple[str, float]:
@@ -22,7 +23,7 @@ def rate(text: str) -> tuple[str, float]:
 
 
 def add_data(parser: Any) -> Any:
-    """--dataset and --data, in a group of their own that is returned for more."""
+    """--dataset, --data and --text, in a group of their own that is returned for more."""
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", default="auto", choices=("auto", *DATASETS))
     data.add_argument(
@@ -30,5 +31,11 @@ def add_data(parser: Any) -> Any:
         type=Path,
         metavar="DIR",
         help=f"where CIFAR-10's or Fashion-MNIST's files are; default: {LOCAL_DATA}",
+    )
+    data.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE_OR_DIR",
+        help=f"the transformer's text; default: {LOCAL_DATA}/*.txt, else {LIBRARY}'s sources",
     )
     return data

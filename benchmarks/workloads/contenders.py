@@ -59,7 +59,7 @@ class Trainer:
         self.task = task
         self.dataset = dataset
         torch.manual_seed(seed)
-        self.model = task.build(dataset.shape).to(dataset.images.device, dataset.images.dtype)
+        self.model = task.build(dataset.shape).to(dataset.images.device, dataset.dtype)
         self.optimizer = build(self.model)
         self.loss = torch.zeros(())
         self.faults: list[float] = []

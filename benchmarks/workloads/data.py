@@ -40,13 +40,17 @@ _PATCHES_TRAIN, _PATCHES_VALIDATION = 8000, 1000
 
 @dataclass(frozen=True)
 class Dataset:
-    """Standardised images of one data set.
+    """Standardised images of one data set, or the sequences of a text.
 
     Attributes:
-        images: [n, c, h, w] float32; mean 0 and variance 1 over the whole training set.
-        labels: [n] int64, or None for a data set that has none.
+        images: [n, c, h, w] float32; mean 0 and variance 1 over the whole training set. Of a text
+            [n, t] int64, the characters' numbers.
+        labels: [n] int64, or None for a data set that has none. Of a text [n, t], the characters
+            that follow.
         validation_images, validation_labels: the same, standardised by the training set's figures.
         mean, std: what the pixels, in 0..1, were standardised by.
+        vocabulary: how many different characters a text has; 0: these are images.
+        dtype: of the weights that are trained on it.
     """
 
     name: str
@@ -56,12 +60,14 @@ class Dataset:
     validation_labels: Tensor | None
     mean: float
     std: float
+    vocabulary: int = 0
+    dtype: torch.dtype = torch.float32
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one image."""
-        _, channels, height, width = self.images.shape
-        return channels, height, width
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height and width of one image; a text's vocabulary and a sequence's length."""
+        sizes = tuple(self.images.shape[1:])
+        return (self.vocabulary, *sizes) if self.vocabulary else sizes
 
     def to(self, device: torch.device) -> Dataset:
         """The same data set with its tensors on `device`."""

@@ -5,6 +5,7 @@ Grids climb in half decades (1, 3, 10, ...); the search extends one whose best v
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ import torch
 from torch import nn
 
 from benchmarks.harness.errors import InputError
+from benchmarks.workloads.peers import PEERS, PEERS_EXTRA, make_kron, make_shampoo, make_soap
 from benchmarks.workloads.training import Steps
 from gls_fused import GLS
 
 GlsOptions = Mapping[str, Any]
+Decay = float | None
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,31 @@ class OptimizerSpec:
     Attributes:
         rate: the learning rate where nothing is searched.
         grid: the learning rates searched by default, ascending; empty: `rate` is used as it is.
-        build: (model, learning rate, options for GLS) -> optimizer.
+        make: (model, learning rate, weight decay, options for GLS) -> optimizer; without a weight
+            decay it takes its own.
+        needs: the module that it comes from, where that is an extra.
     """
 
     name: str
     title: str
     rate: float
     grid: tuple[float, ...]
-    build: Callable[[nn.Module, float, GlsOptions], Steps]
+    make: Callable[[nn.Module, float, Decay, GlsOptions], Steps]
+    needs: str | None = None
+
+    def build(
+        self, model: nn.Module, lr: float, options: GlsOptions, weight_decay: Decay = None
+    ) -> Steps:
+        """The optimizer of a model."""
+        return self.make(model, lr, weight_decay, options)
+
+    def missing(self) -> str | None:
+        """Why it cannot be built here, and what helps; None where it can."""
+        if self.needs is not None and importlib.util.find_spec(self.needs) is None:
+            return f"{self.needs} is not installed: pip install {PEERS_EXTRA}"
+        if self.name == "muon" and not hasattr(torch.optim, "Muon"):
+            return f"torch {torch.__version__} has no Muon: pip install --upgrade torch"
+        return None
 
 
 class Together:
@@ -42,6 +62,11 @@ class Together:
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Of all of them."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def zero_grad(self) -> None:
         """Clear every gradient."""
@@ -54,50 +79,78 @@ class Together:
             optimizer.step()
 
 
-def _sgd(model: nn.Module, lr: float, options: GlsOptions) -> Steps:
-    return torch.optim.SGD(model.parameters(), lr=lr, fused=True)
+def _sgd(model: nn.Module, lr: float, decay: Decay, options: GlsOptions) -> Steps:
+    return torch.optim.SGD(model.parameters(), lr=lr, weight_decay=decay or 0.0, fused=True)
 
 
-def _sgd_momentum(model: nn.Module, lr: float, options: GlsOptions) -> Steps:
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=True)
+def _sgd_momentum(model: nn.Module, lr: float, decay: Decay, options: GlsOptions) -> Steps:
+    return torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=0.9, weight_decay=decay or 0.0, fused=True
+    )
 
 
-def _adam(model: nn.Module, lr: float, options: GlsOptions) -> Steps:
-    return torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+def _adam(model: nn.Module, lr: float, decay: Decay, options: GlsOptions) -> Steps:
+    """Without a weight decay Adam; with one AdamW, which is Adam with a decay that is its own."""
+    return (
+        _adamw(model, lr, decay, options)
+        if decay
+        else torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    )
 
 
-def _adamw(model: nn.Module, lr: float, options: GlsOptions) -> Steps:
-    return torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+def _adamw(model: nn.Module, lr: float, decay: Decay, options: GlsOptions) -> Steps:
+    decay = ADAMW_DECAY if decay is None else decay
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay, fused=True)
 
 
-def _muon(model: nn.Module, lr: float, options: GlsOptions) -> Steps:
-    """Muon on the matrices, scaled to Adam's update size; Adam on what Muon does not take."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim != 2]
-    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    return Together([muon, torch.optim.Adam(others, lr=lr, fused=True)])
+def _muon(model: nn.Module, lr: float, decay: Decay, options: GlsOptions) -> Steps:
+    """Muon on hidden linear layers' weights, scaled to AdamW's update size; AdamW on the rest.
+
+    The rest, as torch's documentation and the author ask: biases, norms, embeddings, the last
+    layer; and convolutions, as torch's Muon takes matrices only.
+    """
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    hidden = [module.weight for module in linear[:-1]]
+    matrices = {id(weight) for weight in hidden}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in matrices]
+    decay = decay or 0.0
+    adamw = torch.optim.AdamW(others, lr=lr, weight_decay=decay, fused=True)
+    if not hidden:
+        return adamw
+    muon = torch.optim.Muon(hidden, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return Together([muon, adamw])
 
 
-def _gls(model: nn.Module, lr: float, options: GlsOptions) -> Steps:
-    return GLS(model, lr=lr, **options)
+def _gls(model: nn.Module, lr: float, decay: Decay, options: GlsOptions) -> Steps:
+    searched = {} if decay is None else {"weight_decay": decay}
+    return GLS(model, lr=lr, **{**options, **searched})
 
 
-def _gls_sgd(model: nn.Module, lr: float, options: GlsOptions) -> Steps:
-    return GLS(model, lr=lr, **{**options, "normalize": "sgd"})
+def _gls_sgd(model: nn.Module, lr: float, decay: Decay, options: GlsOptions) -> Steps:
+    return _gls(model, lr, decay, {**options, "normalize": "sgd"})
 
 
+# torch's own.
+ADAMW_DECAY = 0.01
+ADAM_GRID = (3e-4, 1e-3, 3e-3)
 OPTIMIZERS = {
     spec.name: spec
     for spec in (
         OptimizerSpec("sgd", "SGD", 0.1, (0.03, 0.1, 0.3, 1.0), _sgd),
-        OptimizerSpec("adam", "Adam", 1e-3, (3e-4, 1e-3, 3e-3), _adam),
+        OptimizerSpec("adam", "Adam", 1e-3, ADAM_GRID, _adam),
         OptimizerSpec("gls", "GLS", 1e-3, (), _gls),
         OptimizerSpec("gls-sgd", "GLS, SGD's step size", 0.1, (), _gls_sgd),
+        OptimizerSpec("gls-tuned", "GLS, tuned", 1e-3, ADAM_GRID, _gls),
         OptimizerSpec("muon", "Muon", 1e-3, (1e-3, 3e-3, 1e-2), _muon),
         OptimizerSpec("sgd-momentum", "SGD, momentum .9", 0.03, (0.01, 0.03, 0.1), _sgd_momentum),
-        OptimizerSpec("adamw", "AdamW", 1e-3, (3e-4, 1e-3, 3e-3), _adamw),
+        OptimizerSpec("adamw", "AdamW", 1e-3, ADAM_GRID, _adamw),
+        OptimizerSpec("soap", "SOAP", 3e-3, (1e-3, 3e-3, 1e-2), make_soap, PEERS),
+        OptimizerSpec("shampoo", "Shampoo", 1e-3, ADAM_GRID, make_shampoo, PEERS),
+        OptimizerSpec("psgd-kron", "PSGD-Kron", 1e-3, (3e-4, 1e-3, 3e-3), make_kron, PEERS),
     )
 }
+# Those that take the options of --gls.
+GLS_NAMES = ("gls", "gls-sgd", "gls-tuned")
 
 
 def check_gls_options(options: GlsOptions, names: Sequence[str]) -> None:
@@ -106,9 +159,11 @@ def check_gls_options(options: GlsOptions, names: Sequence[str]) -> None:
     Raises:
         InputError: an option GLS does not have or a value it does not take.
     """
-    used = [name for name in names if name in ("gls", "gls-sgd")]
+    used = [name for name in names if name in GLS_NAMES]
     if options and not used:
-        raise InputError("--gls is given, but neither gls nor gls-sgd is among --optimizers")
+        raise InputError(
+            f"--gls is given, but neither {' nor '.join(GLS_NAMES)} is among --optimizers"
+        )
     if not used:
         return
     known = [name for name in inspect.signature(GLS).parameters if name not in ("model", "lr")]

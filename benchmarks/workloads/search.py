@@ -1,4 +1,4 @@
-"""The search of a learning rate over a grid of half decades."""
+"""The search of a learning rate, and of a weight decay with it, over half decades."""
 
 from __future__ import annotations
 
@@ -22,6 +22,42 @@ def search_rate(grid: Sequence[float], evaluate: Callable[[float], float]) -> fl
         further = next_half_decade(best, up=best == max(losses))
         losses[further] = evaluate(further)
     return min(losses, key=lambda lr: (losses[lr], lr))
+
+
+def search_settings(
+    grid: Sequence[float],
+    decays: Sequence[float],
+    tries: int,
+    evaluate: Callable[[float, float], float],
+) -> tuple[float, float]:
+    """The learning rate and the weight decay of the lowest loss, of exactly `tries` tries.
+
+    First the grid at the first decay. Each further try is next to the best pair so far, the first
+    of these that is new: the next higher rate, the next lower one, another decay (another decay
+    first, where the best pair's is not the first decay); next to the second best where none of
+    them is new, and so on. So a grid whose best is at its edge is extended, then every decay is
+    tried, and every optimizer has the same number of tries.
+
+    Args:
+        grid: at most `tries` rates.
+        evaluate: learning rate, weight decay -> loss, infinite when it diverged.
+    """
+    losses = {(lr, decays[0]): evaluate(lr, decays[0]) for lr in grid}
+    while len(losses) < tries:
+        ranked = sorted(losses, key=lambda pair: (losses[pair], pair))
+        further = next(
+            pair for best in ranked for pair in _neighbours(best, decays) if pair not in losses
+        )
+        losses[further] = evaluate(*further)
+    return min(losses, key=lambda pair: (losses[pair], pair))
+
+
+def _neighbours(pair: tuple[float, float], decays: Sequence[float]) -> list[tuple[float, float]]:
+    lr, decay = pair
+    rates = [next_half_decade(lr, up=True), next_half_decade(lr, up=False)]
+    nearby = [(rate, decay) for rate in rates]
+    others = [(lr, other) for other in decays]
+    return [*nearby, *others] if decay == decays[0] else [*others, *nearby]
 
 
 def next_half_decade(value: float, *, up: bool) -> float:

@@ -6,6 +6,10 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks.workloads.shapes import VOCABULARY
+from benchmarks.workloads.tasks import CLASSES
+from benchmarks.workloads.text import CONTEXT
+from benchmarks.workloads.transformer import BLOCKS, WIDTH
 from gls_fused.capture.rows import SKETCH_IMAGES, SKETCH_ROWS
 from gls_fused.curvature.estimate import auto_rank
 
@@ -18,22 +22,28 @@ ADAM_BYTES = 28
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight [outputs, inputs] with a bias, its rows, and those that the sketch takes."""
+    """A weight [outputs, inputs], its rows, and those that the sketch takes."""
 
     outputs: int
     inputs: int
     rows: int
     sketched: int
     convolution: bool = False
+    bias: bool = True
+
+    @property
+    def dim(self) -> int:
+        """Of a row, with the one that a bias appends."""
+        return self.inputs + self.bias
 
     @property
     def parameters(self) -> int:
-        return self.outputs * (self.inputs + 1)
+        return self.outputs * self.dim
 
     @property
     def rank(self) -> int:
         """As rank="auto" decides."""
-        return auto_rank(self.outputs)
+        return min(auto_rank(self.outputs), self.dim)
 
     @property
     def at_backward(self) -> bool:
@@ -74,6 +84,42 @@ def _cnn(batch: int) -> Model:
     )
 
 
+def _resnet(batch: int) -> Model:
+    """3x32x32 images; batch norm takes Adam's update."""
+    width, few = 40, min(batch, SKETCH_IMAGES)
+
+    def convolution(outputs: int, channels: int, window: int, side: int) -> Layer:
+        positions = side * side
+        return Layer(
+            outputs, channels * window**2, batch * positions, few * positions,
+            convolution=True, bias=False,
+        )  # fmt: skip
+
+    layers, norms, before = [convolution(width, 3, 3, 32)], width, width
+    for stage in range(3):
+        after, side = width * 2**stage, 32 // 2**stage
+        for _ in range(2):
+            layers += [convolution(after, before, 3, side), convolution(after, after, 3, side)]
+            norms += 2 * after
+            if before != after:
+                layers.append(convolution(after, before, 1, side))
+                norms += after
+            before = after
+    layers.append(Layer(CLASSES, before, batch, min(batch, SKETCH_ROWS)))
+    return Model("Residual network, 15 convolutions", tuple(layers), 2 * norms)
+
+
+def _character_transformer(batch: int) -> Model:
+    """A task's batch of sequences; embeddings and norms take Adam's update."""
+    width, rows = WIDTH, batch * CONTEXT
+    few = min(rows, SKETCH_ROWS)
+    shapes = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
+    layers = [Layer(m, k, rows, few) for _ in range(BLOCKS) for m, k in shapes]
+    layers.append(Layer(VOCABULARY, width, rows, few))
+    others = (VOCABULARY + CONTEXT) * width + (2 * BLOCKS + 1) * 2 * width
+    return Model("Character transformer, 4 blocks", tuple(layers), others)
+
+
 def transformer() -> Model:
     """GPT-2's smallest shape: 12 blocks of width 768, vocabulary 50,257 and 1,024 positions.
 
@@ -86,11 +132,13 @@ def transformer() -> Model:
     return Model("Transformer, 124M parameters", layers, (50257 + 1024) * width + 25 * 2 * width)
 
 
-# The tasks at CIFAR-10's shape, by name, as functions of the batch size.
+# The tasks at CIFAR-10's shape, and at the text's, by name, as functions of the batch size.
 TASK_MODELS: Mapping[str, Callable[[int], Model]] = {
     "mlp": lambda batch: _mlp("MLP, 3 linear layers", (3072, 1024, 512, 10), batch),
     "cnn": _cnn,
     "autoencoder": lambda batch: _mlp(
         "Autoencoder, 4 linear layers", (3072, 1024, 128, 1024, 3072), batch
     ),
+    "resnet": _resnet,
+    "transformer": _character_transformer,
 }

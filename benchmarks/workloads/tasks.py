@@ -1,4 +1,4 @@
-"""The three tasks: what is trained, on which loss. Layer sizes follow the image's."""
+"""The five tasks: what is trained, on which loss. Layer sizes follow the image's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
-Shape = tuple[int, int, int]
+from benchmarks.workloads.resnet import build_resnet
+from benchmarks.workloads.transformer import build_transformer
+
+# Channels, height and width of an image; or a text's vocabulary and the characters of a sequence.
+Shape = tuple[int, ...]
 
 CLASSES = 10
 
@@ -19,19 +23,24 @@ class Task:
 
     Attributes:
         supervised: whether labels are the target; if not, the image is.
-        build: (channels, height, width) -> the model, with freshly drawn weights.
+        build: the shape of the data -> the model, with freshly drawn weights.
+        text: whether it is trained on text: sequences of characters, and at each the next one.
+        batch_size: of its own; None: as large as the other tasks'.
     """
 
     name: str
     title: str
     supervised: bool
     build: Callable[[Shape], nn.Module]
+    text: bool = False
+    batch_size: int | None = None
 
     def loss(self, outputs: Tensor, images: Tensor, labels: Tensor | None) -> Tensor:
         """Mean over the batch: cross entropy, or the mean squared error per standardised pixel."""
         if self.supervised:
             assert labels is not None
-            return functional.cross_entropy(outputs, labels)
+            # A text has a label per character.
+            return functional.cross_entropy(outputs.flatten(0, -2), labels.flatten())
         return functional.mse_loss(outputs, images.flatten(1))
 
 
@@ -100,5 +109,14 @@ TASKS = {
         Task("mlp", "MLP, 3 linear layers", True, build_mlp),
         Task("cnn", "CNN, 2 convolutions and 2 linear layers", True, build_cnn),
         Task("autoencoder", "Autoencoder, 4 linear layers", False, build_autoencoder),
+        Task("resnet", "Residual network, 15 convolutions", True, build_resnet),
+        Task(
+            "transformer",
+            "Character transformer, 4 blocks",
+            True,
+            build_transformer,
+            text=True,
+            batch_size=32,
+        ),
     )
 }

@@ -1,4 +1,4 @@
-"""One training run: a task, a data set, an optimizer, a seed; one result per epoch."""
+"""One training run: a task, a data set, an optimizer, a seed; a result per epoch, and between."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.workloads.data import Dataset
+from benchmarks.workloads.schedule import CONSTANT, Schedule, follow
 from benchmarks.workloads.tasks import Task
 
 VALIDATION_BATCH = 1000
@@ -52,6 +54,34 @@ class EpochResult:
     diverged: bool
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found after some steps, where it is asked for every so many.
+
+    Attributes:
+        step: taken so far.
+        train_loss: mean of the minibatch losses since the evaluation before; None when not finite.
+        validation_loss, validation_error: as in EpochResult.
+        seconds: of training so far, evaluations excluded.
+        diverged: a loss was not finite.
+    """
+
+    step: int
+    train_loss: float | None
+    validation_loss: float | None
+    validation_error: float | None
+    seconds: float
+    diverged: bool
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Evaluate after every `every` steps, and tell `tell`."""
+
+    every: int
+    tell: Callable[[Evaluation], None]
+
+
 def train(
     task: Task,
     dataset: Dataset,
@@ -60,8 +90,10 @@ def train(
     seed: int,
     epochs: int,
     batch_size: int,
+    schedule: Schedule = CONSTANT,
     warm_up: bool = False,
     on_batch: Callable[[], None] | None = None,
+    evaluations: Evaluations | None = None,
 ) -> Iterator[EpochResult]:
     """Train a fresh model and yield a result after every epoch, or up to the one that diverges.
 
@@ -70,6 +102,7 @@ def train(
 
     Args:
         dataset: on the device to train on, with at least `batch_size` images.
+        schedule: of the learning rate, over all steps of the run.
         warm_up: first take a few steps on a copy, so that no epoch pays for one-time set-up.
         on_batch: called after every batch, without synchronising the device.
     """
@@ -79,25 +112,45 @@ def train(
     order = torch.Generator().manual_seed(seed)
     if warm_up:
         _warm_up(task, dataset, model, make_optimizer, batch_size)
+    # An optimizer that draws numbers draws the same ones, whether steps came before or not.
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (it is numpy's global generator that they draw from)
     optimizer = make_optimizer(model)
+    set_rates = follow(schedule, optimizer, epochs * (len(dataset.images) // batch_size))
+    clock, window = _Clock(device), _Window()
+    step = 0
     for epoch in range(1, epochs + 1):
         batches = draw_batches(dataset, batch_size, order)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        _synchronise(device)
-        start = time.perf_counter()
-        train_loss = _train_epoch(task, dataset, model, optimizer, batches, on_batch)
-        _synchronise(device)
-        seconds = time.perf_counter() - start
+        before = clock.seconds
+        total = torch.zeros((), device=device, dtype=torch.float64)
+        clock.start()
+        for batch in batches:
+            set_rates(step)
+            loss = _train_step(task, dataset, model, optimizer, batch)
+            step += 1
+            # The sums stay on the device: reading one would wait for the device at every batch.
+            total += loss
+            if on_batch is not None:
+                on_batch()
+            if evaluations is not None:
+                window.add(loss)
+                if step % evaluations.every == 0:
+                    clock.stop()
+                    evaluations.tell(_evaluate(task, dataset, model, step, window, clock))
+                    clock.start()
+        clock.stop()
+        train_loss = total.item() / len(batches)
         memory = peak_memory_bytes(device)
         validation_loss, validation_error = validate(task, dataset, model)
         diverged = not (math.isfinite(train_loss) and math.isfinite(validation_loss))
         yield EpochResult(
             epoch=epoch,
-            train_loss=train_loss if math.isfinite(train_loss) else None,
-            validation_loss=validation_loss if math.isfinite(validation_loss) else None,
+            train_loss=_finite(train_loss),
+            validation_loss=_finite(validation_loss),
             validation_error=None if diverged else validation_error,
-            seconds=seconds,
+            seconds=clock.seconds - before,
             peak_memory_bytes=memory,
             diverged=diverged,
         )
@@ -107,7 +160,7 @@ def train(
 
 @torch.no_grad()
 def validate(task: Task, dataset: Dataset, model: nn.Module) -> tuple[float, float | None]:
-    """Mean loss over the validation images, and the share of wrong classes if there are labels."""
+    """Mean loss over the validation data, and the share of wrong labels if there are any."""
     model.eval()
     images, labels = dataset.validation_images, dataset.validation_labels
     loss = torch.zeros((), device=images.device, dtype=torch.float64)
@@ -118,9 +171,9 @@ def validate(task: Task, dataset: Dataset, model: nn.Module) -> tuple[float, flo
         outputs = model(part)
         loss += task.loss(outputs, part, target) * len(part)
         if task.supervised and target is not None:
-            wrong += (outputs.argmax(1) != target).sum()
+            wrong += (outputs.argmax(-1) != target).sum()
     model.train()
-    error = wrong.item() / len(images) if task.supervised else None
+    error = wrong.item() / labels.numel() if task.supervised and labels is not None else None
     return loss.item() / len(images), error
 
 
@@ -145,27 +198,69 @@ def draw_batches(dataset: Dataset, batch_size: int, order: torch.Generator) -> T
     return permutation.view(-1, batch_size).to(dataset.images.device)
 
 
-def _train_epoch(
-    task: Task,
-    dataset: Dataset,
-    model: nn.Module,
-    optimizer: Steps,
-    batches: Tensor,
-    on_batch: Callable[[], None] | None,
-) -> float:
-    total = torch.zeros((), device=batches.device, dtype=torch.float64)
-    for batch in batches:
-        images = dataset.images[batch]
-        labels = None if dataset.labels is None else dataset.labels[batch]
-        optimizer.zero_grad()
-        loss = task.loss(model(images), images, labels)
-        loss.backward()
-        optimizer.step()
-        # The sum stays on the device: reading it would wait for the device at every batch.
-        total += loss.detach()
-        if on_batch is not None:
-            on_batch()
-    return total.item() / len(batches)
+class _Clock:
+    """Seconds of training, in which evaluations do not count."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = 0.0
+        self._device = device
+        self._started = 0.0
+
+    def start(self) -> None:
+        _synchronise(self._device)
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        _synchronise(self._device)
+        self.seconds += time.perf_counter() - self._started
+
+
+class _Window:
+    """The losses since the last evaluation."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+
+    def add(self, loss: Tensor) -> None:
+        self._losses.append(loss)
+
+    def take_mean(self) -> float:
+        mean = torch.stack(self._losses).double().mean().item()
+        self._losses.clear()
+        return mean
+
+
+def _evaluate(
+    task: Task, dataset: Dataset, model: nn.Module, step: int, window: _Window, clock: _Clock
+) -> Evaluation:
+    train_loss = window.take_mean()
+    validation_loss, validation_error = validate(task, dataset, model)
+    diverged = not (math.isfinite(train_loss) and math.isfinite(validation_loss))
+    return Evaluation(
+        step=step,
+        train_loss=_finite(train_loss),
+        validation_loss=_finite(validation_loss),
+        validation_error=None if diverged else validation_error,
+        seconds=clock.seconds,
+        diverged=diverged,
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _train_step(
+    task: Task, dataset: Dataset, model: nn.Module, optimizer: Steps, batch: Tensor
+) -> Tensor:
+    """One step, and the loss before it."""
+    images = dataset.images[batch]
+    labels = None if dataset.labels is None else dataset.labels[batch]
+    optimizer.zero_grad()
+    loss = task.loss(model(images), images, labels)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
 
 def _warm_up(
@@ -177,8 +272,9 @@ def _warm_up(
 ) -> None:
     replica = copy.deepcopy(model)
     optimizer = make_optimizer(replica)
-    batches = torch.arange(batch_size, device=dataset.images.device).expand(WARM_UP_STEPS, -1)
-    _train_epoch(task, dataset, replica, optimizer, batches, None)
+    batch = torch.arange(batch_size, device=dataset.images.device)
+    for _ in range(WARM_UP_STEPS):
+        _train_step(task, dataset, replica, optimizer, batch)
     validate(task, dataset, replica)
 
 

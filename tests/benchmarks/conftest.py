@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 from tiny import TINY  # noqa: E402  (needs the path set above)
 
 from benchmarks.__main__ import main  # noqa: E402
-from benchmarks.convergence.records import EpochRecord, Run  # noqa: E402
+from benchmarks.convergence.records import EpochRecord, EvaluationRecord, Run  # noqa: E402
 from benchmarks.harness import heap  # noqa: E402
 from benchmarks.workloads.shapes import synthesise  # noqa: E402
 from benchmarks.workloads.tasks import TASKS  # noqa: E402
@@ -60,6 +60,42 @@ def make_run(
         )
         for epoch, loss in enumerate(losses, start=1)
     )
+
+
+def make_curve(
+    losses: Sequence[float | None],
+    *,
+    every: int = 100,
+    seconds: float = 1.0,
+    task: str = "mlp",
+    optimizer: str = "adam",
+    seed: int = 0,
+    epochs: int = 2,
+) -> list[EvaluationRecord]:
+    """Evaluations of a final run of `make_run`, of these training losses."""
+    return [
+        EvaluationRecord(
+            phase="final",
+            task=task,
+            optimizer=optimizer,
+            lr=1e-3,
+            weight_decay=None,
+            seed=seed,
+            epochs=epochs,
+            step=index * every,
+            train_loss=loss,
+            validation_loss=None if loss is None else 2 * loss,
+            validation_error=None,
+            seconds=index * seconds,
+            diverged=loss is None,
+        )
+        for index, loss in enumerate(losses, start=1)
+    ]
+
+
+@pytest.fixture
+def curve_of() -> Callable[..., list[EvaluationRecord]]:
+    return make_curve
 
 
 @pytest.fixture

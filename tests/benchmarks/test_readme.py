@@ -54,6 +54,56 @@ def test_only_the_blocks_change(published):
     assert fill(filled, published) == filled
 
 
+def test_the_first_table_has_every_horizon(tmp_path, run_of, curve_of, config_of):
+    for name, optimizers, epochs in (
+        ("five-tasks", ("sgd-momentum", "adamw", "gls"), 2), ("horizon", ("adam", "gls"), 3)
+    ):  # fmt: skip
+        directory = tmp_path / name
+        directory.mkdir()
+        config = config_of(epochs, [0], optimizers)
+        config["invocations"][0]["command"] += f" --epochs {epochs}"
+        (directory / "config.json").write_text(json.dumps(config))
+        losses = {"sgd-momentum": 0.6, "adamw": 0.5, "adam": 0.4, "gls": 0.25}
+        runs = [run_of([0.9, losses[who], 0.9][:epochs], optimizer=who) for who in optimizers]
+        records = [record for run in runs for record in run]
+        (directory / "epochs.jsonl").write_text(
+            "".join(json.dumps(asdict(record)) + "\n" for record in records)
+        )
+        curves = [
+            record
+            for who in optimizers
+            for record in curve_of([0.9, losses[who]], optimizer=who, epochs=epochs)
+        ]
+        (directory / "evaluations.jsonl").write_text(
+            "".join(json.dumps(asdict(record)) + "\n" for record in curves)
+        )
+    filled = fill(EMPTY, tmp_path)
+    first = filled.split("<!-- BEGIN first -->")[1].split("<!-- END first -->")[0]
+    assert "    python -m benchmarks convergence --epochs 2\n    python -m benchmarks conv" in first
+    assert (
+        "| mlp | digits | 2 | 0.6000 / 1.2000 | 0.5000 / 1.0000 | 0.2500 / 0.5000 | - "
+        "| 0.500 / 0.500 |"
+    ) in first
+    assert (
+        "| mlp | digits | 3 | - | - | 0.2500 / 0.5000 | 0.4000 / 0.8000 | 0.625 / 0.625 |"
+    ) in first
+    assert "GLS's over AdamW or Adam's" in first
+    horizon = filled.split("<!-- BEGIN horizon -->")[1].split("<!-- END horizon -->")[0]
+    assert "Best epochs:\n\n    python -m benchmarks convergence --epochs 3\n" in horizon
+    # From .9 at step 100 to .25 at step 200, .4 is 10/13 of the way: 177 of Adam's 200.
+    assert "| mlp | GLS | 0.885 | 0.885 | 0.885 | 0.885 |" in horizon
+
+
+def test_stability_has_its_counts(tmp_path, run_main):
+    status, _, errors = run_main(
+        "stability", "--tasks", "mlp", "--dataset", "digits", "--steps", "3", "--normalize", "rms",
+        "--rates", "1", "--dampings", "1", "--threads", "1", "--out", tmp_path,
+    )  # fmt: skip
+    assert status == 0, errors
+    block = fill(EMPTY, tmp_path).split("<!-- BEGIN stability -->")[1]
+    assert '| mlp | GLS, "rms" | 0 of 1 | ' in block
+
+
 def test_timing_tables_have_their_command_and_verdict(tmp_path, run_main):
     timed = ("--threads", "1", "--rounds", "2", "--seconds", "0.001", "--batch-sizes", "32")
     status, _, errors = run_main(

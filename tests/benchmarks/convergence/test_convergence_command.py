@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.convergence.records import read_epochs
 from benchmarks.workloads.data import Dataset
+from benchmarks.workloads.optimizers import OPTIMIZERS
 from gls_fused import GLS
 
 ROOT = Path(__file__).parents[3]
@@ -59,7 +61,7 @@ def test_a_whole_run_writes_every_file(tmp_path):
     out = tmp_path / "results"
     process = start(
         *RUN, "--tasks", "mlp", "autoencoder", "--optimizers", "sgd", "adam", "--seeds", 0, 1,
-        "--epochs", 2, "--grid-epochs", 1, "--lr", "adam=0.003", "--out", out,
+        "--epochs", 2, "--grid-epochs", 1, "--lr", "adam=0.003", "--search-seed", 2, "--out", out,
         cwd=tmp_path,
     )  # fmt: skip
     output, errors = process.communicate(timeout=120)
@@ -208,7 +210,7 @@ def test_results_are_not_overwritten_by_accident(tmp_path, run_main):
         (("--dataset", "auto", "--data", "."), "no CIFAR-10 or Fashion-MNIST files in ."),
         (("--dataset", "patches"), "the data set patches has no labels"),
         (("--gls", "damping"), "expected KEY=VALUE, got 'damping'"),
-        (("--gls", "damping=inf"), "--gls is given, but neither gls nor gls-sgd"),
+        (("--gls", "damping=inf"), "--gls is given, but neither gls nor gls-sgd nor gls-tuned"),
         (("--gls", "damping=[1]"), "expected a number, a word or a truth value"),
         (
             ("--optimizers", "gls", "--gls", "dampin=1"),
@@ -218,6 +220,12 @@ def test_results_are_not_overwritten_by_accident(tmp_path, run_main):
         (("--optimizers", "gls", "--gls", "damping=-1"), "--gls: "),
         (("--optimizers", "gls", "--gls", "rank=few"), "--gls: "),
         (("--optimizers", "gls-sgd"), "gls-sgd runs at SGD's learning rate"),
+        (("--text", "absent", "--tasks", "transformer"), "--text absent: No such file"),
+        (("--schedule", "step"), "invalid choice: 'step'"),
+        (("--warmup", "-1"), "expected an integer >= 0, got '-1'"),
+        (("--weight-decays", "0", "1"), "--weight-decays are searched with --tries only"),
+        (("--optimizers", "sgd", "--search-seed", "0"), "--search-seed 0 is among --seeds"),
+        (("--optimizers", "sgd", "--tries", "2"), "--tries 2 is less than the 4 rates of sgd's"),
         (("--resume",), "--resume: results/convergence holds no config.json"),
         (("--resume", "--overwrite"), "--resume and --overwrite exclude each other"),
         (("--epoch", "3"), "unrecognized arguments: --epoch 3"),
@@ -257,7 +265,9 @@ def test_demo_replaces_its_results_and_ends_with_the_report(tmp_path, monkeypatc
         assert output.splitlines()[-1] == "results/demo/report.md"
         assert "Training loss" in output
     records = read_epochs(Path("results/demo/epochs.jsonl"))
-    assert {record.seed for record in records} == {0}
+    assert {record.seed for record in records if record.phase == "final"} == {0}
+    # The searches see another seed.
+    assert {record.seed for record in records if record.phase == "search"} == {1000}
 
 
 def test_without_files_each_task_gets_data_it_can_use(tmp_path, monkeypatch, run_main):
@@ -297,6 +307,105 @@ def test_gls_takes_sgds_learning_rate_and_its_own_options(tmp_path, run_main):
     (config,) = strict_config(tmp_path)
     assert config["settings"]["gls"] == {"damping": 0.5, "rank": 8}
     assert "damping=0.5, rank=8" in (tmp_path / "report.md").read_text()
+
+
+def test_every_optimizer_has_the_same_tries_and_a_failing_peer_is_reported(
+    tmp_path, monkeypatch, run_main
+):
+    class Breaking(torch.optim.SGD):
+        def step(self):
+            raise torch.linalg.LinAlgError("eigh: did | not converge")
+
+    def broken(model, lr, decay, options):
+        return Breaking(model.parameters(), lr=lr)
+
+    monkeypatch.setitem(OPTIMIZERS, "soap", replace(OPTIMIZERS["soap"], make=broken, needs="json"))
+    monkeypatch.setitem(OPTIMIZERS, "psgd-kron", replace(OPTIMIZERS["psgd-kron"], needs="absent"))
+    arguments = (
+        *RUN, "--optimizers", "adamw", "soap", "psgd-kron", "gls-tuned", "gls", "--epochs", 2,
+        "--grid-epochs", 1, "--tries", 5, "--evaluate-every", 4, "--schedule", "cosine",
+        "--warmup", 3, "--batch-size", 256, "--out", tmp_path,
+    )  # fmt: skip
+    status, _, errors = run_main(*arguments)
+    assert status == 0, errors
+    assert (
+        "PSGD-Kron is left out: absent is not installed: pip install 'gls_fused[peers]'" in errors
+    )
+    lines = strict_lines(tmp_path / "epochs.jsonl")
+    tried = {
+        name: [
+            (line["lr"], line["weight_decay"])
+            for line in lines
+            if (line["phase"], line["optimizer"]) == ("search", name)
+        ]
+        for name in ("adamw", "soap", "gls-tuned", "gls")
+    }
+    assert [len(set(pairs)) for pairs in tried.values()] == [5, 5, 5, 0]
+    assert {line["seed"] for line in lines if line["phase"] == "search"} == {1000}
+    for name in ("adamw", "gls-tuned"):
+        (chosen,) = {
+            (line["lr"], line["weight_decay"])
+            for line in lines
+            if (line["phase"], line["optimizer"]) == ("final", name)
+        }
+        losses = {
+            (line["lr"], line["weight_decay"]): line["validation_loss"]
+            for line in lines
+            if (line["phase"], line["optimizer"]) == ("search", name)
+        }
+        assert chosen == min(losses, key=losses.get)
+    evaluations = strict_lines(tmp_path / "evaluations.jsonl")
+    assert [line["step"] for line in evaluations if line["optimizer"] == "gls"] == [4, 8]
+    assert {line["phase"] for line in evaluations} == {"final"}
+    report = (tmp_path / "report.md").read_text()
+    assert "## Failures" in report
+    assert "did \\| not converge" in report
+    assert "- PSGD-Kron is left out: absent is not installed" in report
+    assert (
+        "over rates and weight decays 0, 0.01, 0.1; by the lowest validation loss, on seed 1000"
+        in report
+    )
+    assert "- Learning rates: cosine, after 3 steps of warm-up" in report
+    # Two runs of one command give the same losses.
+    again = tmp_path / "again"
+    assert run_main(*arguments[:-1], again)[0] == 0
+    first, second = (
+        [(line["train_loss"], line["validation_loss"]) for line in strict_lines(out / file)]
+        for out in (tmp_path, again)
+        for file in ("evaluations.jsonl",)
+    )
+    assert first == second
+
+
+def test_our_own_failure_is_not_swallowed(tmp_path, monkeypatch, run_main):
+    def broken(model, lr, decay, options):
+        raise RuntimeError("ours")
+
+    monkeypatch.setitem(OPTIMIZERS, "adam", replace(OPTIMIZERS["adam"], make=broken))
+    with pytest.raises(RuntimeError, match="ours"):
+        run_main(*RUN, "--optimizers", "adam", "--lr-grid", "off", "--out", tmp_path)
+
+
+def test_a_text_and_sizes_of_its_own(tmp_path, run_main):
+    text = tmp_path / "text"
+    text.write_text("to be or not to be, that is the question. " * 100)
+    out = tmp_path / "out"
+    status, _, errors = run_main(
+        *RUN, "--tasks", "transformer", "--optimizers", "gls", "--text", text, "--epochs", 1,
+        "--batch-size", 128, "transformer=16", "--train-images", "transformer=32",
+        "--validation-images", 3, "--out", out,
+    )  # fmt: skip
+    assert status == 0, errors
+    (config,) = strict_config(out)
+    data = config["settings"]["data of transformer"]
+    assert (data["name"], data["train_images"], data["validation_images"]) == ("text", 32, 3)
+    assert config["settings"]["batch size of transformer"] == 16
+    report = (out / "report.md").read_text()
+    assert "text, 32 training sequences, 3 for validation; " in report
+    assert " parameters; batches of 16\n" in report
+    (line,) = strict_lines(out / "epochs.jsonl")
+    assert 2 < line["train_loss"] < 4
+    assert 0 < line["validation_error"] < 1
 
 
 def test_options_of_gls_reach_it(tmp_path, run_main):

@@ -54,9 +54,48 @@ def test_report_holds_every_figure_and_its_circumstances(run_of, config_of):
     assert "0.03: 0.9000, **0.1: 0.7000**, 0.3: diverged" in searched
 
 
+def test_best_epochs_stand_with_the_epoch_they_were(run_of, config_of):
+    records = [
+        *run_of([0.5, 0.4, 0.45]), *run_of([0.5, 0.45, 0.4], seed=1),
+        *run_of([0.3, 0.2, 0.1], optimizer="gls"),
+        *run_of([0.2, None], optimizer="gls", seed=1, epochs=3),
+    ]  # fmt: skip
+    best = section(render_report(config_of(3, (0, 1), ("adam", "gls")), records), "Best epochs")
+    assert (
+        "| mlp | Adam | 0.001 | - | 0.4000 [0.4000, 0.4000] | 2 to 3 | 0.8000 [0.8000, 0.8000] "
+        "| 2 to 3 | 4.00 [4.00, 4.00] | 2 to 3 | 1.000 [1.000, 1.000] |"
+    ) in best
+    assert "| mlp | GLS | 0.001 | - | 0.1500 [0.1000, 0.2000] | 1 to 3 |" in best
+    # .2 / .8 and .4 / .8.
+    assert best.rstrip().endswith("| 0.375 [0.250, 0.500] |")
+
+
+def test_shares_of_adams_way_are_interpolated(run_of, config_of, curve_of):
+    records = [*run_of([0.5, 0.4])]
+    evaluations = curve_of([0.9, 0.5, 0.6])
+    for name, losses in (("gls", [0.8, 0.4, 0.3]), ("muon", [0.9, 0.8, 0.7])):
+        records += run_of([0.5, 0.4], optimizer=name)
+        evaluations += curve_of(losses, optimizer=name, seconds=2.0)
+    # Of runs that are not complete.
+    evaluations += curve_of([0.1], optimizer="gls", seed=1) + curve_of([0.9], seed=1)
+    config = config_of(2, (0, 1), ("adam", "gls", "muon"))
+    shares = section(render_report(config, records, evaluations), "Until Adam's best loss")
+    # From .8 at step 100 to .4 at step 200, .5 is three quarters of the way: 175 of 200 steps.
+    assert "| mlp | GLS | 0.875 | 1.750 | 0.875 | 1.750 |" in shares
+    assert "| mlp | Adam | 1.000 | 1.000 | 1.000 | 1.000 |" in shares
+    assert "| mlp | Muon | not reached (1 of 1) | not reached (1 of 1) |" in shares
+
+
+def test_adamw_stands_for_adam_where_it_is_alone(run_of, config_of):
+    records = [*run_of([0.5, 0.4], optimizer="adamw"), *run_of([0.5, 0.3], optimizer="gls")]
+    report = render_report(config_of(2, (0,), ("adamw", "gls")), records)
+    assert "validation loss over AdamW's" in report
+    assert "| mlp | GLS | 1.00 | 1.00 | - |" in section(report, "Seconds per epoch")
+
+
 def test_every_table_is_well_formed(run_of, config_of):
     tables = make_tables(config_of(2, (0, 1), OPTIMIZERS), histories(run_of))
-    assert len(tables) == 7
+    assert len(tables) == 8
     for table in tables:
         assert all(len(row) == len(table.header) for row in table.rows)
         widths = {
@@ -71,7 +110,7 @@ def test_every_table_is_well_formed(run_of, config_of):
 def test_tables_without_runs_are_left_out(run_of, config_of):
     records = run_of([0.5, 0.4])
     titles = [table.title for table in make_tables(config_of(2, (0,), ("adam",)), records)]
-    assert titles == ["Training loss", "Validation", "Seconds per epoch"]
+    assert titles == ["Training loss", "Best epochs", "Validation", "Seconds per epoch"]
 
 
 def test_a_diverged_run_is_called_so(run_of, config_of):

@@ -1,11 +1,20 @@
 """The files of an experiment: strict, atomic, resumable."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.convergence.records import CONFIG_FILE, EPOCHS_FILE, Store, is_complete, read_epochs
+from benchmarks.convergence.records import (
+    CONFIG_FILE,
+    EPOCHS_FILE,
+    EVALUATIONS_FILE,
+    Store,
+    is_complete,
+    read_epochs,
+    read_evaluations,
+)
 from benchmarks.harness.errors import InputError
 
 
@@ -34,6 +43,40 @@ def test_records_survive_the_file(store, run_of):
     for record in records:
         store.append(record)
     assert read_epochs(store.directory / EPOCHS_FILE) == records
+
+
+def test_evaluations_survive_the_file_and_go_with_their_run(store, run_of, curve_of):
+    whole, partial = run_of([0.5, 0.4]), run_of([0.5], seed=1, epochs=2)
+    for record in (*whole, *partial):
+        store.append(record)
+    curves = curve_of([0.5, None]), curve_of([0.5], seed=1)
+    for record in (*curves[0], *curves[1]):
+        store.append_evaluation(record)
+    path = store.directory / EVALUATIONS_FILE
+    assert read_evaluations(path) == [*curves[0], *curves[1]]
+    Store(store.directory).reopen(make_config())
+    assert read_evaluations(path) == curves[0]
+    Store(store.directory).create(make_config(), overwrite=True)
+    assert not path.exists()
+
+
+def test_runs_of_two_weight_decays_are_two(store, run_of):
+    (first,), (second,) = run_of([0.5]), run_of([0.25])
+    store.append(first)
+    store.append(replace(second, weight_decay=0.1))
+    assert store.complete_run(first.key) == (first,)
+    assert store.complete_run(first.key._replace(weight_decay=0.1))[0].train_loss == 0.25
+
+
+def test_lines_of_before_weight_decays_are_read(tmp_path, run_of):
+    (record,) = run_of([0.5])
+    line = {k: v for k, v in asdict(record).items() if k not in ("weight_decay", "failure")}
+    path = tmp_path / EPOCHS_FILE
+    path.write_text(json.dumps(line) + "\n")
+    assert read_epochs(path) == [record]
+    path.write_text(json.dumps({**line, "colour": 1}) + "\n")
+    with pytest.raises(InputError, match="line 1 is damaged"):
+        read_epochs(path)
 
 
 def test_a_non_finite_figure_is_never_written(store, run_of):

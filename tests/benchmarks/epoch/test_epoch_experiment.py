@@ -13,7 +13,9 @@ from benchmarks.epoch.stages import measure_overhead, profile_stages
 from benchmarks.harness.ceilings import Ceilings
 from benchmarks.harness.tables import verdict
 from benchmarks.workloads.contenders import CONTENDERS
+from benchmarks.workloads.gate import check_gls
 from benchmarks.workloads.shapes import synthesise
+from benchmarks.workloads.tasks import TASKS
 
 RUN = (
     "epoch", "--tasks", "tiny", "--shapes", "cifar10", "--batch-sizes", "32", "--threads", "1",
@@ -132,6 +134,47 @@ def test_the_command_writes_strict_json_and_a_report(tmp_path, run_main):
     report = (tmp_path / "report.md").read_text()
     assert "## Seconds per epoch" in report
     assert "## Targets" in report
+
+
+def test_each_task_is_timed_at_the_shapes_it_trains_on(tmp_path, monkeypatch, run_main):
+    monkeypatch.setattr(
+        "benchmarks.epoch.run._measure_cell",
+        lambda options, shape, *rest: {
+            **fabricated()["cells"][0],
+            "shape": shape,
+            "task": rest[1],
+            "data": "synthetic",
+        },
+    )
+    arguments = ("epoch", "--batch-sizes", "128", "--threads", "1", "--out", tmp_path)
+    status, _, errors = run_main(*arguments, "--tasks", "resnet", "transformer")
+    assert status == 0, errors
+    cells = read_strictly(tmp_path / "epoch.json")["cells"]
+    assert [(cell["shape"], cell["task"]) for cell in cells] == [
+        ("cifar10", "resnet"),
+        ("fashion-mnist", "resnet"),
+        ("text", "transformer"),
+    ]
+    report = (tmp_path / "report.md").read_text()
+    assert "an epoch is 14745 sequences" in report
+    status, _, errors = run_main(*arguments, "--tasks", "mlp", "transformer", "--shapes", "cifar10")
+    assert status == 0
+    assert "transformer is left out" in errors
+    status, _, errors = run_main(*arguments, "--tasks", "transformer", "--shapes", "cifar10")
+    assert (status, errors) == (
+        2,
+        "error: --shapes: transformer trains on text, and none of these is\n",
+    )
+
+
+# More rows than a basis has directions: those that no row fills are arbitrary.
+@pytest.mark.parametrize(
+    ("name", "shape", "batch"), [("resnet", (1, 8, 8), 32), ("transformer", (97, 64), 4)]
+)
+def test_gls_passes_its_gate_on_every_kind_of_task(name, shape, batch):
+    verdict = check_gls(TASKS[name], synthesise(shape, 3 * batch), batch)
+    assert verdict.double < 1e-9
+    assert 0 < verdict.single <= verdict.allowed
 
 
 def test_a_profile_names_every_stage():

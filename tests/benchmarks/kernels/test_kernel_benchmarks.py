@@ -18,6 +18,8 @@ SMALL = (
     "sketch_rows [128, 128]",
     "sketch_images [16, 3, 32, 32], 5x5",
     "precondition_gradient [10, 128]",
+    "precondition_gradient [40, 27], no bias",
+    "sketch_images [16, 3, 32, 32], 3x3, no bias",
     "refresh_subspace [129, 32]",
     "invert_core [32, 32]",
     "update_layers_ cnn, momentum 0.9",
@@ -31,6 +33,14 @@ def test_every_op_and_every_layer_of_the_models_is_there():
     assert {"[1024, 3072]", "[512, 1024]", "[10, 512]", "[128, 1024]", "[3072, 1024]"} <= shapes
     convolutions = [layer for layer in layers_of("cnn") if layer.window]
     assert len(convolutions) == 2
+    # The residual network's convolutions have no bias, one of its stages' strides is 2.
+    names = set(CASES)
+    assert "precondition_gradient [40, 360], no bias" in names
+    assert "sketch_images [16, 40, 32, 32], 3x3 by 2, no bias" in names
+    assert not any(layer.bias for layer in layers_of("resnet") if layer.window)
+    # 128 sequences of 64 characters.
+    assert "precondition_rows [8192, 512]" in names
+    assert "sketch_rows [1024, 512]" in names
     assert {f"[{c.outputs}, {c.size}]" for c in convolutions} <= shapes
     assert all(layer.inputs[0] == BATCH for layer in layers_of("mlp"))
     assert {case.op for case in CASES.values()} == {case.split()[0] for case in SMALL}

@@ -160,6 +160,20 @@ def test_the_command_alternates_and_writes_strict_json(tmp_path, monkeypatch, ru
     assert "## Seed by seed" in (tmp_path / "report.md").read_text()
 
 
+def test_the_transformer_trains_on_a_text(tmp_path, run_main):
+    text = tmp_path / "text"
+    text.write_text("to be or not to be, that is the question. " * 200)
+    status, _, errors = run_main(
+        *RUN, "--tasks", "transformer", "--text", text, "--batch-size", "4", "--epochs", "1",
+        "--train-images", "40", "--seeds", "0", "--lr", "adam=0.003", "--out", tmp_path,
+    )  # fmt: skip
+    assert status == 0, errors
+    (task,) = read_strictly(tmp_path / "time_to_loss.json")["tasks"]
+    assert (task["data"], task["train_images"], task["batch_size"]) == ("text", 40, 4)
+    assert task["steps_per_epoch"] == 10
+    assert 2 < task["runs"][0]["gls"]["train_loss"][-1] < 4
+
+
 def test_adams_rate_is_searched(tmp_path, monkeypatch, run_main):
     monkeypatch.setattr(time_to_loss, "_train_seed", lambda *_: pytest.skip("searched"))
     seen = []

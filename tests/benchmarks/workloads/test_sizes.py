@@ -3,14 +3,15 @@
 import pytest
 import torch
 
+from benchmarks.workloads.shapes import SHAPES
 from benchmarks.workloads.sizes import TASK_MODELS, transformer
 from benchmarks.workloads.tasks import TASKS
 
 
-@pytest.mark.parametrize("task", ["mlp", "cnn", "autoencoder"])
+@pytest.mark.parametrize("task", TASKS)
 def test_models_are_the_tasks(task):
     with torch.device("meta"):
-        model = TASKS[task].build((3, 32, 32))
+        model = TASKS[task].build(SHAPES["text" if TASKS[task].text else "cifar10"].shape)
     assert TASK_MODELS[task](1).parameters == sum(p.numel() for p in model.parameters())
 
 

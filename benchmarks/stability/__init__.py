@@ -1,0 +1,1 @@
+"""Where GLS is stable: learning rates x damping x ways to scale a step, beside Adam's."""
