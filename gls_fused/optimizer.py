@@ -278,7 +278,8 @@ class GLS(torch.optim.Optimizer):
         Args:
             closure: evaluates the model again and returns the loss.
         Raises:
-            RuntimeError: the optimizer is detached from the model, or a gradient is sparse.
+            RuntimeError: the optimizer is detached from the model, a gradient is sparse, or a state
+                is on another device than its parameter; nothing has moved then.
         Numerics: where a torch.amp.GradScaler found a gradient that is not finite, nothing changes,
             and the rows of the step are forgotten; a device decides that by itself, so that there
             the skipped step still counts for `curvature_every`.

@@ -90,6 +90,17 @@ def test_missing_torch_is_one_clear_line():
     assert "run `pip install 'torch>=2.6,<3'` first" in done.stderr
 
 
+def test_source_tree_that_was_never_built_says_so(source):
+    # Without the finder of the editable install, which knows what was built elsewhere.
+    program = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
+        "import gls_fused; print(gls_fused.available_backends()['native'])"
+    )
+    done = run_python("-c", program, cwd=source, PYTHONPATH=str(source))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("not built: this is a source tree; run `pip install")
+
+
 def test_build_info_names_this_torch():
     native = pytest.importorskip("gls_fused._C", reason="the native extension is not built")
     info = native.build_info()
