@@ -212,8 +212,8 @@ class GLS(torch.optim.Optimizer):
         Raises:
             RuntimeError: the backend is not available for them.
         """
-        trained = {param for group in self.param_groups for param in group["params"]}
-        trained.update(param for members in added for param in members.params)
+        new = {param for members in added for param in members.params}
+        trained = new.union(*(group["params"] for group in self.param_groups))
         known = {layer.weight for layer in self._preconditioner.layers}
         roots = [members.modules for members in added]
         if self._model is not None:
@@ -223,7 +223,7 @@ class GLS(torch.optim.Optimizer):
         for root in roots:
             found, rest = find_layers(root, trained)
             layers += [layer for layer in found if layer.weight not in known]
-            uncovered += rest
+            uncovered += [each for each in rest if each.param in new]
         resolve_backend(self._preconditioner.backend, {p.weight.device.type for p in layers})
         return layers, uncovered
 
@@ -309,9 +309,9 @@ class GLS(torch.optim.Optimizer):
             self._forget_earlier(layers, started)
             mine = [p for p in layers if p.weight.grad is not None and p.inverse is not None]
             ready.update((param, layer) for layer in mine for param in layer.params)
+        draw = self._bits_of(bits)
         for group, layers in groups:
             stepping = [layer for layer in layers if layer.weight in ready]
-            draw = self._bits_of(bits)
             step_layers_(stepping, self.state, group, self._owners, draw, skip)
             others = [p for p in group["params"] if p.grad is not None and p not in ready]
             adam_(others, [self.state[p] for p in others], group, draw, skip)

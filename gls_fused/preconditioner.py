@@ -64,7 +64,6 @@ class Preconditioner:
         site: "auto", "step" or "backward".
         backend: a name that `resolve_backend` knows.
         ranks: who share the statistics.
-        promised: whether D in p.grad is what the user asked for.
     """
 
     def __init__(self, *, site: str, backend: str, ranks: Ranks) -> None:
@@ -127,9 +126,7 @@ class Preconditioner:
             # Another estimate: the rows of this step were sketched with a basis that is gone, and D
             # in p.grad was made with its P.
             if layer.at_backward and not layer.promised:
-                stays = layer.stays_at_step
-                layer.leave_backward_site()
-                layer.stays_at_step = stays
+                layer.restore_gradient()
             layer.forget()
             self._told.pop(layer, None)
             layer.expect(found, gathers=found is None, at_backward=False)

@@ -386,8 +386,8 @@ class Layer(Rows):
         return True
 
     @torch.no_grad()
-    def leave_backward_site(self) -> None:
-        """From here on p.grad keeps the gradient; what of D is in it already becomes D0."""
+    def restore_gradient(self) -> None:
+        """What of D is in p.grad becomes D0."""
         if self.marks.has_marks and self.inverse is not None:
             params = [param for param in self.params if param.grad is not None]
             matrices = [param.grad.view(self.outputs, -1) for param in params]  # type: ignore[union-attr]
@@ -397,6 +397,10 @@ class Layer(Rows):
             for matrix, part in zip(matrices, parts, strict=True):
                 matrix.copy_(part)
         self.marks.clear_marks()
+
+    def leave_backward_site(self) -> None:
+        """From here on p.grad keeps the gradient."""
+        self.restore_gradient()
         self.stays_at_step = True
         self.expect(self.inverse, gathers=self.gathers, at_backward=False)
 

@@ -169,3 +169,14 @@ def test_groups_of_the_trainer():
     optimizer = GLS(groups, model=model, **OPTIONS)
     fit(model, optimizer, range(4))
     assert optimizer.report().count(": GLS") == 3
+
+
+def test_group_added_later_is_reported_once():
+    """What the first groups left uncovered has one line, whatever groups follow."""
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    optimizer = GLS([*model[0].parameters(), *model[1].parameters()], model=model)
+    optimizer.add_param_group({"params": model[2].parameters()})
+    report = optimizer.report()
+    assert report.count("0.weight: Adam") == 1
+    assert report.count(": GLS") == 2
+    assert report.endswith(f"of {sum(p.numel() for p in model.parameters())} parameters")
