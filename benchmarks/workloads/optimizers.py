@@ -9,10 +9,11 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.harness.errors import InputError
 from benchmarks.workloads.peers import PEERS, PEERS_EXTRA, make_kron, make_shampoo, make_soap
@@ -79,6 +80,43 @@ class Together:
             optimizer.step()
 
 
+if hasattr(torch.optim, "Muon"):
+    from torch.optim import _muon as torch_muon
+
+    class Float32Muon(torch.optim.Muon):
+        """`torch.optim.Muon` whose Newton-Schulz iteration is in float32 instead of bfloat16.
+
+        For CPUs that emulate bfloat16, where torch's own takes many times as long.
+        """
+
+        @torch.no_grad()
+        def step(self, closure: Callable[[], float] | None = None) -> float | None:
+            """As Muon's."""
+            with mock.patch.object(torch_muon, "_zeropower_via_newtonschulz", _orthogonalize):
+                return cast("float | None", super().step(closure))
+
+
+def _orthogonalize(
+    grad: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> Tensor:
+    """torch's iteration, in the gradient's own dtype."""
+    a, b, c = coefficients
+    factor = grad.T if grad.size(0) > grad.size(1) else grad
+    factor = factor / factor.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = factor @ factor.T
+        factor = torch.addmm(factor, torch.addmm(gram, gram, gram, beta=b, alpha=c), factor, beta=a)
+    return factor.T if grad.size(0) > grad.size(1) else factor
+
+
+def _has_bfloat16(model: nn.Module) -> bool:
+    """Whether the model's device multiplies in bfloat16 without emulating it."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    # Older torch does not tell.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return not on_cpu or bool(capabilities.get("avx512_bf16", False))
+
+
 def _sgd(model: nn.Module, lr: float, decay: Decay, options: GlsOptions) -> Steps:
     return torch.optim.SGD(model.parameters(), lr=lr, weight_decay=decay or 0.0, fused=True)
 
@@ -109,6 +147,7 @@ def _muon(model: nn.Module, lr: float, decay: Decay, options: GlsOptions) -> Ste
     The rest, as torch's documentation and the author ask: biases, norms, embeddings, the last
     layer; and convolutions, as torch's Muon takes matrices only.
     """
+    muon_class = torch.optim.Muon if _has_bfloat16(model) else Float32Muon
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     hidden = [module.weight for module in linear[:-1]]
     matrices = {id(weight) for weight in hidden}
@@ -117,7 +156,7 @@ def _muon(model: nn.Module, lr: float, decay: Decay, options: GlsOptions) -> Ste
     adamw = torch.optim.AdamW(others, lr=lr, weight_decay=decay, fused=True)
     if not hidden:
         return adamw
-    muon = torch.optim.Muon(hidden, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    muon = muon_class(hidden, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     return Together([muon, adamw])
 
 
