@@ -310,23 +310,23 @@ def take_sums(
 
 def _inverse(layer: Layer, state: State) -> Inverse | None:
     """P of a state, as views on it; None where it has none, or somebody has taken part of it."""
-    whole = state.get("rows") and all(key in state for key in layer.curvature.names)
+    whole = state.get("rows") and state.keys() >= layer.curvature.names
     return layer.curvature.inverse(state) if whole else None
 
 
 def _is_in_force(layer: Layer, state: State) -> bool:
     """Whether the P that a layer has is its state's, in its place and dtype."""
-    kind = layer.curvature
-    return (
-        layer.inverse is not None
-        and all(name in state for name in kind.names)
-        and all(
-            state[name] is part
-            and part.device == layer.device
-            and part.dtype is layer.statistics_dtype
-            for name, part in zip(kind.inverse_names, layer.inverse, strict=True)
-        )
-    )
+    kind, inverse = layer.curvature, layer.inverse
+    if inverse is None or not state.keys() >= kind.names:
+        return False
+    for name, part in zip(kind.inverse_names, inverse, strict=True):
+        if (
+            state[name] is not part
+            or part.dtype is not layer.statistics_dtype
+            or part.device != layer.device
+        ):
+            return False
+    return True
 
 
 def release_all(layers: Iterable[Layer]) -> None:

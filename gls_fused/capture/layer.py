@@ -324,8 +324,7 @@ class Layer(Rows):
                 self.forget()
         elif self.sums is not None:
             # In a backward pass the bias may have its new gradient already.
-            kept = torch.linalg.vector_norm(gradient, torch.inf) != 0
-            self.sums = torch.where(kept, self.sums, 0.0)
+            self.sums = _where_nonzero([gradient], self.sums)
 
     # ---- the step --------------------------------------------------------------------------------
 
@@ -339,13 +338,11 @@ class Layer(Rows):
 
     def counted(self, sums: Tensor) -> Tensor:
         """The sums, over no row where the gradients that the rows led to have been set to zero."""
-        gradients = [param.grad for param in self.params if param.grad is not None]
         # What others have of a sharded gradient is not known here.
         if self.shards is not None or self.weight.grad is None:
             return sums
         # Of rows that are zero the bias alone has one.
-        largest = [torch.linalg.vector_norm(gradient, torch.inf) for gradient in gradients]
-        return torch.where(torch.stack(largest).amax() != 0, sums, 0.0)
+        return _where_nonzero([p.grad for p in self.params if p.grad is not None], sums)
 
     def no_sums(self) -> Tensor:
         """The sums over no row."""
@@ -416,7 +413,22 @@ class Layer(Rows):
 
     def _gradient_is_in_use(self) -> bool:
         """Whether hooks of the parameters see their gradients."""
-        return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.params)
+        # Asked in every forward: without a loop.
+        weight, bias = self.weight, self.bias
+        return bool(
+            weight._backward_hooks
+            or weight._post_accumulate_grad_hooks
+            or (bias is not None and (bias._backward_hooks or bias._post_accumulate_grad_hooks))
+        )
+
+
+def _where_nonzero(gradients: list[Tensor], sums: Tensor) -> Tensor:
+    """The sums, or zeros where all entries of the gradients are zero."""
+    # Where the host need not wait for them, a few entries tell most often.
+    if gradients[0].is_cpu and gradients[0].flatten(1).diagonal().any():
+        return sums
+    entries = sum(torch.count_nonzero(gradient) for gradient in gradients)
+    return torch.where(entries != 0, sums, 0.0)  # type: ignore[arg-type]
 
 
 def _bias_of(module: nn.Module) -> Tensor | None:

@@ -44,7 +44,7 @@ class Curvature(Protocol):
 
     backend: ModuleType
     # Of the tensors of a state, and of those that make up its P.
-    names: ClassVar[tuple[str, ...]]
+    names: ClassVar[frozenset[str]]
     inverse_names: ClassVar[tuple[str, ...]]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -71,7 +71,7 @@ class Curvature(Protocol):
 class Dense:
     """Sigma itself. The oracle, and practical for small d."""
 
-    names: ClassVar[tuple[str, ...]] = ("gram", "matrix")
+    names: ClassVar[frozenset[str]] = frozenset({"gram", "matrix"})
     inverse_names: ClassVar[tuple[str, ...]] = ("matrix",)
 
     def __init__(self, dim: int, backend: ModuleType) -> None:
@@ -107,7 +107,7 @@ class Dense:
 class Subspace:
     """A basis of r directions that follows the leading eigenvectors of Sigma."""
 
-    names: ClassVar[tuple[str, ...]] = ("basis", "core", "core_inverse", "trace", "shift")
+    names: ClassVar[frozenset[str]] = frozenset({"basis", "core", "core_inverse", "trace", "shift"})
     inverse_names: ClassVar[tuple[str, ...]] = ("basis", "core_inverse", "shift")
 
     def __init__(self, dim: int, rank: int, backend: ModuleType) -> None:
