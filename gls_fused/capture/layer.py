@@ -50,7 +50,9 @@ class Layer(Rows):
         compiled: whether a graph that torch.compile traced has shown rows.
         called: whether rows have been seen.
         cleared: whether some D in p.grad has been cleared since the last step.
-        idle: why it takes part in no statistics, or None; such as never having been called.
+        idle: why it takes part in no statistics, or None; such as never having been called. Its
+            sums are then of size 0, and there are some once it has been called.
+        returned: whether rows of an idle layer have been seen since, with a gradient.
         marks: some entries of the D that this step's backward passes have left in p.grad.
         reduced: of a sharded layer, the sums over the rows whose gradient is in p.grad; `sums` are
             then of rows whose gradient fully_shard holds back.
@@ -75,7 +77,7 @@ class Layer(Rows):
         self.size = weight.shape[1:].numel()
         self.dim = self.size + self.ones
         self.promised = self.stays_at_step = self.compiled = self.captured = False
-        self.called = self.cleared = False
+        self.called = self.cleared = self.returned = False
         self.idle: str | None = None
         self.misses = 0
         self.marks: Any = None
@@ -120,11 +122,14 @@ class Layer(Rows):
         if inverse is not None:
             self.test_matrix = None
         if not self.weight.requires_grad or self.idle is not None:
-            self.test_matrix = self.tally = None
-        elif gathers and self.tally is None:
-            self.sketched_with()
+            self.test_matrix = None
+        if not self.weight.requires_grad:
+            self.tally = None
+        elif gathers and (self.tally is None or self.tally.numel() != self._sums_size):
+            if self.idle is None:
+                self.sketched_with()
             zero = torch.zeros(1, dtype=self.statistics_dtype, device=self.device)
-            self.tally = zero.expand(self.curvature.sums_size).requires_grad_()
+            self.tally = zero.expand(self._sums_size).requires_grad_()
             # Not this layer itself, which then nothing would free but the cycle collector.
             take = functools.partial(_take_tally, weakref.ref(self))
             self.tally.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
@@ -302,6 +307,8 @@ class Layer(Rows):
             self.leave_backward_site()
         # Who asks torch.autograd.grad for the gradient gets the gradient.
         applies = self.at_backward and (self.promised or reach is Reach.GRADIENT)
+        if self.gathers and self.idle is not None:
+            self.sums = self.no_sums()
         return self.gathers and self.idle is None, applies
 
     def deposit(self, direction: Tensor) -> None:
@@ -415,8 +422,11 @@ class Layer(Rows):
 
     def no_sums(self) -> Tensor:
         """The sums over no row."""
-        size = self.curvature.sums_size
-        return torch.zeros(size, dtype=self.statistics_dtype, device=self.device)
+        return torch.zeros(self._sums_size, dtype=self.statistics_dtype, device=self.device)
+
+    @property
+    def _sums_size(self) -> int:
+        return self.curvature.sums_size if self.idle is None else 0
 
     def forget(self) -> None:
         """Forget the rows of this step, and what of D is in p.grad."""

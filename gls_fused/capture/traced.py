@@ -68,7 +68,10 @@ def fill_rows(
     rows.inverse, rows.test_matrix = parts, test_matrix
     rows.ones, rows.at_backward = ones, at_backward
     rows.draw = 0 if draw is None else draw
-    rows.gathers = tally is not None
+    rows.gathers = tally is not None and tally.numel() > 0
     if tally is not None:
         rows.statistics_dtype = tally.dtype
+        if not rows.gathers:
+            # Of an idle layer, which is told by them that it has been called.
+            rows.sums = torch.zeros_like(tally)
     return rows
