@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State, blend, check_device, recast, settle
@@ -140,16 +141,20 @@ class Preconditioner:
         step until the layer has seen a row on one of them.
 
         Args:
-            sums: of `take_sums`; those of layers without statistics are taken out.
+            sums: of `take_sums`; those of layers without statistics are taken out. An idle layer
+                that is among them starts with its next rows.
         Returns:
             The layers that have a P from here on.
         """
         started = []
         for layer in layers:
-            if layer.inverse is not None or layer.idle is not None:
+            if layer.inverse is not None:
                 continue
             mine = sums.pop(layer, None)
-            if mine is not None and (rows := int(mine[0])) > 0:
+            if layer.idle is not None:
+                if mine is not None and mine[-1] > 0:
+                    self._wake(layer)
+            elif mine is not None and (rows := int(mine[0])) > 0:
                 state = states.setdefault(layer.weight, {})
                 for key in layer.curvature.shapes():
                     state.pop(key, None)
@@ -228,7 +233,8 @@ class Preconditioner:
         self.ranks.disagree()
         self._told.clear()
         for layer in self.layers:
-            layer.stays_at_step, layer.idle, layer.misses = False, None, 0
+            layer.stays_at_step = False
+            self._wake(layer)
 
     # ---- what it knows of a layer ----------------------------------------------------------------
 
@@ -270,6 +276,11 @@ class Preconditioner:
             layer.idle = layer.unseen or otherwise
             self._told.pop(layer, None)
 
+    def _wake(self, layer: Layer) -> None:
+        layer.idle = layer.unseen = None
+        layer.misses, layer.called, layer.returned = 0, False, False
+        self._told.pop(layer, None)
+
 
 def take_sums(
     layers: Sequence[Layer], ranks: Ranks, skip: Tensor | None = None
@@ -277,17 +288,19 @@ def take_sums(
     """The sums of this step over the rows of all ranks, by layer; the layers forget theirs.
 
     Those of layers without statistics end with one more number: on how many ranks rows were seen.
-    With several ranks, a layer that gathers takes part whether or not it saw rows on this one.
+    With several ranks, a layer that gathers takes part whether or not it saw rows on this one. Of
+    idle layers there is that number alone, once they have been called; with several ranks, where
+    others take part.
 
     Args:
         skip: 0-d bool; where it is true no row counts, without the host knowing.
     """
-    # A frozen layer sees no rows on any rank.
-    taking = [
-        layer
-        for layer in layers
-        if layer.gathers and layer.weight.requires_grad and layer.idle is None
-    ]
+    taking: list[Layer] = []
+    idle: list[Layer] = []
+    for layer in layers:
+        # A frozen layer sees no rows on any rank.
+        if layer.gathers and layer.weight.requires_grad:
+            (taking if layer.idle is None else idle).append(layer)
     own: dict[Layer, Tensor] = {}
     for layer in taking:
         sums = layer.take_sums()
@@ -299,12 +312,18 @@ def take_sums(
             sums = where_flag(skip, torch.zeros_like(sums), sums)
         # Rows that count for nothing, all zero or not finite, have been seen nevertheless.
         own[layer] = torch.cat([sums, sums.new_ones(1)]) if layer.inverse is None else sums
+    for layer in idle:
+        # Until the ranks meet.
+        layer.returned |= layer.take_sums() is not None and layer.weight.grad is not None
+        if layer.returned and (ranks.size == 1 or taking):
+            own[layer] = layer.no_sums().new_ones(1)
     if ranks.size == 1 or not taking:
         return own
+    taking += idle
     for layer in taking:
         if layer not in own:
             empty = layer.no_sums()
-            own[layer] = torch.cat([empty, empty[:1]]) if layer.inverse is None else empty
+            own[layer] = F.pad(empty, (0, 1)) if layer.inverse is None else empty
     return dict(zip(taking, ranks.sum([own[layer] for layer in taking]), strict=True))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,3 +41,8 @@ def reach_of(ctx: Any, index: int) -> Reach:
 def running_task() -> int:
     """A number of the running backward pass, -1 outside of one."""
     return int(torch._C._current_graph_task_id())
+
+
+def at_end_of_pass(run: Callable[[], None]) -> None:
+    """Call `run` when the running backward pass ends, after what was asked for earlier."""
+    torch.autograd.Variable._execution_engine.queue_callback(run)

@@ -9,15 +9,19 @@ module's op.
 from __future__ import annotations
 
 import abc
+import functools
 import warnings
+import weakref
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
+from torch.autograd.graph import get_gradient_edge
 
 from gls_fused.backends.dispatch import backend_name, resolve_backend
-from gls_fused.capture.graph import Reach, reach_of, running_task
+from gls_fused.capture.graph import Reach, at_end_of_pass, reach_of, running_task
 from gls_fused.capture.marks import Marks, choose_places
 from gls_fused.capture.modules import (
     capture_module,
@@ -28,7 +32,7 @@ from gls_fused.capture.modules import (
 from gls_fused.capture.observed import observe
 from gls_fused.capture.rows import Rows
 from gls_fused.curvature.estimate import make_curvature
-from gls_fused.distributed.sharding import is_sharded, shards_of
+from gls_fused.distributed.sharding import is_sharded, rows_here, shards_of
 from gls_fused.reference import Inverse, SubspaceInverse, undo_inverse
 
 
@@ -46,10 +50,14 @@ class Layer(Rows):
         compiled: whether a graph that torch.compile traced has shown rows.
         called: whether rows have been seen.
         cleared: whether some D in p.grad has been cleared since the last step.
-        idle: why it takes part in no statistics, or None; such as never having been called.
+        idle: why it takes part in no statistics, or None; such as never having been called. Its
+            sums are then of size 0, and there are some once it has been called.
+        returned: whether rows of an idle layer have been seen since, with a gradient.
         marks: some entries of the D that this step's backward passes have left in p.grad.
-        tally: in graphs that torch.compile traces, the leaf whose gradient is the sums; one number
-            in memory. None before the first step that gathers.
+        reduced: of a sharded layer, the sums over the rows whose gradient is in p.grad; `sums` are
+            then of rows whose gradient fully_shard holds back.
+        tally: in graphs that torch.compile traces, the leaf whose gradient is the sums, which its
+            hook adds to `sums`; one number in memory. None before the first step that gathers.
         captured: False once another optimizer has taken the modules over.
         shards: over which ranks the rows of weight and bias are spread, see
             gls_fused.distributed.sharding.
@@ -69,11 +77,13 @@ class Layer(Rows):
         self.size = weight.shape[1:].numel()
         self.dim = self.size + self.ones
         self.promised = self.stays_at_step = self.compiled = self.captured = False
-        self.called = self.cleared = False
+        self.called = self.cleared = self.returned = False
         self.idle: str | None = None
         self.misses = 0
         self.marks: Any = None
         self.tally: Tensor | None = None
+        self.reduced: Tensor | None = None
+        self._watch: Any = None
         self._task = -1
 
     def __reduce__(self) -> tuple[type[Layer], tuple[Any, ...]]:
@@ -96,7 +106,8 @@ class Layer(Rows):
         self.backend_name = backend_name(self.backend)
         self.curvature = make_curvature(kind, self.dim, self.outputs, rank, self.backend)
         self.statistics_dtype = torch.promote_types(self.dtype, torch.float32)
-        self.inverse = self.test_matrix = self.tally = self.sums = None
+        self.take_sums()
+        self.inverse = self.test_matrix = self.tally = None
         self.marks = Marks(choose_places(self.weight.numel()))
         self.at_backward = False
 
@@ -111,11 +122,17 @@ class Layer(Rows):
         if inverse is not None:
             self.test_matrix = None
         if not self.weight.requires_grad or self.idle is not None:
-            self.test_matrix = self.tally = None
-        elif gathers and self.tally is None:
-            self.sketched_with()
+            self.test_matrix = None
+        if not self.weight.requires_grad:
+            self.tally = None
+        elif gathers and (self.tally is None or self.tally.numel() != self._sums_size):
+            if self.idle is None:
+                self.sketched_with()
             zero = torch.zeros(1, dtype=self.statistics_dtype, device=self.device)
-            self.tally = zero.expand(self.curvature.sums_size).requires_grad_()
+            self.tally = zero.expand(self._sums_size).requires_grad_()
+            # Not this layer itself, which then nothing would free but the cycle collector.
+            take = functools.partial(_take_tally, weakref.ref(self))
+            self.tally.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
 
     @property
     def outputs(self) -> int:
@@ -155,7 +172,8 @@ class Layer(Rows):
             release_module(module, self)
         self.captured = False
         self.expect(None, gathers=False, at_backward=False)
-        self.sums = self.tally = self.test_matrix = None
+        self.take_sums()
+        self.tally = self.test_matrix = None
         self.marks.clear_marks()
 
     # ---- the forward of a captured module --------------------------------------------------------
@@ -278,11 +296,8 @@ class Layer(Rows):
         reach = reach_of(ctx, weight)
         if reach is Reach.NOTHING or not self.captured:
             return False, False
-        task = running_task()
-        if task != self._task:
-            self._task = task
-            if reach is Reach.GRADIENT:
-                self._forget_dropped()
+        if reach is Reach.GRADIENT:
+            self._begin_pass()
         if self.at_backward and torch.is_grad_enabled():
             if self.promised:
                 raise RuntimeError(
@@ -292,6 +307,8 @@ class Layer(Rows):
             self.leave_backward_site()
         # Who asks torch.autograd.grad for the gradient gets the gradient.
         applies = self.at_backward and (self.promised or reach is Reach.GRADIENT)
+        if self.gathers and self.idle is not None:
+            self.sums = self.no_sums()
         return self.gathers and self.idle is None, applies
 
     def deposit(self, direction: Tensor) -> None:
@@ -311,11 +328,43 @@ class Layer(Rows):
             self.test_matrix = self.curvature.test_matrix(self.statistics_dtype, self.device)
         return self.test_matrix
 
+    def add_traced(self, sums: Tensor) -> None:
+        """Add what a traced graph has summed over rows whose gradient counts."""
+        self._begin_pass()
+        self.compiled = True
+        if self.gathers:
+            self.called = True
+            self.sums = sums if self.sums is None else self.sums + sums
+            self._watch_gradient()
+
+    def _begin_pass(self) -> None:
+        """To be called in a backward pass before it adds to the weight's gradient."""
+        task = running_task()
+        if task == self._task:
+            return
+        self._task = task
+        if self.shards is not None:
+            self._follow_reduction()
+            return
+        self._forget_dropped()
+        if self.compiled and self.gathers:
+            self._watch_gradient()
+
+    def _watch_gradient(self) -> None:
+        """See to it that the next backward pass begins before it adds to the weight's gradient.
+
+        In a traced graph the sums may come after the gradient.
+        """
+        if self._watch is None and self.shards is None:
+            # A hook of autograd's node, as one of the weight would count as a use of its gradient.
+            node = get_gradient_edge(self.weight).node
+            begin = functools.partial(_begin_pass, weakref.ref(self))
+            self._watch = node, node.register_prehook(begin)
+
     def _forget_dropped(self) -> None:
         """Forget rows of earlier backward passes whose gradient somebody has cleared since."""
         gradient = self.weight.grad
-        # fully_shard keeps the gradient of steps without synchronisation elsewhere.
-        if self.shards is not None or not (self.sums is not None or self.marks.has_marks):
+        if not (self.sums is not None or self.marks.has_marks):
             return
         if gradient is None:
             self.forget()
@@ -326,19 +375,43 @@ class Layer(Rows):
             # In a backward pass the bias may have its new gradient already.
             self.sums = _where_nonzero([gradient], self.sums)
 
+    def _follow_reduction(self) -> None:
+        """`_forget_dropped` of a sharded layer, and find whether this pass adds to p.grad.
+
+        Passes without synchronisation do not: their gradient is held back, and nobody clears it.
+        """
+        if self.weight.grad is None:
+            self.reduced = None
+        if not self.gathers:
+            return
+        before = self._gradient_version()
+
+        def follow() -> None:
+            if self._gradient_version() != before and self.sums is not None:
+                sums, self.sums = self.sums, None
+                self.reduced = sums if self.reduced is None else self.reduced + sums
+
+        at_end_of_pass(follow)
+
+    def _gradient_version(self) -> int | None:
+        gradient = self.weight.grad
+        return None if gradient is None else rows_here(gradient)._version
+
     # ---- the step --------------------------------------------------------------------------------
 
     def take_sums(self) -> Tensor | None:
-        sums = super().take_sums()
-        if self.tally is None or self.tally.grad is None:
-            return sums
-        self.compiled = True
-        traced, self.tally.grad = self.tally.grad, None
-        return traced if sums is None else sums + traced
+        sums, self.sums = self.sums, None
+        if self.reduced is not None:
+            sums = self.reduced if sums is None else self.reduced + sums
+            self.reduced = None
+        if self._watch is not None:
+            self._watch[1].remove()
+            self._watch = None
+        return sums
 
     def counted(self, sums: Tensor) -> Tensor:
         """The sums, over no row where the gradients that the rows led to have been set to zero."""
-        # What others have of a sharded gradient is not known here.
+        # Whether others' part of a sharded gradient is zero is not known here.
         if self.shards is not None or self.weight.grad is None:
             return sums
         # Of rows that are zero the bias alone has one.
@@ -346,14 +419,15 @@ class Layer(Rows):
 
     def no_sums(self) -> Tensor:
         """The sums over no row."""
-        size = self.curvature.sums_size
-        return torch.zeros(size, dtype=self.statistics_dtype, device=self.device)
+        return torch.zeros(self._sums_size, dtype=self.statistics_dtype, device=self.device)
+
+    @property
+    def _sums_size(self) -> int:
+        return self.curvature.sums_size if self.idle is None else 0
 
     def forget(self) -> None:
         """Forget the rows of this step, and what of D is in p.grad."""
-        self.sums = None
-        if self.tally is not None:
-            self.tally.grad = None
+        self.take_sums()
         if self.marks.has_marks:
             self.cleared = True
             self.marks.clear_marks()
@@ -429,6 +503,23 @@ def _where_nonzero(gradients: list[Tensor], sums: Tensor) -> Tensor:
         return sums
     entries = sum(torch.count_nonzero(gradient) for gradient in gradients)
     return torch.where(entries != 0, sums, 0.0)  # type: ignore[arg-type]
+
+
+@_disable_dynamo
+def _take_tally(layer: weakref.ref[Layer], tally: Tensor) -> None:
+    """The hook of a tally, which has its gradient."""
+    found, sums = layer(), tally.grad
+    tally.grad = None
+    if found is not None and found.tally is tally and sums is not None:
+        found.add_traced(sums)
+
+
+@_disable_dynamo
+def _begin_pass(layer: weakref.ref[Layer], _gradients: Any) -> None:
+    """The hook before the weight's gradient is added to p.grad."""
+    found = layer()
+    if found is not None:
+        found._begin_pass()
 
 
 def _bias_of(module: nn.Module) -> Tensor | None:

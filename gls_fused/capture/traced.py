@@ -1,8 +1,8 @@
 """Captured layers in graphs that torch.compile traces: ops of tensors and plain values alone.
 
 A traced backward can leave nothing in a Python object, so the sums over the rows leave it as the
-gradient of one more input, the tally: autograd then adds them up over calls and micro-batches, and
-counts them when the weight's gradient is counted. The ops are composite: tracing goes through them,
+gradient of one more input, the tally: autograd then adds them up over calls, and gives them to the
+layer when the weight gets its gradient. The ops are composite: tracing goes through them,
 and the graph holds only torch's ops and the backend's. All that changes from step to step is an
 argument, so that layers of one shape share a graph. A kind of layer defines its op in its own file.
 """
@@ -68,7 +68,10 @@ def fill_rows(
     rows.inverse, rows.test_matrix = parts, test_matrix
     rows.ones, rows.at_backward = ones, at_backward
     rows.draw = 0 if draw is None else draw
-    rows.gathers = tally is not None
+    rows.gathers = tally is not None and tally.numel() > 0
     if tally is not None:
         rows.statistics_dtype = tally.dtype
+        if not rows.gathers:
+            # Of an idle layer, which is told by them that it has been called.
+            rows.sums = torch.zeros_like(tally)
     return rows

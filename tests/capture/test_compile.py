@@ -1,8 +1,10 @@
 """torch.compile: the same steps as eager, in whole graphs, of which there are few."""
 
 import functools
+import gc
 import itertools
 import re
+import weakref
 
 import pytest
 import torch
@@ -265,6 +267,73 @@ def test_rows_count_when_gradients_are_left_on_the_parameters():
     loss_of(compiled, make_batch("mlp", 5, 0)).backward()
     optimizer.step()
     assert optimizer.state[model.stem.weight]["rows"] == 5
+
+
+def drop(net, batch, set_to_none):
+    for seed in range(2):
+        loss_of(net, tuple(50 * x for x in batch(90 + seed))).backward()
+        getattr(net, "_orig_mod", net).zero_grad(set_to_none)
+
+
+def drop_between_passes(net, optimizer, step, batch, set_to_none):
+    one_backward(net, optimizer, step, batch)
+    drop(net, batch, set_to_none)
+    one_backward(net, optimizer, step, batch)
+    one_backward(net, optimizer, step + 50, batch)
+
+
+def drop_rows_of_both_kinds(net, optimizer, step, batch, set_to_none):
+    """In and out of a graph, and a gradient that stays and is scaled."""
+    plain = getattr(net, "_orig_mod", net)
+    one_backward(net, optimizer, step, batch)
+    drop(plain, batch, set_to_none)
+    one_backward(net, optimizer, step, batch)
+    for p in plain.parameters():
+        p.grad = p.grad / 3
+    one_backward(plain, optimizer, step + 50, batch)
+    one_backward(net, optimizer, step + 100, batch)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("feed", [drop_between_passes, drop_rows_of_both_kinds])
+def test_rows_of_a_dropped_gradient_are_forgotten(feed, set_to_none):
+    feed = functools.partial(feed, set_to_none=set_to_none)
+    assert_trains_as_eager("mlp", SAME_STEPS, feed=feed)
+
+
+def test_dropped_rows_of_an_attached_optimizer():
+    traces = []
+    for drops in (False, True):
+        model = make_net("mlp")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.005)
+        handle = attach(model, optimizer, rank=4, curvature_every=1)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for step in range(4):
+            if drops:
+                drop(compiled, lambda seed: make_batch("mlp", 5, seed), True)
+            loss_of(compiled, make_batch("mlp", 5, step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        layers = handle.state_dict()["layers"].values()
+        traces.append(torch.stack([state["trace"] for state in layers]))
+    assert_near(*traces, SAME_STEPS)
+
+
+def test_optimizer_of_a_compiled_model_is_freed_without_the_cycle_collector():
+    model = make_net("mlp")
+    optimizer = GLS(model, **OPTIONS)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss_of(compiled, make_batch("mlp", 5, 0)).backward()
+    # Its graph lives on, and with it what the sums of its rows would go to.
+    loss = loss_of(compiled, make_batch("mlp", 5, 1))
+    layer = weakref.ref(optimizer._preconditioner.layers[0])
+    gc.disable()
+    try:
+        del optimizer
+        assert layer() is None
+    finally:
+        gc.enable()
+    loss.backward()
 
 
 def test_vmap_in_a_graph_is_refused():

@@ -259,3 +259,65 @@ def state_loaded_on_one_rank_only_is_an_error():
     with pytest.raises(RuntimeError, match=r"'step': 3.*'step': 0"):
         train_on_part(DistributedDataParallel(model), optimizer, "mlp", even(8), range(1))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+class Switched(nn.Module):
+    """The weights of the head are used whether or not it is called."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.double()
+
+    def forward(self, inputs, calls):
+        hidden = torch.tanh(self.first(inputs))
+        if calls:
+            return self.head(hidden)
+        return nn.functional.linear(hidden, self.head.weight, self.head.bias)
+
+
+def check_idle_layer_starts(model, steps, step_of):
+    """It is called on one rank, in a step in which others do not gather, and on all later on.
+
+    Returns:
+        What each step sent.
+    """
+    sent, last = [], dist.get_rank() == dist.get_world_size() - 1
+    wrapped = DistributedDataParallel(model)
+    for step in range(steps):
+        calls = step >= 7 or (step == 4 and last)
+        wrapped.zero_grad()
+        inputs, targets = part_of(make_batch("mlp", 8, step), even(8))
+        (wrapped(inputs, calls) - targets).square().mean().backward()
+        with Traffic() as traffic:
+            step_of()
+        sent.append(traffic.reduced)
+    return sent
+
+
+@case
+def idle_layer_starts_on_all_ranks():
+    model = Switched()
+    optimizer = GLS(model, **OPTIONS)
+    sent = check_idle_layer_starts(model, 10, optimizer.step)
+    first, head = (2 + 4 * 4 + 4 * d for d in (7, 9))
+    # Idle after three steps; it has one number in step 3, and in step 6, and starts in step 7.
+    assert sent[:3] == [[first + 1 + head + 1], [head + 1], [head + 1]], sent
+    assert sent[3:] == [[first + 1], [], [], [first + 1], [head + 1], [], [first + head]], sent
+    assert optimizer.state[model.head.weight]["rows"] == 8
+    assert_one_preconditioner(optimizer.state.values())
+    for p in model.parameters():
+        assert_same_bits(p.detach())
+
+
+@case
+def idle_layer_starts_on_all_ranks_under_attach():
+    model = Switched()
+    optimizer = torch.optim.Adam(model.parameters())
+    handle = attach(model, optimizer, **{k: OPTIONS[k] for k in ("rank", "curvature_every")})
+    sent = check_idle_layer_starts(model, 10, optimizer.step)
+    first, head = (2 + 4 * 4 + 4 * d for d in (7, 9))
+    assert sent[3:] == [[first + 1], [], [], [first + 1], [head + 1], [], [first + head]], sent
+    assert handle.state_dict()["layers"]["head"]["rows"] == 8
+    assert_one_preconditioner(handle.state_dict()["layers"].values())

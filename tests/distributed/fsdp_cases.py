@@ -132,6 +132,53 @@ def accumulation_without_reduction():
         assert_same_weights(model, expected)
 
 
+def check_rows_of_dropped_gradients(passes, counted):
+    """The weights are those of an optimizer that saw the counted passes alone.
+
+    Args:
+        passes: of a step; whether each is reduced, or None where `model.zero_grad()` is called.
+        counted: which of the passes lead to the gradient of the step.
+    """
+    world = dist.get_world_size()
+    for site in ("step", "backward"):
+        options = {**OPTIONS, "curvature_every": 1, "site": site}
+        expected, model = make_net("mlp"), sharded(make_net("mlp"))
+        reference = GLS(expected, **options, process_group=alone())
+        optimizer = GLS(model, **options)
+        for step in range(6):
+            reference.zero_grad()
+            optimizer.zero_grad()
+            for index, reduced in enumerate(passes):
+                batch = make_batch("mlp", 4 * world, 10 * step + index)
+                batch = tuple((1 + 9 * index) * x for x in batch)
+                if reduced is None:
+                    model.zero_grad()
+                    continue
+                model.set_requires_gradient_sync(reduced)
+                loss_of(model, part_of(batch, fours())).backward()
+                if index in counted:
+                    loss_of(expected, batch).backward()
+            optimizer.step()
+            reference.step()
+        assert_same_weights(model, expected)
+        assert_one_preconditioner(optimizer.state.values())
+
+
+def fours():
+    return [4] * dist.get_world_size()
+
+
+for name, passes, counted in (
+    ("", (True, None, True, True), (2, 3)),
+    ("_that_was_held_back", (False, True, None, False, True), (3, 4)),
+    ("_before_one_that_is_held_back", (True, False, None, True), (1, 3)),
+    ("_after_one_that_is_held_back", (False, None, True), (0, 2)),
+):
+    CASES[f"rows_of_a_dropped_gradient{name}"] = lambda passes=passes, counted=counted: (
+        check_rows_of_dropped_gradients(passes, counted)
+    )
+
+
 @case
 def clipped_by_norm():
     def clip(model):
