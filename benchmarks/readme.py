@@ -157,11 +157,14 @@ def _horizon(name: str) -> Callable[[Path], str]:
 
 
 def _stability(published: Path) -> str:
-    results = _read(published / stability.JSON_FILE)
-    if results is None:
-        return ""
-    table = make_count_table(results)
-    return _block(table.title, results["command"], results["environment"], table)
+    """A table of each run of the command: tasks may differ in their batches."""
+    blocks = []
+    for path in (published / stability.JSON_FILE, *sorted(published.glob("stability-*.json"))):
+        results = _read(path)
+        if results is not None:
+            table = make_count_table(results)
+            blocks.append(_block(table.title, results["command"], results["environment"], table))
+    return "\n".join(blocks)
 
 
 def _experiment(directory: Path) -> Experiment | None:
