@@ -6,6 +6,7 @@
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/util/accumulate.h>
 
 #include <optional>
 #include <vector>
@@ -18,15 +19,36 @@ inline namespace CPU_CAPABILITY {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
-enum class Normalize { kRms, kAdam, kSgd, kNone };
+enum class Normalize { kRms, kRow, kFactored, kAdam, kSgd, kNone };
 
 inline Normalize parse_normalize(c10::string_view name) {
   if (name == "rms") return Normalize::kRms;
+  if (name == "row") return Normalize::kRow;
+  if (name == "factored") return Normalize::kFactored;
   if (name == "adam") return Normalize::kAdam;
   if (name == "sgd") return Normalize::kSgd;
-  TORCH_CHECK(name == "none", "update_layers_: expected normalize rms, adam, sgd or none, got ",
-              name);
+  TORCH_CHECK(name == "none", "update_layers_: expected normalize rms, row, factored, adam, sgd or none, got ", name);
   return Normalize::kNone;
+}
+
+// How many mean squares a layer of so many parameters keeps.
+inline size_t squares_of(Normalize normalize, size_t params) {
+  switch (normalize) {
+    case Normalize::kRms:
+    case Normalize::kRow:
+      return 1;
+    case Normalize::kFactored:
+      return 2;
+    case Normalize::kAdam:
+      return params;
+    default:
+      return 0;
+  }
+}
+
+inline void check_power(double power) {
+  TORCH_CHECK(power == 1 || power == 0.75 || power == 0.5 || power == 0.25,
+              "invert_core: expected power 1, 0.75, 0.5 or 0.25, got ", power);
 }
 
 inline void check_device(const char* op, const at::Tensor& first, const at::Tensor& other) {
@@ -164,6 +186,23 @@ inline void check_layer_inverse(const at::Tensor* gradients, bool has_bias,
   check_inverse("update_layers_", gradients[0], size + has_bias, *basis, *core_inverse, *shift);
 }
 
+// v [m] of a layer, and c [d] for "factored", where d may count a bias that takes no step.
+inline void check_axes(Normalize normalize, const at::Tensor& weight, bool has_bias,
+                       at::TensorList exp_avg_sqs, at::ScalarType type) {
+  TORCH_CHECK(weight.dim() >= 2, "update_layers_: expected weight [m, ...], got ", weight.sizes());
+  const int64_t size = c10::multiply_integers(weight.sizes().slice(1));
+  for (size_t i = 0; i < exp_avg_sqs.size(); ++i) {
+    const at::Tensor& squares = exp_avg_sqs[i];
+    check_device("update_layers_", weight, squares);
+    TORCH_CHECK(squares.dim() == 1 && squares.is_contiguous() && squares.scalar_type() == type &&
+                    (i == 0 ? squares.size(0) == weight.size(0)
+                            : squares.size(0) == size + has_bias || squares.size(0) == size + 1),
+                "update_layers_: expected exp_avg_sqs [", i == 0 ? weight.size(0) : size + has_bias,
+                "] of ", type, ", contiguous, got ", squares.sizes(), " of ",
+                squares.scalar_type());
+  }
+}
+
 // All lists of update_layers_; the layer of each parameter.
 inline std::vector<size_t> check_update(at::TensorList params, at::TensorList gradients,
                                         at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
@@ -171,7 +210,8 @@ inline std::vector<size_t> check_update(at::TensorList params, at::TensorList gr
                                         const OptionalTensors& core_inverses,
                                         const OptionalTensors& shifts,
                                         at::IntArrayRef layer_sizes,
-                                        c10::string_view normalize_name, double momentum) {
+                                        c10::string_view normalize_name, double momentum,
+                                        const std::optional<at::Tensor>& lr_bounds) {
   const Normalize normalize = parse_normalize(normalize_name);
   const size_t layers = layer_sizes.size();
   TORCH_CHECK(gradients.size() == params.size(), "update_layers_: expected ", params.size(),
@@ -184,9 +224,16 @@ inline std::vector<size_t> check_update(at::TensorList params, at::TensorList gr
   TORCH_CHECK(exp_avgs.size() == (momentum > 0 ? params.size() : 0),
               "update_layers_: expected exp_avgs exactly with momentum, got ", exp_avgs.size(),
               " for momentum ", momentum);
-  const size_t squares = normalize == Normalize::kRms    ? layers
-                         : normalize == Normalize::kAdam ? params.size()
-                                                         : 0;
+  size_t squares = 0;
+  for (const int64_t size : layer_sizes) squares += squares_of(normalize, size);
+  if (lr_bounds) {
+    check_device("update_layers_", params[0], *lr_bounds);
+    TORCH_CHECK(lr_bounds->dim() == 1 && lr_bounds->size(0) == static_cast<int64_t>(layers) &&
+                    (lr_bounds->scalar_type() == at::kFloat ||
+                     lr_bounds->scalar_type() == at::kDouble),
+                "update_layers_: expected lr_bounds [", layers, "] of Float or Double, got ",
+                lr_bounds->sizes(), " of ", lr_bounds->scalar_type());
+  }
   TORCH_CHECK(exp_avg_sqs.size() == squares, "update_layers_: expected ", squares,
               " exp_avg_sqs for normalize ", normalize_name, ", got ", exp_avg_sqs.size());
   const at::ScalarType type = params[0].scalar_type();
@@ -234,6 +281,11 @@ inline std::vector<size_t> check_update(at::TensorList params, at::TensorList gr
     const size_t layer = layer_of[i];
     check_layer_inverse(&gradients[i], layer_sizes[layer] == 2, bases.get(layer),
                         core_inverses.get(layer), shifts.get(layer));
+    if (normalize == Normalize::kRow || normalize == Normalize::kFactored) {
+      const size_t each = squares_of(normalize, 0);
+      check_axes(normalize, params[i], layer_sizes[layer] == 2,
+                 exp_avg_sqs.slice(layer * each, each), state_type);
+    }
   }
   return layer_of;
 }

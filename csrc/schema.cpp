@@ -34,16 +34,16 @@ Lists refresh_subspaces(at::TensorList cores, at::TensorList sketches) {
 }
 
 Lists invert_cores(at::TensorList cores, at::TensorList traces, at::IntArrayRef dims,
-                   double damping) {
+                   double damping, double power) {
   static const auto op =
-      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, double)>(
+      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, double, double)>(
           "gls_fused::invert_core");
   TORCH_CHECK(cores.size() == traces.size() && cores.size() == dims.size(),
               "invert_cores: expected ", cores.size(), " traces and dims, got ", traces.size(),
               " and ", dims.size());
   Lists results;
   for (size_t i = 0; i < cores.size(); ++i) {
-    const auto [core_inverse, shift] = op.call(cores[i], traces[i], dims[i], damping);
+    const auto [core_inverse, shift] = op.call(cores[i], traces[i], dims[i], damping, power);
     std::get<0>(results).push_back(core_inverse);
     std::get<1>(results).push_back(shift);
   }
@@ -62,23 +62,26 @@ TORCH_LIBRARY(gls_fused, m) {
       " Tensor core_inverse, Tensor shift) -> (Tensor, Tensor)");
   m.def("sketch_rows(Tensor rows, Tensor basis, bool ones) -> (Tensor, Tensor, Tensor)");
   m.def("refresh_subspace(Tensor core, Tensor sketch) -> (Tensor, Tensor)");
-  m.def("invert_core(Tensor core, Tensor trace, int dim, float damping) -> (Tensor, Tensor)");
+  m.def(
+      "invert_core(Tensor core, Tensor trace, int dim, float damping, float power=1)"
+      " -> (Tensor, Tensor)");
   m.def("refresh_subspaces(Tensor[] cores, Tensor[] sketches) -> (Tensor[], Tensor[])");
   m.def(
-      "invert_cores(Tensor[] cores, Tensor[] traces, int[] dims, float damping)"
+      "invert_cores(Tensor[] cores, Tensor[] traces, int[] dims, float damping,"
+      " float power=1)"
       " -> (Tensor[], Tensor[])");
   // [n, ||A||_F^2, Y'Y, (A'Y)'] of some rows, added to the sums of a step where they are usable.
   m.def("add_sketch_(Tensor rows, Tensor basis, bool ones, Tensor(a!) sums) -> ()");
   // layer_sizes[i] consecutive params, gradients and exp_avgs belong to layer i, whose inverse is
   // the i-th of bases, core_inverses and shifts; None where gradients holds the directions.
   // lr_tensor stands for lr; gradients are divided by grad_scale; where found_inf is not 0 no step
-  // is taken. All three are read on the device.
+  // is taken. All three are read on the device, as is lr_bounds, the most that a layer's lr may be.
   m.def(
       "update_layers_(Tensor(a!)[] params, Tensor[] gradients, Tensor(b!)[] exp_avgs,"
       " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor?[] bases, Tensor?[] core_inverses,"
       " Tensor?[] shifts, int[] layer_sizes, str normalize, float lr, float momentum, float beta2,"
       " float eps, float weight_decay, Tensor? lr_tensor=None, Tensor? grad_scale=None,"
-      " Tensor? found_inf=None) -> ()");
+      " Tensor? found_inf=None, Tensor? lr_bounds=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(gls_fused, CompositeExplicitAutograd, m) {

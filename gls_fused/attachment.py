@@ -35,6 +35,7 @@ def attach(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     damping: float = 0.3,
+    power: float = 1,
     beta: float = 0.9,
     curvature: Literal["subspace", "dense"] = "subspace",
     rank: int | Literal["auto"] = "auto",
@@ -57,6 +58,7 @@ def attach(
     """
     options = {
         "damping": damping,
+        "power": power,
         "beta": beta,
         "curvature": curvature,
         "rank": rank,
@@ -150,8 +152,7 @@ class Attachment:
         self._expect()
 
     def _start(self, sums: dict[Layer, Tensor]) -> list[Layer]:
-        damping = self._options["damping"]
-        return self._preconditioner.start(self._layers, self._states, sums, damping)
+        return self._preconditioner.start(self._layers, self._states, sums, self._options)
 
     def _take_sums(self, layers: list[Layer], skip: Tensor | None) -> dict[Layer, Tensor]:
         ranks = self._preconditioner.ranks

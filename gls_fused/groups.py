@@ -13,7 +13,7 @@ from gls_fused.apply.low_precision import MOST_SEEDS, POLICIES
 from gls_fused.distributed.ranks import unwrapped
 from gls_fused.preconditioner import check_choice, check_number, check_options
 
-NORMALIZATIONS = ("rms", "adam", "sgd", "none")
+NORMALIZATIONS = ("rms", "row", "factored", "adam", "sgd", "none")
 
 # Keys that a group may have besides the options of GLS; others are kept as well.
 FREE_KEYS = {"params", "param_names", "name", "initial_lr", "step", "version"}
@@ -38,6 +38,8 @@ def check_group_options(options: Mapping[str, Any], site: str) -> None:
     check_number("eps", options["eps"], 0)
     check_number("weight_decay", options["weight_decay"], 0, closed=True)
     check_choice("normalize", options["normalize"], NORMALIZATIONS)
+    if options["max_change"] is not None:
+        check_number("max_change", options["max_change"], 0)
     check_choice("low_precision", options["low_precision"], POLICIES)
     seed = options["seed"]
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < MOST_SEEDS:

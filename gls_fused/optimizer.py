@@ -15,7 +15,7 @@ from torch._compile import _disable_dynamo
 from typing_extensions import Self
 
 from gls_fused.apply.fallback import adam_, forget_adam
-from gls_fused.apply.layers import step_layers_
+from gls_fused.apply.layers import measure_weights, step_layers_
 from gls_fused.apply.low_precision import Bits, make_bits
 from gls_fused.backends.dispatch import resolve_backend
 from gls_fused.capture.find import Uncovered, find_layers
@@ -78,13 +78,17 @@ class GLS(torch.optim.Optimizer):
         model: where the layers of the parameters are found. A weight and its bias may be in
             different groups; all options but lr and weight_decay are those of the weight's.
         damping: > 0, dimensionless: relative to the mean eigenvalue of A'A/n.
+        power: p, 1, .75, .5 or .25: the step is -D0 (A'A/n + lambda I)^-p; 1 is least squares.
         momentum: in [0, 1); 0 keeps no buffer.
         beta: in [0, 1); decay of the curvature, per commit.
         beta2: in [0, 1); decay of the mean square of the directions.
         eps: > 0; added to the root mean square.
         weight_decay: >= 0; decoupled.
-        normalize: what the step is divided by: "rms", one root mean square per layer; "adam",
-            one per element; "sgd", scaled to the gradient's norm; "none", the plain step.
+        normalize: what the step is divided by: "rms", one root mean square per layer; "row", one
+            one per output; "factored", one per output and input; "adam", one per element;
+            "sgd", scaled to the gradient's norm; "none", the plain step.
+        max_change: > 0 or None; in a layer's step lr is at most so much of the root mean square
+            of its weight (or of 1 / sqrt(3 d) if that is more). Not with "sgd" and "none".
         curvature: "subspace", `rank` directions of A'A/n; "dense", all of it ([d, d] per layer).
         rank: >= 1; directions of the subspace, at most d; "auto", 32 but at most m per layer.
         curvature_every: >= 1; steps between two that gather statistics.
@@ -117,12 +121,14 @@ class GLS(torch.optim.Optimizer):
         *,
         model: nn.Module | None = None,
         damping: float = 0.3,
+        power: float = 1,
         momentum: float = 0.9,
         beta: float = 0.9,
         beta2: float = 0.95,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         normalize: Normalize = "rms",
+        max_change: float | None = None,
         curvature: Literal["subspace", "dense"] = "subspace",
         rank: int | Literal["auto"] = "auto",
         curvature_every: int = 10,
@@ -136,12 +142,14 @@ class GLS(torch.optim.Optimizer):
         defaults = {
             "lr": lr,
             "damping": damping,
+            "power": power,
             "momentum": momentum,
             "beta": beta,
             "beta2": beta2,
             "eps": eps,
             "weight_decay": weight_decay,
             "normalize": normalize,
+            "max_change": max_change,
             "curvature": curvature,
             "rank": rank,
             "curvature_every": curvature_every,
@@ -305,8 +313,10 @@ class GLS(torch.optim.Optimizer):
         bits = {id(group): make_bits(group) for group, _ in groups}
         ready: dict[Tensor, Layer] = {}
         for group, layers in groups:
-            started = preconditioner.start(layers, self.state, sums, group["damping"])
+            started = preconditioner.start(layers, self.state, sums, group)
             self._forget_earlier(layers, started)
+            if group["max_change"] is not None:
+                measure_weights([p for p in layers if self._is_unmeasured(p)], self.state)
             mine = [p for p in layers if p.weight.grad is not None and p.inverse is not None]
             ready.update((param, layer) for layer in mine for param in layer.params)
         draw = self._bits_of(bits)
@@ -317,6 +327,8 @@ class GLS(torch.optim.Optimizer):
             adam_(others, [self.state[p] for p in others], group, draw, skip)
         for group, layers in groups:
             preconditioner.commit(layers, self.state, sums, group, skip)
+            if group["max_change"] is not None:
+                measure_weights([p for p in layers if p in sums], self.state)
             if skip is None or not (skip.is_cpu and skip):
                 group["step"] += 1
             for layer in layers:
@@ -488,6 +500,9 @@ class GLS(torch.optim.Optimizer):
                 check_device(name, param, state, ("step", "master", *AVERAGES))
                 recast(state, wide, AVERAGES)
                 recast(state, torch.float32, ("step", "master"))
+
+    def _is_unmeasured(self, layer: Layer) -> bool:
+        return layer.inverse is not None and "weight_rms" not in self.state[layer.weight]
 
     def _take_sums(
         self, groups: Sequence[tuple[dict[str, Any], list[Layer]]], skip: Tensor | None

@@ -18,6 +18,7 @@ from gls_fused.scaling import where_flag
 
 CURVATURES = ("subspace", "dense")
 SITES = ("auto", "step", "backward")
+POWERS = (1, 0.75, 0.5, 0.25)
 
 # A layer that trains but has not been called in so many steps takes part in no statistics.
 MOST_MISSES = 3
@@ -25,10 +26,10 @@ MOST_MISSES = 3
 States: TypeAlias = MutableMapping[Tensor, State]
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{name}: expected {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name}: expected {', '.join(map(str, choices))}, got {value!r}")
 
 
 def check_number(
@@ -49,6 +50,7 @@ def check_count(name: str, value: Any, otherwise: str = "") -> None:
 def check_options(options: Mapping[str, Any]) -> None:
     """Raises ValueError naming the first option of the statistics that is out of range."""
     check_number("damping", options["damping"], 0)
+    check_choice("power", options["power"], POWERS)
     check_number("beta", options["beta"], 0, 1, closed=True)
     if options["rank"] != "auto":
         check_count("rank", options["rank"], " or 'auto'")
@@ -133,7 +135,11 @@ class Preconditioner:
             layer.expect(found, gathers=found is None, at_backward=False)
 
     def start(
-        self, layers: Sequence[Layer], states: States, sums: dict[Layer, Tensor], damping: float
+        self,
+        layers: Sequence[Layer],
+        states: States,
+        sums: dict[Layer, Tensor],
+        options: Mapping[str, Any],
     ) -> list[Layer]:
         """Start the statistics of the layers that have none yet, from their first sums.
 
@@ -163,7 +169,11 @@ class Preconditioner:
             elif layer.weight.grad is not None and (mine is None or mine[-1] == 0):
                 self._miss(layer)
         if started:
-            settle([(layer.curvature, state, sketch) for layer, state, sketch in started], damping)
+            settle(
+                [(layer.curvature, state, sketch) for layer, state, sketch in started],
+                options["damping"],
+                options["power"],
+            )
         for layer, state, _ in started:
             layer.expect(layer.curvature.inverse(state), gathers=layer.gathers, at_backward=False)
             self._told.pop(layer, None)
@@ -189,7 +199,7 @@ class Preconditioner:
             if layer in sums
         ]
         if own:
-            settle(blend(own, options["beta"]), options["damping"], skip)
+            settle(blend(own, options["beta"]), options["damping"], options["power"], skip)
 
     def expect(
         self, layers: Sequence[Layer], states: States, step: int, options: Mapping[str, Any]

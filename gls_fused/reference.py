@@ -9,7 +9,7 @@ Notation (one layer):
     D0 [m, d]   G'A, the gradient of [W b];   D = D0 P the direction
     Sigma [d, d]  A'A / n, its running estimate;   t = tr(Sigma)
     U [d, r]    orthonormal basis;   M [r, r] = U' Sigma U the core;   Z [d, r] = Sigma U the sketch
-    P [d, d]    (Sigma + lambda I)^-1, or I / lambda' + U C U'
+    P [d, d]    (Sigma + lambda I)^-p, or I / lambda'^p + U C U';   p the power
 
 Rows are passed as [n, k]; `ones` says that the column of ones belongs to them.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-Normalize: TypeAlias = Literal["rms", "adam", "sgd", "none"]
+Normalize: TypeAlias = Literal["rms", "row", "factored", "adam", "sgd", "none"]
 
 
 class DenseInverse(NamedTuple):
@@ -40,7 +40,7 @@ class SubspaceInverse(NamedTuple):
 
     basis: Tensor  # [d, r]
     core_inverse: Tensor  # [r, r], the C of the equations
-    shift: Tensor  # 0-d, the lambda' of the equations
+    shift: Tensor  # 0-d, the lambda'^p of the equations
 
 
 Inverse: TypeAlias = DenseInverse | SubspaceInverse
@@ -204,41 +204,49 @@ def refresh_subspaces(
 # ---- solve: damped least squares ----------------------------------------------------------------
 
 
-def invert_core(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[Tensor, Tensor]:
-    """C and lambda', with which P = I / lambda' + U C U'.
+def invert_core(
+    core: Tensor, trace: Tensor, dim: int, damping: float, power: float = 1
+) -> tuple[Tensor, Tensor]:
+    """C and lambda'^p, with which P = I / lambda'^p + U C U'.
 
         lambda = damping t / d,   rho = max(t - tr M, 0) / (d - r)   (0 when r = d)
-        lambda' = lambda + rho,   C = (M + lambda I)^-1 - I / lambda'
+        lambda' = lambda + rho,   C = (M + lambda I)^-p - I / lambda'^p
 
     Args:
         core: M [r, r], positive semi-definite up to rounding.
         trace: t, 0-d, > 0.
         dim: d.
         damping: dimensionless, > 0.
+        power: p, 1, .75, .5 or .25.
     Returns:
-        C [r, r] and lambda' (0-d).
+        C [r, r] and lambda'^p (0-d).
     Numerics: see `invert_damped`.
     """
     rank = len(core)
     damp = damping_of(trace, dim, damping)
     rest = (trace - core.trace()).clamp(min=0) / (dim - rank) if dim > rank else 0.0
-    shift = damp + rest
-    return invert_damped(core, damp) - eye_like(core) / shift, shift
+    shift = (damp + rest) ** power
+    return invert_damped(core, damp, power) - eye_like(core) / shift, shift
 
 
 def invert_cores(
-    cores: Sequence[Tensor], traces: Sequence[Tensor], dims: Sequence[int], damping: float
+    cores: Sequence[Tensor],
+    traces: Sequence[Tensor],
+    dims: Sequence[int],
+    damping: float,
+    power: float = 1,
 ) -> list[tuple[Tensor, Tensor]]:
     """`invert_core` of some layers."""
-    return [invert_core(*layer, damping) for layer in zip(cores, traces, dims, strict=True)]
+    layers = zip(cores, traces, dims, strict=True)
+    return [invert_core(*layer, damping, power) for layer in layers]
 
 
-def invert_gram(gram: Tensor, damping: float) -> Tensor:
-    """P = (Sigma + lambda I)^-1 [d, d], lambda = damping tr(Sigma) / d.
+def invert_gram(gram: Tensor, damping: float, power: float = 1) -> Tensor:
+    """P = (Sigma + lambda I)^-p [d, d], lambda = damping tr(Sigma) / d.
 
     Numerics: see `invert_damped`.
     """
-    return invert_damped(gram, damping_of(gram.trace(), len(gram), damping))
+    return invert_damped(gram, damping_of(gram.trace(), len(gram), damping), power)
 
 
 def damping_of(trace: Tensor, dim: int, damping: float) -> Tensor:
@@ -251,16 +259,24 @@ def eye_like(matrix: Tensor) -> Tensor:
     return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 
 
-def invert_damped(matrix: Tensor, damp: Tensor) -> Tensor:
-    """(S + lambda I)^-1 by Cholesky.
+def invert_damped(matrix: Tensor, damp: Tensor, power: float) -> Tensor:
+    """(S + lambda I)^-p: by Cholesky for p = 1, else from the eigenvalues of S.
 
-    Numerics: where rounding has left S + lambda I not positive definite, I / (lambda + tr S / d),
+    Numerics: where rounding has left S + lambda I not positive definite, I / (lambda + tr S / d)^p,
         decided on the device.
     """
     eye = eye_like(matrix)
-    factor, info = torch.linalg.cholesky_ex(matrix / damp + eye)
-    inverse = torch.cholesky_inverse(factor) / damp
-    return torch.where(info == 0, inverse, eye / (damp + matrix.trace() / len(matrix)))
+    if power == 1:
+        factor, info = torch.linalg.cholesky_ex(matrix / damp + eye)
+        definite, found = info == 0, torch.cholesky_inverse(factor) / damp
+    else:
+        # LAPACK raises for what is not finite.
+        finite = matrix.isfinite().all()
+        values, vectors = torch.linalg.eigh(torch.where(finite, matrix, eye))
+        definite = finite & (values[..., :1] + damp > 0).all()
+        roots = (values + damp).clamp(min=torch.finfo(matrix.dtype).tiny) ** -power
+        found = (vectors * roots) @ vectors.T
+    return torch.where(definite, found, eye / (damp + matrix.trace() / len(matrix)) ** power)
 
 
 # ---- apply: P at one of two sites, then the update ----------------------------------------------
@@ -345,35 +361,47 @@ def update_layers_(
     eps: float,
     weight_decay: float,
     skip: Tensor | None = None,
+    lr_bounds: Tensor | None = None,
 ) -> None:
     """The parameters of some layers take their step, in place.
 
         D = D0 P where P has not been applied in the backward,
         m <- momentum m + (1 - momentum) D,   v <- beta2 v + (1 - beta2) mean(D^2)
-        W <- W (1 - lr weight_decay) - lr update,
+        W <- W (1 - lr weight_decay) - min(lr, bound) update,
         update = m^ / (sqrt(v^) + eps) | m^ ||D0|| / ||D|| | m^     (^: bias-corrected)
+
+    The mean is over the layer for "rms", one element for "adam", a row [W b]_i for "row". For
+    "factored" v_i is the row's, c_j that of column j, and v_i c_j / mean(v) stands for v.
 
     Args:
         params: weight [m, ...], bias [m] of one layer after the other.
         gradients: D0, or D for a layer without an inverse; shaped as the parameters, left as is.
         exp_avgs: m, shaped as the parameters; empty when momentum is 0.
-        exp_avg_sqs: v; a 0-d tensor per layer for "rms", one per parameter for "adam", else empty.
+        exp_avg_sqs: v; a 0-d tensor per layer for "rms", v [m] for "row", v [m] and then c [d] for
+            "factored", one per parameter for "adam", else empty. c counts the bias, which is its
+            last, also where it takes no step.
         steps: 0-d, per layer: steps taken; advanced by one.
         inverses: P per layer, d = k (+ 1 with a bias), or None where `gradients` holds D.
         layer_sizes: how many of `params` each layer has, 1 or 2.
         skip: 0-d bool; where it is true nothing changes, which the host need not know.
+        lr_bounds: [layers], of the averages' dtype: the most that lr may be in each layer's step.
     Numerics: a gradient that is not finite makes the layer not finite, as with Adam.
     """
-    options = (lr, momentum, beta2, eps, weight_decay)
+    options = (momentum, beta2, eps, lr * weight_decay)
     first = 0
+    # How many of `exp_avg_sqs` a layer has, where it is not one per parameter.
+    squares_each = {"rms": 1, "row": 1, "factored": 2}.get(normalize)
     with kept_where(skip, [*params, *exp_avgs, *exp_avg_sqs, *steps]):
         for layer, size in enumerate(layer_sizes):
             mine = slice(first, first + size)
-            squares = exp_avg_sqs[layer : layer + 1] if normalize == "rms" else exp_avg_sqs[mine]
+            squares = exp_avg_sqs[mine]
+            if squares_each is not None:
+                squares = exp_avg_sqs[layer * squares_each : (layer + 1) * squares_each]
             steps[layer].add_(1)
+            rate = lr if lr_bounds is None else torch.clamp(lr_bounds[layer], max=lr)
             _update_layer_(
                 params[mine], gradients[mine], exp_avgs[mine], squares, steps[layer],
-                inverses[layer], normalize, *options,
+                inverses[layer], normalize, rate, *options,
             )  # fmt: skip
             first += size
 
@@ -400,7 +428,7 @@ def _update_layer_(
     momentum: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
+    decay: float | Tensor,
 ) -> None:
     directions = layer_directions(gradients, exp_avgs, inverse)
     scales: list[Tensor | float] = [1.0] * len(params)
@@ -412,10 +440,63 @@ def _update_layer_(
         for d, v in zip(directions, exp_avg_sqs, strict=True):
             v.lerp_(d.square().to(v.dtype), 1 - beta2)
         scales = [inverse_root(v, step, beta2, eps) for v in exp_avg_sqs]
+    elif normalize in ("row", "factored"):
+        scales = _axis_scales(directions, exp_avg_sqs, step, beta2, eps)
     elif normalize == "sgd":
         norm = layer_norm(directions)
         scales = [torch.where(norm > 0, layer_norm(gradients) / norm, 1.0)] * len(params)
-    move_layer_(params, directions, exp_avgs, scales, step, lr, momentum, weight_decay)
+    move_layer_(params, directions, exp_avgs, scales, step, lr, momentum, decay)
+
+
+def _axis_scales(
+    directions: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: Tensor,
+    beta2: float,
+    eps: float,
+) -> list[Tensor | float]:
+    """Of weight and bias for "row", with v alone, and "factored", with v and c, blended in place.
+
+    1 / (sqrt(v^_i) + eps),   1 / (sqrt(v^_i c^_j / mean(v^)) + eps)
+    """
+    rows, *columns = exp_avg_sqs
+    squares = squares_by_row(directions, rows.dtype)
+    outputs, dim = squares.shape
+    rows.lerp_(squares.sum(1) / max(1, dim), 1 - beta2)
+    for each in columns:
+        # A bias that takes no step keeps its place at the end.
+        each[:dim].lerp_(squares.sum(0) / max(1, outputs), 1 - beta2)
+    mean = rows.sum() / max(1, outputs)
+    return scales_of_axes(directions, rows, columns, mean, step, beta2, eps)
+
+
+def squares_by_row(directions: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The squares [m, d] of a layer's weight and bias, a row per output."""
+    weight, *bias = directions
+    matrix = torch.cat([weight.flatten(1), *(b[:, None] for b in bias)], dim=1)
+    return matrix.to(dtype).square()
+
+
+def scales_of_axes(
+    directions: Sequence[Tensor],
+    rows: Tensor,
+    columns: Sequence[Tensor],
+    mean: Tensor,
+    step: Tensor,
+    beta2: float,
+    eps: float,
+) -> list[Tensor | float]:
+    """The scales of weight and bias, from v [m], c [d] if any, and mean(v)."""
+    weight, *bias = directions
+    size = weight.shape[1:].numel()
+    squares = rows[:, None].expand(len(rows), size + len(bias))
+    for each in columns:
+        # Of zeros alone the scale is that of a zero.
+        unit = squares / mean.clamp(min=torch.finfo(rows.dtype).tiny)
+        squares = unit * each[: size + len(bias)]
+    scale = inverse_root(squares, step, beta2, eps)
+    scales: list[Tensor | float] = [scale[:, :size].reshape(weight.shape)]
+    return [*scales, scale[:, -1]] if bias else scales
 
 
 def layer_directions(
@@ -441,13 +522,13 @@ def move_layer_(
     step: Tensor,
     lr: float | Tensor,
     momentum: float,
-    weight_decay: float,
+    decay: float | Tensor,
 ) -> None:
     """The last two lines of `update_layers_`, for one layer.
 
-    m <- momentum m + (1 - momentum) D,   W <- W (1 - lr weight_decay) - lr scale m^
+    m <- momentum m + (1 - momentum) D,   W <- W (1 - decay) - lr scale m^
     """
-    decayed = 1 - lr * weight_decay
+    decayed = 1 - decay
     corrected = bias_correction(momentum, step, directions[0].dtype)
     averages = directions
     if exp_avgs:

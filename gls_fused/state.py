@@ -18,17 +18,21 @@ import torch
 from torch import Tensor
 
 from gls_fused.apply.fallback import start_adam
-from gls_fused.apply.layers import fill_layer_states
+from gls_fused.apply.layers import fill_layer_states, square_shapes
 from gls_fused.apply.low_precision import open_copies
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import Dense, State, Subspace, empty_state, make_curvature
 from gls_fused.distributed.sharding import is_sharded
 
-# 0: without a version, "low_precision", "seed" and "outputs". 1: without "at_step".
-VERSION = 2
-ADDED_SINCE_0 = {"low_precision": "nearest", "seed": 0}
+# 0: without a version, "low_precision", "seed" and "outputs". 1: without "at_step". 2: without
+# "power", "max_change" and what goes with them.
+VERSION = 3
+ADDED_SINCE: dict[int, dict[str, Any]] = {
+    0: {"low_precision": "nearest", "seed": 0},
+    2: {"power": 1, "max_change": None},
+}
 
-AVERAGES = ("exp_avg", "exp_avg_sq")
+AVERAGES = ("exp_avg", "exp_avg_sq", "exp_avg_sq_columns", "weight_rms")
 OWN_TENSORS = {"step", "master", *AVERAGES, *Dense.names, *Subspace.names}
 
 Groups = Sequence[Mapping[str, Any]]
@@ -55,7 +59,9 @@ def upgrade_group(group: Mapping[str, Any], index: int, options: Iterable[str]) 
         ValueError: it is of a later version, or lacks an option.
     """
     version = check_version(group)
-    group = {**(ADDED_SINCE_0 if version == 0 else {}), **group, "version": VERSION}
+    added = [options for since, options in ADDED_SINCE.items() if version <= since]
+    group = {**{key: value for each in added for key, value in each.items()}, **group}
+    group["version"] = VERSION
     for option in (*options, "step"):
         if option not in group:
             raise ValueError(
@@ -189,8 +195,8 @@ def _shapes(param: Tensor) -> dict[str, Sequence[int]]:
 def _layer_shapes(layer: Layer, param: Tensor, normalize: str) -> dict[str, Sequence[int]]:
     if param is not layer.weight:
         return {}
-    scalar: dict[str, Sequence[int]] = {"exp_avg_sq": ()} if normalize == "rms" else {}
-    return {**layer.curvature.shapes(), **scalar}
+    squares = square_shapes(layer, normalize)
+    return {**layer.curvature.shapes(), **squares, "weight_rms": ()}
 
 
 def _check_layer(layer: Layer, param: Tensor, state: Mapping[str, Any]) -> None:

@@ -85,6 +85,60 @@ Matrix multiply(const Matrix& a, const Matrix& b, int64_t r) {
   return product;
 }
 
+double trace_of(const Matrix& x, int64_t r) {
+  double total = 0;
+  for (int64_t i = 0; i < r; ++i) total += x[i * r + i];
+  return total;
+}
+
+// A B for symmetric A and B that commute, whose product is symmetric.
+Matrix multiply_symmetric(const Matrix& a, const Matrix& b, int64_t r) {
+  Matrix product(r * r);
+  sum_rows<double>(nullptr, 0, 0, {a.data(), r, 1}, r, b.data(), r, r, r, product.data(), r);
+  // To the last bit, as the iteration would let an asymmetry grow.
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < i; ++j) product[j * r + i] = product[i * r + j];
+  }
+  return product;
+}
+
+// S^-p for p = .25, .5 or .75, of a positive definite S whose eigenvalues are at least `least` of
+// its trace; false where they are not. By Newton's iteration for the inverse fourth root X, coupled
+// with B = X^4 S / c, which products alone take to I: Guo and Higham, 2006.
+bool raise(Matrix& s, int64_t r, double power, double least) {
+  const double bound = trace_of(s, r);
+  if (!(bound > 0) || !std::isfinite(bound)) return false;
+  Matrix b = s, root(r * r, 0), step(r * r);
+  for (double& value : b) value /= bound;
+  for (int64_t i = 0; i < r; ++i) root[i * r + i] = 1;
+  // The smallest eigenvalue of B grows by (5/4)^4 until it is near 1; from there on the distance
+  // to 1 is squared.
+  const int most = std::ceil(std::log(1 / least) / (4 * std::log(1.25))) + 8;
+  for (int iteration = 0; iteration < most; ++iteration) {
+    // From B to I, in the Frobenius norm.
+    double distance = 0;
+    for (int64_t i = 0; i < r; ++i) {
+      for (int64_t j = 0; j < r; ++j) {
+        const double unit = i == j, off = b[i * r + j] - unit;
+        step[i * r + j] = unit - off / 4;
+        distance += off * off;
+      }
+    }
+    distance = std::sqrt(distance);
+    if (!std::isfinite(distance)) return false;
+    root = multiply_symmetric(root, step, r);
+    if (distance < 1e-7) break;
+    if (iteration + 1 == most) return false;
+    const Matrix square = multiply_symmetric(step, step, r);
+    b = multiply_symmetric(multiply_symmetric(square, square, r), b, r);
+  }
+  s = root;
+  for (int times = 1; times < 4 * power; ++times) s = multiply_symmetric(s, root, r);
+  const double scale = std::pow(bound, -power);
+  for (double& value : s) value *= scale;
+  return true;
+}
+
 template <typename T>
 Matrix to_matrix(const Tensor& x) {
   const int64_t r = x.size(0);
@@ -99,12 +153,6 @@ Matrix to_matrix(const Tensor& x) {
 template <typename T>
 void store(const Matrix& matrix, T* to) {
   for (size_t i = 0; i < matrix.size(); ++i) to[i] = static_cast<T>(matrix[i]);
-}
-
-double trace_of(const Matrix& x, int64_t r) {
-  double total = 0;
-  for (int64_t i = 0; i < r; ++i) total += x[i * r + i];
-  return total;
 }
 
 // Columns that one thread takes at a time; sums are taken over them in order, so that the result
@@ -227,32 +275,43 @@ std::tuple<Tensor, Tensor> refresh_subspace(const Tensor& core, const Tensor& sk
   return {basis.t(), moved};
 }
 
-// lambda = damping t / d,  lambda' = lambda + rho,  C = (M + lambda I)^-1 - I / lambda'
+// lambda = damping t / d,  lambda' = lambda + rho,  C = (M + lambda I)^-p - I / lambda'^p
 std::tuple<Tensor, Tensor> invert_core(const Tensor& core, const Tensor& trace, int64_t dim,
-                                       double damping) {
+                                       double damping, double power) {
   check_core(core, trace, dim);
+  check_power(power);
   const int64_t r = core.size(0);
   Tensor inverse = at::empty({r, r}, core.options()), shift = at::empty({}, core.options());
   AT_DISPATCH_FLOATING_TYPES(core.scalar_type(), "invert_core", [&] {
     const double eps = std::numeric_limits<scalar_t>::epsilon();
-    const double t = trace.item<double>(), damp = t * std::max(damping / dim, 32 * eps);
+    const double t = trace.item<double>(), share = std::max(damping / dim, 32 * eps);
+    const double damp = t * share;
     const Matrix m = to_matrix<scalar_t>(core);
     const double total = trace_of(m, r);
     const double rest = dim > r ? std::max(t - total, 0.0) / (dim - r) : 0.0;
+    const double shifted = std::pow(damp + rest, power);
     Matrix unit = m;
     for (double& value : unit) value /= damp;
     for (int64_t i = 0; i < r; ++i) unit[i * r + i] += 1;
-    if (factor(unit, r, 0)) {
-      unit = square_triangle(invert_triangle(unit, r), r);
-      for (double& value : unit) value /= damp;
+    bool definite = true;
+    if (power == 1) {
+      definite = factor(unit, r, 0);
+      if (definite) unit = square_triangle(invert_triangle(unit, r), r);
+    } else if (r > 0) {
+      // tr M may exceed t by rounding; t / damp + r bounds the trace either way.
+      definite = raise(unit, r, power, share / (2 + r * share));
+    }
+    const double scale = std::pow(damp, -power);
+    if (definite) {
+      for (double& value : unit) value *= scale;
     } else {
       // Rounding has left M + lambda I not positive definite.
       unit.assign(r * r, 0);
-      for (int64_t i = 0; i < r; ++i) unit[i * r + i] = 1 / (damp + total / r);
+      for (int64_t i = 0; i < r; ++i) unit[i * r + i] = std::pow(damp + total / r, -power);
     }
-    for (int64_t i = 0; i < r; ++i) unit[i * r + i] -= 1 / (damp + rest);
+    for (int64_t i = 0; i < r; ++i) unit[i * r + i] -= 1 / shifted;
     store(unit, inverse.data_ptr<scalar_t>());
-    *shift.data_ptr<scalar_t>() = static_cast<scalar_t>(damp + rest);
+    *shift.data_ptr<scalar_t>() = static_cast<scalar_t>(shifted);
   });
   return {inverse, shift};
 }

@@ -2,11 +2,12 @@
 //
 //   D = D0 P where the backward has not applied P,
 //   m <- momentum m + (1 - momentum) D,   v <- beta2 v + (1 - beta2) mean(D^2)
-//   W <- W (1 - lr weight_decay) - lr update
+//   W <- W (1 - lr weight_decay) - min(lr, bound) update
 //
 // Memory bound. Each array is read and written once, except that D is read once more before the
-// write where a layer's norm decides its step ("rms", "sgd"): bytes per float32 parameter are
-// 16 with momentum 0 and 24 with momentum, 4 fewer for "none"; Adam moves 28.
+// write where a layer's norm or columns decide its step ("rms", "sgd", "factored"): bytes per
+// float32 parameter are 16 with momentum 0 and 24 with momentum, 4 fewer for "none" and "row";
+// Adam moves 28.
 //
 // Work is cut into chunks of a fixed size, and sums of squares are taken per chunk and then in
 // chunk order, so that the result does not depend on the number of threads.
@@ -20,6 +21,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
+
+#include <c10/util/accumulate.h>
 
 #include <cmath>
 #include <vector>
@@ -168,7 +171,7 @@ void update_chunk(const Slice<param_t, state_t>& slice, int64_t begin, int64_t e
 template <typename param_t, typename state_t>
 void update_flat(const std::vector<Slice<param_t, state_t>>& slices, at::TensorList exp_avg_sqs,
                  at::TensorList steps, const std::vector<double>& gradient_squares,
-                 Normalize normalize, double lr, const Scalars& scalars) {
+                 Normalize normalize, const std::vector<double>& lrs, const Scalars& scalars) {
   const size_t layers = steps.size();
   std::vector<double> squares, numels(layers, 0);
   if (normalize == Normalize::kRms || normalize == Normalize::kSgd) {
@@ -197,7 +200,7 @@ void update_flat(const std::vector<Slice<param_t, state_t>>& slices, at::TensorL
       scale = norm == 0 ? 1 : std::sqrt(gradient_squares[layer]) / norm;
     }
     const double correction = scalars.momentum > 0 ? 1 - std::pow(scalars.momentum, step) : 1;
-    rates[layer] = lr * scale / correction;
+    rates[layer] = lrs[layer] * scale / correction;
   }
 
   // Backwards: the directions whose squares were summed last are the ones still in cache.
@@ -215,6 +218,162 @@ void update_flat(const std::vector<Slice<param_t, state_t>>& slices, at::TensorL
       else if (slice.exp_avg) update(std::true_type{}, std::false_type{});
       else if (slice.exp_avg_sq) update(std::false_type{}, std::true_type{});
       else update(std::false_type{}, std::false_type{});
+    }
+  });
+}
+
+// A weight or bias as rows, and its first column in c.
+template <typename param_t, typename state_t>
+struct Part {
+  param_t* param;
+  const param_t* direction;
+  state_t* exp_avg;  // null when momentum is 0
+  int64_t columns;
+  int64_t first;
+};
+
+// sums[j] += x[j]^2 and their total.
+template <typename state_t, typename param_t>
+double add_squares(const param_t* x, int64_t n, state_t* sums) {
+  using Vec = at::vec::Vectorized<state_t>;
+  state_t total = 0;
+  int64_t j = 0;
+  if constexpr (std::is_same_v<param_t, state_t>) {
+    Vec totals(0);
+    for (; j + Vec::size() <= n; j += Vec::size()) {
+      const Vec value = Vec::loadu(x + j), square = value * value;
+      totals = totals + square;
+      (Vec::loadu(sums + j) + square).store(sums + j);
+    }
+    total = reduce_sum(totals);
+  }
+  for (; j < n; ++j) {
+    const state_t value = static_cast<state_t>(x[j]);
+    total += value * value;
+    sums[j] += value * value;
+  }
+  return total;
+}
+
+// A row of a layer whose denominator is row_root columns_root[j] + eps ("factored"), or is in the
+// rate already ("row", where columns_root is null).
+template <bool kMomentum, bool kFactored, typename param_t, typename state_t>
+void update_row(param_t* param, const param_t* direction, state_t* exp_avg,
+                const state_t* column_roots, int64_t n, const Scalars& scalars, double row_root,
+                double rate) {
+  using Vec = at::vec::Vectorized<state_t>;
+  const state_t decayed = scalars.decayed, average = 1 - scalars.momentum, eps = scalars.eps;
+  const state_t root = row_root, step = rate;
+  const auto update = [&](auto w, auto d, auto& m, auto column_root) {
+    using Value = decltype(w);
+    if constexpr (kMomentum) {
+      m = m + (d - m) * Value(average);
+      d = m;
+    }
+    if constexpr (kFactored) d = d / (Value(root) * column_root + Value(eps));
+    return w * Value(decayed) - d * Value(step);
+  };
+  int64_t j = 0;
+  if constexpr (std::is_same_v<param_t, state_t>) {
+    for (; j + Vec::size() <= n; j += Vec::size()) {
+      Vec m(0), column_root(0);
+      if constexpr (kMomentum) m = Vec::loadu(exp_avg + j);
+      if constexpr (kFactored) column_root = Vec::loadu(column_roots + j);
+      update(Vec::loadu(param + j), Vec::loadu(direction + j), m, column_root).store(param + j);
+      if constexpr (kMomentum) m.store(exp_avg + j);
+    }
+  }
+  for (; j < n; ++j) {
+    state_t m = kMomentum ? exp_avg[j] : state_t(0);
+    const state_t column_root = kFactored ? column_roots[j] : state_t(0);
+    param[j] = static_cast<param_t>(
+        update(static_cast<state_t>(param[j]), static_cast<state_t>(direction[j]), m, column_root));
+    if constexpr (kMomentum) exp_avg[j] = m;
+  }
+}
+
+// The step of one layer with mean squares v [m] per row and, for "factored", c [d] per column.
+template <typename param_t, typename state_t>
+void update_axes(const std::vector<Part<param_t, state_t>>& parts, int64_t outputs,
+                 state_t* row_squares, state_t* column_squares, double step, double lr,
+                 const Scalars& scalars) {
+  int64_t dim = 0;
+  for (const auto& part : parts) dim += part.columns;
+  const double correction = 1 - std::pow(scalars.beta2, step);
+  const double rate = lr / (scalars.momentum > 0 ? 1 - std::pow(scalars.momentum, step) : 1);
+  // Held in the dtype of the state, as the other backends do.
+  const auto blend = [&](state_t& v, double mean) {
+    v += (static_cast<state_t>(mean) - v) * static_cast<state_t>(1 - scalars.beta2);
+  };
+  const auto blend_row = [&](int64_t i, double squares) {
+    blend(row_squares[i], dim > 0 ? squares / dim : 0);
+  };
+  const auto update = [&](int64_t i, const state_t* column_roots, double row_root, double scaled) {
+    for (const auto& part : parts) {
+      const int64_t at = i * part.columns;
+      const auto run = [&](auto momentum, auto factored) {
+        update_row<decltype(momentum)::value, decltype(factored)::value>(
+            part.param + at, part.direction + at, part.exp_avg ? part.exp_avg + at : nullptr,
+            column_roots ? column_roots + part.first : nullptr, part.columns, scalars, row_root,
+            scaled);
+      };
+      if (part.exp_avg && column_roots) run(std::true_type{}, std::true_type{});
+      else if (part.exp_avg) run(std::true_type{}, std::false_type{});
+      else if (column_roots) run(std::false_type{}, std::true_type{});
+      else run(std::false_type{}, std::false_type{});
+    }
+  };
+  const int64_t rows = std::max<int64_t>(1, kChunk / std::max<int64_t>(dim, 1));
+  const int64_t blocks = (outputs + rows - 1) / rows;
+  if (!column_squares) {
+    // A row stays in cache between its squares and its step.
+    at::parallel_for(0, blocks, grain(blocks), [&](int64_t first, int64_t last) {
+      for (int64_t i = first * rows; i < std::min(outputs, last * rows); ++i) {
+        double squares = 0;
+        for (const auto& part : parts) {
+          squares += sum_squares_as<state_t>(part.direction + i * part.columns, part.columns);
+        }
+        blend_row(i, squares);
+        const double root = std::sqrt(row_squares[i] / correction) + scalars.eps;
+        update(i, nullptr, 0, rate / root);
+      }
+    });
+    return;
+  }
+
+  // Sums over columns are taken in a fixed number of stretches and then in their order, so that the
+  // result does not depend on the number of threads.
+  const int64_t stretches = std::min<int64_t>(16, blocks);
+  std::vector<state_t> partial(stretches * dim, 0);
+  at::parallel_for(0, stretches, grain(blocks) > 1 ? stretches : 1, [&](int64_t first,
+                                                                        int64_t last) {
+    for (int64_t stretch = first; stretch < last; ++stretch) {
+      const int64_t end = outputs * (stretch + 1) / stretches;
+      for (int64_t i = outputs * stretch / stretches; i < end; ++i) {
+        double squares = 0;
+        for (const auto& part : parts) {
+          squares += add_squares(part.direction + i * part.columns, part.columns,
+                                 &partial[stretch * dim + part.first]);
+        }
+        blend_row(i, squares);
+      }
+    }
+  });
+  double total = 0;
+  for (int64_t i = 0; i < outputs; ++i) total += row_squares[i];
+  const double mean =
+      std::max<double>(total / std::max<int64_t>(outputs, 1), std::numeric_limits<state_t>::min());
+  std::vector<state_t> roots(dim);
+  for (int64_t j = 0; j < dim; ++j) {
+    double squares = 0;
+    for (int64_t stretch = 0; stretch < stretches; ++stretch) squares += partial[stretch * dim + j];
+    blend(column_squares[j], outputs > 0 ? squares / outputs : 0);
+    roots[j] = std::sqrt(column_squares[j] / correction);
+  }
+  // Backwards: the directions whose squares were summed last are the ones still in cache.
+  at::parallel_for(0, blocks, grain(blocks), [&](int64_t first, int64_t last) {
+    for (int64_t i = std::min(outputs, last * rows) - 1; i >= first * rows; --i) {
+      update(i, roots.data(), std::sqrt(row_squares[i] / mean), rate);
     }
   });
 }
@@ -241,19 +400,27 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
                     c10::string_view normalize_name, double lr, double momentum, double beta2,
                     double eps, double weight_decay, const std::optional<at::Tensor>& lr_tensor,
                     const std::optional<at::Tensor>& grad_scale,
-                    const std::optional<at::Tensor>& found_inf) {
+                    const std::optional<at::Tensor>& found_inf,
+                    const std::optional<at::Tensor>& lr_bounds) {
   if (params.empty()) return;
   const std::vector<size_t> layer_of =
       check_update(params, gradients, exp_avgs, exp_avg_sqs, steps, bases, core_inverses, shifts,
-                   layer_sizes, normalize_name, momentum);
+                   layer_sizes, normalize_name, momentum, lr_bounds);
   check_scalar("lr_tensor", lr_tensor);
   check_scalar("grad_scale", grad_scale);
   check_scalar("found_inf", found_inf);
   if (found_inf && found_inf->item<double>() != 0) return;
   if (lr_tensor) lr = lr_tensor->item<double>();
   const Normalize normalize = parse_normalize(normalize_name);
+  const bool axes = normalize == Normalize::kRow || normalize == Normalize::kFactored;
   const size_t layers = layer_sizes.size();
   const at::ScalarType type = params[0].scalar_type(), state_type = at::toOpMathType(type);
+  std::vector<double> lrs(layers, lr);
+  for (size_t layer = 0; lr_bounds && layer < layers; ++layer) {
+    // Not std::min: a bound that is not a number must reach the parameters.
+    const double bound = (*lr_bounds)[layer].item<double>();
+    if (!(lr < bound)) lrs[layer] = bound;
+  }
 
   std::vector<at::Tensor> unscaled(gradients.begin(), gradients.end());
   if (grad_scale) {
@@ -274,7 +441,9 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
   // Flat memory for every array, with copies standing in for layouts that are not.
   std::vector<at::Tensor> flat_params, flat_directions, flat_gradients, flat_averages, flat_squares;
   for (size_t i = 0; i < params.size(); ++i) {
-    const bool dense = params[i].is_non_overlapping_and_dense();
+    // Rows and columns are of the contiguous layout.
+    const bool dense =
+        axes ? params[i].is_contiguous() : params[i].is_non_overlapping_and_dense();
     flat_params.push_back(dense ? params[i] : params[i].contiguous());
     const at::Tensor& like = flat_params.back();
     flat_directions.push_back(in_layout_of(directions[i], like, type));
@@ -291,6 +460,28 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "update_layers_", [&] {
     using param_t = scalar_t;
     using state_t = at::opmath_type<scalar_t>;
+    const Scalars scalars{1 - lr * weight_decay, momentum, beta2, eps};
+    if (axes) {
+      const size_t each = squares_of(normalize, 0);
+      for (size_t layer = 0, i = 0; layer < layers; i += layer_sizes[layer++]) {
+        const int64_t outputs = params[i].size(0);
+        std::vector<Part<param_t, state_t>> parts;
+        for (int64_t part = 0, first = 0; part < layer_sizes[layer]; ++part) {
+          const at::Tensor& param = flat_params[i + part];
+          const int64_t columns = c10::multiply_integers(param.sizes().slice(1));
+          parts.push_back({param.data_ptr<param_t>(),
+                           flat_directions[i + part].const_data_ptr<param_t>(),
+                           momentum > 0 ? flat_averages[i + part].data_ptr<state_t>() : nullptr,
+                           columns, first});
+          first += columns;
+        }
+        const at::Tensor* squares = &exp_avg_sqs[layer * each];
+        update_axes(parts, outputs, squares[0].data_ptr<state_t>(),
+                    each == 2 ? squares[1].data_ptr<state_t>() : nullptr,
+                    steps[layer].item<double>(), lrs[layer], scalars);
+      }
+      return;
+    }
     std::vector<Slice<param_t, state_t>> slices;
     std::vector<Span<param_t>> spans;
     for (size_t i = 0; i < params.size(); ++i) {
@@ -305,8 +496,7 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
       }
     }
     const std::vector<double> gradient_squares = sum_layers<state_t>(spans, layers);
-    const Scalars scalars{1 - lr * weight_decay, momentum, beta2, eps};
-    update_flat(slices, exp_avg_sqs, steps, gradient_squares, normalize, lr, scalars);
+    update_flat(slices, exp_avg_sqs, steps, gradient_squares, normalize, lrs, scalars);
   });
 
   for (size_t i = 0; i < params.size(); ++i) {

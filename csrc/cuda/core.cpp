@@ -23,21 +23,35 @@ namespace {
 using at::Tensor;
 using Lists = std::tuple<std::vector<Tensor>, std::vector<Tensor>>;
 
+// 4 p.
+int quarters_of(double power) {
+  const int quarters = power >= 0 && power <= 1 ? int(4 * power) : 0;
+  TORCH_CHECK(quarters > 0 && 4 * power == quarters,
+              "invert_core: expected power 1, 0.75, 0.5 or 0.25, got ", power);
+  return quarters;
+}
+
+int64_t most_rank(bool is_double, int quarters) {
+  if (quarters == 4) return is_double ? kMaxDoubleCoreRank : kMaxCoreRank;
+  return is_double ? kMaxDoubleRootRank : kMaxRootRank;
+}
+
 Lists invert_cores(at::TensorList cores, at::TensorList traces, at::IntArrayRef dims,
-                   double damping) {
+                   double damping, double power) {
   TORCH_CHECK(cores.size() == traces.size() && cores.size() == dims.size(),
               "invert_cores: expected ", cores.size(), " traces and dims, got ", traces.size(),
               " and ", dims.size());
   const at::ScalarType type = cores[0].scalar_type();
   const bool is_double = type == at::kDouble;
-  const int64_t most = is_double ? kMaxDoubleCoreRank : kMaxCoreRank;
+  const int quarters = quarters_of(power);
+  const int64_t most = most_rank(is_double, quarters);
   for (size_t i = 0; i < cores.size(); ++i) {
     check_device("invert_cores", cores[0], cores[i]);
     check_core(cores[i], traces[i], dims[i]);
     TORCH_CHECK(cores[i].scalar_type() == type, "invert_cores: expected cores of ", type,
                 ", got ", cores[i].scalar_type());
     TORCH_CHECK(cores[i].size(0) <= most, "invert_core: expected core [r, r] with r at most ",
-                most, " on CUDA, got ", cores[i].sizes());
+                most, " on CUDA for power ", power, ", got ", cores[i].sizes());
   }
   const c10::cuda::CUDAGuard guard(cores[0].device());
   const double eps =
@@ -60,14 +74,14 @@ Lists invert_cores(at::TensorList cores, at::TensorList traces, at::IntArrayRef 
     layer.rank = int32_t(cores[i].size(0));
     plan.add(layer);
   }
-  C10_CUDA_CHECK(plan.launch(is_double, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(plan.launch(is_double, quarters, c10::cuda::getCurrentCUDAStream()));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return results;
 }
 
 std::tuple<Tensor, Tensor> invert_core(const Tensor& core, const Tensor& trace, int64_t dim,
-                                       double damping) {
-  const auto [inverses, shifts] = invert_cores({core}, {trace}, {dim}, damping);
+                                       double damping, double power) {
+  const auto [inverses, shifts] = invert_cores({core}, {trace}, {dim}, damping, power);
   return {inverses[0], shifts[0]};
 }
 

@@ -7,6 +7,7 @@
 #include <iterator>
 #include <vector>
 
+#include "axis_update.h"
 #include "core.h"
 #include "product.h"
 #include "sketch.h"
@@ -122,10 +123,11 @@ class UpdatePlan {
  public:
   explicit UpdatePlan(Dtype dtype) : dtype_(dtype), products_(dtype) {}
 
-  void add_layer(void* step, void* exp_avg_sq) {
+  void add_layer(void* step, void* exp_avg_sq, const void* lr_bound) {
     LayerSums layer{};
     layer.step = step;
     layer.exp_avg_sq = exp_avg_sq;
+    layer.lr_bound = lr_bound;
     append(layers_, layer);
     ++count_;
   }
@@ -142,15 +144,52 @@ class UpdatePlan {
   void add_tiles(const Product& p, const TileArrays& weight, const TileArrays& bias,
                  const float* shift) {
     products_.add(p);
-    const bool half = element_bytes(dtype_) == 2;
-    const int64_t down = divide_up(p.n, tile_rows(half));
-    const int64_t across = divide_up(p.size, tile_columns(half));
+    const int bytes = element_bytes(dtype_);
+    const int64_t down = divide_up(p.n, tile_rows(bytes));
+    const int64_t across = divide_up(p.size, tile_columns(bytes));
     const TileLayer tile{weight, bias,        p.basis, p.turned,         shift,      p.n,
                          p.size, p.basis_row, p.rank,  uint32_t(across), count_ - 1, 0};
     const bool wide = is_wide(p, dtype_) && is_aligned16(weight.param) &&
                       is_aligned16(weight.exp_avg) && is_aligned16(weight.exp_avg_sq);
     append(tiled_[wide], tile, down * across).wide = wide;
     sums_of(count_ - 1).numel += p.n * (p.size + (bias.param ? 1 : 0));
+  }
+
+  // Weight and bias of the last layer, for "row" and "factored"; D is formed from the product's T
+  // where there is one, and given as the gradients where not.
+  void add_axes(AxisLayer x, const Product* product, const float* shift) {
+    const int bytes = element_bytes(dtype_);
+    const int64_t dim = x.size + (x.bias.param ? 1 : 0);
+    const int64_t down = divide_up(x.n, tile_rows(bytes));
+    // A layer without columns may have a bias.
+    const int64_t across = std::max<int64_t>(divide_up(x.size, tile_columns(bytes)), 1);
+    x.across = uint32_t(across);
+    x.layer = count_ - 1;
+    x.row_sums = axis_sums_;
+    x.column_sums = x.row_sums + across * x.n;
+    axis_sums_ = x.column_sums + (x.columns ? down * dim : 0);
+    sums_of(count_ - 1).exp_avg_sq = x.rows;
+    sums_of(count_ - 1).numel = x.n;
+    const int64_t blends =
+        divide_up(x.n, kBlendThreads) + (x.columns ? divide_up(dim, kBlendThreads) : 0);
+    const AxisBlend blend{x.rows, x.columns, x.row_sums,     x.column_sums,  x.n,
+                          dim,    x.across,  uint32_t(down), 0};
+    if (blends > 0) append(blends_, blend, blends);
+    if (x.n == 0) return;
+    if (product) {
+      products_.add(*product);
+      x.basis = product->basis;
+      x.turned = product->turned;
+      x.shift = shift;
+      x.basis_row = product->basis_row;
+      x.rank = product->rank;
+    }
+    const bool wide = x.size % (16 / bytes) == 0 && is_aligned16(x.weight.gradient) &&
+                      is_aligned16(x.weight.param) && is_aligned16(x.weight.exp_avg) &&
+                      is_aligned16(x.columns);
+    AxisTable& table = append(axes_[product != nullptr][wide], x, down * across);
+    table.formed = product != nullptr;
+    table.wide = wide;
   }
 
   // Pairs of sums that `launch` wants room for.
@@ -163,10 +202,14 @@ class UpdatePlan {
     return total;
   }
 
+  // Sums of rows and columns, of the state's dtype, that it wants room for.
+  int64_t count_axis_sums() const { return axis_sums_; }
+
   // Once.
-  void launch(const FinishOptions& options, double2* squares, LayerStep* steps,
+  void launch(const FinishOptions& options, double2* squares, void* axis_sums, LayerStep* steps,
               cudaStream_t stream) {
-    const bool norms = options.scale != Scale::kNone;
+    const bool norms =
+        options.scale == Scale::kRootMeanSquare || options.scale == Scale::kGradientNorm;
     products_.launch(stream);
     int64_t first = 0;
     for (const FlatTable& table : flat_) {
@@ -180,6 +223,10 @@ class UpdatePlan {
         first = give_sums(table, first);
       }
     }
+    for_axes([&](const AxisTable& table) {
+      launch_square_axes(table, dtype_, axis_sums, stream);
+    });
+    for (const BlendTable& table : blends_) launch_blend_axes(table, options, axis_sums, stream);
     LayerStep* next = steps;
     for (const LayerTable& table : layers_) {
       launch_finish_layers(table, options, squares, next, stream);
@@ -193,9 +240,21 @@ class UpdatePlan {
         launch_update_tiles(table, dtype_, steps, options.decays, stream);
       }
     }
+    for_axes([&](const AxisTable& table) {
+      launch_update_axes(table, dtype_, steps, options.decays, stream);
+    });
   }
 
  private:
+  template <typename Function>
+  void for_axes(const Function& function) const {
+    for (const auto& kinds : axes_) {
+      for (const auto& tables : kinds) {
+        for (const AxisTable& table : tables) function(table);
+      }
+    }
+  }
+
   LayerSums& sums_of(uint32_t layer) {
     return layers_[layer / kMaxLayers].entries[layer % kMaxLayers];
   }
@@ -220,6 +279,10 @@ class UpdatePlan {
   std::vector<FlatTable> flat_;
   // Entries that are not wide, and those that are.
   std::vector<TileTable> tiled_[2];
+  // Those whose D is given, and those that form it; of each the same two.
+  std::vector<AxisTable> axes_[2][2];
+  std::vector<BlendTable> blends_;
+  int64_t axis_sums_ = 0;
 };
 
 // ---- cores and bases ----------------------------------------------------------------------------
@@ -231,9 +294,10 @@ class CorePlan {
     table.most_rank = std::max(table.most_rank, layer.rank);
   }
 
-  cudaError_t launch(bool is_double, cudaStream_t stream) const {
+  // `quarters`: 4 p.
+  cudaError_t launch(bool is_double, int quarters, cudaStream_t stream) const {
     for (const CoreTable& table : tables_) {
-      const cudaError_t status = launch_invert_cores(table, is_double, stream);
+      const cudaError_t status = launch_invert_cores(table, is_double, quarters, stream);
       if (status != cudaSuccess) return status;
     }
     return cudaSuccess;

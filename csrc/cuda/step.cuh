@@ -1,4 +1,5 @@
-// One element's step, shared by the updates that are given D and those that form it.
+// One element's step, and the numbers of a layer's, shared by the updates that are given D and those
+// that form it.
 #pragma once
 
 #include <cmath>
@@ -20,6 +21,20 @@ __device__ inline Rates<W> make_rates(const LayerStep& step, const Decays& decay
           W(1 - decays.momentum), W(1 - decays.beta2), W(decays.eps)};
 }
 
+// The parameter after its step along `direction` over the root of `square`, which is v^; the average
+// is updated in place.
+template <bool kMomentum, typename W>
+__device__ inline W step_scaled(W param, W direction, W& exp_avg, W square, const Rates<W>& rates) {
+  direction *= rates.scale;
+  W average = direction;
+  if constexpr (kMomentum) {
+    exp_avg += (direction - exp_avg) * rates.average;
+    average = exp_avg;
+  }
+  average *= 1 / (std::sqrt(square) + rates.eps);
+  return param * rates.decayed - rates.rate * average;
+}
+
 // The parameter after its step along `direction`; the averages are updated in place.
 template <bool kMomentum, bool kElementwise, typename W>
 __device__ inline W step_element(W param, W direction, W& exp_avg, W& exp_avg_sq,
@@ -35,6 +50,27 @@ __device__ inline W step_element(W param, W direction, W& exp_avg, W& exp_avg_sq
     average *= 1 / (std::sqrt(exp_avg_sq * rates.correction) + rates.eps);
   }
   return param * rates.decayed - rates.rate * average;
+}
+
+__device__ inline double load_number(const void* address, bool is_double) {
+  return is_double ? *static_cast<const double*>(address) : *static_cast<const float*>(address);
+}
+
+// `number` rounded to what memory holds, which is what the other backends go on with.
+__device__ inline double store_number(void* address, bool is_double, double number) {
+  if (is_double) {
+    *static_cast<double*>(address) = number;
+    return number;
+  }
+  return *static_cast<float*>(address) = float(number);
+}
+
+__device__ inline bool is_taken(const FinishOptions& options) {
+  return !(options.found_inf && load_number(options.found_inf, options.double_found_inf) != 0);
+}
+
+__device__ inline double gradient_scale(const FinishOptions& options) {
+  return options.grad_scale ? 1 / load_number(options.grad_scale, options.double_grad_scale) : 1;
 }
 
 }  // namespace gls_fused::cuda

@@ -17,17 +17,16 @@
 namespace gls_fused::cuda {
 
 // The row whose bias this thread takes, or a negative number: with the first tile of its rows.
-template <typename T, bool kWide>
-__device__ inline int64_t bias_row(const TileLayer& x, const Place<T, kWide>& place) {
+template <typename Layer, typename T, bool kWide>
+__device__ inline int64_t bias_row(const Layer& x, const Place<T, kWide>& place) {
   const int64_t i = place.row - threadIdx.x / 32 * kTileThreadRows<T> + threadIdx.x;
   const bool mine = x.bias.param && place.column == 0 && threadIdx.x < kTileRows<T> && i < x.n;
   return mine ? i : -1;
 }
 
 // The direction of row i's bias, and its gradient.
-template <typename T>
-__device__ inline float bias_direction(const TileLayer& x, int64_t i, float scale,
-                                       float& gradient) {
+template <typename T, typename Layer>
+__device__ inline float bias_direction(const Layer& x, int64_t i, float scale, float& gradient) {
   gradient = widen(static_cast<const T*>(x.bias.gradient)[i]);
   return gradient * scale + turn_last(x.turned, x.basis, x.basis_row, x.size, x.rank, i);
 }

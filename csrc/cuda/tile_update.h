@@ -41,9 +41,9 @@ struct TileTable {
   bool wide;  // whether every row of every weight's arrays begins at 16 bytes and ends there
 };
 
-// Rows and columns of a tile of this dtype.
-constexpr int64_t tile_rows(bool sixteen_bits) { return sixteen_bits ? 32 : 64; }
-constexpr int64_t tile_columns(bool sixteen_bits) { return sixteen_bits ? 256 : 128; }
+// Rows and columns of a tile of elements of this many bytes: 32 elements to a thread.
+constexpr int64_t tile_rows(int bytes) { return 16 * bytes; }
+constexpr int64_t tile_columns(int bytes) { return 512 / bytes; }
 
 void launch_square_tiles(const TileTable& table, Dtype dtype, double2* squares,
                          cudaStream_t stream);

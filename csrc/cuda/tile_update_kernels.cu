@@ -6,8 +6,8 @@
 
 namespace gls_fused::cuda {
 
-static_assert(tile_rows(false) == kTileRows<float> && tile_columns(false) == kTileColumns<float>);
-static_assert(tile_rows(true) == kTileRows<__half> && tile_columns(true) == kTileColumns<__half>);
+static_assert(tile_rows(4) == kTileRows<float> && tile_columns(4) == kTileColumns<float>);
+static_assert(tile_rows(2) == kTileRows<__half> && tile_columns(2) == kTileColumns<__half>);
 
 void launch_square_tiles(const TileTable& table, Dtype dtype, double2* squares,
                          cudaStream_t stream) {

@@ -4,7 +4,9 @@
 //   D given      (square_flat_kernel,) finish_layers_kernel, update_flat_kernel
 //   D formed     project_kernel, turn_kernel, (square_tiles_kernel,) finish, update_tiles_kernel
 //
-// Those in brackets for "rms" and "sgd" only. No host synchronisation.
+// Those in brackets for "rms" and "sgd" only. "row" and "factored" have kernels of their own, whether
+// D is given or formed: square_axes_kernel, blend_axes_kernel, finish, update_axes_kernel. No host
+// synchronisation.
 
 #include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
@@ -39,11 +41,13 @@ struct FlatArrays {
 class Update {
  public:
   Update(at::TensorList params, at::TensorList gradients, at::TensorList exp_avgs,
-         at::TensorList exp_avg_sqs, Normalize normalize, at::IntArrayRef layer_sizes)
+         at::TensorList exp_avg_sqs, const std::optional<Tensor>& lr_bounds, Normalize normalize,
+         at::IntArrayRef layer_sizes)
       : params_(params),
         gradients_(gradients),
         exp_avgs_(exp_avgs),
         exp_avg_sqs_(exp_avg_sqs),
+        lr_bounds_(lr_bounds ? lr_bounds->contiguous() : Tensor()),
         normalize_(normalize),
         layer_sizes_(layer_sizes),
         type_(params[0].scalar_type()),
@@ -55,9 +59,21 @@ class Update {
                  const std::optional<Tensor>& core_inverse, const std::optional<Tensor>& shift) {
     const size_t size = layer_sizes_[layer];
     const bool rms = normalize_ == Normalize::kRms;
-    plan_.add_layer(target_of(step), rms ? target_of(exp_avg_sqs_[layer]) : nullptr);
+    plan_.add_layer(target_of(step), rms ? target_of(exp_avg_sqs_[layer]) : nullptr,
+                    lr_bounds_.defined() ? source_of(lr_bounds_[layer]) : nullptr);
+    const bool by_axis = normalize_ == Normalize::kRow || normalize_ == Normalize::kFactored;
     if (basis && is_tiled(first, size, *basis)) {
-      add_tiles(first, size == 2, *basis, *core_inverse, *shift);
+      std::optional<Tensor> bias;
+      if (size == 2) bias = gradients_[first + 1];
+      projections_.push_back(
+          make_projection(gradients_[first].flatten(1), bias, *basis, *core_inverse, false));
+      const Product& product = projections_.back().product;
+      if (by_axis) {
+        add_axes(layer, first, {&gradients_[first], size}, &product, shift->const_data_ptr<float>());
+      } else {
+        plan_.add_tiles(product, arrays_of(first), size == 2 ? arrays_of(first + 1) : TileArrays{},
+                        shift->const_data_ptr<float>());
+      }
       return;
     }
     std::vector<Tensor> directions(&gradients_[first], &gradients_[first] + size);
@@ -68,14 +84,19 @@ class Update {
       directions[0] = product.view(directions[0].sizes());
       if (bias) directions[1] = last;
     }
+    if (by_axis) {
+      add_axes(layer, first, directions, nullptr, nullptr);
+      return;
+    }
     for (size_t i = 0; i < size; ++i) add_flat(first + i, directions[i]);
   }
 
   void run(const FinishOptions& options) {
     const auto bytes = params_[0].options().dtype(at::kByte);
     const Tensor squares = at::empty({plan_.count_squares() * int64_t(sizeof(double2))}, bytes);
+    const Tensor sums = at::empty({plan_.count_axis_sums()}, bytes.dtype(state_type_));
     const Tensor steps = at::empty({int64_t(layer_sizes_.size() * sizeof(LayerStep))}, bytes);
-    plan_.launch(options, static_cast<double2*>(target_of(squares)),
+    plan_.launch(options, static_cast<double2*>(target_of(squares)), target_of(sums),
                  static_cast<LayerStep*>(target_of(steps)), c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     for (const auto& [target, copy] : copies_) target.copy_(copy);
@@ -104,14 +125,37 @@ class Update {
             normalize_ == Normalize::kAdam ? target_of(exp_avg_sqs_[i]) : nullptr};
   }
 
-  void add_tiles(size_t first, bool has_bias, const Tensor& basis, const Tensor& core_inverse,
-                 const Tensor& shift) {
-    std::optional<Tensor> bias;
-    if (has_bias) bias = gradients_[first + 1];
-    projections_.push_back(
-        make_projection(gradients_[first].flatten(1), bias, basis, core_inverse, false));
-    plan_.add_tiles(projections_.back().product, arrays_of(first),
-                    has_bias ? arrays_of(first + 1) : TileArrays{}, shift.const_data_ptr<float>());
+  // `directions`: D; D0, where a product is given.
+  void add_axes(size_t layer, size_t first, at::TensorList directions, const Product* product,
+                const float* shift) {
+    AxisLayer axes{};
+    axes.weight = axis_arrays_of(first, directions[0]);
+    if (directions.size() == 2) axes.bias = axis_arrays_of(first + 1, directions[1]);
+    axes.n = params_[first].size(0);
+    // Of a weight without rows no quotient.
+    axes.size = 1;
+    for (const int64_t extent : params_[first].sizes().slice(1)) axes.size *= extent;
+    const bool factored = normalize_ == Normalize::kFactored;
+    const size_t square = factored ? 2 * layer : layer;
+    axes.rows = written(exp_avg_sqs_[square], state_type_);
+    if (factored) axes.columns = written(exp_avg_sqs_[square + 1], state_type_);
+    plan_.add_axes(axes, product, shift);
+  }
+
+  AxisArrays axis_arrays_of(size_t i, const Tensor& direction) {
+    const Tensor read = direction.to(type_).contiguous();
+    copied_.push_back(read);
+    return {written(params_[i], type_), source_of(read),
+            exp_avgs_.empty() ? nullptr : written(exp_avgs_[i], state_type_)};
+  }
+
+  // The memory of a tensor in the order of its indices, or of a copy, whose numbers it takes on.
+  void* written(const Tensor& tensor, at::ScalarType type) {
+    if (tensor.is_contiguous() && tensor.scalar_type() == type) return target_of(tensor);
+    const Tensor copy = at::empty(tensor.sizes(), tensor.options().dtype(type));
+    copy.copy_(tensor);
+    write_back(tensor, copy);
+    return target_of(copy);
   }
 
   void add_flat(size_t i, const Tensor& direction) {
@@ -147,6 +191,7 @@ class Update {
   }
 
   at::TensorList params_, gradients_, exp_avgs_, exp_avg_sqs_;
+  Tensor lr_bounds_;  // contiguous, of one element per layer
   Normalize normalize_;
   at::IntArrayRef layer_sizes_;
   at::ScalarType type_, state_type_;
@@ -154,8 +199,19 @@ class Update {
   // Tables know addresses only, so their tensors are kept until all is launched.
   std::vector<Projection> projections_;
   std::vector<FlatArrays> kept_;
+  std::vector<Tensor> copied_;
   std::vector<std::pair<Tensor, Tensor>> copies_;
 };
+
+Scale scale_of(Normalize normalize) {
+  switch (normalize) {
+    case Normalize::kRms: return Scale::kRootMeanSquare;
+    case Normalize::kSgd: return Scale::kGradientNorm;
+    case Normalize::kRow: return Scale::kRow;
+    case Normalize::kFactored: return Scale::kFactored;
+    default: return Scale::kNone;
+  }
+}
 
 const void* scalar_address(const Tensor& beside, const std::optional<Tensor>& scalar,
                            bool& is_double) {
@@ -172,11 +228,12 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
                     c10::string_view normalize_name, double lr, double momentum, double beta2,
                     double eps, double weight_decay, const std::optional<Tensor>& lr_tensor,
                     const std::optional<Tensor>& grad_scale,
-                    const std::optional<Tensor>& found_inf) {
+                    const std::optional<Tensor>& found_inf,
+                    const std::optional<Tensor>& lr_bounds) {
   if (params.empty()) return;
   const std::vector<size_t> layer_of =
       check_update(params, gradients, exp_avgs, exp_avg_sqs, steps, bases, core_inverses, shifts,
-                   layer_sizes, normalize_name, momentum);
+                   layer_sizes, normalize_name, momentum, lr_bounds);
   check_scalar("lr_tensor", lr_tensor);
   check_scalar("grad_scale", grad_scale);
   check_scalar("found_inf", found_inf);
@@ -190,9 +247,7 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
   const c10::cuda::CUDAGuard guard(params[0].device());
   const Normalize normalize = parse_normalize(normalize_name);
   FinishOptions options{};
-  options.scale = normalize == Normalize::kRms   ? Scale::kRootMeanSquare
-                  : normalize == Normalize::kSgd ? Scale::kGradientNorm
-                                                 : Scale::kNone;
+  options.scale = scale_of(normalize);
   options.double_steps = step_type == at::kDouble;
   options.double_state = params[0].scalar_type() == at::kDouble;
   options.lr = lr;
@@ -205,8 +260,9 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
   }
   options.grad_scale = scalar_address(params[0], grad_scale, options.double_grad_scale);
   options.found_inf = scalar_address(params[0], found_inf, options.double_found_inf);
+  options.double_lr_bounds = lr_bounds && lr_bounds->scalar_type() == at::kDouble;
 
-  Update update(params, gradients, exp_avgs, exp_avg_sqs, normalize, layer_sizes);
+  Update update(params, gradients, exp_avgs, exp_avg_sqs, lr_bounds, normalize, layer_sizes);
   for (size_t i = 0; i < params.size(); i += layer_sizes[layer_of[i]]) {
     const size_t layer = layer_of[i];
     update.add_layer(layer, i, steps[layer], bases.get(layer), core_inverses.get(layer),

@@ -25,8 +25,9 @@ constexpr int kMaxLayers = 80;
 // Of one layer, in device memory, by finish_layers_kernel.
 struct LayerStep {
   double decayed;     // 1 - lr weight_decay
-  double rate;        // lr times the layer's scale over the bias correction
+  double rate;        // lr, as bounded, times the layer's scale over the bias correction
   double correction;  // 1 / (1 - beta2^step)
+  double mean;        // of v, for "factored"; 1 for the others
   double scale;       // of the gradients: 1 / grad_scale
   double taken;       // 0 where found_inf says that the step is not taken
 };
@@ -56,9 +57,10 @@ struct FlatTable {
 };
 
 struct LayerSums {
-  void* step;        // float or double, 0-d
-  void* exp_avg_sq;  // for "rms", of the state's dtype, 0-d
-  int64_t first;     // of its sums of squares
+  void* step;            // float or double, 0-d
+  void* exp_avg_sq;      // of the state's dtype: for "rms", 0-d; for "factored" v [numel]
+  const void* lr_bound;  // 0-d; null where there is none
+  int64_t first;         // of its sums of squares
   int64_t count;
   int64_t numel;
 };
@@ -68,8 +70,8 @@ struct LayerTable {
   int32_t count;
 };
 
-// What a layer's step is scaled with.
-enum class Scale { kNone, kRootMeanSquare, kGradientNorm };
+// What a layer's step is scaled with; of each row, or row and column, for the last two.
+enum class Scale { kNone, kRootMeanSquare, kGradientNorm, kRow, kFactored };
 
 // lr, grad_scale and found_inf where they are in device memory; null where they are not.
 struct FinishOptions {
@@ -77,6 +79,7 @@ struct FinishOptions {
   bool double_steps;
   bool double_state;
   bool double_lr;
+  bool double_lr_bounds;
   bool double_grad_scale;
   bool double_found_inf;
   double lr;

@@ -29,7 +29,7 @@ def start_adam(param: Tensor, state: dict[str, Any]) -> None:
 
 def forget_adam(state: dict[str, Any]) -> None:
     """Drop what `start_adam` filled, where there is any."""
-    for key in ("step", "exp_avg", "exp_avg_sq"):
+    for key in ("step", "exp_avg", "exp_avg_sq", "exp_avg_sq_columns"):
         state.pop(key, None)
 
 

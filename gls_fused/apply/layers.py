@@ -13,8 +13,19 @@ from gls_fused.apply.fallback import forget_adam
 from gls_fused.apply.low_precision import Bits, close_copies, is_low, open_copies
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
-from gls_fused.distributed.sharding import update_shards_
+from gls_fused.distributed.sharding import everywhere, is_sharded, update_shards_
 from gls_fused.reference import Inverse
+
+# What a layer keeps the mean squares of its directions as: on its weight, for "adam" on each
+# parameter.
+SQUARES: dict[str, tuple[str, ...]] = {
+    "rms": ("exp_avg_sq",),
+    "row": ("exp_avg_sq",),
+    "factored": ("exp_avg_sq", "exp_avg_sq_columns"),
+    "adam": ("exp_avg_sq",),
+    "sgd": (),
+    "none": (),
+}
 
 
 def step_layers_(
@@ -81,7 +92,11 @@ def _step_together_(
         sizes.append(len(mine))
         with_bias = len(mine) == len(layer.params)
         inverses.append(None if layer.holds_direction() else layer.inverse_for(with_bias))
-    squared = {"rms": firsts, "adam": found}.get(options["normalize"], [])
+    squares = [
+        state[key]
+        for state in (found if options["normalize"] == "adam" else firsts)
+        for key in SQUARES[options["normalize"]]
+    ]
     # The backends round to the nearest themselves.
     copies = params
     if options["low_precision"] != "nearest":
@@ -98,7 +113,7 @@ def _step_together_(
         apart.written,
         gradients,
         [state["exp_avg"] for state in found] if options["momentum"] else [],
-        [state["exp_avg_sq"] for state in squared],
+        squares,
         [state["step"] for state in firsts],
         inverses,
         layer_sizes=sizes,
@@ -109,6 +124,7 @@ def _step_together_(
         eps=options["eps"],
         weight_decay=options["weight_decay"],
         skip=skip,
+        lr_bounds=bound_rates(firsts, options),
     )
     apart.close_(skip)
     close_copies(params, copies, options, bits)
@@ -181,21 +197,69 @@ def _equal(ours: Any, theirs: Any) -> bool:
     return bool(ours == theirs)
 
 
+def square_shapes(layer: Layer, normalize: str) -> dict[str, tuple[int, ...]]:
+    """Of the mean squares that a layer keeps on its weight."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "exp_avg_sq": (layer.outputs,),
+        "exp_avg_sq_columns": (layer.dim,),
+    }
+    if normalize == "adam":
+        shapes["exp_avg_sq"] = tuple(layer.weight.shape)
+    elif normalize == "rms":
+        shapes["exp_avg_sq"] = ()
+    return {key: shapes[key] for key in SQUARES[normalize]}
+
+
+def bound_rates(states: Sequence[State], options: Mapping[str, Any]) -> Tensor | None:
+    """The most that the learning rate may be in each layer's step, [layers].
+
+    With the scales that have a bound the root mean square of an update is about 1 at most, so that
+    a layer's weight moves by about max_change of its root mean square at most.
+    """
+    if options["max_change"] is None or options["normalize"] in ("sgd", "none"):
+        return None
+    found: Tensor = torch.stack([state["weight_rms"] for state in states]) * options["max_change"]
+    return found
+
+
+@torch.no_grad()
+def measure_weights(layers: Sequence[Layer], states: Mapping[Tensor, State]) -> None:
+    """Root mean squares of the weights, for `bound_rates`; at least 1 / sqrt(3 d), the usual start.
+
+    In steps that gather, as the weights change little between two of these.
+    """
+    for layer in layers:
+        size, dtype = layer.weight.numel(), layer.statistics_dtype
+        norm = everywhere(torch.linalg.vector_norm(layer.weight, dtype=dtype))
+        rms = (norm / max(1, size) ** 0.5).clamp(min=(3 * layer.dim) ** -0.5)
+        state = states[layer.weight]
+        if "weight_rms" in state:
+            state["weight_rms"].copy_(rms)
+        else:
+            state["weight_rms"] = rms
+
+
 def fill_layer_states(
     layer: Layer, params: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]
 ) -> None:
     """Buffers for a layer's first update: one step and, for "rms", one square on its weight."""
-    first, dtype = states[0], layer.statistics_dtype
+    first, dtype, device = states[0], layer.statistics_dtype, layer.weight.device
+    shapes = square_shapes(layer, group["normalize"])
     # Somebody may have taken the mean squares away, or chosen another way to normalize.
-    square, shape = first.get("exp_avg_sq"), () if group["normalize"] == "rms" else params[0].shape
-    averaged = group["normalize"] in ("rms", "adam")
-    if "step" in first and averaged and (square is None or square.shape != shape):
+    if "step" in first and any(
+        key not in first or first[key].shape != shape for key, shape in shapes.items()
+    ):
         for state in states:
             forget_adam(state)
     if "step" not in first:
-        first["step"] = torch.zeros((), dtype=torch.float32, device=layer.weight.device)
-        if group["normalize"] == "rms":
-            first["exp_avg_sq"] = torch.zeros((), dtype=dtype, device=layer.weight.device)
+        first["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        if group["normalize"] != "adam":
+            for key, shape in shapes.items():
+                first[key] = torch.zeros(shape, dtype=dtype, device=device)
+            if is_sharded(layer.weight) and shapes.get("exp_avg_sq"):
+                # One per output, which are spread over the ranks as the weight's are.
+                rows = layer.weight.detach().flatten(1)[:, 0]
+                first["exp_avg_sq"] = torch.zeros_like(rows, dtype=dtype)
     for state in states[1:]:
         # A bias that took Adam's steps while its weight was frozen averaged another quantity.
         if "step" in state:

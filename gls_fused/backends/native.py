@@ -104,9 +104,11 @@ from gls_fused._C import LinearCapture, captured_linear  # noqa: E402
 
 _ops = torch.ops.gls_fused
 
-# Ranks with CUDA kernels, by dtype: kMaxRank of csrc/cuda/product.h, kMaxCoreRank of core.h.
+# Ranks with CUDA kernels, by dtype: kMaxRank of csrc/cuda/product.h, kMaxCoreRank of core.h, and
+# kMaxRootRank there where the power is not 1.
 CUDA_BASIS_RANKS = {torch.float32: 64}
 CUDA_CORE_RANKS = {torch.float32: 128, torch.float64: 88}
+CUDA_ROOT_RANKS = {torch.float32: 88, torch.float64: 60}
 
 
 def precondition_rows(
@@ -154,19 +156,26 @@ def refresh_subspaces(
     return _by_layer(fused, plain, CUDA_BASIS_RANKS, cores, sketches)
 
 
-def invert_core(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[Tensor, Tensor]:
+def invert_core(
+    core: Tensor, trace: Tensor, dim: int, damping: float, power: float = 1
+) -> tuple[Tensor, Tensor]:
     """See `gls_fused.reference.invert_core`."""
-    (result,) = invert_cores([core], [trace], [dim], damping)
+    (result,) = invert_cores([core], [trace], [dim], damping, power)
     return result
 
 
 def invert_cores(
-    cores: Sequence[Tensor], traces: Sequence[Tensor], dims: Sequence[int], damping: float
+    cores: Sequence[Tensor],
+    traces: Sequence[Tensor],
+    dims: Sequence[int],
+    damping: float,
+    power: float = 1,
 ) -> list[tuple[Tensor, Tensor]]:
     """See `gls_fused.reference.invert_cores`."""
-    fused = functools.partial(_ops.invert_cores, damping=damping)
-    plain = functools.partial(reference.invert_core, damping=damping)
-    return _by_layer(fused, plain, CUDA_CORE_RANKS, cores, traces, dims)
+    fused = functools.partial(_ops.invert_cores, damping=damping, power=power)
+    plain = functools.partial(reference.invert_core, damping=damping, power=power)
+    ranks = CUDA_CORE_RANKS if power == 1 else CUDA_ROOT_RANKS
+    return _by_layer(fused, plain, ranks, cores, traces, dims)
 
 
 def update_layers_(
@@ -185,13 +194,14 @@ def update_layers_(
     eps: float,
     weight_decay: float,
     skip: Tensor | None = None,
+    lr_bounds: Tensor | None = None,
 ) -> None:
     """See `gls_fused.reference.update_layers_`."""
     if any(isinstance(inverse, DenseInverse) for inverse in inverses):
         reference.update_layers_(
             params, gradients, exp_avgs, exp_avg_sqs, steps, inverses, layer_sizes=layer_sizes,
             normalize=normalize, lr=lr, momentum=momentum, beta2=beta2, eps=eps,
-            weight_decay=weight_decay, skip=skip,
+            weight_decay=weight_decay, skip=skip, lr_bounds=lr_bounds,
         )  # fmt: skip
         return
     parts = zip(*(inverse or (None, None, None) for inverse in inverses), strict=True)
@@ -212,6 +222,7 @@ def update_layers_(
         lr if isinstance(lr, Tensor) else None,
         None,
         None if skip is None else skip.float(),
+        lr_bounds,
     )
     increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
 
@@ -296,7 +307,7 @@ def _(cores: list[Tensor], sketches: list[Tensor]) -> tuple[list[Tensor], list[T
 
 @torch.library.register_fake("gls_fused::invert_cores")
 def _(
-    cores: list[Tensor], traces: list[Tensor], dims: list[int], damping: float
+    cores: list[Tensor], traces: list[Tensor], dims: list[int], damping: float, power: float = 1
 ) -> tuple[list[Tensor], list[Tensor]]:
     _check_device("invert_cores", *cores, *traces)
     inverses = [core.new_empty(core.shape) for core in cores]
@@ -304,7 +315,9 @@ def _(
 
 
 @torch.library.register_fake("gls_fused::invert_core")
-def _(core: Tensor, trace: Tensor, dim: int, damping: float) -> tuple[Tensor, Tensor]:
+def _(
+    core: Tensor, trace: Tensor, dim: int, damping: float, power: float = 1
+) -> tuple[Tensor, Tensor]:
     _check_device("invert_core", core, trace)
     return core.new_empty(core.shape), core.new_empty(())
 

@@ -223,9 +223,10 @@ def blend(
 def settle(
     layers: Sequence[tuple[Curvature, State, Moments | None]],
     damping: float,
+    power: float,
     skip: Tensor | None = None,
 ) -> None:
-    """Move the bases and make the damped inverses anew, in place where they exist.
+    """Move the bases and make the damped inverses, of a power, anew, in place where they exist.
 
     All subspaces' in one call each, so that a backend can make it as many launches.
 
@@ -239,7 +240,7 @@ def settle(
         sketches, cores, traces = zip(*moments, strict=True)
         backend, dims = kinds[0].backend, [kind.dim for kind in kinds]
         bases, cores = zip(*backend.refresh_subspaces(cores, sketches), strict=True)
-        inverses = backend.invert_cores(cores, traces, dims, damping)
+        inverses = backend.invert_cores(cores, traces, dims, damping, power)
         core_inverses, shifts = zip(*inverses, strict=True)
         _store(
             states,
@@ -252,7 +253,8 @@ def settle(
         )
     for kind, state, _ in layers:
         if isinstance(kind, Dense):
-            _store([state], skip, matrix=[kind.backend.invert_gram(state["gram"], damping)])
+            found = kind.backend.invert_gram(state["gram"], damping, power)
+            _store([state], skip, matrix=[found])
 
 
 def add_sums(

@@ -22,6 +22,8 @@ from gls_fused.reference import (
     kept_where,
     layer_directions,
     move_layer_,
+    scales_of_axes,
+    squares_by_row,
 )
 
 
@@ -97,29 +99,31 @@ def update_shards_(
     eps: float,
     weight_decay: float,
     skip: Tensor | None = None,
+    lr_bounds: Tensor | None = None,
 ) -> None:
     """`reference.update_layers_` for layers that are sharded over the same ranks.
 
-    "none" and "adam" are the backend's own update of a rank's rows. "rms" and "sgd" take one
-    all-reduce of one or two numbers per layer.
+    "none", "adam" and "row" are the backend's own update of a rank's rows. "rms" and "sgd" take one
+    all-reduce of one or two numbers per layer, "factored" one of d + 1.
 
     Args:
-        params: DTensors, as are gradients, exp_avgs and, for "adam", exp_avg_sqs; the rest is the
-            same on all ranks.
+        params: DTensors, as are gradients, exp_avgs and those of exp_avg_sqs with a number per
+            element or per output; the rest is the same on all ranks.
     """
     shards = shards_of(params[0])
     assert shards is not None
     mesh, dimension = shards
     elements = [param.numel() for param in params]
+    outputs = [len(params[mine][0]) for mine in _slices(layer_sizes)]
     params, gradients, exp_avgs, exp_avg_sqs = (
         [rows_here(tensor) for tensor in tensors]
         for tensors in (params, gradients, exp_avgs, exp_avg_sqs)
     )
-    if normalize in ("none", "adam"):
+    if normalize in ("none", "adam", "row"):
         backend.update_layers_(
             params, gradients, exp_avgs, exp_avg_sqs, steps, inverses, layer_sizes=layer_sizes,
             normalize=normalize, lr=lr, momentum=momentum, beta2=beta2, eps=eps,
-            weight_decay=weight_decay, skip=skip,
+            weight_decay=weight_decay, skip=skip, lr_bounds=lr_bounds,
         )  # fmt: skip
         return
     layers = _slices(layer_sizes)
@@ -127,24 +131,45 @@ def update_shards_(
         layer_directions(gradients[mine], exp_avgs[mine], inverse)
         for mine, inverse in zip(layers, inverses, strict=True)
     ]
-    squares = torch.stack([_square_sum(mine) for mine in directions])[None]
-    if normalize == "sgd":
-        first = torch.stack([_square_sum(gradients[mine]) for mine in layers])
-        squares = torch.cat([squares, first[None]])
-    dist.all_reduce(squares, group=mesh.get_group(dimension))
+    if normalize == "factored":
+        sums = [
+            _sum_axes(mine, exp_avg_sqs[2 * layer], beta2) for layer, mine in enumerate(directions)
+        ]
+        flat = torch.cat(sums)
+        dist.all_reduce(flat, group=mesh.get_group(dimension))
+        axes = torch.split(flat, [len(each) for each in sums])
+    else:
+        squares = torch.stack([_square_sum(mine) for mine in directions])[None]
+        if normalize == "sgd":
+            first = torch.stack([_square_sum(gradients[mine]) for mine in layers])
+            squares = torch.cat([squares, first[None]])
+        dist.all_reduce(squares, group=mesh.get_group(dimension))
     with kept_where(skip, [*params, *exp_avgs, *exp_avg_sqs, *steps]):
         for layer, mine in enumerate(layers):
             steps[layer].add_(1)
-            if normalize == "rms":
+            rate = lr if lr_bounds is None else torch.clamp(lr_bounds[layer], max=lr)
+            scales: list[Tensor | float]
+            if normalize == "factored":
+                rows, columns = exp_avg_sqs[2 * layer : 2 * layer + 2]
+                by_row = squares_by_row(directions[layer], rows.dtype)
+                rows.lerp_(by_row.mean(1), 1 - beta2)
+                columns[: by_row.shape[1]].lerp_(axes[layer][:-1] / outputs[layer], 1 - beta2)
+                mean = axes[layer][-1] / outputs[layer]
+                scales = scales_of_axes(
+                    directions[layer], rows, [columns], mean, steps[layer], beta2, eps
+                )
+            elif normalize == "rms":
                 mean = squares[0, layer] / sum(elements[mine])
                 exp_avg_sqs[layer].lerp_(mean.to(exp_avg_sqs[layer].dtype), 1 - beta2)
-                scale = inverse_root(exp_avg_sqs[layer], steps[layer], beta2, eps)
+                scales = [inverse_root(exp_avg_sqs[layer], steps[layer], beta2, eps)]
             else:
                 norm, gradient_norm = squares[:, layer].sqrt()
-                scale = torch.where(norm > 0, gradient_norm / norm, 1.0)
+                scales = [torch.where(norm > 0, gradient_norm / norm, 1.0)]
+            if len(scales) < layer_sizes[layer]:
+                scales = scales * layer_sizes[layer]
             move_layer_(
-                params[mine], directions[layer], exp_avgs[mine], [scale] * layer_sizes[layer],
-                steps[layer], lr, momentum, weight_decay,
+                params[mine], directions[layer], exp_avgs[mine], scales,
+                steps[layer], rate, momentum, lr * weight_decay,
             )  # fmt: skip
 
 
@@ -156,6 +181,13 @@ def _sharded_dimensions(weight: Any) -> list[int]:
 def _slices(sizes: Sequence[int]) -> list[slice]:
     ends = [sum(sizes[: layer + 1]) for layer in range(len(sizes))]
     return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _sum_axes(directions: Sequence[Tensor], exp_avg_sq: Tensor, beta2: float) -> Tensor:
+    """Over this rank's rows: D^2 by column [d], and what v will be, in at least float32."""
+    squares = squares_by_row(directions, exp_avg_sq.dtype)
+    rows = exp_avg_sq.lerp(squares.mean(1), 1 - beta2)
+    return torch.cat([squares.sum(0), rows.sum()[None]])
 
 
 def _square_sum(tensors: Sequence[Tensor]) -> Tensor:

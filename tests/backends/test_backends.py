@@ -16,6 +16,9 @@ BACKENDS = [
     for name, why in available_backends().items()
     if why is None and name not in ("reference", "triton")
 ]
+NORMALIZE = ["rms", "row", "factored", "adam", "sgd", "none"]
+POWERS = [1, 0.75, 0.5, 0.25]
+EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32)}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
@@ -119,8 +122,12 @@ def test_refresh_and_inverse(name, dtype, dim, rank, scale):
     core, sketch, trace = core * scale, sketch * scale, trace * scale
     moved = reference.refresh_subspace(core, sketch)
     assert_same_estimate(backend.refresh_subspace(core, sketch), moved, scale)
-    inverse = backend.invert_core(moved[1], trace, dim, 0.3)
-    assert_same(inverse, reference.invert_core(moved[1], trace, dim, 0.3), SOLVE, dtype)
+    for power in POWERS:
+        # Where it is exact, as an eigendecomposition in float32 is not.
+        wide = (moved[1].double(), trace.double(), dim, 0.3, power)
+        expected = [part.to(dtype) for part in reference.invert_core(*wide)]
+        found = backend.invert_core(moved[1], trace, dim, 0.3, power)
+        assert_same(found, expected, SOLVE, dtype)
 
 
 def draw_estimates(dtype):
@@ -163,9 +170,35 @@ def test_some_layers_at_once(name, dtype):
     moved = backend.refresh_subspaces(cores, sketches)
     for actual, *layer in zip(moved, cores, sketches, strict=True):
         assert_same_estimate(actual, reference.refresh_subspace(*layer))
-    inverted = backend.invert_cores(cores, traces, dims, 0.3)
+    inverted = backend.invert_cores(cores, traces, dims, 0.3, 0.75)
     for actual, *layer in zip(inverted, cores, traces, dims, strict=True):
-        assert_same(actual, reference.invert_core(*layer, 0.3), SOLVE, dtype)
+        assert_same(actual, reference.invert_core(*layer, 0.3, 0.75), SOLVE, dtype)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("power", [0.75, 0.5, 0.25])
+def test_power_of_the_worst_conditioned_core(name, dtype, power):
+    """Eigenvalues from t down to 0 at the least damping that is admitted, which is 32 eps t."""
+    values = torch.cat([torch.ones(1), torch.logspace(0, -20, 30), torch.zeros(1)]).double()
+    vectors = torch.linalg.qr(draw(32, 32, dtype=torch.float64))[0]
+    core = ((vectors * values) @ vectors.T).to(dtype)
+    trace, damping = core.trace(), 1e-30
+    found, shift = resolve_backend(name, ["cpu"]).invert_core(core, trace, 32, damping, power)
+    wide = reference.invert_core(core.double(), trace.double(), 32, 32 * 32 * EPS[dtype], power)
+    # A change of the core by its rounding changes the least eigenvalue by a 32nd.
+    assert_near(found, wide[0].to(dtype), 0.05)
+    assert_near(shift, wide[1].to(dtype), SOLVE[dtype])
+
+
+@each_backend
+@pytest.mark.parametrize("power", [1, 0.75, 0.5, 0.25])
+def test_core_that_rounding_left_indefinite(name, power):
+    core, trace = torch.diag(torch.tensor([4.0, -1.0])), torch.tensor(3.0)
+    found = resolve_backend(name, ["cpu"]).invert_core(core, trace, 5, 0.3, power)
+    assert_same(found, reference.invert_core(core, trace, 5, 0.3, power), SOLVE, torch.float32)
+    unknown = resolve_backend(name, ["cpu"]).invert_core(core * torch.nan, trace, 5, 0.3, power)
+    assert not unknown[0].diagonal().isfinite().any()
 
 
 def make_update(dtype, normalize, momentum, strided):
@@ -176,6 +209,12 @@ def make_update(dtype, normalize, momentum, strided):
     squares = []
     if normalize == "rms":
         squares = [torch.tensor(0.5 + i, dtype=state) for i in range(3)]
+    elif normalize == "row":
+        squares = [draw(m, dtype=state, seed=3).square() for m in (37, 5, 0)]
+    elif normalize == "factored":
+        # The bias that the second layer has takes no step.
+        lengths = (37, 1002, 5, 4, 0, 5)
+        squares = [draw(length, dtype=state, seed=3).square() for length in lengths]
     elif normalize == "adam":
         squares = [draw(*shape, dtype=state, seed=3).square() for shape in shapes]
     return {
@@ -206,7 +245,7 @@ def run_update(backend, options):
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+@pytest.mark.parametrize("normalize", NORMALIZE)
 def test_update_layers(backend, normalize, momentum, dtype, strided):
     found = make_update(dtype, normalize, momentum, strided)
     sought = make_update(dtype, normalize, momentum, strided)
@@ -218,6 +257,20 @@ def test_update_layers(backend, normalize, momentum, dtype, strided):
     if normalize == "rms":
         # An empty layer has no mean square to blend in.
         assert found["exp_avg_sqs"][2].isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_bound_on_the_rate(backend, normalize, dtype):
+    wide = torch.promote_types(dtype, torch.float32)
+    bounds = {"lr_bounds": torch.tensor([0.01, 3.0, 0.02], dtype=wide)}
+    found, sought, free = (make_update(dtype, normalize, 0.9, strided=False) for _ in range(3))
+    run_update(backend, {**found, **bounds})
+    run_update(reference, {**sought, **bounds})
+    run_update(reference, free)
+    for actual, expected in zip(found["params"], sought["params"], strict=True):
+        assert_near(actual, expected, PRODUCT[dtype])
+    assert not torch.equal(sought["params"][0], free["params"][0])
 
 
 def run_skipping(backend, normalize, dtype, strided, skips):
@@ -237,7 +290,7 @@ def run_skipping(backend, normalize, dtype, strided, skips):
 @pytest.mark.parametrize("skips", [True, False])
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+@pytest.mark.parametrize("normalize", NORMALIZE)
 def test_update_that_is_skipped_writes_nothing(backend, normalize, dtype, strided, skips):
     for actual, expected in zip(
         *run_skipping(backend, normalize, dtype, strided, skips), strict=True
@@ -245,7 +298,7 @@ def test_update_that_is_skipped_writes_nothing(backend, normalize, dtype, stride
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+@pytest.mark.parametrize("normalize", NORMALIZE)
 def test_number_of_threads_changes_nothing(backend, normalize):
     results = []
     for threads in (1, 2):

@@ -271,6 +271,34 @@ def test_invert_core(d, r, damping, dtype, seed):
     assert_near(as_matrix(inverse), expected, SOLVE[dtype])
 
 
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("power", [1, 0.75, 0.5, 0.25])
+@given(d=st.integers(1, 12), r=st.integers(1, 6), damping=st.sampled_from([0.1, 1.0]), seed=seeds)
+def test_powers_of_p_are_those_of_the_inverse(power, dtype, d, r, damping, seed):
+    """P^4 is (Sigma + lambda I)^-1 to the power 4p, where U M U' + rho (I - U U') is Sigma."""
+    r = min(r, d)
+    basis, core = orthonormal(d, r, seed=seed), covariance(spread_rows(20, r, seed=seed + 1))
+    trace = core.trace() * 1.5 if r < d else core.trace()
+    outside = torch.eye(d).double() - basis @ basis.T
+    rest = (trace - core.trace()) / max(1, d - r)
+    sigma = basis @ core @ basis.T + rest * outside
+    damped = sigma + damping * trace / d * torch.eye(d).double()
+    found = reference.invert_core(core.to(dtype), trace.to(dtype), d, damping, power)
+    inverse = reference.SubspaceInverse(basis.to(dtype), *found)
+    expected = torch.linalg.matrix_power(torch.linalg.inv(damped), round(4 * power))
+    matrices = [as_matrix(inverse), reference.invert_gram(sigma.to(dtype), damping, power)]
+    for matrix in matrices:
+        assert_near(torch.linalg.matrix_power(matrix.double(), 4), expected, 4 * SOLVE[dtype])
+
+
+@pytest.mark.parametrize("power", [0.75, 0.5, 0.25])
+def test_power_of_what_is_not_positive_definite_is_a_multiple_of_the_identity(power):
+    damp, matrix = torch.tensor(0.5), torch.diag(torch.tensor([1.0, -0.75]))
+    found = reference.invert_damped(matrix, damp, power)
+    assert torch.equal(found, torch.eye(2) / (damp + 0.125) ** power)
+    assert not reference.invert_damped(matrix / 0, damp, power).isfinite().any()
+
+
 @given(n=st.integers(1, 20), k=sizes, m=sizes, ones=st.booleans(), whole=st.booleans(), seed=seeds)
 def test_direction_is_the_damped_least_squares_step(n, k, m, ones, whole, seed):
     """Over the rows: each asks for the output change -n g_i, further rows for damping."""

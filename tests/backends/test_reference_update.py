@@ -56,6 +56,17 @@ def test_both_sites_give_the_same_direction(n, k, m, r, ones, dtype, seed):
 HYPER = {"lr": 0.03, "beta2": 0.8, "eps": 1e-3}
 
 
+def axis_squares(normalize, weights, past):
+    """What stands for the mean square of each element of a layer: v_i, or v_i c_j / mean(v)."""
+    rows = [torch.cat([x.reshape(len(x), -1) for x in d], 1).square() for d in past]
+    v = sum(w * x.mean(1) for w, x in zip(weights, rows, strict=True))
+    c = sum(w * x.mean(0) for w, x in zip(weights, rows, strict=True))
+    found = torch.outer(v, c / v.mean() if normalize == "factored" else torch.ones_like(c))
+    size = past[0][0][0].numel()
+    parts = [found[:, :size].reshape(past[0][0].shape), found[:, size:].flatten()]
+    return parts[: len(past[0])]
+
+
 def update_by_hand(params, history, *, normalize, momentum, weight_decay, gradient_norms):
     """One layer's parameters after all steps, from unrolled sums instead of recurrences."""
     lr, beta2, eps = HYPER["lr"], HYPER["beta2"], HYPER["eps"]
@@ -81,6 +92,8 @@ def update_by_hand(params, history, *, normalize, momentum, weight_decay, gradie
             elif normalize == "adam":
                 v = sum(w * d[i].square() for w, d in zip(squares, past, strict=True))
                 mean = mean / (v.sqrt() + eps)
+            elif normalize in ("row", "factored"):
+                mean = mean / (axis_squares(normalize, squares, past)[i].sqrt() + eps)
             elif normalize == "sgd":
                 mean = mean * gradient_norms[t - 1] / norm
             p.copy_(p - lr * weight_decay * p - lr * mean)
@@ -97,6 +110,13 @@ def update_buffers(normalize, momentum, dtype):
     averages = [torch.zeros(s, dtype=dtype) for s in FLAT_SHAPES] if momentum else []
     if normalize == "rms":
         return averages, [torch.zeros((), dtype=dtype) for _ in SHAPES]
+    if normalize in ("row", "factored"):
+        squares = []
+        for (outputs, *rest), *bias in SHAPES:
+            squares.append(torch.zeros(outputs, dtype=dtype))
+            if normalize == "factored":
+                squares.append(torch.zeros(math.prod(rest) + len(bias), dtype=dtype))
+        return averages, squares
     adam = normalize == "adam"
     return averages, [torch.zeros(s, dtype=dtype) for s in FLAT_SHAPES] if adam else []
 
@@ -135,7 +155,7 @@ def directions_by_hand(gradients, inverses):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+@pytest.mark.parametrize("normalize", ["rms", "row", "factored", "adam", "sgd", "none"])
 def test_update_layers(normalize, momentum, weight_decay, dtype):
     """The second layer's gradients hold D already; the others' P is of a subspace, and dense."""
     wide = torch.promote_types(dtype, torch.float32)
@@ -181,7 +201,7 @@ def test_update_takes_the_learning_rate_as_a_tensor():
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+@pytest.mark.parametrize("normalize", ["rms", "row", "factored", "adam", "sgd", "none"])
 def test_update_of_a_zero_direction_is_only_decay(normalize):
     params, zeros = [torch.ones(s) for s in FLAT_SHAPES], [torch.zeros(s) for s in FLAT_SHAPES]
     buffers = update_buffers(normalize, 0.9, torch.float32)
@@ -194,3 +214,31 @@ def test_norm_of_a_layer():
     weight, bias = randn(3, 4), randn(3, seed=1)
     whole = torch.cat([weight.flatten(), bias])
     assert_near(reference.layer_norm([weight, bias]), whole.norm(), PRODUCT[torch.float64])
+
+
+@pytest.mark.parametrize("normalize", ["rms", "row", "factored", "adam", "sgd", "none"])
+def test_bound_on_the_rate_is_a_layers_own(normalize):
+    """It takes the place of a larger lr, in the step and not in the decay."""
+    runs = []
+    for lr, bounds in ((0.5, [0.1, 2.0, 0.2]), (0.5, None), (0.1, None), (0.2, None)):
+        params = [randn(*s, seed=i).float() for i, s in enumerate(FLAT_SHAPES)]
+        gradients = [randn(*s, seed=i + 20).float() for i, s in enumerate(FLAT_SHAPES)]
+        bounded = {} if bounds is None else {"lr_bounds": torch.tensor(bounds)}
+        options = {"lr": lr, "momentum": 0.9, "weight_decay": 0.1 / lr, **bounded}
+        buffers = update_buffers(normalize, 0.9, torch.float32)
+        update(params, gradients, buffers, 1, normalize=normalize, **options)
+        runs.append(by_layer(params))
+    bounded, *plain = runs
+    for layer, mine in enumerate((plain[1], plain[0], plain[2])):
+        for found, expected in zip(bounded[layer], mine[layer], strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_bias_that_takes_no_step_keeps_its_mean_square():
+    weight, v, c = torch.ones(3, 4), torch.zeros(3), torch.full((5,), 7.0)
+    options = {"layer_sizes": [1], "normalize": "factored", **HYPER, **FEW}
+    reference.update_layers_(
+        [weight], [torch.ones(3, 4)], [], [v, c], [torch.zeros(())], [None], **options
+    )
+    assert v.eq(v[0]).all()
+    assert c[4] == 7

@@ -98,7 +98,7 @@ for kind, site in itertools.product(("mlp", "cnn", "uneven"), ("step", "backward
     CASES[f"{kind}_{site}"] = lambda kind=kind, site=site: check_equals_one_process(
         kind, {**OPTIONS, "site": site}
     )
-for normalize in ("adam", "sgd", "none"):
+for normalize in ("row", "factored", "adam", "sgd", "none"):
     CASES[f"normalize_{normalize}"] = lambda normalize=normalize: check_equals_one_process(
         "uneven", {**OPTIONS, "normalize": normalize, "weight_decay": 0.1}
     )
@@ -318,7 +318,14 @@ def mixed_precision_policy():
 @case
 def communication_is_counted():
     sums = sum(2 + 4 * 4 + 4 * d for d in (7, 11))
-    kinds = (("rms", [2]), ("sgd", [4]), ("adam", []), ("none", []))
+    kinds = (
+        ("rms", [2]),
+        ("row", []),
+        ("factored", [7 + 1 + 11 + 1]),
+        ("sgd", [4]),
+        ("adam", []),
+        ("none", []),
+    )
     for (normalize, norms), dtype in itertools.product(kinds, (torch.float64, torch.bfloat16)):
         model = sharded(make("uneven").to(dtype))
         optimizer = GLS(model, **{**OPTIONS, "normalize": normalize})
@@ -339,7 +346,12 @@ def communication_is_counted():
 def resumes_bit_for_bit_from_a_sharded_checkpoint():
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)
-    variants = ({}, {"momentum": 0.0, "site": "backward"}, {"normalize": "adam"})
+    variants = (
+        {},
+        {"momentum": 0.0, "site": "backward"},
+        {"normalize": "adam"},
+        {"normalize": "factored", "max_change": 0.1},
+    )
     for index, options in enumerate(variants):
         options, place = {**OPTIONS, **options}, Path(folder[0], str(index))
         sizes = sizes_of("mlp")

@@ -1,7 +1,7 @@
 """GLS once more, from the equations of docs/method.md alone: slow, dense, in float64.
 
 Nothing here is shared with the package. Rows and gradients are written down by plain hooks, every
-P is a d x d matrix from torch.linalg.inv, orth is an SVD, the sums of a step are taken from all its
+P is a d x d matrix from its eigenvalues, orth is an SVD, the sums of a step are taken from all its
 rows at once.
 """
 
@@ -13,6 +13,12 @@ def with_ones(rows, layer):
     """The rows of a layer: a one appended where there is a bias."""
     ones = torch.ones(len(rows), 1, dtype=rows.dtype)
     return rows if layer.bias is None else torch.cat([rows, ones], 1)
+
+
+def raise_inverse(matrix, power):
+    """matrix^-power, of a symmetric positive definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors / values**power) @ vectors.T
 
 
 def orth(matrix):
@@ -29,13 +35,13 @@ class DenseSigma:
     def commit(self, a, beta):
         self.sigma = beta * self.sigma + (1 - beta) * a.T @ a / len(a)
 
-    def inverse(self, damping):
+    def inverse(self, damping, power):
         eye = torch.eye(len(self.sigma), dtype=self.sigma.dtype)
-        return torch.linalg.inv(self.sigma + damping * self.sigma.trace() / len(eye) * eye)
+        return raise_inverse(self.sigma + damping * self.sigma.trace() / len(eye) * eye, power)
 
 
 class SubspaceSigma:
-    """U, M and t; P inverts U M U' + rho (I - U U') + lambda I as a d x d matrix."""
+    """U, M and t; P is of U M U' + rho (I - U U') + lambda I as a d x d matrix."""
 
     def __init__(self, test_matrix):
         self.omega = test_matrix
@@ -56,13 +62,13 @@ class SubspaceSigma:
         self.u = orth(z)
         self.m = self.u.T @ nystrom @ self.u
 
-    def inverse(self, damping):
+    def inverse(self, damping, power):
         d, r = self.u.shape
         eye, inside = torch.eye(d, dtype=self.u.dtype), self.u @ self.u.T
         sigma = self.u @ self.m @ self.u.T
         if r < d:
             sigma = sigma + max(self.t - self.m.trace(), 0) / (d - r) * (eye - inside)
-        return torch.linalg.inv(sigma + damping * self.t / d * eye)
+        return raise_inverse(sigma + damping * self.t / d * eye, power)
 
 
 class IndependentGLS:
@@ -85,6 +91,8 @@ class IndependentGLS:
         weight_decay,
         normalize,
         curvature_every,
+        power=1,
+        max_change=None,
         test_matrix=None,
     ):
         self.lr, self.damping, self.momentum, self.beta = lr, damping, momentum, beta
@@ -94,10 +102,11 @@ class IndependentGLS:
             weight_decay,
             normalize,
         )
-        self.curvature_every = curvature_every
+        self.curvature_every, self.power, self.max_change = curvature_every, power, max_change
         self.layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
         self.seen = {layer: [] for layer in self.layers}  # (A, G) of every call in this step
         self.sigma, self.p, self.moment, self.square = {}, {}, {}, {}
+        self.column, self.bound = {}, {}
         self.step_count = 0
         for layer in self.layers:
             d = layer.in_features + (layer.bias is not None)
@@ -105,7 +114,7 @@ class IndependentGLS:
                 DenseSigma() if test_matrix is None else SubspaceSigma(test_matrix(d))
             )
             self.moment[layer] = torch.zeros(layer.out_features, d, dtype=torch.float64)
-            self.square[layer] = 0.0
+            self.square[layer], self.column[layer], self.bound[layer] = 0.0, 0.0, None
             layer.register_forward_hook(self.write_down)
 
     def write_down(self, layer, args, output):
@@ -125,11 +134,17 @@ class IndependentGLS:
             g = torch.cat([gradient for _, gradient in calls])
             if step == 0:
                 self.sigma[layer].start(a)
-                self.p[layer] = self.sigma[layer].inverse(self.damping)
+                self.p[layer] = self.sigma[layer].inverse(self.damping, self.power)
+                self.measure(layer)
             self.move(layer, g.T @ a, self.p[layer], step + 1)
             if step > 0 and step % self.curvature_every == 0:
                 self.sigma[layer].commit(a, self.beta)
-                self.p[layer] = self.sigma[layer].inverse(self.damping)
+                self.p[layer] = self.sigma[layer].inverse(self.damping, self.power)
+                self.measure(layer)
+
+    def measure(self, layer):
+        rms = layer.weight.detach().square().mean().sqrt().item()
+        self.bound[layer] = max(rms, (3 * self.moment[layer].shape[1]) ** -0.5)
 
     @torch.no_grad()
     def move(self, layer, gradient, p, t):
@@ -141,12 +156,23 @@ class IndependentGLS:
             square = square.mean() if self.normalize == "rms" else square
             self.square[layer] = self.beta2 * self.square[layer] + (1 - self.beta2) * square
             update = update / ((self.square[layer] / (1 - self.beta2**t)).sqrt() + self.eps)
+        elif self.normalize in ("row", "factored"):
+            for squares, axis in ((self.square, 1), (self.column, 0)):
+                mean = direction.square().mean(axis)
+                squares[layer] = self.beta2 * squares[layer] + (1 - self.beta2) * mean
+            square = self.square[layer][:, None]
+            if self.normalize == "factored":
+                square = square * self.column[layer] / self.square[layer].mean()
+            update = update / ((square / (1 - self.beta2**t)).sqrt() + self.eps)
         elif self.normalize == "sgd":
             update = update * gradient.norm() / direction.norm()
         weight = layer.weight
         if layer.bias is not None:
             weight = torch.cat([layer.weight, layer.bias[:, None]], 1)
-        weight = weight * (1 - self.lr * self.weight_decay) - self.lr * update
+        lr = self.lr
+        if self.max_change is not None:
+            lr = min(lr, self.max_change * self.bound[layer])
+        weight = weight * (1 - self.lr * self.weight_decay) - lr * update
         layer.weight.copy_(weight[:, : layer.in_features])
         if layer.bias is not None:
             layer.bias.copy_(weight[:, -1])

@@ -13,7 +13,7 @@ from nets import loss_of, make_batch, make_net, snapshot
 from gls_fused import GLS
 
 STEPS, CUT = 7, 4
-SITES, NORMALIZATIONS = ("step", "backward"), ("rms", "adam", "sgd", "none")
+SITES, NORMALIZATIONS = ("step", "backward"), ("rms", "factored", "adam", "sgd", "none")
 STORED = (
     (torch.float32, "nearest"),
     (torch.bfloat16, "nearest"),

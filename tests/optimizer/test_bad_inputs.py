@@ -30,6 +30,8 @@ BAD_OPTIONS = [
     ("eps", 0.0),
     ("eps", -1e-8),
     ("weight_decay", -0.1),
+    ("max_change", 0.0),
+    ("max_change", -1.0),
     ("normalize", "l2"),
     ("normalize", None),
     ("low_precision", "kahan"),
@@ -43,6 +45,8 @@ BAD_STATISTICS = [
     ("damping", -1.0),
     ("damping", math.nan),
     ("damping", math.inf),
+    ("power", 2),
+    ("power", 0.6),
     ("beta", 1.0),
     ("beta", -0.1),
     ("beta", math.nan),
@@ -259,7 +263,7 @@ def test_bad_micro_batch_is_not_counted(backend, kind, curvature, bad_value, bad
         assert_equal(actual, expected)
 
 
-@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+@pytest.mark.parametrize("normalize", ["rms", "row", "factored", "adam", "sgd", "none"])
 @pytest.mark.parametrize("bad_step", [0, 2])
 def test_non_finite_gradient_is_taken_as_adam_takes_it(backend, normalize, bad_step):
     model = make_net("mlp")

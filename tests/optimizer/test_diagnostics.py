@@ -74,7 +74,15 @@ def test_dense_curvature_captures_all():
 
 
 @pytest.mark.parametrize(
-    ("normalize", "has"), [("rms", True), ("adam", True), ("sgd", False), ("none", False)]
+    ("normalize", "has"),
+    [
+        ("rms", True),
+        ("row", True),
+        ("factored", True),
+        ("adam", True),
+        ("sgd", False),
+        ("none", False),
+    ],
 )
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_root_mean_square_where_it_is_kept(normalize, has, momentum):

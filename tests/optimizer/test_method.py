@@ -22,7 +22,14 @@ DEFAULTS = {
     "normalize": "rms",
     "curvature_every": 1,
 }
-SITES = {"rms": "auto", "adam": "backward", "none": "step", "sgd": "auto"}
+SITES = {
+    "rms": "auto",
+    "row": "step",
+    "factored": "auto",
+    "adam": "backward",
+    "none": "step",
+    "sgd": "auto",
+}
 STEPS = 8
 
 
@@ -82,6 +89,12 @@ VARIANTS = {
     "no memory": {"beta": 0.0, "beta2": 0.0},
     "small damping": {"damping": 0.01},
     "large damping": {"damping": 100.0},
+    "power 3/4": {"power": 0.75},
+    "power 1/2": {"power": 0.5, "normalize": "factored"},
+    "power 1/4": {"power": 0.25, "normalize": "row"},
+    # Of the weights' root mean squares, of .2 to .25, and of 1 / sqrt(3 d).
+    "a bound that holds": {"max_change": 0.05, "weight_decay": 0.5, "curvature_every": 2},
+    "a bound that does not": {"max_change": 1.0, "normalize": "factored"},
 }
 
 
@@ -111,7 +124,8 @@ def first_test_matrix(rank):
 @pytest.mark.parametrize("curvature_every", [1, 2])
 @pytest.mark.parametrize("rank", [1, 3])
 def test_low_rank(backend, rank, curvature_every, normalize):
-    options = {"normalize": normalize, "curvature_every": curvature_every}
+    power = 0.75 if normalize == "factored" else 1
+    options = {"normalize": normalize, "curvature_every": curvature_every, "power": power}
     check(options, backend, rank=rank, site=SITES[normalize], test_matrix=first_test_matrix(rank))
 
 
@@ -132,11 +146,11 @@ def test_test_matrix_is_the_same_in_every_process():
     assert_near(matrix.T @ matrix, torch.eye(3).double(), TRAJECTORY)
 
 
-@pytest.mark.parametrize("normalize", ["none", "adam"])
+@pytest.mark.parametrize(("normalize", "power"), [("none", 1), ("adam", 0.5)])
 @pytest.mark.parametrize("curvature", CURVATURES)
-def test_attached_optimizer(backend, curvature, normalize):
+def test_attached_optimizer(backend, curvature, normalize, power):
     """SGD and Adam on attached gradients are GLS with the normalizations "none" and "adam"."""
-    options = {**DEFAULTS, "normalize": normalize, "curvature_every": 2}
+    options = {**DEFAULTS, "normalize": normalize, "power": power, "curvature_every": 2}
     if normalize == "none":
         options["momentum"] = 0.0
     ours, theirs = make_model(), make_model()
@@ -146,7 +160,7 @@ def test_attached_optimizer(backend, curvature, normalize):
     else:
         betas = (options["momentum"], options["beta2"])
         optimizer = torch.optim.Adam(ours.parameters(), options["lr"], betas, options["eps"])
-    names = ("damping", "beta", "curvature_every")
+    names = ("damping", "power", "beta", "curvature_every")
     statistics = {name: options[name] for name in names}
     attach(ours, optimizer, backend=backend, **statistics, **CURVATURES[curvature])
     train(ours, optimizer, 2, 6)
@@ -161,3 +175,13 @@ def test_auto_rank_is_at_most_the_outputs(backend):
     optimizer.step()
     found = [optimizer.state[layer.weight]["basis"].shape for layer in model]
     assert found == [(51, 32), (41, 6), (7, 5)]
+
+
+def test_zero_weights_move_under_a_bound(backend):
+    model = nn.Linear(4, 3)
+    nn.init.zeros_(model.weight)
+    optimizer = GLS(model, lr=10.0, max_change=0.1, normalize="row", backend=backend)
+    (model(torch.randn(6, 4)) - 1).square().sum().backward()
+    optimizer.step()
+    moved = model.weight.detach().square().mean().sqrt()
+    assert 0 < moved <= 0.1 * (3 * 5) ** -0.5 * 1.5

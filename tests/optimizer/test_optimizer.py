@@ -58,6 +58,8 @@ def test_scheduler_sets_the_rate(lr):
         {"momentum": 0.0, "site": "backward"},
         {"normalize": "adam", "site": "step"},
         {"normalize": "sgd"},
+        {"normalize": "row", "site": "step"},
+        {"normalize": "factored", "power": 0.75, "max_change": 0.01},
         {"curvature": "dense"},
     ],
     ids=str,

@@ -28,7 +28,7 @@ OPTIONS = {"rank": 4, "curvature_every": 2, "lr": 0.01}
 OPTION_SETS = [
     {"normalize": normalize, "site": site, "momentum": momentum}
     for normalize, site, momentum in itertools.product(
-        ("rms", "adam", "sgd", "none"), ("step", "backward"), (0.0, 0.9)
+        ("rms", "row", "factored", "adam", "sgd", "none"), ("step", "backward"), (0.0, 0.9)
     )
     if (normalize, site) != ("sgd", "backward")
 ]
@@ -193,7 +193,7 @@ def test_attached_optimizer_skips_with_its_statistics(make_other, fused):
 
 
 @pytest.mark.parametrize("low_precision", ["nearest", "stochastic", "master"])
-@pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
+@pytest.mark.parametrize("normalize", ["rms", "row", "factored", "adam", "sgd", "none"])
 def test_host_never_waits(monkeypatch, normalize, low_precision):
     """Tensors on a device that have no values: whoever asks for one raises."""
     # There is no generator on a device that is not there.

@@ -73,8 +73,8 @@ def test_state_holds_tensors_and_plain_numbers():
         assert all(isinstance(value, torch.Tensor | int) for value in state.values())
     for group in saved["param_groups"]:
         assert group.pop("params") == list(range(8))
-        assert all(isinstance(value, int | float | str) for value in group.values())
-        assert group["version"] == 2
+        assert all(isinstance(value, int | float | str | None) for value in group.values())
+        assert group["version"] == 3
 
 
 def test_loaded_state_is_a_copy():
@@ -135,7 +135,7 @@ def other_normalize(saved):
 
 
 def later_version(saved):
-    saved["param_groups"][0]["version"] = 3
+    saved["param_groups"][0]["version"] = 4
     return saved
 
 
@@ -180,7 +180,7 @@ REFUSED = {
     other_curvature: r"layer 'stem': expected basis \[7, 4\], .*, got gram \[7, 7\], matrix \[7, 7",
     other_outputs: r"layer 'head': expected a state of a weight \[3, 8\], got one of \[5, 8\]",
     other_normalize: r"layer 'stem': expected exp_avg_sq \[8, 6\], got \[\]",
-    later_version: r"version: expected a state of 0 to 2, got 3",
+    later_version: r"version: expected a state of 0 to 3, got 4",
     of_adam: r"group 0: expected the options of GLS, got none named 'damping'",
     fewer_layers: r"state_dict: expected 8 parameters in group 0, got 4",
     no_core: r"layer 'first': expected basis .*, core \[4, 4\], .*, got basis",
@@ -239,7 +239,7 @@ def test_state_without_a_version_is_taken():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda saved: saved.update(version=3), "version: expected a state of 0 to 2, got 3"),
+        (lambda saved: saved.update(version=4), "version: expected a state of 0 to 3, got 4"),
         (
             lambda saved: saved["layers"]["first"].update(basis=torch.ones(9, 2)),
             r"layer 'first': expected basis \[9, 4\], got \[9, 2\]",

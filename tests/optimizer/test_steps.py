@@ -21,7 +21,8 @@ def train(model, optimizer, steps, start=0, kind="mlp"):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("normalize", "lr"), [("rms", 0.01), ("adam", 0.01), ("none", 0.1), ("sgd", 0.5)]
+    ("normalize", "lr"),
+    [("rms", 0.01), ("row", 0.01), ("factored", 0.01), ("adam", 0.01), ("none", 0.1), ("sgd", 0.5)],
 )
 def test_training_lowers_the_loss(backend, kind, normalize, lr):
     model = make_net(kind)

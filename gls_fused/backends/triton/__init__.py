@@ -5,7 +5,8 @@
     core.py            C and lambda', all layers in one launch
     blend.py           a step's sums enter the estimates, all layers in one launch
     subspace.py        the bases move: Cholesky QR, twice, all layers in five launches
-    update.py          the update of all layers at once; its kernels are in update_kernels.py
+    update.py          the update of all layers at once; its tables are made in update_plan.py, its
+                       kernels are in update_kernels.py and, of tiles of weights, tile_kernels.py
     configs.py         block sizes, a table
     launch.py          launches, and tables of addresses
 

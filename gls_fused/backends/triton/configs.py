@@ -16,7 +16,9 @@ import torch
 MAX_RANK = 64
 # Of the kernels that move the basis, in float64: wider ones spill.
 MAX_REFRESH_RANK = 32
-# Of the core alone, in float32: above MAX_RANK M spills, and is swept in memory by so many rows.
+# Of the core's powers other than 1, in float64: wider ones spill.
+MAX_ROOT_RANK = 32
+# Of its inverse, in float32: above MAX_RANK M spills, and is swept in memory by so many rows.
 MAX_CORE_RANK = 128
 SWEEP_ROWS, SWEEP_WARPS = 32, 8
 # tl.dot's operands have at least 16 rows and columns.
@@ -32,6 +34,9 @@ CURVATURE_PRECISION = "ieee"
 # five streams has four 16-byte accesses in flight per thread.
 UPDATE_BLOCK = 2048
 UPDATE_WARPS = 4
+
+# Rows or columns whose mean squares one program blends: two 128-byte lines of each part's sums.
+AXIS_BLOCK = 64
 
 # Rows whose products one program of the sketch sums up: partial sums are then r / 256 of the rows.
 ROWS_PER_SPLIT = 512
@@ -76,10 +81,13 @@ def sketch_tile() -> Tile:
 
 
 def update_tile(padded_rank: int) -> Tile:
-    """Of the update that forms D itself: rows of 64 elements are two full 128-byte lines.
+    """Of the update in tiles: rows of 64 elements are two full 128-byte lines.
 
-    Eight warps, as T U' is unrolled over the rank: on 4 it spills.
+    Where it forms D itself, eight warps, as T U' is unrolled over the rank: on 4 it spills. At rank
+    0 D is given, and the tile as large as the flat update's.
     """
+    if padded_rank == 0:
+        return Tile(32, 64, UPDATE_WARPS, 1)
     return Tile(32 if padded_rank <= 32 else 16, 64, 8, 1)
 
 
@@ -97,6 +105,14 @@ def core_warps(padded_rank: int, dtype: torch.dtype) -> int:
     if dtype == torch.float64:
         return min(16, max(1, elements // 128))
     return max(1, elements // 512)
+
+
+def root_warps(padded_rank: int) -> int:
+    """Warps that hold a [rank, rank] tile of float64 with 8 registers per thread.
+
+    Four such tiles and the operands of a product are alive in a step of Newton's method.
+    """
+    return padded_rank * padded_rank // 128
 
 
 def sketch_splits(n: int) -> int:

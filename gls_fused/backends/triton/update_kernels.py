@@ -1,4 +1,6 @@
-"""The kernels of the update; `update.py` says which are launched, and what they cost.
+"""The kernel of the update of given directions, and what it shares with those of tile_kernels.py.
+
+`update.py` says which are launched, and what they cost.
 
 A block is a program's part of one layer. `blocks` says for each which entry of the table it belongs
 to, which part of it is meant, and where its sums of squares go, so that one launch serves all
@@ -12,9 +14,7 @@ import triton
 import triton.language as tl
 
 # Words per line of the tables.
-FLAT_LINE, TILE_LINE, LAYER_LINE = 7, 22, 7
-# How the bases of a launch's layers lie in memory.
-STRIDED, BY_ROWS, BY_COLUMNS = 0, 1, 2
+FLAT_LINE, LAYER_LINE = 7, 9
 # Slots that are added at a time: two rounds for the 1,536 of a weight [1024, 3072].
 SUM_SLOTS = tl.constexpr(1024)
 
@@ -35,10 +35,14 @@ def _option(options, at):
 
 @triton.jit
 def _next_step(layer, options, lr, STEP: tl.constexpr, MOMENTUM: tl.constexpr,
-               LR_TENSOR: tl.constexpr):  # fmt: skip
-    """The layer's count with the step being taken, and lr / (1 - momentum^step)."""
+               LR_TENSOR: tl.constexpr, BOUND: tl.constexpr):  # fmt: skip
+    """The layer's count with the step being taken, and min(lr, bound) / (1 - momentum^step)."""
     step = tl.load(tl.load(layer).to(tl.pointer_type(STEP))).to(tl.float64) + 1.0
     rate = tl.load(lr).to(tl.float64) if LR_TENSOR else _option(options, 0)
+    if BOUND is not None:
+        bound = tl.load(tl.load(layer + 7).to(tl.pointer_type(BOUND))).to(tl.float64)
+        # As clamp does, a NaN stays one.
+        rate = tl.where(bound > rate, rate, bound)
     if MOMENTUM:
         rate = rate / (1.0 - tl.exp(step * _option(options, 3)))
     return step, rate
@@ -63,7 +67,7 @@ def _is_last(layer):
 @triton.jit
 def _finish_norm(
     layer, options, lr, squares, STEP: tl.constexpr, SQUARE: tl.constexpr,
-    NORMALIZE: tl.constexpr, MOMENTUM: tl.constexpr, LR_TENSOR: tl.constexpr,
+    NORMALIZE: tl.constexpr, MOMENTUM: tl.constexpr, LR_TENSOR: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """The layer's last program adds the slots, blends v, leaves the rate and counts the step."""
     if _is_last(layer):
@@ -77,7 +81,7 @@ def _finish_norm(
             if NORMALIZE == "sgd":
                 gradient += tl.load(at + 1, mask=i < count, other=0.0)
         norm = tl.sum(direction, axis=0)
-        step, rate = _next_step(layer, options, lr, STEP, MOMENTUM, LR_TENSOR)
+        step, rate = _next_step(layer, options, lr, STEP, MOMENTUM, LR_TENSOR, BOUND)
         if NORMALIZE == "rms":
             average = tl.load(layer + 1).to(tl.pointer_type(SQUARE))
             v = tl.load(average).to(tl.float64)
@@ -96,15 +100,17 @@ def _finish_norm(
 @triton.jit
 def _scales(
     layer, options, lr, STEP: tl.constexpr, NORMALIZE: tl.constexpr, MOMENTUM: tl.constexpr,
-    LR_TENSOR: tl.constexpr,
+    LR_TENSOR: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """What `_step_elements` multiplies with, float64, and the step being taken."""
-    step, rate = _next_step(layer, options, lr, STEP, MOMENTUM, LR_TENSOR)
+    step, rate = _next_step(layer, options, lr, STEP, MOMENTUM, LR_TENSOR, BOUND)
     decay = tl.load(lr).to(tl.float64) if LR_TENSOR else _option(options, 0)
-    if NORMALIZE == "rms" or NORMALIZE == "sgd":
-        # The norm pass has counted this step already.
+    if NORMALIZE != "none" and NORMALIZE != "adam":
+        # The norm pass, or what follows it, has counted this step already.
         rate = tl.load(layer + 6).to(tl.float64, bitcast=True)
     correction = rate
+    if NORMALIZE == "row" or NORMALIZE == "factored":
+        correction = tl.load(layer + 8).to(tl.float64, bitcast=True)
     if NORMALIZE == "adam":
         correction = 1.0 / (1.0 - tl.exp(step * _option(options, 5)))
     decay = 1.0 - decay * _option(options, 1)
@@ -117,7 +123,7 @@ def _step_elements(
     param, exp_avg, exp_avg_sq, d, at, mask, scales,
     MOMENTUM: tl.constexpr, ADAM: tl.constexpr,
 ):  # fmt: skip
-    """The parameters' step along d, in place, in the dtype of d.
+    """The parameters' step along d, in place, in the dtype of d; the rate may be one per element.
 
     Masked elements are undefined, and stay unwritten.
     """
@@ -141,7 +147,9 @@ def _step_elements(
 def _flat_update_kernel(
     table,  # int64 [entries, 7]: param, D, D0, m, v (addresses), elements, layer
     blocks,  # int64 [programs, 3]
-    layers,  # int64 [layers, 7]: step, v (addresses), first slot, slots, elements, done, rate
+    # int64 [layers, 9]: step and v (addresses), first slot, how many programs count, elements, how
+    # many are done, rate, bound of lr (address), what v is multiplied with
+    layers,
     options,  # int64 [7], float64 bits: lr, weight_decay, momentum, ln(momentum), beta2, ln, eps
     lr,  # [1], read where LR_TENSOR
     squares,  # float64 [slots, 2]: sums of D^2 and of D0^2
@@ -156,6 +164,7 @@ def _flat_update_kernel(
     NORMALIZE: tl.constexpr,
     MOMENTUM: tl.constexpr,
     LR_TENSOR: tl.constexpr,
+    BOUND: tl.constexpr,  # the type of the rates' bounds, None without
     SUMS: tl.constexpr,
     ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
@@ -189,181 +198,18 @@ def _flat_update_kernel(
             given = _address(line + 2, GRADIENT, ALIGNED)
             g = tl.load(given + at, mask=mask, other=0.0).to(COMPUTE)
             tl.store(out + 1, tl.sum(g * g, axis=0))
-        _finish_norm(layer, options, lr, squares, STEP, SQUARE, NORMALIZE, MOMENTUM, LR_TENSOR)
+        _finish_norm(
+            layer, options, lr, squares, STEP, SQUARE, NORMALIZE, MOMENTUM, LR_TENSOR, BOUND
+        )
     else:
         ADAM: tl.constexpr = NORMALIZE == "adam"
-        scales, step = _scales(layer, options, lr, STEP, NORMALIZE, MOMENTUM, LR_TENSOR)
+        scales, step = _scales(layer, options, lr, STEP, NORMALIZE, MOMENTUM, LR_TENSOR, BOUND)
         if not EVEN and first + BLOCK <= count:
             d = tl.load(gradient + at).to(COMPUTE)
             _step_elements(param, exp_avg, exp_avg_sq, d, at, None, scales, MOMENTUM, ADAM)
         else:
             d = tl.load(gradient + at, mask=mask, other=0.0).to(COMPUTE)
             _step_elements(param, exp_avg, exp_avg_sq, d, at, mask, scales, MOMENTUM, ADAM)
-        if NORMALIZE == "none" or ADAM:  # noqa: SIM102
-            if _is_last(layer):
-                _count_step(layer, step, STEP)
-
-
-@triton.jit
-def _project_gradients_kernel(
-    table,  # int64 [layers, 22], see `update._Plan._add_tiles`
-    blocks,
-    projections,  # [rows of all layers, RANK]
-    GRADIENT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    EVEN: tl.constexpr,
-    BASIS: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    LINE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """T = D0 U C of every layer's gradients."""
-    block = blocks + tl.program_id(0).to(tl.int64) * 3
-    line = table + tl.load(block) * LINE
-    i = tl.load(block + 1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    c = tl.arange(0, RANK)
-    gradient = _address(line + 1, GRADIENT, ALIGNED)
-    basis = _address(line + 8, tl.float32, ALIGNED)
-    n, size, rank = tl.load(line + 11), tl.load(line + 12), tl.load(line + 13)
-    if EVEN:
-        size, rank = tl.multiple_of(size, 16), tl.multiple_of(rank, 16)
-    down, across = tl.load(line + 14), tl.load(line + 15)
-    # Contiguity must be known when this is compiled for neighbours to share an access.
-    if BASIS == 1:
-        down, across = tl.multiple_of(down, 16), tl.full([], 1, dtype=tl.int64)
-    elif BASIS == 2:
-        down = tl.full([], 1, dtype=tl.int64)
-    in_rows, in_rank = i < n, c < rank
-    y = tl.zeros([BLOCK_N, RANK], dtype=tl.float32)
-    for start in range(0, size.to(tl.int32), BLOCK_D):
-        j = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
-        g = tl.load(
-            gradient + i[:, None] * size + j[None, :],
-            mask=in_rows[:, None] & (j < size)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        u = tl.load(
-            basis + j[:, None] * down + c[None, :] * across,
-            mask=(j < size)[:, None] & in_rank[None, :],
-            other=0.0,
-        )
-        y = tl.dot(g, u, acc=y, input_precision=PRECISION)
-    with_bias = tl.load(line + 20) != 0
-    bias = tl.load(line + 5).to(tl.pointer_type(GRADIENT))
-    b = tl.load(bias + i, mask=in_rows & with_bias, other=0.0).to(tl.float32)
-    u_last = tl.load(basis + size * down + c * across, mask=in_rank & with_bias, other=0.0)
-    y += b[:, None] * u_last[None, :]
-    core = tl.load(
-        tl.load(line + 9).to(tl.pointer_type(tl.float32))
-        + c[:, None] * tl.load(line + 16)
-        + c[None, :] * tl.load(line + 17),
-        mask=in_rank[:, None] & in_rank[None, :],
-        other=0.0,
-    )
-    t = tl.dot(y, core, input_precision=PRECISION)
-    row = tl.load(line + 19) + i
-    tl.store(projections + row[:, None] * RANK + c[None, :], t, mask=in_rows[:, None])
-
-
-@triton.jit
-def _tile_update_kernel(
-    table,
-    blocks,
-    projections,
-    layers,
-    options,
-    lr,
-    squares,
-    skip,
-    SKIPS: tl.constexpr,
-    PARAM: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    STATE: tl.constexpr,
-    STEP: tl.constexpr,
-    SQUARE: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    LR_TENSOR: tl.constexpr,
-    SUMS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    EVEN: tl.constexpr,
-    BASIS: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    LINE: tl.constexpr,
-    LAYER_LINE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A tile of D = D0 / lambda' + T U': with SUMS its squares' sum, else the step along it."""
-    if SKIPS:  # noqa: SIM102  # `and` would not leave the load out
-        if tl.load(skip):
-            return
-    block = blocks + tl.program_id(0).to(tl.int64) * 3
-    line = table + tl.load(block) * LINE
-    part = tl.load(block + 1)
-    n, size, rank = tl.load(line + 11), tl.load(line + 12), tl.load(line + 13)
-    if EVEN:
-        size, rank = tl.multiple_of(size, 16), tl.multiple_of(rank, 16)
-    down, across = tl.load(line + 14), tl.load(line + 15)
-    # Contiguity must be known when this is compiled for neighbours to share an access.
-    if BASIS == 1:
-        down, across = tl.multiple_of(down, 16), tl.full([], 1, dtype=tl.int64)
-    elif BASIS == 2:
-        down = tl.full([], 1, dtype=tl.int64)
-    layer = layers + tl.load(line + 18) * LAYER_LINE
-    tiles = tl.load(line + 21)
-    i = (part // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    j = (part % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
-    c = tl.arange(0, RANK)
-    in_rows, in_rank = i < n, c < rank
-    mask = in_rows[:, None] & (j < size)[None, :]
-    at = i[:, None] * size + j[None, :]
-
-    gradient = _address(line + 1, GRADIENT, ALIGNED)
-    basis = _address(line + 8, tl.float32, ALIGNED)
-    scale = 1.0 / tl.load(tl.load(line + 10).to(tl.pointer_type(tl.float32)))
-    t = tl.load(
-        projections + (tl.load(line + 19) + i)[:, None] * RANK + c[None, :],
-        mask=in_rows[:, None],
-        other=0.0,
-    )
-    u = tl.load(
-        basis + j[:, None] * down + c[None, :] * across,
-        mask=(j < size)[:, None] & in_rank[None, :],
-        other=0.0,
-    )
-    g = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
-    d = tl.dot(t, tl.trans(u), acc=g * scale, input_precision=PRECISION)
-
-    # The bias goes with the first tile of its rows.
-    in_bias = in_rows & (tl.load(line + 20) != 0) & (part % tiles == 0)
-    bias_gradient = tl.load(line + 5).to(tl.pointer_type(GRADIENT))
-    u_last = tl.load(
-        basis + size * down + c * across, mask=in_rank & (tl.load(line + 20) != 0), other=0.0
-    )
-    b = tl.load(bias_gradient + i, mask=in_bias, other=0.0).to(tl.float32)
-    e = b * scale + tl.sum(t * u_last[None, :], axis=1)
-    if SUMS:
-        # Beyond the edge D is not zero by itself: T U' has rows of its own.
-        d, e = tl.where(mask, d, 0.0), tl.where(in_bias, e, 0.0)
-        out = squares + tl.load(block + 2) * 2
-        tl.store(out, tl.sum(tl.sum(d * d, axis=1) + e * e, axis=0))
-        tl.store(out + 1, tl.sum(tl.sum(g * g, axis=1) + b * b, axis=0))
-        _finish_norm(layer, options, lr, squares, STEP, SQUARE, NORMALIZE, MOMENTUM, LR_TENSOR)
-    else:
-        ADAM: tl.constexpr = NORMALIZE == "adam"
-        scales, step = _scales(layer, options, lr, STEP, NORMALIZE, MOMENTUM, LR_TENSOR)
-        param = _address(line, PARAM, ALIGNED)
-        exp_avg = _address(line + 2, STATE, ALIGNED)
-        exp_avg_sq = _address(line + 3, STATE, ALIGNED)
-        _step_elements(param, exp_avg, exp_avg_sq, d, at, mask, scales, MOMENTUM, ADAM)
-        param = tl.load(line + 4).to(tl.pointer_type(PARAM))
-        exp_avg = tl.load(line + 6).to(tl.pointer_type(STATE))
-        exp_avg_sq = tl.load(line + 7).to(tl.pointer_type(STATE))
-        _step_elements(param, exp_avg, exp_avg_sq, e, i, in_bias, scales, MOMENTUM, ADAM)
         if NORMALIZE == "none" or ADAM:  # noqa: SIM102
             if _is_last(layer):
                 _count_step(layer, step, STEP)

@@ -41,7 +41,7 @@ def make_inverse(dim, rank):
     basis = torch.linalg.qr(draw(dim, rank, dtype=torch.float64))[0]
     root = draw(rank, rank, dtype=torch.float64, seed=1)
     core = root @ root.T
-    exact = (basis, *reference.invert_core(core, 2 * core.trace(), dim, 0.3))
+    exact = (basis, *reference.invert_core(core, 2 * core.trace(), dim, 0.3, 1))
     return SubspaceInverse(*(x.float() for x in exact))
 
 

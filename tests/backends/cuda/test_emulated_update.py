@@ -1,4 +1,4 @@
-"""update.cuh and tile_update.cuh, emulated, against gls_fused.reference in float64."""
+"""The kernels of update_layers_, emulated, against gls_fused.reference in float64."""
 
 import ctypes
 import re
@@ -15,7 +15,9 @@ from gls_fused.reference import SubspaceInverse
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # What the layer is scaled with: csrc/cuda/update.h.
-NORMALIZE = {"rms": 1, "adam": 0, "sgd": 2, "none": 0}
+NORMALIZE = {"rms": 1, "row": 3, "factored": 4, "adam": 0, "sgd": 2, "none": 0}
+# One v for each row, or c for each column.
+AXIS = ("row", "factored")
 OPTIONS = {"lr": 0.3, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.2}
 # Weight, whether there is a bias, rank of the inverse (None: the direction is given; these come
 # first). 16-byte rows and others, several chunks and tiles, one element, none.
@@ -28,12 +30,31 @@ LAYERS = [
     ((5, 33), True, 3),
     ((1, 8), False, 1),
 ]
+# Rows and columns alone, none of either, several tiles of both, a bias that takes no step (None),
+# an inverse of rank 0.
+AXES = [
+    ((1, 7), True, None),
+    ((9, 1), True, None),
+    ((4, 0), True, None),
+    ((0, 5), True, None),
+    ((70, 264), None, None),
+    ((131, 77), True, None),
+    ((5, 6), True, 0),
+    ((1, 1), True, 2),
+    ((67, 264), None, 3),
+]
 
 
 @pytest.fixture(scope="module")
 def emulator():
     return Emulator(
-        "drivers/update.cpp", ["update_kernels.cu", "rows_kernels.cu", "tile_update_kernels.cu"]
+        "drivers/update.cpp",
+        [
+            "update_kernels.cu",
+            "rows_kernels.cu",
+            "tile_update_kernels.cu",
+            "axis_update_kernels.cu",
+        ],
     )
 
 
@@ -42,9 +63,11 @@ class Layer:
     params: list
     gradients: list
     exp_avgs: list
-    exp_avg_sqs: list  # one per layer for "rms", per parameter for "adam"
+    # One per layer for "rms" and "row", two for "factored", one per parameter for "adam".
+    exp_avg_sqs: list
     step: torch.Tensor
     inverse: SubspaceInverse | None
+    lr_bound: torch.Tensor | None = None
 
 
 def draw(*shape, dtype):
@@ -60,15 +83,18 @@ def make_layers(layers, dtype, normalize, momentum):
     made = []
     for weight, bias, rank in layers:
         shapes = [weight, weight[:1]] if bias else [weight]
-        dim = weight[1] + bias
-        per_param = normalize == "adam"
-        sizes = shapes if per_param else [()] if normalize == "rms" else []
+        dim = weight[1] + bool(bias)
+        # A bias that takes no step has its column all the same.
+        columns = (weight[1] + (bias is not False),)
+        sizes = {
+            "rms": [()], "row": [weight[:1]], "factored": [weight[:1], columns], "adam": shapes,
+        }.get(normalize, [])  # fmt: skip
         inverse = None
         if rank is not None:
             basis = torch.linalg.qr(draw(dim, rank, dtype=torch.float64))[0]
             root = draw(rank, rank, dtype=torch.float64)
             core = root @ root.T
-            exact = (basis, *reference.invert_core(core, 2 * core.trace(), dim, 0.3))
+            exact = (basis, *reference.invert_core(core, 2 * core.trace() + 1, dim, 0.3, 1))
             inverse = SubspaceInverse(*(x.to(state) for x in exact))
         made.append(
             Layer(
@@ -95,6 +121,7 @@ def update_by_reference(layers, normalize, momentum, scale=1.0, **options):
     reference.update_layers_(
         params, [g * scale for g in flat("gradients")], averages, squares, steps, inverses,
         layer_sizes=[len(layer.params) for layer in layers], normalize=normalize,
+        lr_bounds=[x.lr_bound.double() for x in layers if x.lr_bound is not None],
         momentum=momentum, **{**OPTIONS, **options},
     )  # fmt: skip
     return params, averages, squares, steps
@@ -116,41 +143,51 @@ def update_in(emulator, memory, layers, normalize, momentum, *, misaligned=None,
         m = [place("exp_avg", x, writable=True) for x in layer.exp_avgs]
         v = [place("exp_avg_sq", x, writable=True) for x in layer.exp_avg_sqs]
         step = memory.copy("step", layer.step, writable=True)
-        emulator.call("add_layer", step, v[0] if normalize == "rms" else None)
+        bound = None if layer.lr_bound is None else memory.copy("lr_bound", layer.lr_bound)
+        emulator.call("add_layer", step, v[0] if normalize == "rms" else None, bound)
         per_param = v if normalize == "adam" else [None] * len(mine)
         arrays = list(zip(mine, gradients, m or [None] * len(mine), per_param, strict=True))
-        if layer.inverse is None:
+        tiled = layer.inverse is not None or normalize in AXIS
+        if not tiled:
             for p, (param, gradient, average, square) in zip(layer.params, arrays, strict=True):
                 emulator.call("add_flat", param, gradient, gradient, average, square, p.numel())
         else:
             n, size = layer.params[0].shape
-            rank = layer.inverse.basis.shape[1]
-            inverse = [
-                memory.copy("basis", layer.inverse.basis.T),
-                memory.copy("core_inverse", layer.inverse.core_inverse),
-                memory.copy("shift", layer.inverse.shift),
-            ]
-            scratch = [
-                memory.poison("parts", (64, n, rank), torch.float32),
-                memory.poison("turned", (n, rank), torch.float32),
-            ]
+            rank, inverse, scratch = 0, [None] * 3, [None] * 2
+            if layer.inverse is not None:
+                rank = layer.inverse.basis.shape[1]
+                inverse = [
+                    memory.copy("basis", layer.inverse.basis.T),
+                    memory.copy("core_inverse", layer.inverse.core_inverse),
+                    memory.copy("shift", layer.inverse.shift),
+                ]
+                scratch = [
+                    memory.poison("parts", (64, n, rank), torch.float32),
+                    memory.poison("turned", (n, rank), torch.float32),
+                ]
             arrays += [(None,) * 4] * (2 - len(arrays))
-            emulator.call("add_tiles", *arrays[0], *arrays[1], *inverse, *scratch, n, size, rank)
+            if normalize in AXIS:
+                arrays = [array[:3] for array in arrays]
+                inverse = [*v, *[None] * (2 - len(v)), *inverse]
+            function = "add_axes" if normalize in AXIS else "add_tiles"
+            emulator.call(function, *arrays[0], *arrays[1], *inverse, *scratch, n, size, rank)
         params += mine
         averages += m
         squares += v
         steps.append(step)
-    count = ctypes.c_int64()
-    emulator.call("count_squares", ctypes.byref(count))
+    squares_count, axis_count = ctypes.c_int64(), ctypes.c_int64()
+    emulator.call("count_sums", ctypes.byref(squares_count), ctypes.byref(axis_count))
+    bounds = [layer.lr_bound for layer in layers if layer.lr_bound is not None]
     emulator.call(
         "run_update", NORMALIZE[normalize], OPTIONS["lr"] if lr is None else 0.0,
         None if lr is None else memory.copy("lr", lr), lr is not None and lr.dtype != torch.float32,
-        dtype == torch.float64,
+        bool(bounds) and bounds[0].dtype == torch.float64, dtype == torch.float64,
         None if grad_scale is None else memory.copy("grad_scale", grad_scale),
         None if found_inf is None else memory.copy("found_inf", found_inf), float(momentum),
         OPTIONS["beta2"], OPTIONS["eps"], OPTIONS["weight_decay"],
-        memory.poison("squares", (count.value, 2), torch.float64),
-        memory.poison("layer_steps", (len(layers), 5), torch.float64),
+        memory.poison("squares", (squares_count.value, 2), torch.float64),
+        memory.poison("axis_sums", (axis_count.value,), torch.promote_types(dtype, torch.float32)),
+        memory.poison("layer_steps", (len(layers), 6), torch.float64),
     )  # fmt: skip
     return params, averages, squares, steps
 
@@ -188,17 +225,63 @@ def test_update(emulator, dtype, normalize, momentum):
     check(emulator, make_layers(layers, dtype, normalize, momentum), normalize, momentum)
 
 
-@pytest.mark.parametrize("name", ["param", "gradient", "exp_avg"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_address_that_is_no_multiple_of_16_bytes(emulator, dtype, name):
-    check(emulator, make_layers(LAYERS, dtype, "rms", 0.8), "rms", 0.8, misaligned=name)
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+@pytest.mark.parametrize("normalize", AXIS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_and_columns(emulator, dtype, normalize, momentum):
+    layers = [x for x in AXES if x[2] is None or dtype != torch.float64]
+    if normalize == "row":
+        layers.append(((4, 0), False, None))
+    check(emulator, make_layers(layers, dtype, normalize, momentum), normalize, momentum)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("normalize", AXIS)
+def test_a_scale_of_nothing(emulator, normalize, rank):
+    """Of zeros alone the scale is that of a zero."""
+    layers = make_layers([((6, 8), True, rank)], torch.float32, normalize, 0.0)
+    for tensor in (*layers[0].gradients, *layers[0].exp_avg_sqs):
+        tensor.zero_()
+    check(emulator, layers, normalize, 0.0)
+
+
+@pytest.mark.parametrize("normalize", AXIS)
+def test_a_column_that_is_not_finite(emulator, normalize):
+    layers = make_layers([((6, 8), True, None)], torch.float32, normalize, 0.8)
+    layers[0].gradients[0][2, 3] = float("nan")
+    with emulator.memory() as memory:
+        found = update_in(emulator, memory, layers, normalize, 0.8)
+        expected = update_by_reference(layers, normalize, 0.8)
+        for actual, sought in zip(found[0] + found[2], expected[0] + expected[2], strict=True):
+            assert torch.equal(actual.read().isnan(), sought.isnan())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+@pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_learning_rate_and_loss_scale_in_device_memory(emulator, dtype):
-    layers = make_layers(LAYERS, torch.float32, "sgd", 0.8)
+def test_a_bound_on_the_rate_of_each_layer(emulator, dtype, normalize, momentum):
+    """Of some below lr and of others above it; the decay is lr's."""
+    layers = make_layers(LAYERS, torch.float32, normalize, momentum)
+    for index, layer in enumerate(layers):
+        layer.lr_bound = torch.tensor(0.1 * (index + 1), dtype=dtype)
+    options = {} if momentum else {"lr": torch.tensor(0.25, dtype=dtype)}
+    check(emulator, layers, normalize, momentum, **options)
+
+
+@pytest.mark.parametrize("normalize", ["rms", *AXIS])
+@pytest.mark.parametrize("name", ["param", "gradient", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_address_that_is_no_multiple_of_16_bytes(emulator, dtype, name, normalize):
+    layers = make_layers(LAYERS, dtype, normalize, 0.8)
+    check(emulator, layers, normalize, 0.8, misaligned=name)
+
+
+@pytest.mark.parametrize("normalize", ["sgd", *AXIS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_learning_rate_and_loss_scale_in_device_memory(emulator, dtype, normalize):
+    layers = make_layers(LAYERS, torch.float32, normalize, 0.8)
     options = {"lr": torch.tensor(0.7, dtype=dtype), "grad_scale": torch.tensor(8.0)}
-    check(emulator, layers, "sgd", 0.8, **options)
+    check(emulator, layers, normalize, 0.8, **options)
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
@@ -216,7 +299,8 @@ def test_a_step_that_is_not_taken(emulator, normalize):
         assert all(step.read() == 3 for step in found[3])
 
 
-# ---- more than tables hold: 64 parameters, 28 layers with tiles of a kind, 80 layers ------------
+# ---- more than tables hold: 64 parameters, 80 layers, 28 with tiles of a kind; 24 with scales of
+# rows and columns of a kind, 56 of them to be blended
 
 # The first has no bias, so that the last of a table is a weight whose bias is in the next.
 PARAMETERS = [((70, 64), False, None), *(((i % 3 + 5, i % 7 + 1), True, None) for i in range(35))]
@@ -231,6 +315,7 @@ TILED += [((70, 136), True, 3), ((67, 133), True, 3)]
         pytest.param(PARAMETERS, "sgd", id="71 parameters"),
         pytest.param([((i % 2 + 3, 3), False, None) for i in range(90)], "rms", id="90 layers"),
         pytest.param([*PARAMETERS, *TILED], "rms", id="71 parameters and 62 tiled layers"),
+        pytest.param([*PARAMETERS, *TILED], "factored", id="36 layers and 62 that form D"),
     ],
 )
 def test_many_layers(emulator, layers, normalize):

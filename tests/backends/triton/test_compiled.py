@@ -5,6 +5,7 @@ import collections
 import aot
 import pytest
 import torch
+from test_backends import NORMALIZE, POWERS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.roofline import model as roofline
@@ -21,7 +22,8 @@ FEW, MANY, SIZE = 128, 8192, 1024
 # 32-bit or narrower accesses that are not of a stream: (loads, stores) at most.
 #   rows: lambda'.  sketch: 1'Y and ||A||_F^2 of a block; a sum over parts has a lane per column.
 #   updates: the step's counter and v, by the layer's last program.
-#   tiles: the bias, its averages and U's last row, for which stores alone are counted.
+#   tiles: the bias, its averages and U's last row, for which stores alone are counted; sums of rows
+#   and columns have a lane each.
 NARROW = {
     "_precondition_kernel": (1, 0),
     "_project_rows_kernel": (0, 2),
@@ -29,6 +31,7 @@ NARROW = {
     "_sum_parts_kernel": (0, 1),
     "_flat_update_kernel": (2, 2),
     "_tile_update_kernel": (None, 4),
+    "_blend_axes_kernel": (None, 4),
 }
 
 
@@ -48,20 +51,24 @@ def launch_products(dtype, rank, ones, by_columns=False):
 
 
 def launch_statistics(rank):
-    backend.invert_core(torch.eye(rank), torch.ones(()), SIZE, 0.3)
-    backend.invert_core(torch.eye(rank).double(), torch.ones(()).double(), SIZE, 0.3)
+    for power in POWERS:
+        backend.invert_core(torch.eye(rank), torch.ones(()), SIZE, 0.3, power)
+        backend.invert_core(torch.eye(rank).double(), torch.ones(()).double(), SIZE, 0.3, power)
     core, sums = torch.eye(rank), torch.zeros(2 + rank * (rank + SIZE))
     backend.blend_subspace(torch.zeros(rank, SIZE).T, core, torch.ones(()), sums, 0.9)
     backend.refresh_subspace(core, torch.zeros(SIZE, rank))
 
 
-def launch_updates(dtype, rank, *, momentum=0.9, odd=False, by_columns=False, skip=None):
+def launch_updates(
+    dtype, rank, *, momentum=0.9, odd=False, by_columns=False, skip=None, lr_bound=None
+):
     state = torch.promote_types(dtype, torch.float32)
     shapes = [(SIZE, SIZE - odd), (SIZE,)]
-    for normalize in ("none", "adam", "rms", "sgd"):
+    for normalize in NORMALIZE:
         params = [torch.zeros(shape, dtype=dtype) for shape in shapes]
         averages = [torch.zeros(shape, dtype=state) for shape in shapes]
-        squares = [torch.zeros((), dtype=state)] if normalize == "rms" else []
+        lengths = {"rms": [()], "row": [SIZE], "factored": [SIZE, SIZE - odd + 1]}
+        squares = [torch.zeros(length, dtype=state) for length in lengths.get(normalize, [])]
         for inverse in (None, make_inverse(SIZE - odd + 1, rank, by_columns)):
             backend.update_layers_(
                 params,
@@ -78,6 +85,7 @@ def launch_updates(dtype, rank, *, momentum=0.9, odd=False, by_columns=False, sk
                 eps=1e-8,
                 weight_decay=0.1,
                 skip=skip,
+                lr_bounds=None if lr_bound is None else lr_bound.reshape(1),
             )
 
 
@@ -156,7 +164,7 @@ def test_products_follow_the_precision_of_torch(launches, precision, target, tmp
     found = {
         (launch.name, launch.constants["PRECISION"])
         for launch in launches
-        if "PRECISION" in launch.constants
+        if "PRECISION" in launch.constants and launch.constants.get("FORMED", True)
     }
     chosen = {"high": "tf32x3", "medium": "tf32"}[precision]
     followers = ("_precondition_kernel", "_project_gradients_kernel", "_tile_update_kernel")
@@ -186,9 +194,9 @@ def test_statistics_fit(launches, target, tmp_path):
 
 
 def test_updates_that_may_be_skipped(launches, tmp_path):
-    """The flag is read ahead of all else."""
-    launch_updates(torch.float32, RANK, skip=torch.tensor(False))
-    monitored = ("_flat_update_kernel", "_tile_update_kernel")
+    """The flag is read ahead of all else; with bounds of lr too."""
+    launch_updates(torch.float32, RANK, skip=torch.tensor(False), lr_bound=torch.ones(()))
+    monitored = ("_flat_update_kernel", "_tile_update_kernel", "_blend_axes_kernel")
     chosen = [launch for launch in launches if launch.name in monitored]
     assert {launch.name for launch in chosen} == set(monitored)
     assert all(launch.constants["SKIPS"] for launch in chosen)
@@ -198,8 +206,12 @@ def test_updates_that_may_be_skipped(launches, tmp_path):
 def test_the_last_program_of_a_layer_sees_what_the_others_wrote(launches):
     """All threads' writes come before the count, which releases and acquires them."""
     launch_updates(torch.float32, RANK)
-    counting = [launch for launch in launches if launch.constants.get("SUMS")]
-    assert {launch.name for launch in counting} == {"_flat_update_kernel", "_tile_update_kernel"}
+    blending = [launch for launch in launches if launch.name == "_blend_axes_kernel"]
+    summing = [launch for launch in launches if launch.constants.get("SUMS")]
+    summing = [each for each in summing if each.constants["NORMALIZE"] in ("rms", "sgd")]
+    assert {launch.name for launch in summing} == {"_flat_update_kernel", "_tile_update_kernel"}
+    counting = summing + blending
+    assert blending
     for launch in counting:
         code = aot.compile_launch(launch, aot.TARGETS["sm_90"]).asm["ptx"]
         before, after = code.split("atom.global.gpu.acq_rel.add.u64")
@@ -246,7 +258,7 @@ def test_amd(launches, dtype, tmp_path):
 def test_a_kernel_that_spills_is_seen(launches, tmp_path, monkeypatch):
     """The reading of the machine code itself: too few warps for the tile."""
     monkeypatch.setattr(backend.core, "core_warps", lambda *_: 1)
-    backend.invert_core(torch.eye(64), torch.ones(()), SIZE, 0.3)
+    backend.invert_core(torch.eye(64), torch.ones(()), SIZE, 0.3, 1)
     with pytest.raises(AssertionError, match="_invert_core_kernel"):
         check(launches, "sm_90", tmp_path)
 

@@ -25,9 +25,9 @@ EMULATED add_core(const void* core, const void* trace, void* core_inverse, void*
   return guarded([&] { plan.add({core, trace, core_inverse, shift, dim, share, rank}); });
 }
 
-EMULATED invert_cores(bool is_double) {
+EMULATED invert_cores(bool is_double, int quarters) {
   return guarded([&] {
-    if (plan.launch(is_double, nullptr) != cudaSuccess) {
+    if (plan.launch(is_double, quarters, nullptr) != cudaSuccess) {
       throw std::runtime_error("launch_invert_cores: too much shared memory");
     }
   });

@@ -1,0 +1,76 @@
+// What the update that is scaled by row and by column is told; see axis_update.cuh.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "update.h"
+
+namespace gls_fused::cuda {
+
+constexpr int kMaxAxes = 24;
+constexpr int kMaxBlends = 56;
+constexpr int kBlendThreads = 256;
+
+struct AxisArrays {
+  void* param;
+  const void* gradient;  // D0; D, where that is given
+  void* exp_avg;         // null when momentum is 0
+};
+
+struct AxisLayer {
+  AxisArrays weight;    // [n, size], contiguous
+  AxisArrays bias;      // [n]; param is null where there is none
+  void* rows;           // v [n], of the state's dtype
+  void* columns;        // c [size (+ 1)], of the state's dtype; null for "row"
+  const float* basis;   // U' [rank, size (+ 1)], a row's elements adjacent; null where D is given
+  const float* turned;  // T [n, rank]
+  const float* shift;
+  int64_t row_sums;     // where among the sums those of rows begin, [across, n]
+  int64_t column_sums;  // and those of columns, [tiles in a column of them, size (+ 1)]
+  int64_t n;
+  int64_t size;
+  int64_t basis_row;
+  int32_t rank;
+  uint32_t across;  // tiles in a row of them
+  uint32_t layer;
+  uint32_t first;  // its first block in this launch
+};
+
+struct AxisTable {
+  AxisLayer entries[kMaxAxes];
+  int32_t count;
+  uint32_t blocks;
+  bool wide;    // whether every row of every weight's arrays begins at 16 bytes and ends there
+  bool formed;  // whether D is formed here
+};
+
+// Sums of squares on their way to a layer's v and c.
+struct AxisBlend {
+  void* rows;
+  void* columns;
+  int64_t row_sums;
+  int64_t column_sums;
+  int64_t n;
+  int64_t dim;  // columns, the bias's among them
+  uint32_t across;
+  uint32_t down;
+  uint32_t first;
+};
+
+struct BlendTable {
+  AxisBlend entries[kMaxBlends];
+  int32_t count;
+  uint32_t blocks;
+};
+
+// `sums`: of the state's dtype.
+void launch_square_axes(const AxisTable& table, Dtype dtype, void* sums, cudaStream_t stream);
+void launch_blend_axes(const BlendTable& table, const FinishOptions& options, const void* sums,
+                       cudaStream_t stream);
+void launch_update_axes(const AxisTable& table, Dtype dtype, const LayerStep* steps,
+                        const Decays& decays, cudaStream_t stream);
+
+}  // namespace gls_fused::cuda
