@@ -84,7 +84,7 @@ class GLS(torch.optim.Optimizer):
         beta2: in [0, 1); decay of the mean square of the directions.
         eps: > 0; added to the root mean square.
         weight_decay: >= 0; decoupled.
-        normalize: what the step is divided by: "rms", one root mean square per layer; "row", one
+        normalize: what the step is divided by: "rms", one root mean square per layer; "row",
             one per output; "factored", one per output and input; "adam", one per element;
             "sgd", scaled to the gradient's norm; "none", the plain step.
         max_change: > 0 or None; in a layer's step lr is at most so much of the root mean square
@@ -533,5 +533,5 @@ class GLS(torch.optim.Optimizer):
         for param in (param for layer in (*started, *primed) for param in layer.params):
             forget_adam(self.state[param])
         for layer in primed:
-            for key in ("rows", "outputs", *layer.curvature.shapes()):
+            for key in ("rows", "outputs", "weight_rms", *layer.curvature.shapes()):
                 self.state[layer.weight].pop(key, None)

@@ -178,6 +178,10 @@ def prime_states(
         found = [states[param] for param in mine]
         empty = empty_state(layer.curvature, layer.statistics_dtype, layer.weight.device)
         found[0].update(empty, rows=0, outputs=layer.outputs)
+        if group["max_change"] is not None:
+            found[0]["weight_rms"] = torch.zeros(
+                (), dtype=layer.statistics_dtype, device=layer.weight.device
+            )
         fill_layer_states(layer, mine, found, group)
     others = [p for p in group["params"] if p.grad is not None and p not in owned]
     for param in others:

@@ -246,6 +246,8 @@ def fill_layer_states(
     first, dtype, device = states[0], layer.statistics_dtype, layer.weight.device
     shapes = square_shapes(layer, group["normalize"])
     # Somebody may have taken the mean squares away, or chosen another way to normalize.
+    if "exp_avg_sq_columns" not in shapes:
+        first.pop("exp_avg_sq_columns", None)
     if "step" in first and any(
         key not in first or first[key].shape != shape for key, shape in shapes.items()
     ):

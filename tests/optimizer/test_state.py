@@ -77,6 +77,18 @@ def test_state_holds_tensors_and_plain_numbers():
         assert group["version"] == 3
 
 
+def test_state_is_its_own_after_another_normalize_was_chosen():
+    model, optimizer = make_trained(normalize="factored", max_change=0.1)
+    for normalize in ("row", "rms", "factored"):
+        optimizer.param_groups[0]["normalize"] = normalize
+        train(model, optimizer, range(3))
+        twin = GLS(make_net("mlp"), **OPTIONS)
+        twin.load_state_dict(optimizer.state_dict())
+        assert ("exp_avg_sq_columns" in twin.state[twin.param_groups[0]["params"][0]]) == (
+            normalize == "factored"
+        )
+
+
 def test_loaded_state_is_a_copy():
     """One state loaded twice: training from it does not change it."""
     model, optimizer = make_trained()
