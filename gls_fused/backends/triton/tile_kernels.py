@@ -167,6 +167,13 @@ def _tile_update_kernel(
 
     gradient = _address(line + 1, GRADIENT, ALIGNED)
     bias_gradient = tl.load(line + 5).to(tl.pointer_type(GRADIENT))
+    g = tl.load(gradient + at, mask=mask, other=0.0).to(COMPUTE)
+    b = tl.load(bias_gradient + i, mask=in_bias, other=0.0).to(COMPUTE)
+    AXES: tl.constexpr = NORMALIZE == "row" or NORMALIZE == "factored"
+    if SUMS and not AXES:
+        # Before D is formed, so that D0 need not be kept beside it.
+        out = squares + tl.load(block + 2) * 2
+        tl.store(out + 1, tl.sum(tl.sum(g * g, axis=1) + b * b, axis=0))
     if FORMED:
         rank, c = tl.load(line + 13), tl.arange(0, RANK)
         if EVEN:
@@ -190,16 +197,11 @@ def _tile_update_kernel(
             mask=(j < size)[:, None] & in_rank[None, :],
             other=0.0,
         )
-        g = tl.load(gradient + at, mask=mask, other=0.0).to(COMPUTE)
         d = tl.dot(t, tl.trans(u), acc=g * scale, input_precision=PRECISION)
         u_last = tl.load(basis + size * down + c * across, mask=in_rank & with_bias, other=0.0)
-        b = tl.load(bias_gradient + i, mask=in_bias, other=0.0).to(COMPUTE)
         e = b * scale + tl.sum(t * u_last[None, :], axis=1)
     else:
-        g = tl.load(gradient + at, mask=mask, other=0.0).to(COMPUTE)
-        b = tl.load(bias_gradient + i, mask=in_bias, other=0.0).to(COMPUTE)
         d, e = g, b
-    AXES: tl.constexpr = NORMALIZE == "row" or NORMALIZE == "factored"
     if SUMS:
         # Beyond the edge D is not zero by itself: T U' has rows of its own.
         d, e = tl.where(mask, d, 0.0), tl.where(in_bias, e, 0.0)
@@ -212,9 +214,7 @@ def _tile_update_kernel(
                 last = of_columns + size
                 tl.store(last, tl.sum(e * e, axis=0), mask=with_bias & (part % tiles == 0))
         else:
-            out = squares + tl.load(block + 2) * 2
             tl.store(out, tl.sum(tl.sum(d * d, axis=1) + e * e, axis=0))
-            tl.store(out + 1, tl.sum(tl.sum(g * g, axis=1) + b * b, axis=0))
             _finish_norm(
                 layer, options, lr, squares, STEP, SQUARE, NORMALIZE, MOMENTUM, LR_TENSOR, BOUND
             )
