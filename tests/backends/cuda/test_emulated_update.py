@@ -118,10 +118,11 @@ def update_by_reference(layers, normalize, momentum, scale=1.0, **options):
     params, averages, squares = flat("params"), flat("exp_avgs"), flat("exp_avg_sqs")
     steps = [layer.step.double().clone() for layer in layers]
     inverses = [x.inverse and SubspaceInverse(*(y.double() for y in x.inverse)) for x in layers]
+    bounds = [x.lr_bound.double() for x in layers if x.lr_bound is not None]
     reference.update_layers_(
         params, [g * scale for g in flat("gradients")], averages, squares, steps, inverses,
         layer_sizes=[len(layer.params) for layer in layers], normalize=normalize,
-        lr_bounds=[x.lr_bound.double() for x in layers if x.lr_bound is not None],
+        lr_bounds=torch.stack(bounds) if bounds else None,
         momentum=momentum, **{**OPTIONS, **options},
     )  # fmt: skip
     return params, averages, squares, steps
