@@ -137,7 +137,8 @@ inline void check_refresh(const at::Tensor& core, const at::Tensor& sketch) {
               core.sizes());
 }
 
-inline void check_core(const at::Tensor& core, const at::Tensor& trace, int64_t dim) {
+inline void check_core(const at::Tensor& core, const at::Tensor& trace, int64_t dim,
+                       const std::optional<at::Tensor>& samples) {
   const at::ScalarType type = core.scalar_type();
   check_device("invert_core", core, trace);
   TORCH_CHECK(dim > 0, "invert_core: expected dim at least 1, got ", dim);
@@ -147,6 +148,21 @@ inline void check_core(const at::Tensor& core, const at::Tensor& trace, int64_t 
               "invert_core: expected core of Float or Double, got ", type);
   TORCH_CHECK(trace.dim() == 0 && trace.scalar_type() == type, "invert_core: expected trace [] of ",
               type, ", got ", trace.sizes(), " of ", trace.scalar_type());
+  if (samples) {
+    check_device("invert_core", core, *samples);
+    TORCH_CHECK(samples->dim() == 0 && samples->scalar_type() == type,
+                "invert_core: expected samples [] of ", type, ", got ", samples->sizes(), " of ",
+                samples->scalar_type());
+  }
+}
+
+inline void check_cores(at::TensorList cores, at::TensorList traces, at::IntArrayRef dims,
+                        at::TensorList samples) {
+  TORCH_CHECK(cores.size() == traces.size() && cores.size() == dims.size(),
+              "invert_cores: expected ", cores.size(), " traces and dims, got ", traces.size(),
+              " and ", dims.size());
+  TORCH_CHECK(samples.empty() || samples.size() == cores.size(), "invert_cores: expected ",
+              cores.size(), " samples or none, got ", samples.size());
 }
 
 // A tensor that is written to element by element.

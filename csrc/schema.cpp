@@ -4,8 +4,11 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
+
+#include "check.h"
 
 namespace {
 
@@ -34,16 +37,16 @@ Lists refresh_subspaces(at::TensorList cores, at::TensorList sketches) {
 }
 
 Lists invert_cores(at::TensorList cores, at::TensorList traces, at::IntArrayRef dims,
-                   double damping, double power) {
+                   double damping, double power, at::TensorList samples) {
+  using Rows = std::optional<Tensor>;
   static const auto op =
-      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, double, double)>(
-          "gls_fused::invert_core");
-  TORCH_CHECK(cores.size() == traces.size() && cores.size() == dims.size(),
-              "invert_cores: expected ", cores.size(), " traces and dims, got ", traces.size(),
-              " and ", dims.size());
+      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, double, double,
+                                         const Rows&)>("gls_fused::invert_core");
+  gls_fused::check_cores(cores, traces, dims, samples);
   Lists results;
   for (size_t i = 0; i < cores.size(); ++i) {
-    const auto [core_inverse, shift] = op.call(cores[i], traces[i], dims[i], damping, power);
+    const Rows rows = samples.empty() ? Rows() : Rows(samples[i]);
+    const auto [core_inverse, shift] = op.call(cores[i], traces[i], dims[i], damping, power, rows);
     std::get<0>(results).push_back(core_inverse);
     std::get<1>(results).push_back(shift);
   }
@@ -63,13 +66,13 @@ TORCH_LIBRARY(gls_fused, m) {
   m.def("sketch_rows(Tensor rows, Tensor basis, bool ones) -> (Tensor, Tensor, Tensor)");
   m.def("refresh_subspace(Tensor core, Tensor sketch) -> (Tensor, Tensor)");
   m.def(
-      "invert_core(Tensor core, Tensor trace, int dim, float damping, float power=1)"
-      " -> (Tensor, Tensor)");
+      "invert_core(Tensor core, Tensor trace, int dim, float damping, float power=1,"
+      " Tensor? samples=None) -> (Tensor, Tensor)");
   m.def("refresh_subspaces(Tensor[] cores, Tensor[] sketches) -> (Tensor[], Tensor[])");
+  // `samples` of all layers, or of none.
   m.def(
-      "invert_cores(Tensor[] cores, Tensor[] traces, int[] dims, float damping,"
-      " float power=1)"
-      " -> (Tensor[], Tensor[])");
+      "invert_cores(Tensor[] cores, Tensor[] traces, int[] dims, float damping, float power,"
+      " Tensor[] samples) -> (Tensor[], Tensor[])");
   // [n, ||A||_F^2, Y'Y, (A'Y)'] of some rows, added to the sums of a step where they are usable.
   m.def("add_sketch_(Tensor rows, Tensor basis, bool ones, Tensor(a!) sums) -> ()");
   // layer_sizes[i] consecutive params, gradients and exp_avgs belong to layer i, whose inverse is

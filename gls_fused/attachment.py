@@ -27,7 +27,13 @@ from gls_fused.preconditioner import (
     take_sums,
 )
 from gls_fused.scaling import take_flag
-from gls_fused.state import VERSION, check_curvature, check_version, copy_tensors
+from gls_fused.state import (
+    VERSION,
+    check_curvature,
+    check_version,
+    copy_tensors,
+    upgrade_layer,
+)
 
 
 def attach(
@@ -35,7 +41,7 @@ def attach(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     damping: float = 0.3,
-    power: float = 1,
+    power: float = 0.5,
     beta: float = 0.9,
     curvature: Literal["subspace", "dense"] = "subspace",
     rank: int | Literal["auto"] = "auto",
@@ -174,7 +180,8 @@ class Attachment:
                 changes.
         """
         check_version(state_dict)
-        saved = {plain_name(name): state for name, state in state_dict["layers"].items()}
+        layers = state_dict["layers"].items()
+        saved = {plain_name(name): upgrade_layer(state) for name, state in layers}
         names = {layer.name for layer in self._layers}
         if set(saved) != names:
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from gls_fused.apply.layers import bound_rates
 from gls_fused.capture.find import Uncovered
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
@@ -86,11 +87,15 @@ def _of_layer(
     values = {
         "trace": trace,
         "captured": captured,
-        "damping": damping_of(trace, layer.dim, options["damping"]),
+        "samples": state["samples"],
+        "damping": damping_of(trace, layer.dim, options["damping"], state["samples"]),
     }
     if squares:
         total = torch.stack([everywhere(square.sum()) for square in squares]).sum()
         count = sum(square.numel() for square in squares)
         corrected = total / count / bias_correction(options["beta2"], state["step"], total.dtype)
         values["update_rms"] = corrected.sqrt()
+        if options.get("max_change") is not None and "weight_rms" in state:
+            bound = bound_rates([state], options)[0]
+            values["lr_share"] = (bound / options["lr"]).clamp(max=1)
     return values

@@ -61,10 +61,11 @@ Params: TypeAlias = (
 
 
 class GLS(torch.optim.Optimizer):
-    """Each layer takes the damped least-squares step that makes its outputs move as asked.
+    """Each layer takes a damped least-squares step, half way from the gradient by default.
 
         Delta = argmin 1/(2n) ||A Delta' + n G||^2 + lambda/2 ||Delta||^2
-              = -D0 (A'A/n + lambda I)^-1,    lambda = damping * tr(A'A/n) / d
+              = -D0 (A'A/n + lambda I)^-1,    lambda = damping * tr(A'A/n) / min(d, s)
+        step:   -D0 (A'A/n + lambda I)^-p,    p = 1/2 by default, 1 the least-squares step itself
 
     A [n, d] are a layer's inputs, G [n, m] the gradients at its outputs, D0 = G'A its gradient.
     nn.Linear and nn.Conv2d (one group) are covered; other parameters take Adam's update with
@@ -74,11 +75,11 @@ class GLS(torch.optim.Optimizer):
         params: the model; or, with `model`, whatever torch.optim takes: parameters, named
             parameters, or dicts of either with options of their own. The "params" of a dict may
             also be a module or a list of modules, whose layers are then found without `model`.
-        lr: > 0; with "rms" and "adam" it means what it means for Adam.
+        lr: > 0; it means what it means for Adam, but with "sgd" and "none".
         model: where the layers of the parameters are found. A weight and its bias may be in
             different groups; all options but lr and weight_decay are those of the weight's.
         damping: > 0, dimensionless: relative to the mean eigenvalue of A'A/n.
-        power: p, 1, .75, .5 or .25: the step is -D0 (A'A/n + lambda I)^-p; 1 is least squares.
+        power: p, 1, .75, .5 or .25.
         momentum: in [0, 1); 0 keeps no buffer.
         beta: in [0, 1); decay of the curvature, per commit.
         beta2: in [0, 1); decay of the mean square of the directions.
@@ -87,8 +88,8 @@ class GLS(torch.optim.Optimizer):
         normalize: what the step is divided by: "rms", one root mean square per layer; "row",
             one per output; "factored", one per output and input; "adam", one per element;
             "sgd", scaled to the gradient's norm; "none", the plain step.
-        max_change: > 0 or None; in a layer's step lr is at most so much of the root mean square
-            of its weight (or of 1 / sqrt(3 d) if that is more). Not with "sgd" and "none".
+        max_change: > 0 or None; the root mean square of a layer's step is at most so much of its
+            weight's (or of 1 / sqrt(3 d) if that is more), about.
         curvature: "subspace", `rank` directions of A'A/n; "dense", all of it ([d, d] per layer).
         rank: >= 1; directions of the subspace, at most d; "auto", 32 but at most m per layer.
         curvature_every: >= 1; steps between two that gather statistics.
@@ -121,14 +122,14 @@ class GLS(torch.optim.Optimizer):
         *,
         model: nn.Module | None = None,
         damping: float = 0.3,
-        power: float = 1,
+        power: float = 0.5,
         momentum: float = 0.9,
         beta: float = 0.9,
         beta2: float = 0.95,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        normalize: Normalize = "rms",
-        max_change: float | None = None,
+        normalize: Normalize = "factored",
+        max_change: float | None = 0.1,
         curvature: Literal["subspace", "dense"] = "subspace",
         rank: int | Literal["auto"] = "auto",
         curvature_every: int = 10,
@@ -446,7 +447,10 @@ class GLS(torch.optim.Optimizer):
             trace       t = tr(Sigma), the mean square norm of a layer's rows
             captured    tr(M) / t, the share of it in the directions that are solved exactly
             damping     lambda = damping t / d
-            update_rms  root mean square of D = D0 P, bias-corrected; with "rms" and "adam" alone
+            samples     s, how many rows of equal weight its statistics stand for
+            update_rms  root mean square of D = D0 P, bias-corrected; not with "sgd" and "none"
+            lr_share    the share of lr that max_change leaves its step, 1 where it does not hold;
+                        only with max_change, and not with "sgd" and "none"
 
         Computed when called, from the state; a layer without statistics yet is left out. With
         several groups and no `model`, names begin with `group0/`, `group1/`, ...

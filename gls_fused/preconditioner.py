@@ -165,12 +165,13 @@ class Preconditioner:
                 for key in layer.curvature.shapes():
                     state.pop(key, None)
                 state.update(rows=rows, outputs=layer.outputs)
-                started.append((layer, state, layer.curvature.start(state, mine[:-1])))
+                moments = layer.curvature.start(state, layer.sketched_with(), mine[:-1])
+                started.append((layer, state, moments))
             elif layer.weight.grad is not None and (mine is None or mine[-1] == 0):
                 self._miss(layer)
         if started:
             settle(
-                [(layer.curvature, state, sketch) for layer, state, sketch in started],
+                [(layer.curvature, state, moments) for layer, state, moments in started],
                 options["damping"],
                 options["power"],
             )

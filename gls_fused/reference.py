@@ -7,7 +7,7 @@ Notation (one layer):
     A [n, d]    rows: the layer's inputs, d = k, or k + 1 with a one appended for the bias
     G [n, m]    gradient of the loss with respect to the layer's outputs
     D0 [m, d]   G'A, the gradient of [W b];   D = D0 P the direction
-    Sigma [d, d]  A'A / n, its running estimate;   t = tr(Sigma)
+    Sigma [d, d]  A'A / n, its running estimate;   t = tr(Sigma);   s the rows that it stands for
     U [d, r]    orthonormal basis;   M [r, r] = U' Sigma U the core;   Z [d, r] = Sigma U the sketch
     P [d, d]    (Sigma + lambda I)^-p, or I / lambda'^p + U C U';   p the power
 
@@ -44,6 +44,9 @@ class SubspaceInverse(NamedTuple):
 
 
 Inverse: TypeAlias = DenseInverse | SubspaceInverse
+
+# Sigma's mean eigenvalue over the mu of `blend_subspace`.
+SHIFT = 256
 
 
 class Window(NamedTuple):
@@ -132,38 +135,86 @@ def blend_weight(count: Tensor, beta: float) -> Tensor:
 
 
 def blend_subspace(
-    basis: Tensor, core: Tensor, trace: Tensor, sums: Tensor, beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The running estimate, which stands for U M U' and its trace t, takes in a step's sums.
+    basis: Tensor, core: Tensor, trace: Tensor, samples: Tensor, sums: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The running estimate, which stands for U M U', its trace t and its s rows, takes in a step's.
 
         Z = (1 - w) U M + w A'Y / n,   M <- (1 - w) M + w Y'Y / n,
-        t <- (1 - w) t + w ||A||_F^2 / n,   w: see `blend_weight`
+        t <- (1 - w) t + w ||A||_F^2 / n,   w: see `blend_weight`,   s: see `blend_samples`
+
+    and then Z + mu S U and M + mu I, those of Sigma + mu S, mu: see `sketch_shift`. S is 1 on the
+    diagonal where an input has ever been other than 0, as U is 0 in the other rows, and there P is
+    to mix nothing in. Directions that no row has shown thus stay those of U, where Z alone would
+    leave them to rounding.
 
     Args:
         basis: U [d, r], orthonormal, that Y = A U was formed with.
         core: M [r, r].
         trace: t, 0-d.
+        samples: s, 0-d.
         sums: see `split_sums`.
     Returns:
-        Z [d, r], M [r, r] and t (0-d); `refresh_subspace` has to follow.
+        Z + mu S U [d, r], M + mu I [r, r], t (0-d) and s (0-d); `refresh_subspace` has to follow,
+        and mu to be taken from its M+.
+    Source: Tropp et al., 2017, as in `refresh_subspace`, for the shift.
     """
     count, squares, gram, rows_y = split_sums(sums, *basis.shape)
     n = count.clamp(min=1)
     weight = blend_weight(count, beta)
-    sketch = (core @ basis.T).T.lerp(rows_y / n, weight)
-    return sketch, core.lerp(gram / n, weight), trace.lerp(squares / n, weight)
+    trace = trace.lerp(squares / n, weight)
+    shift = sketch_shift(trace, len(basis))
+    sketch = ((core * (1 - weight)) @ basis.T).T + rows_y * (weight / n)
+    moved = core.lerp(gram / n, weight) + shift * eye_like(core)
+    sketch = sketch + shift * seen_rows(sketch, basis)
+    return sketch, moved, trace, blend_samples(samples, count, beta)
+
+
+def start_subspace(test_matrix: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`blend_subspace` of the first rows, that Omega [d, r], orthonormal, was taken for U with.
+
+    Z = A'Y / n + mu S Omega,   M = Y'Y / n + mu Omega' S Omega,   t = ||A||_F^2 / n,   s = n
+    """
+    _, trace, core, sketch = split_sums(sums / sums[0], *test_matrix.shape)
+    shift, seen = sketch_shift(trace, len(test_matrix)), seen_rows(sketch, test_matrix)
+    return sketch + shift * seen, core + shift * (seen.T @ seen), trace.clone(), sums[0].clone()
+
+
+def seen_rows(sketch: Tensor, basis: Tensor) -> Tensor:
+    """S U: the rows of U, and zeros where those of Z are."""
+    return basis * (sketch != 0).any(1, keepdim=True)
 
 
 def blend_subspaces(
     bases: Sequence[Tensor],
     cores: Sequence[Tensor],
     traces: Sequence[Tensor],
+    samples: Sequence[Tensor],
     sums: Sequence[Tensor],
     beta: float,
-) -> list[tuple[Tensor, Tensor, Tensor]]:
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """`blend_subspace` of some layers."""
-    layers = zip(bases, cores, traces, sums, strict=True)
+    layers = zip(bases, cores, traces, samples, sums, strict=True)
     return [blend_subspace(*layer, beta) for layer in layers]
+
+
+def blend_samples(samples: Tensor, count: Tensor, beta: float) -> Tensor:
+    """How many rows of equal weight would tell as much of Sigma as the running estimate.
+
+        1 / s <- (1 - w)^2 / s + w^2 / n
+
+    Source: Kish, 1965, "Survey Sampling": the effective sample size of weighted rows.
+    """
+    weight = blend_weight(count, beta)
+    return 1 / ((1 - weight).square() / samples + weight.square() / count.clamp(min=1))
+
+
+def sketch_shift(trace: Tensor, dim: int) -> Tensor:
+    """The mu of `blend_subspace`: a 256th of Sigma's mean eigenvalue.
+
+    Well below the usual lambda, so that P knows no directions apart that mu makes alike, and well
+    above rounding.
+    """
+    return trace / (SHIFT * max(1, dim))
 
 
 def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,7 +242,8 @@ def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
     shift = unit.trace() * precision.eps * len(core) + precision.tiny
     factor, _ = torch.linalg.cholesky_ex(unit + shift * eye_like(unit))
     root = torch.linalg.solve_triangular(factor, triangle.T, upper=False)
-    return basis, root.T @ root * scale
+    # Of a row of zeros QR leaves its rounding.
+    return seen_rows(sketch, basis), root.T @ root * scale
 
 
 def refresh_subspaces(
@@ -205,11 +257,16 @@ def refresh_subspaces(
 
 
 def invert_core(
-    core: Tensor, trace: Tensor, dim: int, damping: float, power: float = 1
+    core: Tensor,
+    trace: Tensor,
+    dim: int,
+    damping: float,
+    power: float = 1,
+    samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """C and lambda'^p, with which P = I / lambda'^p + U C U'.
 
-        lambda = damping t / d,   rho = max(t - tr M, 0) / (d - r)   (0 when r = d)
+        lambda = damping t / min(d, s),   rho = max(t - tr M, 0) / (d - r)   (0 when r = d)
         lambda' = lambda + rho,   C = (M + lambda I)^-p - I / lambda'^p
 
     Args:
@@ -218,12 +275,13 @@ def invert_core(
         dim: d.
         damping: dimensionless, > 0.
         power: p, 1, .75, .5 or .25.
+        samples: s, 0-d, see `blend_samples`; None, no fewer than d.
     Returns:
         C [r, r] and lambda'^p (0-d).
     Numerics: see `invert_damped`.
     """
     rank = len(core)
-    damp = damping_of(trace, dim, damping)
+    damp = damping_of(trace, dim, damping, samples)
     rest = (trace - core.trace()).clamp(min=0) / (dim - rank) if dim > rank else 0.0
     shift = (damp + rest) ** power
     return invert_damped(core, damp, power) - eye_like(core) / shift, shift
@@ -235,23 +293,35 @@ def invert_cores(
     dims: Sequence[int],
     damping: float,
     power: float = 1,
+    samples: Sequence[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """`invert_core` of some layers."""
-    layers = zip(cores, traces, dims, strict=True)
-    return [invert_core(*layer, damping, power) for layer in layers]
+    rows: Sequence[Tensor | None] = samples or [None] * len(cores)
+    layers = zip(cores, traces, dims, rows, strict=True)
+    return [invert_core(core, trace, dim, damping, power, s) for core, trace, dim, s in layers]
 
 
-def invert_gram(gram: Tensor, damping: float, power: float = 1) -> Tensor:
-    """P = (Sigma + lambda I)^-p [d, d], lambda = damping tr(Sigma) / d.
+def invert_gram(
+    gram: Tensor, damping: float, power: float = 1, samples: Tensor | None = None
+) -> Tensor:
+    """P = (Sigma + lambda I)^-p [d, d], lambda = damping tr(Sigma) / min(d, s).
 
     Numerics: see `invert_damped`.
     """
-    return invert_damped(gram, damping_of(gram.trace(), len(gram), damping), power)
+    damp = damping_of(gram.trace(), len(gram), damping, samples)
+    return invert_damped(gram, damp, power)
 
 
-def damping_of(trace: Tensor, dim: int, damping: float) -> Tensor:
-    """The lambda of the equations, damping t / d, but at least 32 units of rounding of t."""
-    return trace * max(damping / dim, 32 * torch.finfo(trace.dtype).eps)
+def damping_of(trace: Tensor, dim: int, damping: float, samples: Tensor | None = None) -> Tensor:
+    """The lambda of the equations, but at least 32 units of rounding of t.
+
+    Damping is relative to the mean of the eigenvalues that can be other than 0: s rows have no more
+    than s. Where s < d, a direction that they do not show may be as large as those they do.
+    """
+    least = 32 * torch.finfo(trace.dtype).eps
+    if samples is None:
+        return trace * max(damping / dim, least)
+    return trace * (damping / samples.clamp(max=dim)).clamp(min=least)
 
 
 def eye_like(matrix: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ All tensors are of float32, or float64 for parameters of float64; step is float3
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -25,8 +26,8 @@ from gls_fused.curvature.estimate import Dense, State, Subspace, empty_state, ma
 from gls_fused.distributed.sharding import is_sharded
 
 # 0: without a version, "low_precision", "seed" and "outputs". 1: without "at_step". 2: without
-# "power", "max_change" and what goes with them.
-VERSION = 3
+# "power", "max_change" and what goes with them. 3: without "samples".
+VERSION = 4
 ADDED_SINCE: dict[int, dict[str, Any]] = {
     0: {"low_precision": "nearest", "seed": 0},
     2: {"power": 1, "max_change": None},
@@ -71,12 +72,26 @@ def upgrade_group(group: Mapping[str, Any], index: int, options: Iterable[str]) 
 
 
 def upgrade_state(state_dict: Mapping[str, Any], options: Sequence[str]) -> dict[str, Any]:
-    """A saved state with every group as `upgrade_group` gives it."""
+    """A saved state with groups and layers as `upgrade_group` and `upgrade_layer` give them."""
     groups = enumerate(state_dict["param_groups"])
+    states = state_dict["state"].items()
     return {
         **state_dict,
+        "state": {key: upgrade_layer(state) for key, state in states},
         "param_groups": [upgrade_group(group, index, options) for index, group in groups],
     }
+
+
+def upgrade_layer(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's saved state in the present format.
+
+    Statistics without a count stand for as many rows as it takes: their damping is what it was.
+    """
+    for key in ("trace", "gram"):
+        if "rows" in state and isinstance(state.get(key), Tensor) and "samples" not in state:
+            unknown = torch.full((), math.inf, dtype=state[key].dtype, device=state[key].device)
+            return {**state, "samples": unknown}
+    return dict(state)
 
 
 def check_state(

@@ -3,9 +3,10 @@
     rows        4 n d r flops, for layers whose P applies at the backward
     gradient    4 m d r flops and 12 m d bytes, for the others: D0 read, D's lines read and written
     sketch      4 n d r flops every `GATHER_EVERY` steps, n of 16 images for a convolution
-    update      24 bytes a parameter with momentum and normalize="rms", 16 without; Adam's 28,
+    update      24 bytes a parameter with momentum, 16 without; Adam's 28,
                 which parameters of no covered layer take, too
-    state       U [d, r], M and C [r, r] per layer, 4 bytes a parameter with momentum; Adam's 8
+    state       U [d, r], M and C [r, r], v [m] and c [d] per layer, 4 bytes a parameter with
+                momentum; Adam's 8
 
 Letters: see gls_fused.reference.
 """
@@ -60,7 +61,10 @@ def work_of(optimizer: str, task: str, batch_size: int) -> Work:
 def state_share(optimizer: str, task: str) -> float:
     """Bytes of GLS's state over Adam's."""
     model = TASK_MODELS[task](1)
-    kept = sum(layer.rank * (layer.dim + 2 * layer.rank) for layer in model.layers)
+    kept = sum(
+        layer.rank * (layer.dim + 2 * layer.rank) + layer.outputs + layer.dim
+        for layer in model.layers
+    )
     kept += model.parameters - model.others if optimizer == "gls" else 0
     kept += 2 * model.others
     return kept / (2 * model.parameters)
@@ -100,8 +104,8 @@ def make_floor_table(cells: Sequence[Mapping[str, Any]], ceilings: Mapping[str, 
         f"written) and a GEMM's {machine.gemm / 1e9:.0f} GFLOP/s, measured before the rounds; how "
         "much longer than Adam's step that takes, and the ratio to Adam's measured step it would "
         "give. What a measured ratio has above it are kernels below these ceilings, small layers, "
-        "Python, and noise. The state is U [d, r], M and C [r, r] of every layer, and the "
-        "momentum: a layer's U is r / m of its weight.",
+        "Python, and noise. The state is U [d, r], M and C [r, r], and a mean "
+        "square per output and input, of every layer, and the momentum: a layer's U is r / m of its weight.",
         (
             "data",
             "task",

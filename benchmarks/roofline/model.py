@@ -105,10 +105,14 @@ def refresh(inputs: int, rank: int = RANK) -> Cost:
 
 
 def update(parameters: int, *, formed: bool, momentum: bool = True) -> Cost:
-    """normalize="rms": a norm pass, then the update; T first where D is formed there."""
-    words = 4 + (2 if momentum else 0) + (1 if formed else 0)
-    flops = 12 * parameters + (6 * parameters * RANK if formed else 0)
-    return Cost(FLOAT * words * parameters, flops, 3 if formed else 2)
+    """normalize="factored": a pass for the squares, their blending, then the update.
+
+    T first where D is formed there. Sums of squares are written and read once each, one for 64
+    elements of a row and one for 32 of a column.
+    """
+    words = 4 + 2 / 64 + 2 / 32 + (2 if momentum else 0) + (1 if formed else 0)
+    flops = 14 * parameters + (6 * parameters * RANK if formed else 0)
+    return Cost(FLOAT * words * parameters, flops, 4 if formed else 3)
 
 
 def adam(parameters: int) -> Cost:

@@ -84,7 +84,9 @@ def _target_table() -> Table:
 
 def _operation_table() -> Table:
     rows = [(op, shape, *_cost(cost), *_floors(cost)) for op, shape, cost in operations()]
-    note = f"{MODELLED} Rank {RANK}, float32, normalize rms, momentum .9; floors in microseconds."
+    note = (
+        f"{MODELLED} Rank {RANK}, float32, normalize factored, momentum .9; floors in microseconds."
+    )
     names = tuple(f"{target.name}, µs" for target in TARGETS)
     return Table(
         "Operations", note, ("op", "shape", "MB", "Mflop", "launches", *names), tuple(rows)

@@ -166,7 +166,9 @@ def _gls(model: nn.Module, lr: float, decay: Decay, options: GlsOptions) -> Step
 
 
 def _gls_sgd(model: nn.Module, lr: float, decay: Decay, options: GlsOptions) -> Steps:
-    return _gls(model, lr, decay, {**options, "normalize": "sgd"})
+    # As the page has it: a plain least-squares step of SGD's size.
+    plain = {"power": 1, "max_change": None}
+    return _gls(model, lr, decay, {**plain, **options, "normalize": "sgd"})
 
 
 # torch's own.

@@ -5,13 +5,17 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/any.h>
 #include <ATen/ops/empty.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/linalg_qr.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/ne.h>
 #include <torch/library.h>
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -265,7 +269,8 @@ std::tuple<Tensor, Tensor> refresh_subspace(const Tensor& core, const Tensor& sk
     if (!orthonormalise(unit.const_data_ptr<scalar_t>(), r, d, basis.data_ptr<scalar_t>(),
                         triangle)) {
       const auto [columns, upper] = at::linalg_qr(unit.t());
-      basis.copy_(columns.t());
+      // Of an input that is always zero LAPACK leaves its rounding.
+      at::mul_out(basis, columns.t(), unit.ne(0).any(0));
       triangle = to_matrix<scalar_t>(upper.t());
     }
     Matrix next = move_core(std::move(unit_core), triangle, r, eps, tiny);
@@ -275,17 +280,19 @@ std::tuple<Tensor, Tensor> refresh_subspace(const Tensor& core, const Tensor& sk
   return {basis.t(), moved};
 }
 
-// lambda = damping t / d,  lambda' = lambda + rho,  C = (M + lambda I)^-p - I / lambda'^p
+// lambda = damping t / min(d, s),  lambda' = lambda + rho,  C = (M + lambda I)^-p - I / lambda'^p
 std::tuple<Tensor, Tensor> invert_core(const Tensor& core, const Tensor& trace, int64_t dim,
-                                       double damping, double power) {
-  check_core(core, trace, dim);
+                                       double damping, double power,
+                                       const std::optional<Tensor>& samples) {
+  check_core(core, trace, dim, samples);
   check_power(power);
   const int64_t r = core.size(0);
   Tensor inverse = at::empty({r, r}, core.options()), shift = at::empty({}, core.options());
   AT_DISPATCH_FLOATING_TYPES(core.scalar_type(), "invert_core", [&] {
     const double eps = std::numeric_limits<scalar_t>::epsilon();
-    const double t = trace.item<double>(), share = std::max(damping / dim, 32 * eps);
-    const double damp = t * share;
+    const double rows = samples ? samples->item<double>() : INFINITY;
+    const double share = std::max(damping / std::min<double>(dim, rows), 32 * eps);
+    const double t = trace.item<double>(), damp = t * share;
     const Matrix m = to_matrix<scalar_t>(core);
     const double total = trace_of(m, r);
     const double rest = dim > r ? std::max(t - total, 0.0) / (dim - r) : 0.0;

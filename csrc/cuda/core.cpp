@@ -10,7 +10,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <limits>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -37,25 +37,22 @@ int64_t most_rank(bool is_double, int quarters) {
 }
 
 Lists invert_cores(at::TensorList cores, at::TensorList traces, at::IntArrayRef dims,
-                   double damping, double power) {
-  TORCH_CHECK(cores.size() == traces.size() && cores.size() == dims.size(),
-              "invert_cores: expected ", cores.size(), " traces and dims, got ", traces.size(),
-              " and ", dims.size());
+                   double damping, double power, at::TensorList samples) {
+  check_cores(cores, traces, dims, samples);
   const at::ScalarType type = cores[0].scalar_type();
   const bool is_double = type == at::kDouble;
   const int quarters = quarters_of(power);
   const int64_t most = most_rank(is_double, quarters);
   for (size_t i = 0; i < cores.size(); ++i) {
     check_device("invert_cores", cores[0], cores[i]);
-    check_core(cores[i], traces[i], dims[i]);
+    const auto rows = samples.empty() ? std::optional<Tensor>() : samples[i];
+    check_core(cores[i], traces[i], dims[i], rows);
     TORCH_CHECK(cores[i].scalar_type() == type, "invert_cores: expected cores of ", type,
                 ", got ", cores[i].scalar_type());
     TORCH_CHECK(cores[i].size(0) <= most, "invert_core: expected core [r, r] with r at most ",
                 most, " on CUDA for power ", power, ", got ", cores[i].sizes());
   }
   const c10::cuda::CUDAGuard guard(cores[0].device());
-  const double eps =
-      is_double ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
   Lists results;
   auto& [inverses, shifts] = results;
   std::vector<Tensor> kept;
@@ -70,7 +67,8 @@ Lists invert_cores(at::TensorList cores, at::TensorList traces, at::IntArrayRef 
     layer.core_inverse = inverses.back().mutable_data_ptr();
     layer.shift = shifts.back().mutable_data_ptr();
     layer.dim = dims[i];
-    layer.share = std::max(damping / dims[i], 32 * eps);
+    layer.samples = samples.empty() ? nullptr : samples[i].const_data_ptr();
+    layer.damping = damping;
     layer.rank = int32_t(cores[i].size(0));
     plan.add(layer);
   }
@@ -80,8 +78,10 @@ Lists invert_cores(at::TensorList cores, at::TensorList traces, at::IntArrayRef 
 }
 
 std::tuple<Tensor, Tensor> invert_core(const Tensor& core, const Tensor& trace, int64_t dim,
-                                       double damping, double power) {
-  const auto [inverses, shifts] = invert_cores({core}, {trace}, {dim}, damping, power);
+                                       double damping, double power,
+                                       const std::optional<Tensor>& samples) {
+  const auto rows = samples ? at::TensorList(*samples) : at::TensorList();
+  const auto [inverses, shifts] = invert_cores({core}, {trace}, {dim}, damping, power, rows);
   return {inverses[0], shifts[0]};
 }
 

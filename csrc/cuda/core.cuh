@@ -1,11 +1,13 @@
 // C and lambda'^p of all layers in one launch, a layer to a block:
 //
-//   lambda = share t,   lambda' = lambda + max(t - tr M, 0) / (d - r),
+//   lambda = damping t / min(d, s),   lambda' = lambda + max(t - tr M, 0) / (d - r),
 //   C = (M + lambda I)^-p - I / lambda'^p
 //
 // p = 1 by elimination, the other powers from the inverse fourth root, by products, which need a
 // barrier each: eigenvalues would come of some hundred rounds of rotations that wait for one another.
 #pragma once
+
+#include <cfloat>
 
 #include "core.h"
 #include "elements.cuh"
@@ -24,7 +26,11 @@ template <typename T>
 __device__ inline CoreNumbers<T> number_core(const CoreLayer& layer) {
   const T* core = static_cast<const T*>(layer.core);
   const T trace = *static_cast<const T*>(layer.trace);
-  const T damp = T(double(trace) * layer.share);
+  double rows = double(layer.dim);
+  if (layer.samples != nullptr) rows = fmin(rows, double(*static_cast<const T*>(layer.samples)));
+  // The reference's bound: 32 units of rounding.
+  const double least = 32 * (sizeof(T) == 4 ? double(FLT_EPSILON) : DBL_EPSILON);
+  const T damp = T(double(trace) * fmax(layer.damping / rows, least));
   T core_trace = 0;
   for (int i = 0; i < layer.rank; ++i) core_trace += core[i * layer.rank + i];
   T rest = 0;

@@ -22,8 +22,9 @@ struct CoreLayer {
   const void* trace;   // t, 0-d
   void* core_inverse;  // C [rank, rank], contiguous
   void* shift;         // lambda'^p, 0-d
+  const void* samples;  // s, 0-d; null: no fewer than dim
   int64_t dim;
-  double share;  // lambda / t
+  double damping;
   int32_t rank;
 };
 

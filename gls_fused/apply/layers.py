@@ -7,14 +7,21 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from gls_fused.apply.fallback import forget_adam
 from gls_fused.apply.low_precision import Bits, close_copies, is_low, open_copies
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
-from gls_fused.distributed.sharding import everywhere, is_sharded, update_shards_
-from gls_fused.reference import Inverse
+from gls_fused.distributed.sharding import (
+    everywhere,
+    is_sharded,
+    rows_here,
+    shards_of,
+    update_shards_,
+)
+from gls_fused.reference import Inverse, bias_correction, layer_directions
 
 # What a layer keeps the mean squares of its directions as: on its weight, for "adam" on each
 # parameter.
@@ -109,10 +116,16 @@ def _step_together_(
     if layers[0].shards is not None:
         update_layers_ = functools.partial(update_shards_, backend)
     skip = None if skip is None else skip.to(params[0].device, non_blocking=True)
+    averages = [state["exp_avg"] for state in found] if options["momentum"] else []
+    lr_bounds = None
+    if options["max_change"] is not None:
+        lr_bounds = bound_rates(firsts, options)
+        if options["normalize"] in ("sgd", "none"):
+            lr_bounds /= root_mean_squares(gradients, averages, firsts, inverses, sizes, options)
     update_layers_(
         apart.written,
         gradients,
-        [state["exp_avg"] for state in found] if options["momentum"] else [],
+        averages,
         squares,
         [state["step"] for state in firsts],
         inverses,
@@ -124,7 +137,7 @@ def _step_together_(
         eps=options["eps"],
         weight_decay=options["weight_decay"],
         skip=skip,
-        lr_bounds=bound_rates(firsts, options),
+        lr_bounds=lr_bounds,
     )
     apart.close_(skip)
     close_copies(params, copies, options, bits)
@@ -210,16 +223,52 @@ def square_shapes(layer: Layer, normalize: str) -> dict[str, tuple[int, ...]]:
     return {key: shapes[key] for key in SQUARES[normalize]}
 
 
-def bound_rates(states: Sequence[State], options: Mapping[str, Any]) -> Tensor | None:
+def bound_rates(states: Sequence[State], options: Mapping[str, Any]) -> Tensor:
     """The most that the learning rate may be in each layer's step, [layers].
 
-    With the scales that have a bound the root mean square of an update is about 1 at most, so that
-    a layer's weight moves by about max_change of its root mean square at most.
+    Of updates with a root mean square of 1, which those that are divided by their mean squares have
+    at most, about: a layer's weight then moves by max_change of its root mean square at most.
     """
-    if options["max_change"] is None or options["normalize"] in ("sgd", "none"):
-        return None
     found: Tensor = torch.stack([state["weight_rms"] for state in states]) * options["max_change"]
     return found
+
+
+def root_mean_squares(
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    states: Sequence[State],
+    inverses: Sequence[Inverse | None],
+    sizes: Sequence[int],
+    options: Mapping[str, Any],
+) -> Tensor:
+    """Of the updates of "sgd" and "none" that the layers are about to take, [layers].
+
+    D is formed for it alone, as no backend knows its norm before it writes with "none". At least a
+    tiny number.
+    """
+    momentum, dtype, first = options["momentum"], states[0]["weight_rms"].dtype, 0
+    shards, counts = shards_of(gradients[0]), []
+    squares = torch.zeros(len(states), 3, dtype=dtype, device=gradients[0].device)
+    for layer, (inverse, size) in enumerate(zip(inverses, sizes, strict=True)):
+        mine = slice(first, first + size)
+        first += size
+        counts.append(sum(gradient.numel() for gradient in gradients[mine]))
+        d0, averages = ([rows_here(x) for x in tensors[mine]] for tensors in (gradients, exp_avgs))
+        directions = layer_directions(d0, averages, inverse)
+        updates = directions
+        if averages:
+            pairs = zip(averages, directions, strict=True)
+            updates = [m.lerp(d, 1 - momentum) for m, d in pairs]
+        for place, tensors in enumerate((updates, d0, directions)):
+            squares[layer, place] = sum(x.square().sum(dtype=dtype) for x in tensors)
+    if shards is not None:
+        dist.all_reduce(squares, group=shards[0].get_group(shards[1]))
+    means, d0_norms, norms = (squares / squares.new_tensor(counts)[:, None].clamp(min=1)).unbind(1)
+    if options["normalize"] == "sgd":
+        means = means * torch.where(norms > 0, d0_norms / norms, 1.0)
+    corrections = [bias_correction(momentum, state["step"] + 1, dtype) for state in states]
+    found: Tensor = means.sqrt() / torch.stack(corrections)
+    return found.clamp(min=torch.finfo(dtype).tiny)
 
 
 @torch.no_grad()

@@ -157,10 +157,16 @@ def refresh_subspaces(
 
 
 def invert_core(
-    core: Tensor, trace: Tensor, dim: int, damping: float, power: float = 1
+    core: Tensor,
+    trace: Tensor,
+    dim: int,
+    damping: float,
+    power: float = 1,
+    samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `gls_fused.reference.invert_core`."""
-    (result,) = invert_cores([core], [trace], [dim], damping, power)
+    rows = None if samples is None else [samples]
+    (result,) = invert_cores([core], [trace], [dim], damping, power, rows)
     return result
 
 
@@ -170,12 +176,19 @@ def invert_cores(
     dims: Sequence[int],
     damping: float,
     power: float = 1,
+    samples: Sequence[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """See `gls_fused.reference.invert_cores`."""
-    fused = functools.partial(_ops.invert_cores, damping=damping, power=power)
-    plain = functools.partial(reference.invert_core, damping=damping, power=power)
+
+    def fused(cores: Any, traces: Any, dims: Any, *rows: Any) -> Any:
+        return _ops.invert_cores(cores, traces, dims, damping, power, *(rows or [[]]))
+
+    def plain(core: Tensor, trace: Tensor, dim: int, rows: Tensor | None = None) -> Any:
+        return reference.invert_core(core, trace, dim, damping, power, rows)
+
     ranks = CUDA_CORE_RANKS if power == 1 else CUDA_ROOT_RANKS
-    return _by_layer(fused, plain, ranks, cores, traces, dims)
+    parts = [traces, dims] if samples is None else [traces, dims, samples]
+    return _by_layer(fused, plain, ranks, cores, *parts)
 
 
 def update_layers_(
@@ -307,18 +320,28 @@ def _(cores: list[Tensor], sketches: list[Tensor]) -> tuple[list[Tensor], list[T
 
 @torch.library.register_fake("gls_fused::invert_cores")
 def _(
-    cores: list[Tensor], traces: list[Tensor], dims: list[int], damping: float, power: float = 1
+    cores: list[Tensor],
+    traces: list[Tensor],
+    dims: list[int],
+    damping: float,
+    power: float,
+    samples: list[Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    _check_device("invert_cores", *cores, *traces)
+    _check_device("invert_cores", *cores, *traces, *samples)
     inverses = [core.new_empty(core.shape) for core in cores]
     return inverses, [core.new_empty(()) for core in cores]
 
 
 @torch.library.register_fake("gls_fused::invert_core")
 def _(
-    core: Tensor, trace: Tensor, dim: int, damping: float, power: float = 1
+    core: Tensor,
+    trace: Tensor,
+    dim: int,
+    damping: float,
+    power: float = 1,
+    samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_device("invert_core", core, trace)
+    _check_device("invert_core", core, trace, samples)
     return core.new_empty(core.shape), core.new_empty(())
 
 

@@ -2,8 +2,8 @@
 
 A layer's estimate lives in a plain dict, so that an optimizer can keep it in its own state:
 
-    dense       gram [d, d]                                      inverse: matrix [d, d]
-    subspace    basis [d, r], core [r, r], trace                 inverse: core_inverse [r, r], shift
+    dense       gram [d, d], samples                             inverse: matrix [d, d]
+    subspace    basis [d, r], core [r, r], trace, samples        inverse: core_inverse [r, r], shift
 
 Letters: see gls_fused.reference. Sums arrive as one flat tensor, [n, ||A||_F^2, moments...], so
 that they can be guarded, and all-reduced, at once. The moments are A'A, or Y'Y and A'Y. The basis
@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from gls_fused.curvature.precision import without_tf32
-from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse, blend_weight, split_sums
+from gls_fused.reference import (
+    DenseInverse,
+    Inverse,
+    SubspaceInverse,
+    blend_samples,
+    blend_weight,
+    sketch_shift,
+    start_subspace,
+)
 from gls_fused.scaling import where_flag
 
 State: TypeAlias = dict[str, Any]
@@ -30,13 +38,17 @@ TEST_MATRIX_SEED = 2147483647
 
 AUTO_RANK = 32
 
+# What `blend` takes of a subspace's state.
+ESTIMATE = ("basis", "core", "trace", "samples")
+
 
 class Moments(NamedTuple):
-    """An estimate before its basis moves."""
+    """An estimate before its basis moves, of Sigma + mu S; see `reference.blend_subspace`."""
 
-    sketch: Tensor  # Z [d, r]
-    core: Tensor  # M [r, r]
+    sketch: Tensor  # Z + mu S U [d, r]
+    core: Tensor  # M + mu I [r, r]
     trace: Tensor  # t, 0-d
+    samples: Tensor  # s, 0-d
 
 
 class Curvature(Protocol):
@@ -57,9 +69,11 @@ class Curvature(Protocol):
     def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """What the rows are sketched with in place of U before there is an estimate."""
 
-    def start(self, state: State, sums: Tensor) -> Moments | None:
+    def start(self, state: State, test_matrix: Tensor | None, sums: Tensor) -> Moments | None:
         """Fill `state` from the first sums, which must count at least one row.
 
+        Args:
+            test_matrix: what they were sketched with, if they were.
         Returns:
             Of a subspace, what `settle` has to be given.
         """
@@ -71,7 +85,7 @@ class Curvature(Protocol):
 class Dense:
     """Sigma itself. The oracle, and practical for small d."""
 
-    names: ClassVar[frozenset[str]] = frozenset({"gram", "matrix"})
+    names: ClassVar[frozenset[str]] = frozenset({"gram", "samples", "matrix"})
     inverse_names: ClassVar[tuple[str, ...]] = ("matrix",)
 
     def __init__(self, dim: int, backend: ModuleType) -> None:
@@ -80,7 +94,7 @@ class Dense:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         square = (self.dim, self.dim)
-        return {"gram": square, "matrix": square}
+        return {"gram": square, "samples": (), "matrix": square}
 
     @property
     def sums_size(self) -> int:
@@ -89,25 +103,29 @@ class Dense:
     def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         return None
 
-    def start(self, state: State, sums: Tensor) -> None:
-        state["gram"] = self._gram(sums / sums[0])
+    def start(self, state: State, test_matrix: Tensor | None, sums: Tensor) -> None:
+        state["gram"] = self._gram(sums)
+        state["samples"] = sums[0].clone()
 
     def blend(self, state: State, sums: Tensor, beta: float) -> None:
         """Blend new sums in, in place."""
         count = sums[0]
-        state["gram"].lerp_(self._gram(sums / count.clamp(min=1)), blend_weight(count, beta))
+        state["gram"].lerp_(self._gram(sums), blend_weight(count, beta))
+        state["samples"].copy_(blend_samples(state["samples"], count, beta))
 
     def inverse(self, state: Mapping[str, Any]) -> Inverse:
         return DenseInverse(state["matrix"])
 
-    def _gram(self, means: Tensor) -> Tensor:
-        return means[2:].view(self.dim, self.dim)
+    def _gram(self, sums: Tensor) -> Tensor:
+        return (sums[2:] / sums[0].clamp(min=1)).view(self.dim, self.dim)
 
 
 class Subspace:
     """A basis of r directions that follows the leading eigenvectors of Sigma."""
 
-    names: ClassVar[frozenset[str]] = frozenset({"basis", "core", "core_inverse", "trace", "shift"})
+    names: ClassVar[frozenset[str]] = frozenset(
+        {"basis", "core", "core_inverse", "trace", "samples", "shift"}
+    )
     inverse_names: ClassVar[tuple[str, ...]] = ("basis", "core_inverse", "shift")
 
     def __init__(self, dim: int, rank: int, backend: ModuleType) -> None:
@@ -122,6 +140,7 @@ class Subspace:
             "core": square,
             "core_inverse": square,
             "trace": (),
+            "samples": (),
             "shift": (),
         }
 
@@ -138,9 +157,9 @@ class Subspace:
         basis: Tensor = torch.linalg.qr(gaussian)[0]
         return _by_columns(basis.to(dtype).to(device))
 
-    def start(self, state: State, sums: Tensor) -> Moments:
-        _, trace, core, sketch = split_sums(sums / sums[0], self.dim, self.rank)
-        return Moments(sketch, core, trace.clone())
+    def start(self, state: State, test_matrix: Tensor | None, sums: Tensor) -> Moments:
+        assert test_matrix is not None
+        return Moments(*start_subspace(test_matrix, sums))
 
     def inverse(self, state: Mapping[str, Any]) -> Inverse:
         return SubspaceInverse(*(state[name] for name in self.inverse_names))
@@ -210,10 +229,8 @@ def blend(
             moving.append((kind, state, sums))
     if moving:
         kinds, states, all_sums = zip(*moving, strict=True)
-        bases, cores, traces = (
-            [state[name] for state in states] for name in ("basis", "core", "trace")
-        )
-        found = kinds[0].backend.blend_subspaces(bases, cores, traces, all_sums, beta)
+        estimates = [[state[name] for state in states] for name in ESTIMATE]
+        found = kinds[0].backend.blend_subspaces(*estimates, all_sums, beta)
         moments = [Moments(*parts) for parts in found]
         blended += zip(kinds, states, moments, strict=True)
     return blended
@@ -237,10 +254,12 @@ def settle(
     moving = [(kind, state, found) for kind, state, found in layers if found is not None]
     if moving:
         kinds, states, moments = zip(*moving, strict=True)
-        sketches, cores, traces = zip(*moments, strict=True)
+        sketches, cores, traces, samples = zip(*moments, strict=True)
         backend, dims = kinds[0].backend, [kind.dim for kind in kinds]
         bases, cores = zip(*backend.refresh_subspaces(cores, sketches), strict=True)
-        inverses = backend.invert_cores(cores, traces, dims, damping, power)
+        for core, trace, dim in zip(cores, traces, dims, strict=True):
+            core.diagonal().sub_(sketch_shift(trace, dim))
+        inverses = backend.invert_cores(cores, traces, dims, damping, power, samples)
         core_inverses, shifts = zip(*inverses, strict=True)
         _store(
             states,
@@ -248,12 +267,13 @@ def settle(
             basis=[_by_columns(basis) for basis in bases],
             core=cores,
             trace=traces,
+            samples=samples,
             core_inverse=core_inverses,
             shift=shifts,
         )
     for kind, state, _ in layers:
         if isinstance(kind, Dense):
-            found = kind.backend.invert_gram(state["gram"], damping, power)
+            found = kind.backend.invert_gram(state["gram"], damping, power, state["samples"])
             _store([state], skip, matrix=[found])
 
 

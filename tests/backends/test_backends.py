@@ -141,21 +141,25 @@ def draw_estimates(dtype):
         mine[0] = count
         if not count:
             mine.zero_()
-    return bases, cores, traces, sums
+    samples = [torch.tensor(count, dtype=dtype) for count in (8.0, 90.0, 3.0)]
+    return bases, cores, traces, samples, sums
 
 
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_sums_blend_in(name, dtype):
-    bases, cores, traces, sums = draw_estimates(dtype)
-    given = [x.clone() for x in (*cores, *traces)]
-    found = resolve_backend(name, ["cpu"]).blend_subspaces(bases, cores, traces, sums, 0.9)
-    for *layer, actual in zip(bases, cores, traces, sums, found, strict=True):
+    estimates = draw_estimates(dtype)
+    _, cores, traces, samples, _ = estimates
+    given = [x.clone() for x in (*cores, *traces, *samples)]
+    found = resolve_backend(name, ["cpu"]).blend_subspaces(*estimates, 0.9)
+    for *layer, actual in zip(*estimates, found, strict=True):
         assert_same(actual, reference.blend_subspace(*layer, 0.9), PRODUCT, dtype)
-    assert_same([*cores, *traces], given, PRODUCT, dtype)
-    # No rows, no change.
-    assert torch.equal(found[1][1], cores[1])
+    assert_same([*cores, *traces, *samples], given, PRODUCT, dtype)
+    # No rows, no change but for the shift.
+    shift = reference.sketch_shift(traces[1], 70) * torch.eye(5, dtype=dtype)
+    assert torch.equal(found[1][1], cores[1] + shift)
     assert torch.equal(found[1][2], traces[1])
+    assert torch.equal(found[1][3], samples[1])
 
 
 @each_backend
@@ -170,9 +174,11 @@ def test_some_layers_at_once(name, dtype):
     moved = backend.refresh_subspaces(cores, sketches)
     for actual, *layer in zip(moved, cores, sketches, strict=True):
         assert_same_estimate(actual, reference.refresh_subspace(*layer))
-    inverted = backend.invert_cores(cores, traces, dims, 0.3, 0.75)
-    for actual, *layer in zip(inverted, cores, traces, dims, strict=True):
-        assert_same(actual, reference.invert_core(*layer, 0.3, 0.75), SOLVE, dtype)
+    for samples in (None, [torch.tensor(count, dtype=dtype) for count in (2.0, 9.5, 1e3)]):
+        inverted = backend.invert_cores(cores, traces, dims, 0.3, 0.75, samples)
+        rows = samples or [None] * 3
+        for actual, *layer, mine in zip(inverted, cores, traces, dims, rows, strict=True):
+            assert_same(actual, reference.invert_core(*layer, 0.3, 0.75, mine), SOLVE, dtype)
 
 
 @each_backend
@@ -328,7 +334,7 @@ def test_native_ops_are_proper_torch_ops():
     check(ops.refresh_subspace.default, (core, sketch), test_utils=tests)
     check(ops.invert_core.default, (core, trace, 8, 0.3), test_utils=tests)
     check(ops.refresh_subspaces.default, ([core], [sketch]), test_utils=tests)
-    check(ops.invert_cores.default, ([core], [trace], [8], 0.3), test_utils=tests)
+    check(ops.invert_cores.default, ([core], [trace], [8], 0.3, 0.5, [trace]), test_utils=tests)
     check(ops.add_sketch_.default, (rows, basis, True, torch.zeros(2 + 9 + 24)), test_utils=tests)
     *tensors, inverses = (update.pop(key) for key in LISTS)
     parts = zip(*(inverse or (None,) * 3 for inverse in inverses), strict=True)

@@ -26,41 +26,65 @@ def orth(matrix):
     return torch.linalg.svd(matrix, full_matrices=False)[0]
 
 
+class Samples:
+    """How many rows of equal weight an average stands for: (sum of weights)^2 / sum of squares."""
+
+    def __init__(self, rows):
+        self.weights = torch.full((rows,), 1 / rows, dtype=torch.float64)
+
+    def commit(self, rows, beta):
+        new = torch.full((rows,), (1 - beta) / rows, dtype=torch.float64)
+        self.weights = torch.cat([beta * self.weights, new])
+
+    def limit(self, dim):
+        """The number of eigenvalues that the damping is relative to the mean of."""
+        return min(dim, self.weights.sum() ** 2 / self.weights.square().sum())
+
+
 class DenseSigma:
     """Sigma, and P from it."""
 
     def start(self, a):
         self.sigma = a.T @ a / len(a)
+        self.samples = Samples(len(a))
 
     def commit(self, a, beta):
         self.sigma = beta * self.sigma + (1 - beta) * a.T @ a / len(a)
+        self.samples.commit(len(a), beta)
 
     def inverse(self, damping, power):
-        eye = torch.eye(len(self.sigma), dtype=self.sigma.dtype)
-        return raise_inverse(self.sigma + damping * self.sigma.trace() / len(eye) * eye, power)
+        d = len(self.sigma)
+        damp = damping * self.sigma.trace() / self.samples.limit(d)
+        return raise_inverse(self.sigma + damp * torch.eye(d, dtype=self.sigma.dtype), power)
 
 
 class SubspaceSigma:
     """U, M and t; P is of U M U' + rho (I - U U') + lambda I as a d x d matrix."""
 
     def __init__(self, test_matrix):
-        self.omega = test_matrix
+        self.u = test_matrix
 
     def start(self, a):
         sigma = a.T @ a / len(a)
-        self.t = sigma.trace()
-        self.move(self.omega.T @ sigma @ self.omega, sigma @ self.omega)
+        self.samples = Samples(len(a))
+        self.move(sigma, sigma.trace())
 
     def commit(self, a, beta):
         sigma = a.T @ a / len(a)
-        self.t = beta * self.t + (1 - beta) * sigma.trace()
+        self.samples.commit(len(a), beta)
         blended = beta * self.u @ self.m @ self.u.T + (1 - beta) * sigma
-        self.move(self.u.T @ blended @ self.u, blended @ self.u)
+        self.move(blended, beta * self.t + (1 - beta) * sigma.trace())
 
-    def move(self, m, z):
-        nystrom = z @ torch.linalg.pinv(m, hermitian=True) @ z.T
-        self.u = orth(z)
-        self.m = self.u.T @ nystrom @ self.u
+    def move(self, sigma, t):
+        """Nystrom's approximation of Sigma + mu I, without its mu, where Sigma + mu I takes U."""
+        d, r = self.u.shape
+        mu = t / d / 256
+        # Inputs that have been other than 0.
+        shifted = sigma + mu * torch.diag((sigma.diagonal() > 0).double())
+        z = shifted @ self.u
+        nystrom = z @ torch.linalg.inv(self.u.T @ z) @ z.T
+        self.t, self.u = t, orth(z)
+        self.m = self.u.T @ nystrom @ self.u - mu * torch.eye(r, dtype=torch.float64)
 
     def inverse(self, damping, power):
         d, r = self.u.shape
@@ -68,7 +92,8 @@ class SubspaceSigma:
         sigma = self.u @ self.m @ self.u.T
         if r < d:
             sigma = sigma + max(self.t - self.m.trace(), 0) / (d - r) * (eye - inside)
-        return raise_inverse(sigma + damping * self.t / d * eye, power)
+        damp = damping * self.t / self.samples.limit(d)
+        return raise_inverse(sigma + damp * eye, power)
 
 
 class IndependentGLS:
@@ -171,7 +196,10 @@ class IndependentGLS:
             weight = torch.cat([layer.weight, layer.bias[:, None]], 1)
         lr = self.lr
         if self.max_change is not None:
-            lr = min(lr, self.max_change * self.bound[layer])
+            bound = self.max_change * self.bound[layer]
+            if self.normalize in ("sgd", "none"):
+                bound = bound / update.square().mean().sqrt()
+            lr = min(lr, bound)
         weight = weight * (1 - self.lr * self.weight_decay) - lr * update
         layer.weight.copy_(weight[:, : layer.in_features])
         if layer.bias is not None:

@@ -32,8 +32,9 @@ def test_values_are_those_of_the_rows(kind):
     """beta = 0: the statistics are of the last batch alone, here in all of its directions."""
     model = make_net(kind)
     optimizer = GLS(
-        model, rank=100, beta=0.0, beta2=0.0, damping=0.7, curvature_every=1, site="backward"
-    )
+        model, rank=100, power=1, normalize="rms", max_change=None, damping=0.7,
+        beta=0.0, beta2=0.0, curvature_every=1, site="backward",
+    )  # fmt: skip
     train(model, optimizer, kind)
     found = by_layer(optimizer.diagnostics())
     assert list(found) == ["stem", "first", "second", "head"]
@@ -45,7 +46,10 @@ def test_values_are_those_of_the_rows(kind):
             direction.square().mean().sqrt().item(), **NEAR
         )
         assert values["captured"] == pytest.approx(1.0, rel=1e-9)
-        dim = layer.weight[0].numel() + 1
+        # Of a linear layer a row an image; a convolution has more than enough.
+        if name == "head":
+            assert values["samples"] == pytest.approx(12, **NEAR)
+        dim = min(layer.weight[0].numel() + 1, values["samples"])
         assert values["damping"] == pytest.approx(0.7 * values["trace"] / dim, **NEAR)
     if kind == "mlp":
         inputs, _ = make_batch(kind, 12, 4)
@@ -92,6 +96,20 @@ def test_root_mean_square_where_it_is_kept(normalize, has, momentum):
     train(model, optimizer, "mlp")
     for values in by_layer(optimizer.diagnostics()).values():
         assert ("update_rms" in values) == has
+        assert ("lr_share" in values) == has
+
+
+def test_share_of_lr_that_the_bound_leaves():
+    """max_change times the weight's root mean square, over lr; 1 where that is more."""
+    for lr, max_change in ((0.5, 0.1), (1e-3, 0.1), (1e-3, None)):
+        model = make_net("mlp")
+        optimizer = GLS(model, lr=lr, max_change=max_change, curvature_every=1)
+        train(model, optimizer, "mlp")
+        for name, values in by_layer(optimizer.diagnostics()).items():
+            weight = getattr(model, name).weight.detach()
+            rms = max(weight.square().mean().sqrt().item(), (3 * (weight[0].numel() + 1)) ** -0.5)
+            expected = None if max_change is None else pytest.approx(min(1, 0.1 * rms / lr), **NEAR)
+            assert values.get("lr_share") == expected
 
 
 def test_root_mean_square_is_the_same_per_layer_and_per_element():
@@ -162,5 +180,5 @@ def test_attachment_has_them_too():
     found = by_layer(handle.diagnostics())
     assert list(found) == ["stem", "first", "second", "head"]
     for values in found.values():
-        assert list(values) == ["trace", "captured", "damping"]
+        assert list(values) == ["trace", "captured", "samples", "damping"]
         assert 0 < values["captured"] <= 1 + 1e-12

@@ -20,6 +20,8 @@ DEFAULTS = {
     "eps": 1e-6,
     "weight_decay": 0.0,
     "normalize": "rms",
+    "power": 1,
+    "max_change": None,
     "curvature_every": 1,
 }
 SITES = {
@@ -95,6 +97,8 @@ VARIANTS = {
     # Of the weights' root mean squares, of .2 to .25, and of 1 / sqrt(3 d).
     "a bound that holds": {"max_change": 0.05, "weight_decay": 0.5, "curvature_every": 2},
     "a bound that does not": {"max_change": 1.0, "normalize": "factored"},
+    "a bound on plain steps": {"max_change": 0.05, "normalize": "none", "lr": 5.0},
+    "a bound on SGD's steps": {"max_change": 0.01, "normalize": "sgd", "lr": 5.0},
 }
 
 
@@ -127,6 +131,14 @@ def test_low_rank(backend, rank, curvature_every, normalize):
     power = 0.75 if normalize == "factored" else 1
     options = {"normalize": normalize, "curvature_every": curvature_every, "power": power}
     check(options, backend, rank=rank, site=SITES[normalize], test_matrix=first_test_matrix(rank))
+
+
+@pytest.mark.parametrize("curvature_every", [1, 3])
+@pytest.mark.parametrize("normalize", ["rms", "factored"])
+def test_fewer_rows_than_the_rank(backend, normalize, curvature_every):
+    """Directions that no row has shown stay those of the basis before, on every backend."""
+    options = {"normalize": normalize, "curvature_every": curvature_every}
+    check(options, backend, rows=1, rank=5, test_matrix=first_test_matrix(5))
 
 
 def test_low_rank_differs_from_dense():

@@ -47,7 +47,7 @@ from gls_fused.backends.triton.configs import (
 from gls_fused.backends.triton.launch import ELEMENTS, bits, launch, upload
 
 # Words of a layer's line in the table.
-LINE = 10
+LINE = 11
 
 
 @triton.jit
@@ -122,8 +122,16 @@ def _power(x, QUARTERS: tl.constexpr):
 def _dampings(line, core_trace, trace, rank, QUARTERS: tl.constexpr):
     """Lambda and lambda'^p."""
     dim = tl.load(line + 5)
-    damp = trace.to(tl.float64) * tl.load(line + 6).to(tl.float64, bitcast=True)
-    damp = damp.to(trace.dtype)
+    rows = dim.to(tl.float64)
+    samples = tl.load(line + 10)
+    # No address: no fewer than dim.
+    known = samples != 0
+    samples = tl.load(samples.to(tl.pointer_type(trace.dtype)), mask=known, other=0.0)
+    rows = tl.where(known, tl.minimum(rows, samples.to(tl.float64)), rows)
+    share = tl.load(line + 6).to(tl.float64, bitcast=True) / rows
+    # 32 units of rounding.
+    LEAST: tl.constexpr = 2.0**-47 if trace.dtype == tl.float64 else 2.0**-18
+    damp = (trace.to(tl.float64) * tl.maximum(share, LEAST)).to(trace.dtype)
     rest = trace - core_trace
     # As clamp does, a NaN stays one.
     rest = tl.where(rest < 0.0, 0.0, rest)
@@ -140,7 +148,7 @@ def _finish(inverse, eye, fine, damp, shift, core_trace, rank, QUARTERS: tl.cons
 
 @triton.jit
 def _invert_core_kernel(
-    # int64 [layers, 10]: M, t, C, lambda'^p (addresses), r, d, lambda / t, strides of M, row
+    # int64 [layers, 11]: M, t, C, lambda'^p (addresses), r, d, damping, strides of M, row, s
     table,
     DTYPE: tl.constexpr,
     RANK: tl.constexpr,
@@ -244,6 +252,7 @@ def invert_cores(
     dims: Sequence[int],
     damping: float,
     power: float,
+    samples: Sequence[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """See `gls_fused.reference.invert_cores`: one launch for those of one dtype and padded rank.
 
@@ -254,19 +263,19 @@ def invert_cores(
     tables: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
     # Tables know addresses only, so their tensors are kept until all is launched.
     kept: list[Tensor] = []
-    for core, trace, dim in zip(cores, traces, dims, strict=True):
+    counts: Sequence[Tensor | None] = samples or [None] * len(cores)
+    for core, trace, dim, rows in zip(cores, traces, dims, counts, strict=True):
         rank, dtype = len(core), core.dtype
         widest = MAX_RANK if dtype == torch.float64 else MAX_CORE_RANK
         if rank > (widest if power == 1 else MAX_ROOT_RANK):
-            results.append(reference.invert_core(core, trace, dim, damping, power))
+            results.append(reference.invert_core(core, trace, dim, damping, power, rows))
             continue
         core_inverse, shift = core.new_empty(rank, rank), core.new_empty(())
-        share = max(damping / dim, 32 * torch.finfo(dtype).eps)
         line = [core.data_ptr(), trace.data_ptr(), core_inverse.data_ptr(), shift.data_ptr()]
-        line += [rank, dim, bits(share), core.stride(0), core.stride(1)]
+        line += [rank, dim, bits(damping), core.stride(0), core.stride(1)]
         aside = core.new_empty(rank if rank > MAX_RANK else 0)
         kept.append(aside)
-        line.append(aside.data_ptr())
+        line += [aside.data_ptr(), 0 if rows is None else rows.data_ptr()]
         tables.setdefault((core.device, dtype, pad_rank(rank)), []).extend(line)
         results.append((core_inverse, shift))
     for (device, dtype, padded), lines in tables.items():
@@ -298,10 +307,16 @@ def invert_cores(
 
 
 def invert_core(
-    core: Tensor, trace: Tensor, dim: int, damping: float, power: float
+    core: Tensor,
+    trace: Tensor,
+    dim: int,
+    damping: float,
+    power: float,
+    samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `gls_fused.reference.invert_core`; numerics as `invert_cores`."""
-    (result,) = invert_cores([core], [trace], [dim], damping, power)
+    rows = None if samples is None else [samples]
+    (result,) = invert_cores([core], [trace], [dim], damping, power, rows)
     return result
 
 

@@ -29,21 +29,22 @@ def make_core(rank, dtype):
     return (root @ root.T).to(dtype)
 
 
-def invert(emulator, cores, traces, dims, power, damping=DAMPING):
+def invert(emulator, cores, traces, dims, power, damping=DAMPING, samples=None):
     """C and lambda'^p of every layer, in one call."""
     dtype = cores[0].dtype
 
     def run(memory):
         emulator.call("start_cores")
         results = []
-        for core, trace, dim in zip(cores, traces, dims, strict=True):
-            share = max(damping / dim, 32 * torch.finfo(dtype).eps)
+        rows = samples or [None] * len(cores)
+        for core, trace, dim, mine in zip(cores, traces, dims, rows, strict=True):
             pair = (
                 memory.poison("core_inverse", core.shape, dtype),
                 memory.poison("shift", (), dtype),
             )
             inputs = memory.copy("core", core), memory.copy("trace", trace)
-            emulator.call("add_core", *inputs, *pair, dim, share, len(core))
+            counted = None if mine is None else memory.copy("samples", mine)
+            emulator.call("add_core", *inputs, *pair, counted, dim, damping, len(core))
             results += pair
         emulator.call("invert_cores", dtype == torch.float64, round(4 * power))
         return results
@@ -52,10 +53,11 @@ def invert(emulator, cores, traces, dims, power, damping=DAMPING):
     return list(zip(found[::2], found[1::2], strict=True))
 
 
-def check(emulator, cores, traces, dims, power):
-    found = invert(emulator, cores, traces, dims, power)
-    for layer, core, trace, dim in zip(found, cores, traces, dims, strict=True):
-        expected = reference.invert_core(core.double(), trace.double(), dim, DAMPING, power)
+def check(emulator, cores, traces, dims, power, samples=None):
+    found = invert(emulator, cores, traces, dims, power, samples=samples)
+    rows = [x if x is None else x.double() for x in samples or [None] * len(cores)]
+    for layer, core, trace, dim, mine in zip(found, cores, traces, dims, rows, strict=True):
+        expected = reference.invert_core(core.double(), trace.double(), dim, DAMPING, power, mine)
         for actual, sought in zip(layer, expected, strict=True):
             assert_near(actual, sought, SOLVE[core.dtype])
 
@@ -66,7 +68,8 @@ def test_layers_of_all_sizes_in_one_launch(emulator, dtype, power):
     cores = [make_core(rank, dtype) for rank in (0, 1, 2, 4, 9, 33, 60)]
     traces = [1.5 * core.trace() + 0.5 for core in cores]
     with emulator.memory(), emulator.traffic() as moved:
-        check(emulator, cores, traces, [len(core) + 20 for core in cores], power)
+        samples = [torch.tensor(count, dtype=dtype) for count in (1, 2, 3, 24, 28, 40, 200)]
+        check(emulator, cores, traces, [len(core) + 20 for core in cores], power, samples)
     assert len(moved) == 1
 
 

@@ -55,7 +55,9 @@ def launch_statistics(rank):
         backend.invert_core(torch.eye(rank), torch.ones(()), SIZE, 0.3, power)
         backend.invert_core(torch.eye(rank).double(), torch.ones(()).double(), SIZE, 0.3, power)
     core, sums = torch.eye(rank), torch.zeros(2 + rank * (rank + SIZE))
-    backend.blend_subspace(torch.zeros(rank, SIZE).T, core, torch.ones(()), sums, 0.9)
+    backend.blend_subspace(
+        torch.zeros(rank, SIZE).T, core, torch.ones(()), torch.ones(()), sums, 0.9
+    )
     backend.refresh_subspace(core, torch.zeros(SIZE, rank))
 
 

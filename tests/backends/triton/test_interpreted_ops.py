@@ -191,10 +191,10 @@ def test_bases_of_all_layers_at_once(monkeypatch):
 def test_sums_of_all_layers_at_once(monkeypatch):
     """A launch per padded rank; d is more than one block."""
     launches = record_launches(monkeypatch, backend.blend)
-    bases, cores, traces, sums = draw_estimates(torch.float32)
-    found = backend.blend_subspaces(bases, cores, traces, sums, 0.9)
+    estimates = draw_estimates(torch.float32)
+    found = backend.blend_subspaces(*estimates, 0.9)
     assert len(launches) == 2
-    for *layer, actual in zip(bases, cores, traces, sums, found, strict=True):
+    for *layer, actual in zip(*estimates, found, strict=True):
         assert_same(actual, reference.blend_subspace(*layer, 0.9), PRODUCT, torch.float32)
 
 
@@ -300,10 +300,12 @@ def test_cores_of_all_layers_at_once(monkeypatch, power):
         cores.append(root @ root.T)
         traces.append(2 * cores[-1].trace())
         dims.append(50)
-    found = backend.invert_cores(cores, traces, dims, 0.3, power)
+    samples = [torch.tensor(count) for count in (1.0, 20.0, 49.5, 90.0)]
+    found = backend.invert_cores(cores, traces, dims, 0.3, power, samples)
     assert len(launches) == 2
-    for pair, *arguments in zip(found, cores, traces, dims, strict=True):
-        assert_same(pair, reference.invert_core(*arguments, 0.3, power), SOLVE, torch.float32)
+    for pair, *arguments, mine in zip(found, cores, traces, dims, samples, strict=True):
+        expected = reference.invert_core(*arguments, 0.3, power, mine)
+        assert_same(pair, expected, SOLVE, torch.float32)
 
 
 @pytest.mark.parametrize("power", POWERS)

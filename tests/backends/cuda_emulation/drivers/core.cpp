@@ -20,9 +20,9 @@ EMULATED start_cores() {
   return guarded([] { plan = {}; });
 }
 
-EMULATED add_core(const void* core, const void* trace, void* core_inverse, void* shift, int64_t dim,
-                  double share, int rank) {
-  return guarded([&] { plan.add({core, trace, core_inverse, shift, dim, share, rank}); });
+EMULATED add_core(const void* core, const void* trace, void* core_inverse, void* shift,
+                  const void* samples, int64_t dim, double damping, int rank) {
+  return guarded([&] { plan.add({core, trace, core_inverse, shift, samples, dim, damping, rank}); });
 }
 
 EMULATED invert_cores(bool is_double, int quarters) {
