@@ -5,15 +5,18 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
 from gls_fused.apply.low_precision import MOST_SEEDS, POLICIES
+from gls_fused.capture.layer import Layer
 from gls_fused.distributed.ranks import unwrapped
-from gls_fused.preconditioner import check_choice, check_number, check_options
+from gls_fused.preconditioner import check_choice, check_count, check_number, check_options
+from gls_fused.reference import Normalize
 
-NORMALIZATIONS = ("rms", "row", "factored", "adam", "sgd", "none")
+Scale: TypeAlias = Normalize | Literal["auto"]
+NORMALIZATIONS = ("auto", "spectral", "factored", "row", "rms", "adam", "sgd", "none")
 
 # Keys that a group may have besides the options of GLS; others are kept as well.
 FREE_KEYS = {"params", "param_names", "name", "initial_lr", "step", "version"}
@@ -40,12 +43,23 @@ def check_group_options(options: Mapping[str, Any], site: str) -> None:
     check_choice("normalize", options["normalize"], NORMALIZATIONS)
     if options["max_change"] is not None:
         check_number("max_change", options["max_change"], 0)
+    check_count("split", options["split"])
+    check_choice("spectral_head", options["spectral_head"], (True, False))
     check_choice("low_precision", options["low_precision"], POLICIES)
     seed = options["seed"]
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < MOST_SEEDS:
         raise ValueError(f"seed: expected a whole number in [0, {MOST_SEEDS}), got {seed!r}")
     check_options(options)
     check_site(options["normalize"], site)
+
+
+def check_split(layer: Layer, options: Mapping[str, Any]) -> None:
+    """Raises ValueError where a weight has other rows than `split` matrices of as many."""
+    if layer.outputs % options["split"]:
+        raise ValueError(
+            f"split: expected a divisor of the {layer.outputs} outputs of layer {layer.name!r}, "
+            f"got {options['split']}"
+        )
 
 
 def check_site(normalize: str, site: str) -> None:

@@ -25,9 +25,11 @@ from gls_fused.diagnostics import describe, diagnose
 from gls_fused.distributed.ranks import Ranks, unwrapped
 from gls_fused.groups import (
     Members,
+    Scale,
     check_dense,
     check_group_options,
     check_site,
+    check_split,
     describe_options,
     name_params,
     read_groups,
@@ -42,7 +44,6 @@ from gls_fused.preconditioner import (
     release_all,
     take_sums,
 )
-from gls_fused.reference import Normalize
 from gls_fused.scaling import take_flag, unscale_
 from gls_fused.state import (
     AVERAGES,
@@ -87,9 +88,14 @@ class GLS(torch.optim.Optimizer):
         weight_decay: >= 0; decoupled.
         normalize: what the step is divided by: "rms", one root mean square per layer; "row",
             one per output; "factored", one per output and input; "adam", one per element;
-            "sgd", scaled to the gradient's norm; "none", the plain step.
+            "sgd", scaled to the gradient's norm; "none", the plain step. "spectral": its
+            orthogonal factor, of weights but the last layer's; "auto": the same where it costs
+            little; the others "factored".
         max_change: > 0 or None; the root mean square of a layer's step is at most so much of its
             weight's (or of 1 / sqrt(3 d) if that is more), about.
+        split: >= 1; how many matrices a weight is, one above the other, for "spectral": 3 for a
+            projection to queries, keys and values.
+        spectral_head: whether "spectral" takes the last layer, too.
         curvature: "subspace", `rank` directions of A'A/n; "dense", all of it ([d, d] per layer).
         rank: >= 1; directions of the subspace, at most d; "auto", 32 but at most m per layer.
         curvature_every: >= 1; steps between two that gather statistics.
@@ -128,8 +134,10 @@ class GLS(torch.optim.Optimizer):
         beta2: float = 0.95,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        normalize: Normalize = "factored",
+        normalize: Scale = "auto",
         max_change: float | None = 0.1,
+        split: int = 1,
+        spectral_head: bool = False,
         curvature: Literal["subspace", "dense"] = "subspace",
         rank: int | Literal["auto"] = "auto",
         curvature_every: int = 10,
@@ -151,6 +159,8 @@ class GLS(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "normalize": normalize,
             "max_change": max_change,
+            "split": split,
+            "spectral_head": spectral_head,
             "curvature": curvature,
             "rank": rank,
             "curvature_every": curvature_every,
@@ -239,6 +249,7 @@ class GLS(torch.optim.Optimizer):
     def _cover(self, layers: Sequence[Layer], uncovered: Sequence[Uncovered]) -> None:
         groups = {param: group for group in self.param_groups for param in group["params"]}
         for layer in layers:
+            check_split(layer, groups[layer.weight])
             self._preconditioner.add([layer], groups[layer.weight])
         self._uncovered += uncovered
         self._preconditioner.ranks.disagree()
@@ -329,7 +340,7 @@ class GLS(torch.optim.Optimizer):
         for group, layers in groups:
             preconditioner.commit(layers, self.state, sums, group, skip)
             if group["max_change"] is not None:
-                measure_weights([p for p in layers if p in sums], self.state)
+                measure_weights([p for p in layers if p in sums], self.state, skip)
             if skip is None or not (skip.is_cpu and skip):
                 group["step"] += 1
             for layer in layers:
@@ -437,7 +448,8 @@ class GLS(torch.optim.Optimizer):
         A line says how many norms, biases and other parameters of one dimension there are, the
         last one how large a share of the parameters the layers hold.
         """
-        lines = describe_layers(self._preconditioner, self.state)
+        self._groups()
+        lines = describe_layers(self._preconditioner, self.state, self._owners)
         params = [param for group in self.param_groups for param in group["params"]]
         return describe(lines, self._preconditioner.layers, self._uncovered, params, "Adam")
 

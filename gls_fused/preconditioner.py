@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gls_fused.apply.spectral import factor_share, normalize_of
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State, blend, check_device, recast, settle
 from gls_fused.distributed.ranks import Ranks
@@ -84,6 +85,9 @@ class Preconditioner:
             promised = self.site == "backward"
             layer.assign(options["curvature"], options["rank"], self.backend, promised=promised)
             layer.capture()
+            if self.layers:
+                self.layers[-1].last = False
+            layer.last = True
             self.layers.append(layer)
 
     def check_captured(self) -> None:
@@ -365,8 +369,16 @@ def release_all(layers: Iterable[Layer]) -> None:
         layer.release()
 
 
-def describe_layers(preconditioner: Preconditioner, states: States) -> list[str]:
-    """A line per layer: kind, shape, rows, rank, site and backend."""
+def describe_layers(
+    preconditioner: Preconditioner,
+    states: States,
+    groups: Mapping[Tensor, Mapping[str, Any]] | None = None,
+) -> list[str]:
+    """A line per layer: kind, shape, rows, rank, site, backend; what an orthogonal step costs.
+
+    Args:
+        groups: of the weights, where the layers' steps are scaled by them.
+    """
     lines = []
     for layer in preconditioner.layers:
         name = layer.name or layer.kind
@@ -378,6 +390,17 @@ def describe_layers(preconditioner: Preconditioner, states: States) -> list[str]
         started = f"{state['rows']} rows, {rank}" if state.get("rows") else "no rows yet"
         lines.append(
             f"{name}: GLS ({layer.kind} {layer.dim} -> {layer.outputs}, {started}, "
-            f"site {preconditioner.site_of(layer)}, backend {layer.backend_name})"
+            f"site {preconditioner.site_of(layer)}, backend {layer.backend_name}"
+            f"{_describe_scale(layer, state, (groups or {}).get(layer.weight))})"
         )
     return lines
+
+
+def _describe_scale(layer: Layer, state: State, group: Mapping[str, Any] | None) -> str:
+    if group is None or not state.get("rows"):
+        return ""
+    normalize = normalize_of(layer, state, group)
+    if normalize != "spectral":
+        return f", {normalize}"
+    share = factor_share(layer, state["rows"], group["split"])
+    return f", spectral: {share:.1%} of its forward's and backward's flops"

@@ -17,7 +17,7 @@ Rows are passed as [n, k]; `ones` says that the column of ones belongs to them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-Normalize: TypeAlias = Literal["rms", "row", "factored", "adam", "sgd", "none"]
+Normalize: TypeAlias = Literal["rms", "row", "factored", "spectral", "adam", "sgd", "none"]
 
 
 class DenseInverse(NamedTuple):
@@ -47,6 +47,20 @@ Inverse: TypeAlias = DenseInverse | SubspaceInverse
 
 # Sigma's mean eigenvalue over the mu of `blend_subspace`.
 SHIFT = 256
+
+# The a, b and c of `orthogonalize`, step by step.
+POLAR_EXPRESS = tuple(
+    (a / 1.01, b / 1.01**3, c / 1.01**5)
+    for a, b, c in (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    )
+)
+# Root mean square of a spectral step: Adam's, about.
+SPECTRAL_RMS = 0.2
 
 
 class Window(NamedTuple):
@@ -432,6 +446,7 @@ def update_layers_(
     weight_decay: float,
     skip: Tensor | None = None,
     lr_bounds: Tensor | None = None,
+    split: int = 1,
 ) -> None:
     """The parameters of some layers take their step, in place.
 
@@ -441,22 +456,31 @@ def update_layers_(
         update = m^ / (sqrt(v^) + eps) | m^ ||D0|| / ||D|| | m^     (^: bias-corrected)
 
     The mean is over the layer for "rms", one element for "adam", a row [W b]_i for "row". For
-    "factored" v_i is the row's, c_j that of column j, and v_i c_j / mean(v) stands for v.
+    "factored" v_i is the row's, c_j that of column j, and v_i c_j / mean(v) stands for v. For
+    "spectral" see `update_spectral_layers_`.
 
     Args:
         params: weight [m, ...], bias [m] of one layer after the other.
         gradients: D0, or D for a layer without an inverse; shaped as the parameters, left as is.
         exp_avgs: m, shaped as the parameters; empty when momentum is 0.
         exp_avg_sqs: v; a 0-d tensor per layer for "rms", v [m] for "row", v [m] and then c [d] for
-            "factored", one per parameter for "adam", else empty. c counts the bias, which is its
-            last, also where it takes no step.
+            "factored", v [m] for "spectral", one per parameter for "adam", else empty. c counts the
+            bias, which is its last, also where it takes no step.
         steps: 0-d, per layer: steps taken; advanced by one.
         inverses: P per layer, d = k (+ 1 with a bias), or None where `gradients` holds D.
         layer_sizes: how many of `params` each layer has, 1 or 2.
         skip: 0-d bool; where it is true nothing changes, which the host need not know.
         lr_bounds: [layers], of the averages' dtype: the most that lr may be in each layer's step.
+        split: into how many matrices of as many rows "spectral" takes a weight apart.
     Numerics: a gradient that is not finite makes the layer not finite, as with Adam.
     """
+    if normalize == "spectral":
+        update_spectral_layers_(
+            params, gradients, exp_avgs, exp_avg_sqs, steps, inverses, layer_sizes=layer_sizes,
+            lr=lr, momentum=momentum, beta2=beta2, eps=eps, weight_decay=weight_decay, skip=skip,
+            lr_bounds=lr_bounds, split=split,
+        )  # fmt: skip
+        return
     options = (momentum, beta2, eps, lr * weight_decay)
     first = 0
     # How many of `exp_avg_sqs` a layer has, where it is not one per parameter.
@@ -607,6 +631,113 @@ def move_layer_(
         averages = exp_avgs
     for p, average, scale in zip(params, averages, scales, strict=True):
         p.mul_(decayed).sub_(lr * scale * average / corrected)
+
+
+def update_spectral_layers_(
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    inverses: Sequence[Inverse | None],
+    *,
+    layer_sizes: Sequence[int],
+    lr: float | Tensor,
+    momentum: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    skip: Tensor | None = None,
+    lr_bounds: Tensor | None = None,
+    split: int = 1,
+    updates_of: Callable[[Sequence[Tensor], int], list[Tensor]] | None = None,
+) -> None:
+    """`update_layers_` with normalize="spectral": an orthogonal step for each weight [m, k].
+
+        D = D0 P,   m <- momentum m + (1 - momentum) D,   N = momentum m + (1 - momentum) D
+        W <- W (1 - lr weight_decay) - min(lr, bound) update,   update: see `spectral_updates`
+
+    The bias takes the step that it takes with "row".
+
+    Args:
+        exp_avg_sqs: v [m] of each layer.
+        updates_of: what stands for `spectral_updates`.
+    """
+    decayed, first = 1 - lr * weight_decay, 0
+    averages: list[Tensor] = []
+    moved: list[tuple[Tensor, Tensor | float]] = []
+    with kept_where(skip, [*params, *exp_avgs, *exp_avg_sqs, *steps]):
+        for layer, size in enumerate(layer_sizes):
+            mine = slice(first, first + size)
+            first += size
+            steps[layer].add_(1)
+            rate = lr if lr_bounds is None else torch.clamp(lr_bounds[layer], max=lr)
+            directions = layer_directions(gradients[mine], exp_avgs[mine], inverses[layer])
+            for m, d in zip(exp_avgs[mine], directions, strict=False):
+                m.lerp_(d, 1 - momentum)
+            blended = exp_avgs[mine] if exp_avgs else directions
+            weight, *bias = params[mine]
+            moved.append((weight, rate))
+            averages.append(directions[0].lerp(blended[0], momentum).flatten(1))
+            if bias:
+                squares = exp_avg_sqs[layer : layer + 1]
+                scale = _axis_scales(directions, squares, steps[layer], beta2, eps)[1]
+                corrected = bias_correction(momentum, steps[layer], blended[1].dtype)
+                bias[0].mul_(decayed).sub_(rate * scale * blended[1] / corrected)
+        updates = (updates_of or spectral_updates)(averages, split)
+        for (weight, rate), update in zip(moved, updates, strict=True):
+            weight.mul_(decayed).sub_(rate * update.view_as(weight))
+
+
+def spectral_updates(
+    averages: Sequence[Tensor],
+    split: int,
+    factors_of: Callable[[Sequence[Tensor]], list[Tensor]] | None = None,
+) -> list[Tensor]:
+    """.2 sqrt(max(m, k)) orth(N) for N [m, k]: of a root mean square of .2, about that of Adam's.
+
+    Args:
+        averages: N of each layer.
+        split: how many matrices of as many rows each N is, one above the other, as in fused
+            projections; each has its own factor, and its own m.
+        factors_of: what stands for `orthogonalize_all`.
+    Source: Jordan et al., 2024, Muon, for the step; Liu et al., 2025, "Muon is scalable for LLM
+        training", for its length.
+    """
+    parts = [part for average in averages for part in average.chunk(split)]
+    factors = (factors_of or orthogonalize_all)(parts)
+    scaled = [SPECTRAL_RMS * math.sqrt(max(factor.shape)) * factor for factor in factors]
+    return [torch.cat(scaled[first : first + split]) for first in range(0, len(scaled), split)]
+
+
+def orthogonal_factor(matrix: Tensor) -> Tensor:
+    """orth(X) = U V' for X = U S V', of the singular values that are not 0."""
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    floor = torch.finfo(matrix.dtype).eps * max(matrix.shape) * values.amax(-1, keepdim=True)
+    factor: Tensor = (u * (values > floor)[..., None, :]) @ v
+    return factor
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """orth(X) by products alone: five steps of X <- a X + (b A + c A A) X, A = X X'.
+
+    Numerics: a singular value of 2e-3 of ||X||_F or more comes within 13% of 1; one that is smaller
+        is multiplied by up to 940, and 0 stays 0.
+    Source: Amsel et al., 2025, "The Polar Express", arXiv 2505.16932: the coefficients are the
+        best for singular values from 1e-3 to 1, the 1.01 is theirs against rounding.
+    """
+    wide = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
+    norm = torch.linalg.matrix_norm(wide, keepdim=True)
+    x: Tensor = wide / (1.01 * norm).clamp(min=torch.finfo(matrix.dtype).tiny)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if matrix.shape[-2] > matrix.shape[-1] else x
+
+
+def orthogonalize_all(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """`orthogonalize` of some matrices."""
+    return [orthogonalize(matrix) for matrix in matrices]
 
 
 def layer_norm(tensors: Sequence[Tensor]) -> Tensor:

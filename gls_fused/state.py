@@ -26,11 +26,13 @@ from gls_fused.curvature.estimate import Dense, State, Subspace, empty_state, ma
 from gls_fused.distributed.sharding import is_sharded
 
 # 0: without a version, "low_precision", "seed" and "outputs". 1: without "at_step". 2: without
-# "power", "max_change" and what goes with them. 3: without "samples".
+# "power", "max_change" and what goes with them. 3: without "samples",
+# "split" and "spectral_head".
 VERSION = 4
 ADDED_SINCE: dict[int, dict[str, Any]] = {
     0: {"low_precision": "nearest", "seed": 0},
     2: {"power": 1, "max_change": None},
+    3: {"split": 1, "spectral_head": False},
 }
 
 AVERAGES = ("exp_avg", "exp_avg_sq", "exp_avg_sq_columns", "weight_rms")
@@ -122,7 +124,7 @@ def check_state(
             for param in (param for param in layer.params if param in states):
                 shapes = _shapes(param)
                 if known:
-                    shapes |= _layer_shapes(layer, param, saved_group["normalize"])
+                    shapes |= _layer_shapes(layer, param, saved_group)
                 _check_sharding(names.get(param, ""), param, states[param])
                 _check_layer(layer, param, states[param])
                 _check_shapes(f"layer {layer.name!r}", states[param], shapes)
@@ -211,10 +213,12 @@ def _shapes(param: Tensor) -> dict[str, Sequence[int]]:
     return {"step": (), "exp_avg": shape, "exp_avg_sq": shape, "master": shape}
 
 
-def _layer_shapes(layer: Layer, param: Tensor, normalize: str) -> dict[str, Sequence[int]]:
+def _layer_shapes(
+    layer: Layer, param: Tensor, group: Mapping[str, Any]
+) -> dict[str, Sequence[int]]:
     if param is not layer.weight:
         return {}
-    squares = square_shapes(layer, normalize)
+    squares = square_shapes(layer, group)
     return {**layer.curvature.shapes(), **squares, "weight_rms": ()}
 
 

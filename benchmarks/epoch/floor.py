@@ -104,8 +104,8 @@ def make_floor_table(cells: Sequence[Mapping[str, Any]], ceilings: Mapping[str, 
         f"written) and a GEMM's {machine.gemm / 1e9:.0f} GFLOP/s, measured before the rounds; how "
         "much longer than Adam's step that takes, and the ratio to Adam's measured step it would "
         "give. What a measured ratio has above it are kernels below these ceilings, small layers, "
-        "Python, and noise. The state is U [d, r], M and C [r, r], and a mean "
-        "square per output and input, of every layer, and the momentum: a layer's U is r / m of its weight.",
+        "Python, and noise. The state is U [d, r], M and C [r, r], a mean square per output and "
+        "input of every layer, and the momentum: a layer's U is r / m of its weight.",
         (
             "data",
             "task",

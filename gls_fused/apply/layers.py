@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gls_fused.apply.fallback import forget_adam
 from gls_fused.apply.low_precision import Bits, close_copies, is_low, open_copies
+from gls_fused.apply.spectral import kept_by, normalize_of
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.distributed.sharding import (
@@ -21,7 +22,8 @@ from gls_fused.distributed.sharding import (
     shards_of,
     update_shards_,
 )
-from gls_fused.reference import Inverse, bias_correction, layer_directions
+from gls_fused.reference import SPECTRAL_RMS, Inverse, bias_correction, layer_directions
+from gls_fused.scaling import where_flag
 
 # What a layer keeps the mean squares of its directions as: on its weight, for "adam" on each
 # parameter.
@@ -29,6 +31,9 @@ SQUARES: dict[str, tuple[str, ...]] = {
     "rms": ("exp_avg_sq",),
     "row": ("exp_avg_sq",),
     "factored": ("exp_avg_sq", "exp_avg_sq_columns"),
+    "spectral": ("exp_avg_sq",),
+    # As its layers may take either; those of "spectral" leave the columns alone.
+    "auto": ("exp_avg_sq", "exp_avg_sq_columns"),
     "adam": ("exp_avg_sq",),
     "sgd": (),
     "none": (),
@@ -52,15 +57,18 @@ def step_layers_(
         bits: what rounds stochastically.
         skip: 0-d bool; where it is true nothing changes.
     """
-    for alike in _alike(layers, options):
-        _step_together_(alike, states, options, groups, bits, skip)
+    for normalize, alike in _alike(layers, states, options):
+        _step_together_(alike, normalize, states, options, groups, bits, skip)
 
 
-def _alike(layers: Sequence[Layer], options: Mapping[str, Any]) -> list[list[Layer]]:
-    """Layers that one update takes together: of one backend, dtype, device and sharding."""
+def _alike(
+    layers: Sequence[Layer], states: Mapping[Tensor, State], options: Mapping[str, Any]
+) -> list[tuple[str, list[Layer]]]:
+    """Layers that one update takes together: of one scale, backend, dtype, device and sharding."""
     found: dict[tuple[object, ...], list[Layer]] = {}
     for layer in layers:
         key: tuple[object, ...] = (
+            normalize_of(layer, states[layer.weight], options),
             layer.backend_name,
             layer.weight.dtype,
             layer.weight.get_device(),
@@ -72,11 +80,12 @@ def _alike(layers: Sequence[Layer], options: Mapping[str, Any]) -> list[list[Lay
         if alone and is_low(layer.weight):
             key = (*key, layer.name)
         found.setdefault(key, []).append(layer)
-    return list(found.values())
+    return [(str(key[0]), alike) for key, alike in found.items()]
 
 
 def _step_together_(
     layers: Sequence[Layer],
+    normalize: str,
     states: MutableMapping[Tensor, State],
     options: Mapping[str, Any],
     groups: Mapping[Tensor, Mapping[str, Any]],
@@ -101,8 +110,8 @@ def _step_together_(
         inverses.append(None if layer.holds_direction() else layer.inverse_for(with_bias))
     squares = [
         state[key]
-        for state in (found if options["normalize"] == "adam" else firsts)
-        for key in SQUARES[options["normalize"]]
+        for state in (found if normalize == "adam" else firsts)
+        for key in SQUARES[normalize]
     ]
     # The backends round to the nearest themselves.
     copies = params
@@ -120,7 +129,9 @@ def _step_together_(
     lr_bounds = None
     if options["max_change"] is not None:
         lr_bounds = bound_rates(firsts, options)
-        if options["normalize"] in ("sgd", "none"):
+        if normalize == "spectral":
+            lr_bounds /= SPECTRAL_RMS
+        elif normalize in ("sgd", "none"):
             lr_bounds /= root_mean_squares(gradients, averages, firsts, inverses, sizes, options)
     update_layers_(
         apart.written,
@@ -130,7 +141,7 @@ def _step_together_(
         [state["step"] for state in firsts],
         inverses,
         layer_sizes=sizes,
-        normalize=options["normalize"],
+        normalize=normalize,
         lr=apart.lr,
         momentum=options["momentum"],
         beta2=options["beta2"],
@@ -138,6 +149,7 @@ def _step_together_(
         weight_decay=options["weight_decay"],
         skip=skip,
         lr_bounds=lr_bounds,
+        split=options["split"],
     )
     apart.close_(skip)
     close_copies(params, copies, options, bits)
@@ -210,8 +222,9 @@ def _equal(ours: Any, theirs: Any) -> bool:
     return bool(ours == theirs)
 
 
-def square_shapes(layer: Layer, normalize: str) -> dict[str, tuple[int, ...]]:
+def square_shapes(layer: Layer, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Of the mean squares that a layer keeps on its weight."""
+    normalize = kept_by(layer, group)
     shapes: dict[str, tuple[int, ...]] = {
         "exp_avg_sq": (layer.outputs,),
         "exp_avg_sq_columns": (layer.dim,),
@@ -272,10 +285,15 @@ def root_mean_squares(
 
 
 @torch.no_grad()
-def measure_weights(layers: Sequence[Layer], states: Mapping[Tensor, State]) -> None:
+def measure_weights(
+    layers: Sequence[Layer], states: Mapping[Tensor, State], skip: Tensor | None = None
+) -> None:
     """Root mean squares of the weights, for `bound_rates`; at least 1 / sqrt(3 d), the usual start.
 
     In steps that gather, as the weights change little between two of these.
+
+    Args:
+        skip: 0-d bool; where it is true those there are stay.
     """
     for layer in layers:
         size, dtype = layer.weight.numel(), layer.statistics_dtype
@@ -283,7 +301,8 @@ def measure_weights(layers: Sequence[Layer], states: Mapping[Tensor, State]) -> 
         rms = (norm / max(1, size) ** 0.5).clamp(min=(3 * layer.dim) ** -0.5)
         state = states[layer.weight]
         if "weight_rms" in state:
-            state["weight_rms"].copy_(rms)
+            kept = state["weight_rms"]
+            kept.copy_(rms if skip is None else where_flag(skip, kept, rms))
         else:
             state["weight_rms"] = rms
 
@@ -293,7 +312,7 @@ def fill_layer_states(
 ) -> None:
     """Buffers for a layer's first update: one step and, for "rms", one square on its weight."""
     first, dtype, device = states[0], layer.statistics_dtype, layer.weight.device
-    shapes = square_shapes(layer, group["normalize"])
+    shapes = square_shapes(layer, group)
     # Somebody may have taken the mean squares away, or chosen another way to normalize.
     if "exp_avg_sq_columns" not in shapes:
         first.pop("exp_avg_sq_columns", None)

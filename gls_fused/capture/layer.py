@@ -85,6 +85,8 @@ class Layer(Rows):
         self.reduced: Tensor | None = None
         self._watch: Any = None
         self._task = -1
+        # Of all layers that an optimizer covers.
+        self.last = False
 
     def __reduce__(self) -> tuple[type[Layer], tuple[Any, ...]]:
         # A copy has statistics of its own, and captures nothing until it is told to.

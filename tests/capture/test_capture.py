@@ -204,6 +204,7 @@ def test_parameters_of_any_dtype(backend, kind, dtype, site, curvature, momentum
     """Close to float64, as close as the rounding of the weights at each step allows."""
     found = []
     options = {"lr": 0.05, "site": site, "backend": backend, "momentum": momentum, **curvature}
+    options |= {"power": 1, "normalize": "rms", "max_change": None}
     # The core of a subspace comes from a solve at the start, and one more per commit before the
     # last step, in float32 at least.
     tolerance = 3 * PRODUCT[dtype] + 2 * SOLVE[torch.float32] * ("rank" in curvature)

@@ -220,7 +220,7 @@ def test_gradient_is_true_at_the_step_site_and_the_direction_at_the_backward(kin
     found = {}
     for site in ("step", "backward"):
         model = make_net(kind)
-        with GLS(model, site=site, **OPTIONS) as optimizer:
+        with GLS(model, power=1, site=site, **OPTIONS) as optimizer:
             for step in range(3):
                 train_step(model, optimizer, kind, step)
             loss_of(model, make_batch(kind, 5, 3)).backward()

@@ -26,6 +26,29 @@ def orth(matrix):
     return torch.linalg.svd(matrix, full_matrices=False)[0]
 
 
+def polar_express(x):
+    """The odd polynomial of x in [0, 1] that five steps of the iteration are."""
+    coefficients = (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    )
+    x = x / 1.01
+    for a, b, c in coefficients:
+        y = x / 1.01
+        x = a * y + b * y**3 + c * y**5
+    return x
+
+
+def spectral(matrix):
+    """What stands for the orthogonal factor, from the singular values, at a length of .2."""
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    factor = (u * polar_express(values / values.norm())) @ v
+    return 0.2 * max(matrix.shape) ** 0.5 * factor
+
+
 class Samples:
     """How many rows of equal weight an average stands for: (sum of weights)^2 / sum of squares."""
 
@@ -118,6 +141,8 @@ class IndependentGLS:
         curvature_every,
         power=1,
         max_change=None,
+        split=1,
+        spectral_head=False,
         test_matrix=None,
     ):
         self.lr, self.damping, self.momentum, self.beta = lr, damping, momentum, beta
@@ -128,6 +153,7 @@ class IndependentGLS:
             normalize,
         )
         self.curvature_every, self.power, self.max_change = curvature_every, power, max_change
+        self.split, self.spectral_head = split, spectral_head
         self.layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
         self.seen = {layer: [] for layer in self.layers}  # (A, G) of every call in this step
         self.sigma, self.p, self.moment, self.square = {}, {}, {}, {}
@@ -173,23 +199,30 @@ class IndependentGLS:
 
     @torch.no_grad()
     def move(self, layer, gradient, p, t):
-        direction = gradient @ p
+        direction, normalize = gradient @ p, self.normalize
+        if normalize == "spectral" and layer is self.layers[-1] and not self.spectral_head:
+            normalize = "factored"
         self.moment[layer] = self.momentum * self.moment[layer] + (1 - self.momentum) * direction
         update = self.moment[layer] / (1 - self.momentum**t)
-        if self.normalize in ("rms", "adam"):
+        if normalize in ("rms", "adam"):
             square = direction.square()
-            square = square.mean() if self.normalize == "rms" else square
+            square = square.mean() if normalize == "rms" else square
             self.square[layer] = self.beta2 * self.square[layer] + (1 - self.beta2) * square
             update = update / ((self.square[layer] / (1 - self.beta2**t)).sqrt() + self.eps)
-        elif self.normalize in ("row", "factored"):
+        elif normalize in ("row", "factored", "spectral"):
             for squares, axis in ((self.square, 1), (self.column, 0)):
                 mean = direction.square().mean(axis)
                 squares[layer] = self.beta2 * squares[layer] + (1 - self.beta2) * mean
             square = self.square[layer][:, None]
-            if self.normalize == "factored":
+            if normalize == "factored":
                 square = square * self.column[layer] / self.square[layer].mean()
             update = update / ((square / (1 - self.beta2**t)).sqrt() + self.eps)
-        elif self.normalize == "sgd":
+            if normalize == "spectral":
+                size = layer.in_features
+                nesterov = self.momentum * self.moment[layer] + (1 - self.momentum) * direction
+                parts = nesterov[:, :size].chunk(self.split)
+                update[:, :size] = torch.cat([spectral(part) for part in parts])
+        elif normalize == "sgd":
             update = update * gradient.norm() / direction.norm()
         weight = layer.weight
         if layer.bias is not None:
@@ -197,8 +230,10 @@ class IndependentGLS:
         lr = self.lr
         if self.max_change is not None:
             bound = self.max_change * self.bound[layer]
-            if self.normalize in ("sgd", "none"):
+            if normalize in ("sgd", "none"):
                 bound = bound / update.square().mean().sqrt()
+            if normalize == "spectral":
+                bound = bound / 0.2
             lr = min(lr, bound)
         weight = weight * (1 - self.lr * self.weight_decay) - lr * update
         layer.weight.copy_(weight[:, : layer.in_features])

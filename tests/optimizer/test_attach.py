@@ -55,7 +55,8 @@ def test_gradients_are_directions(kind):
     model = make_net(kind)
     twin = copy.deepcopy(model)
     handle = attach(model, **OPTIONS)
-    optimizer = GLS(twin, lr=1.0, momentum=0.0, normalize="none", site="step", **OPTIONS)
+    plain = {"normalize": "none", "momentum": 0.0, "max_change": None, "site": "step"}
+    optimizer = GLS(twin, lr=1.0, **plain, **OPTIONS)
     for step in range(7):
         before = [p.detach().clone() for p in twin.parameters()]
         for net in (model, twin):

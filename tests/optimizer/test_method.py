@@ -28,6 +28,7 @@ SITES = {
     "rms": "auto",
     "row": "step",
     "factored": "auto",
+    "spectral": "auto",
     "adam": "backward",
     "none": "step",
     "sgd": "auto",
@@ -97,6 +98,8 @@ VARIANTS = {
     # Of the weights' root mean squares, of .2 to .25, and of 1 / sqrt(3 d).
     "a bound that holds": {"max_change": 0.05, "weight_decay": 0.5, "curvature_every": 2},
     "a bound that does not": {"max_change": 1.0, "normalize": "factored"},
+    "spectral, of the head too": {"normalize": "spectral", "spectral_head": True},
+    "spectral, with a bound": {"normalize": "spectral", "max_change": 0.01, "momentum": 0.0},
     "a bound on plain steps": {"max_change": 0.05, "normalize": "none", "lr": 5.0},
     "a bound on SGD's steps": {"max_change": 0.01, "normalize": "sgd", "lr": 5.0},
 }

@@ -57,7 +57,8 @@ def test_attachment_goes_on_from_version_1():
     model, saved = Net(), SAVED["attach"]
     model.load_state_dict(saved["model"])
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    handle = attach(model, optimizer, **OPTIONS)
+    # The caller's, as what an attachment saves are statistics.
+    handle = attach(model, optimizer, power=1, **OPTIONS)
     optimizer.load_state_dict(saved["optimizer"])
     handle.load_state_dict(saved["attachment"])
     go_on(model, optimizer)

@@ -14,6 +14,7 @@ Convolutions' sketches and dense curvature are the reference's: torch's own conv
 products. On a CPU the kernels run in Triton's interpreter only (TRITON_INTERPRET=1), for tests.
 """
 
+from gls_fused.backends.factors import orthogonalize_all
 from gls_fused.backends.triton.blend import blend_subspace, blend_subspaces
 from gls_fused.backends.triton.core import invert_core, invert_cores
 from gls_fused.backends.triton.rows import precondition_gradient, precondition_rows
@@ -28,6 +29,7 @@ __all__ = [
     "invert_core",
     "invert_cores",
     "invert_gram",
+    "orthogonalize_all",
     "precondition_gradient",
     "precondition_rows",
     "refresh_subspace",

@@ -1,0 +1,55 @@
+"""Which layers take an orthogonal step, and what its factor costs.
+
+    "spectral"  all but the last covered layer of the model, which is most often its head: what
+                Muon's author found to train better with a scale per element. `spectral_head` of
+                its group says otherwise.
+    "auto"      of these, the layers whose factor takes at most `MOST_SHARE` of the flops of their
+                forward and backward for the rows they saw in their first step.
+
+The others take the step of "factored".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gls_fused.capture.layer import Layer
+from gls_fused.curvature.estimate import State
+from gls_fused.reference import POLAR_EXPRESS
+
+MOST_SHARE = 0.5
+
+
+def normalize_of(layer: Layer, state: State, group: Mapping[str, Any]) -> str:
+    """How a layer with statistics is scaled: what its group asks for, "auto" and heads resolved."""
+    asked: str = group["normalize"]
+    if asked not in ("spectral", "auto"):
+        return asked
+    if _keeps_scale(layer, group):
+        return "factored"
+    if asked == "auto" and factor_share(layer, state["rows"], group["split"]) > MOST_SHARE:
+        return "factored"
+    return "spectral"
+
+
+def kept_by(layer: Layer, group: Mapping[str, Any]) -> str:
+    """Whose mean squares a layer's state has, which is known before its first step."""
+    asked: str = group["normalize"]
+    return "factored" if asked == "spectral" and _keeps_scale(layer, group) else asked
+
+
+def _keeps_scale(layer: Layer, group: Mapping[str, Any]) -> bool:
+    return layer.last and not group["spectral_head"]
+
+
+def factor_share(layer: Layer, rows: int, split: int) -> float:
+    """Flops of the orthogonal factor over those of the layer's forward and backward.
+
+    A step of the iteration takes 2 s^2 b for A = X X', 2 s^3 for A A and 2 s^2 b for the last
+    product, for the shorter side s and the longer b; forward and backward take 6 n m k.
+    """
+    outputs, inputs = layer.outputs // split, layer.weight[0].numel()
+    short, long = sorted((outputs, inputs))
+    factor = split * len(POLAR_EXPRESS) * (4 * short**2 * long + 2 * short**3)
+    return factor / max(1, 6 * rows * layer.outputs * inputs)

@@ -1,0 +1,172 @@
+"""normalize="spectral" and "auto": which layers take an orthogonal step, and of what."""
+
+import copy
+
+import pytest
+import torch
+from nets import loss_of as net_loss
+from nets import make_batch, make_net
+from tolerances import SAME_STEPS, assert_near, relative_error
+from torch import nn
+
+from gls_fused import GLS
+from gls_fused.apply.spectral import MOST_SHARE, normalize_of
+
+OPTIONS = {"curvature_every": 2, "rank": 4, "lr": 0.01}
+
+
+def step(model, optimizer, inputs, steps=4):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+
+
+def scales(optimizer):
+    """By layer, in the model's order."""
+    group, states = optimizer.param_groups[0], optimizer.state
+    layers = optimizer._preconditioner.layers
+    return {layer.name: normalize_of(layer, states[layer.weight], group) for layer in layers}
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_step_of_a_weight_is_orthogonal(backend, kind):
+    """Each singular value of it is .2 sqrt(max(m, k)) lr, within what five steps leave."""
+    model = make_net(kind)
+    optimizer = GLS(model, normalize="spectral", max_change=None, backend=backend, **OPTIONS)
+    before = [layer.weight.detach().clone() for layer in (model.first, model.second)]
+    net_loss(model, make_batch(kind, 12, 0)).backward()
+    optimizer.step()
+    for layer, old in zip((model.first, model.second), before, strict=True):
+        moved = (old - layer.weight.detach()).flatten(1)
+        values = torch.linalg.svdvals(moved) / (0.01 * 0.2 * max(moved.shape) ** 0.5)
+        # But for those of which the gradient of so few rows has next to nothing.
+        assert values.median() > 0.87
+        assert values.max() < 1.13
+        assert moved.square().mean().sqrt() == pytest.approx(0.01 * 0.2, rel=0.15)
+
+
+def test_last_layer_keeps_a_scale_unless_its_group_says_otherwise():
+    inputs = torch.randn(12, 6).double()
+    for chosen, head in (({}, "factored"), ({"spectral_head": True}, "spectral")):
+        model = make_net("mlp")
+        optimizer = GLS(model, normalize="spectral", **chosen, **OPTIONS)
+        step(model, optimizer, inputs)
+        assert list(scales(optimizer).values()) == ["spectral"] * 3 + [head]
+        assert ("exp_avg_sq_columns" in optimizer.state[model.head.weight]) == (head == "factored")
+    model = make_net("mlp")
+    groups = [
+        {"params": model.stem},
+        {"params": [model.first, model.second], "normalize": "factored"},
+        {"params": model.head, "spectral_head": True},
+    ]
+    optimizer = GLS(groups, normalize="spectral", **OPTIONS)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step(model, optimizer, inputs, steps=1)
+    kept = {n for n, p in model.named_parameters() if "exp_avg_sq_columns" in optimizer.state[p]}
+    assert kept == {"first.weight", "second.weight"}
+    assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_layer_that_is_added_later_is_the_last():
+    model = make_net("mlp")
+    optimizer = GLS([{"params": model.stem}], normalize="spectral", **OPTIONS)
+    assert [layer.last for layer in optimizer._preconditioner.layers] == [True]
+    optimizer.add_param_group({"params": [model.first, model.head]})
+    assert [layer.last for layer in optimizer._preconditioner.layers] == [False, False, True]
+    twin = copy.deepcopy(optimizer)
+    assert [layer.last for layer in twin._preconditioner.layers] == [False, False, True]
+
+
+def test_split_weight_steps_as_its_matrices_do(backend):
+    """Queries and keys in one weight, or in two: one P, a factor for each."""
+    torch.manual_seed(0)
+    joint = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 2)).double()
+    apart = nn.ModuleList([nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(8, 2)]).double()
+    with torch.no_grad():
+        for half, part in enumerate(apart[:2]):
+            part.weight.copy_(joint[0].weight[4 * half : 4 * half + 4])
+            part.bias.copy_(joint[0].bias[4 * half : 4 * half + 4])
+        apart[2].load_state_dict(joint[1].state_dict())
+    options = {"normalize": "spectral", "backend": backend, "max_change": None, **OPTIONS}
+    optimizers = GLS(joint, split=2, **options), GLS(apart, **options)
+    for number in range(5):
+        inputs = torch.randn(9, 5, generator=torch.Generator().manual_seed(number)).double()
+        hidden = torch.cat([apart[0](inputs), apart[1](inputs)], dim=1)
+        for outputs, optimizer in zip((joint(inputs), apart[2](hidden)), optimizers, strict=True):
+            optimizer.zero_grad()
+            outputs.square().mean().backward()
+            optimizer.step()
+    whole = torch.cat([apart[0].weight, apart[1].weight])
+    assert_near(joint[0].weight, whole, SAME_STEPS)
+    assert_near(joint[0].bias, torch.cat([apart[0].bias, apart[1].bias]), SAME_STEPS)
+    assert_near(joint[1].weight, apart[2].weight, SAME_STEPS)
+    unsplit = GLS(copy.deepcopy(joint), **options)
+    assert unsplit.param_groups[0]["split"] == 1
+
+
+def test_split_that_does_not_divide_the_outputs_is_refused():
+    model = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 2))
+    with pytest.raises(
+        ValueError, match=r"split: expected a divisor of the 8 outputs of layer '0'"
+    ):
+        GLS(model, normalize="spectral", split=3)
+    assert type(model[0]) is nn.Linear
+
+
+def test_auto_goes_by_the_rows_of_the_first_step():
+    """The factor of [16, 16] takes 5 (4 + 2) 16^3 flops, forward and backward 6 n 16^2: 80 / n."""
+    for rows, chosen in ((150, "factored"), (170, "spectral")):
+        assert (80 / rows > MOST_SHARE) == (chosen == "factored")
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Tanh(), nn.Linear(16, 4))
+        optimizer = GLS(model, normalize="auto", **OPTIONS)
+        step(model, optimizer, torch.randn(rows, 16))
+        # Later steps, of more or fewer rows, do not change it.
+        step(model, optimizer, torch.randn(400 - 2 * rows + 10, 16))
+        assert scales(optimizer) == {"0": chosen, "2": "factored"}
+        twin = GLS(model, normalize="auto", **OPTIONS)
+        twin.load_state_dict(optimizer.state_dict())
+        assert scales(twin) == scales(optimizer)
+
+
+@pytest.mark.parametrize("normalize", ["spectral", "auto"])
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_resumed_training_is_the_same_bit_for_bit(kind, normalize):
+    def train(model, optimizer, steps):
+        for number in steps:
+            optimizer.zero_grad()
+            net_loss(model, make_batch(kind, 12, number)).backward()
+            optimizer.step()
+
+    model = make_net(kind)
+    optimizer = GLS(model, normalize=normalize, **OPTIONS)
+    train(model, optimizer, range(5))
+    twin_model = copy.deepcopy(model)
+    twin = GLS(twin_model, normalize=normalize, **OPTIONS)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, range(5, 9))
+    train(twin_model, twin, range(5, 9))
+    for ours, theirs in zip(model.parameters(), twin_model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_bound_holds_for_spectral_steps():
+    model = make_net("mlp")
+    optimizer = GLS(model, normalize="spectral", **{**OPTIONS, "lr": 100.0, "max_change": 0.01})
+    before = copy.deepcopy(model)
+    net_loss(model, make_batch("mlp", 12, 0)).backward()
+    optimizer.step()
+    for ours, old in zip(model.parameters(), before.parameters(), strict=True):
+        if ours.ndim > 1:
+            assert relative_error(ours, old) < 0.012
+
+
+def test_nothing_moves_where_the_step_is_skipped():
+    model = make_net("mlp").float()
+    optimizer = GLS(model, normalize="spectral", **OPTIONS)
+    before = copy.deepcopy(model.state_dict())
+    model(torch.randn(6, 6)).sum().backward()
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.ones(())
+    optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
