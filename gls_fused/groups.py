@@ -53,9 +53,13 @@ def check_group_options(options: Mapping[str, Any], site: str) -> None:
     check_site(options["normalize"], site)
 
 
-def check_split(layer: Layer, options: Mapping[str, Any]) -> None:
-    """Raises ValueError where a weight has other rows than `split` matrices of as many."""
-    if layer.outputs % options["split"]:
+def check_split(layer: Layer, options: Mapping[str, Any], *, last: bool) -> None:
+    """Raises ValueError where a weight that is to be split is not `split` matrices of as many rows.
+
+    Args:
+        last: whether it is the last layer, which is not split unless it is asked to be.
+    """
+    if (options["spectral_head"] or not last) and layer.outputs % options["split"]:
         raise ValueError(
             f"split: expected a divisor of the {layer.outputs} outputs of layer {layer.name!r}, "
             f"got {options['split']}"

@@ -249,7 +249,7 @@ class GLS(torch.optim.Optimizer):
     def _cover(self, layers: Sequence[Layer], uncovered: Sequence[Uncovered]) -> None:
         groups = {param: group for group in self.param_groups for param in group["params"]}
         for layer in layers:
-            check_split(layer, groups[layer.weight])
+            check_split(layer, groups[layer.weight], last=layer is layers[-1])
             self._preconditioner.add([layer], groups[layer.weight])
         self._uncovered += uncovered
         self._preconditioner.ranks.disagree()
@@ -328,7 +328,8 @@ class GLS(torch.optim.Optimizer):
             started = preconditioner.start(layers, self.state, sums, group)
             self._forget_earlier(layers, started)
             if group["max_change"] is not None:
-                measure_weights([p for p in layers if self._is_unmeasured(p)], self.state)
+                new = [p for p in layers if p in started or self._is_unmeasured(p)]
+                measure_weights(new, self.state)
             mine = [p for p in layers if p.weight.grad is not None and p.inverse is not None]
             ready.update((param, layer) for layer in mine for param in layer.params)
         draw = self._bits_of(bits)

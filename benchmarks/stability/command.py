@@ -38,7 +38,7 @@ from gls_fused import GLS
 
 INTERRUPTED = 130
 DEFAULT_TASKS = ("mlp", "autoencoder", "transformer")
-NORMALIZES = ("factored", "row", "rms", "adam", "sgd", "none")
+NORMALIZES = ("auto", "factored", "rms", "adam", "sgd", "none")
 # Of GLS's defaults: half decades and decades.
 RATES = (1 / 30, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)

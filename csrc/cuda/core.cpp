@@ -56,7 +56,7 @@ Lists invert_cores(at::TensorList cores, at::TensorList traces, at::IntArrayRef 
   Lists results;
   auto& [inverses, shifts] = results;
   std::vector<Tensor> kept;
-  CorePlan plan;
+  CorePlan plan(damping);
   for (size_t i = 0; i < cores.size(); ++i) {
     kept.push_back(cores[i].contiguous());
     inverses.push_back(at::empty(cores[i].sizes(), cores[i].options()));
@@ -68,7 +68,6 @@ Lists invert_cores(at::TensorList cores, at::TensorList traces, at::IntArrayRef 
     layer.shift = shifts.back().mutable_data_ptr();
     layer.dim = dims[i];
     layer.samples = samples.empty() ? nullptr : samples[i].const_data_ptr();
-    layer.damping = damping;
     layer.rank = int32_t(cores[i].size(0));
     plan.add(layer);
   }

@@ -23,14 +23,14 @@ struct CoreNumbers {
 };
 
 template <typename T>
-__device__ inline CoreNumbers<T> number_core(const CoreLayer& layer) {
+__device__ inline CoreNumbers<T> number_core(const CoreLayer& layer, double damping) {
   const T* core = static_cast<const T*>(layer.core);
   const T trace = *static_cast<const T*>(layer.trace);
   double rows = double(layer.dim);
   if (layer.samples != nullptr) rows = fmin(rows, double(*static_cast<const T*>(layer.samples)));
   // The reference's bound: 32 units of rounding.
   const double least = 32 * (sizeof(T) == 4 ? double(FLT_EPSILON) : DBL_EPSILON);
-  const T damp = T(double(trace) * fmax(layer.damping / rows, least));
+  const T damp = T(double(trace) * fmax(damping / rows, least));
   T core_trace = 0;
   for (int i = 0; i < layer.rank; ++i) core_trace += core[i * layer.rank + i];
   T rest = 0;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kCoreThreads)
   T* row = a + rank * pitch;
   T* column = row + rank;
   const T* core = static_cast<const T*>(layer.core);
-  const auto [damp, shift, core_trace] = number_core<T>(layer);
+  const auto [damp, shift, core_trace] = number_core<T>(layer, table.damping);
   for (int at = threadIdx.x; at < rank * rank; at += kCoreThreads) {
     const int i = at / rank, j = at % rank;
     a[i * pitch + j] = core[at] / damp + (i == j ? T(1) : T(0));
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kCoreThreads)
   T* x = b + width * pitch;
   T* t = x + width * pitch;
   const T* core = static_cast<const T*>(layer.core);
-  const auto [damp, shift, core_trace] = number_core<T>(layer);
+  const auto [damp, shift, core_trace] = number_core<T>(layer, table.damping);
   // The trace of M + lambda I, which no eigenvalue of it exceeds.
   const T bound = core_trace + T(rank) * damp;
   for (int at = threadIdx.x; at < width * width; at += kCoreThreads) {

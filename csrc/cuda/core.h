@@ -24,7 +24,6 @@ struct CoreLayer {
   void* shift;         // lambda'^p, 0-d
   const void* samples;  // s, 0-d; null: no fewer than dim
   int64_t dim;
-  double damping;
   int32_t rank;
 };
 
@@ -32,6 +31,7 @@ struct CoreTable {
   CoreLayer entries[kMaxCores];
   int32_t count;
   int32_t most_rank;
+  double damping;
 };
 
 // Bytes of shared memory for a matrix of this rank, its pivot row and column, and a flag.

@@ -289,8 +289,11 @@ class UpdatePlan {
 
 class CorePlan {
  public:
+  explicit CorePlan(double damping) : damping_(damping) {}
+
   void add(const CoreLayer& layer) {
     CoreTable& table = append(tables_, layer);
+    table.damping = damping_;
     table.most_rank = std::max(table.most_rank, layer.rank);
   }
 
@@ -305,6 +308,7 @@ class CorePlan {
 
  private:
   std::vector<CoreTable> tables_;
+  double damping_;
 };
 
 inline uint32_t move_blocks(int64_t dim) { return uint32_t(divide_up(dim, kMoveColumns)); }

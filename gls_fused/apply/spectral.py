@@ -28,7 +28,7 @@ def normalize_of(layer: Layer, state: State, group: Mapping[str, Any]) -> str:
         return asked
     if _keeps_scale(layer, group):
         return "factored"
-    if asked == "auto" and factor_share(layer, state["rows"], group["split"]) > MOST_SHARE:
+    if asked == "auto" and factor_share(layer, state.get("rows", 0), group["split"]) > MOST_SHARE:
         return "factored"
     return "spectral"
 

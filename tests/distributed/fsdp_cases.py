@@ -98,9 +98,13 @@ for kind, site in itertools.product(("mlp", "cnn", "uneven"), ("step", "backward
     CASES[f"{kind}_{site}"] = lambda kind=kind, site=site: check_equals_one_process(
         kind, {**OPTIONS, "site": site}
     )
-for normalize in ("row", "factored", "adam", "sgd", "none"):
+for normalize in ("row", "factored", "spectral", "adam", "sgd", "none"):
     CASES[f"normalize_{normalize}"] = lambda normalize=normalize: check_equals_one_process(
         "uneven", {**OPTIONS, "normalize": normalize, "weight_decay": 0.1}
+    )
+for kind, split in (("cnn", 1), ("mlp", 2), ("uneven", 1)):
+    CASES[f"orthogonal_steps_{kind}"] = lambda kind=kind, split=split: check_equals_one_process(
+        kind, {**OPTIONS, "normalize": "spectral", "split": split, "spectral_head": split == 1}
     )
 for reshard in (True, False):
     CASES[f"reshard_after_forward_{reshard}"] = lambda reshard=reshard: check_equals_one_process(
@@ -351,6 +355,7 @@ def resumes_bit_for_bit_from_a_sharded_checkpoint():
         {"momentum": 0.0, "site": "backward"},
         {"normalize": "adam"},
         {"normalize": "factored", "max_change": 0.1},
+        {"normalize": "spectral"},
     )
     for index, options in enumerate(variants):
         options, place = {**OPTIONS, **options}, Path(folder[0], str(index))

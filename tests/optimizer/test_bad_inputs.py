@@ -408,7 +408,7 @@ def test_scale_of_the_inputs_is_undone(backend, curvature):
         rows = torch.randn(20, 5) * scale
         before = model(rows)
         options = {"curvature": curvature, "backend": backend, **EVERY_STEP}
-        optimizer = GLS(model, lr=0.1, normalize="none", **options)
+        optimizer = GLS(model, lr=0.1, power=1, normalize="none", max_change=None, **options)
         for _ in range(3):
             (model(rows) - 1).square().mean().backward()
             optimizer.step()

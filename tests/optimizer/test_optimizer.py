@@ -156,7 +156,7 @@ def test_report_says_what_falls_back_and_why():
         optimizer.step()
     report = repr(optimizer)
     for line in [
-        "covered: GLS (Linear 9 -> 8, 12 rows, rank 8, site step, backend native)",
+        "covered: GLS (Linear 9 -> 8, 12 rows, rank 8, site step, backend native, factored)",
         "embed.weight: Adam (shared by embed, unembed: Embedding is not covered)",
         "6 norms, biases and other vectors: Adam",
         "attend.in_proj_weight: Adam (MultiheadAttention is not covered)",

@@ -34,7 +34,7 @@ def invert(emulator, cores, traces, dims, power, damping=DAMPING, samples=None):
     dtype = cores[0].dtype
 
     def run(memory):
-        emulator.call("start_cores")
+        emulator.call("start_cores", float(damping))
         results = []
         rows = samples or [None] * len(cores)
         for core, trace, dim, mine in zip(cores, traces, dims, rows, strict=True):
@@ -44,7 +44,7 @@ def invert(emulator, cores, traces, dims, power, damping=DAMPING, samples=None):
             )
             inputs = memory.copy("core", core), memory.copy("trace", trace)
             counted = None if mine is None else memory.copy("samples", mine)
-            emulator.call("add_core", *inputs, *pair, counted, dim, damping, len(core))
+            emulator.call("add_core", *inputs, *pair, counted, dim, len(core))
             results += pair
         emulator.call("invert_cores", dtype == torch.float64, round(4 * power))
         return results

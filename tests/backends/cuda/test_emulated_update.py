@@ -18,6 +18,11 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 NORMALIZE = {"rms": 1, "row": 3, "factored": 4, "adam": 0, "sgd": 2, "none": 0}
 # One v for each row, or c for each column.
 AXIS = ("row", "factored")
+# The others differ in what is read and written alone.
+MOMENTA = [pytest.param(0.0, marks=pytest.mark.slow), 0.8]
+SLOW_DOUBLE, SLOW_BFLOAT16 = (
+    pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float64, torch.bfloat16)
+)
 OPTIONS = {"lr": 0.3, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.2}
 # Weight, whether there is a bias, rank of the inverse (None: the direction is given; these come
 # first). 16-byte rows and others, several chunks and tiles, one element, none.
@@ -217,7 +222,7 @@ def check(emulator, layers, normalize, momentum, **options):
     assert_updated(found, update_by_reference(layers, normalize, momentum, scale, **lr), dtype)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.8])
+@pytest.mark.parametrize("momentum", MOMENTA)
 @pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_update(emulator, dtype, normalize, momentum):
@@ -226,7 +231,7 @@ def test_update(emulator, dtype, normalize, momentum):
     check(emulator, make_layers(layers, dtype, normalize, momentum), normalize, momentum)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.8])
+@pytest.mark.parametrize("momentum", MOMENTA)
 @pytest.mark.parametrize("normalize", AXIS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_and_columns(emulator, dtype, normalize, momentum):
@@ -257,9 +262,9 @@ def test_a_column_that_is_not_finite(emulator, normalize):
             assert torch.equal(actual.read().isnan(), sought.isnan())
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.8])
+@pytest.mark.parametrize("momentum", MOMENTA)
 @pytest.mark.parametrize("normalize", NORMALIZE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, SLOW_DOUBLE])
 def test_a_bound_on_the_rate_of_each_layer(emulator, dtype, normalize, momentum):
     """Of some below lr and of others above it; the decay is lr's."""
     layers = make_layers(LAYERS, torch.float32, normalize, momentum)
@@ -271,7 +276,7 @@ def test_a_bound_on_the_rate_of_each_layer(emulator, dtype, normalize, momentum)
 
 @pytest.mark.parametrize("normalize", ["rms", *AXIS])
 @pytest.mark.parametrize("name", ["param", "gradient", "exp_avg", "exp_avg_sq"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, SLOW_BFLOAT16])
 def test_an_address_that_is_no_multiple_of_16_bytes(emulator, dtype, name, normalize):
     layers = make_layers(LAYERS, dtype, normalize, 0.8)
     check(emulator, layers, normalize, 0.8, misaligned=name)

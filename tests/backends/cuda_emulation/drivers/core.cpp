@@ -12,17 +12,17 @@ using cuda_emulation::guarded;
 
 namespace {
 
-CorePlan plan;
+CorePlan plan(0);
 
 }  // namespace
 
-EMULATED start_cores() {
-  return guarded([] { plan = {}; });
+EMULATED start_cores(double damping) {
+  return guarded([&] { plan = CorePlan(damping); });
 }
 
 EMULATED add_core(const void* core, const void* trace, void* core_inverse, void* shift,
-                  const void* samples, int64_t dim, double damping, int rank) {
-  return guarded([&] { plan.add({core, trace, core_inverse, shift, samples, dim, damping, rank}); });
+                  const void* samples, int64_t dim, int rank) {
+  return guarded([&] { plan.add({core, trace, core_inverse, shift, samples, dim, rank}); });
 }
 
 EMULATED invert_cores(bool is_double, int quarters) {
