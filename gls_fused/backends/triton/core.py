@@ -122,16 +122,16 @@ def _power(x, QUARTERS: tl.constexpr):
 def _dampings(line, core_trace, trace, rank, QUARTERS: tl.constexpr):
     """Lambda and lambda'^p."""
     dim = tl.load(line + 5)
-    rows = dim.to(tl.float64)
+    rows = dim.to(trace.dtype)
     samples = tl.load(line + 10)
     # No address: no fewer than dim.
     known = samples != 0
     samples = tl.load(samples.to(tl.pointer_type(trace.dtype)), mask=known, other=0.0)
-    rows = tl.where(known, tl.minimum(rows, samples.to(tl.float64)), rows)
-    share = tl.load(line + 6).to(tl.float64, bitcast=True) / rows
+    rows = tl.where(known, tl.minimum(rows, samples), rows)
+    share = tl.load(line + 6).to(tl.float64, bitcast=True).to(trace.dtype) / rows
     # 32 units of rounding.
     LEAST: tl.constexpr = 2.0**-47 if trace.dtype == tl.float64 else 2.0**-18
-    damp = (trace.to(tl.float64) * tl.maximum(share, LEAST)).to(trace.dtype)
+    damp = trace * tl.maximum(share, LEAST)
     rest = trace - core_trace
     # As clamp does, a NaN stays one.
     rest = tl.where(rest < 0.0, 0.0, rest)
