@@ -459,7 +459,7 @@ class GLS(torch.optim.Optimizer):
 
             trace       t = tr(Sigma), the mean square norm of a layer's rows
             captured    tr(M) / t, the share of it in the directions that are solved exactly
-            damping     lambda = damping t / d
+            damping     lambda = damping t / min(d, s)
             samples     s, how many rows of equal weight its statistics stand for
             update_rms  root mean square of D = D0 P, bias-corrected; not with "sgd" and "none"
             lr_share    the share of lr that max_change leaves its step, 1 where it does not hold;

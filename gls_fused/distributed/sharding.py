@@ -117,9 +117,10 @@ def update_shards_(
     shards = shards_of(params[0])
     assert shards is not None
     mesh, dimension = shards
-    whole = params
     elements = [param.numel() for param in params]
-    outputs = [len(params[mine][0]) for mine in _slices(layer_sizes)]
+    layers = _slices(layer_sizes)
+    weights = [params[mine][0] for mine in layers]
+    outputs = [len(weight) for weight in weights]
     params, gradients, exp_avgs, exp_avg_sqs = (
         [rows_here(tensor) for tensor in tensors]
         for tensors in (params, gradients, exp_avgs, exp_avg_sqs)
@@ -132,7 +133,6 @@ def update_shards_(
         )  # fmt: skip
         return
     if normalize == "spectral":
-        weights = [whole[mine][0] for mine in _slices(layer_sizes)]
 
         def updates_of(averages: Sequence[Tensor], split: int) -> list[Tensor]:
             gathered = [_gather_rows(*pair) for pair in zip(averages, weights, strict=True)]
@@ -145,7 +145,6 @@ def update_shards_(
             lr_bounds=lr_bounds, split=split, updates_of=updates_of,
         )  # fmt: skip
         return
-    layers = _slices(layer_sizes)
     directions = [
         layer_directions(gradients[mine], exp_avgs[mine], inverse)
         for mine, inverse in zip(layers, inverses, strict=True)

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from nets import loss_of as net_loss
-from nets import make_batch, make_net
+from nets import assert_equal, loss_of, make_batch, make_net, train
 from tolerances import SAME_STEPS, assert_near, relative_error
 from torch import nn
 
@@ -35,7 +34,7 @@ def test_step_of_a_weight_is_orthogonal(backend, kind):
     model = make_net(kind)
     optimizer = GLS(model, normalize="spectral", max_change=None, backend=backend, **OPTIONS)
     before = [layer.weight.detach().clone() for layer in (model.first, model.second)]
-    net_loss(model, make_batch(kind, 12, 0)).backward()
+    loss_of(model, make_batch(kind, 12, 0)).backward()
     optimizer.step()
     for layer, old in zip((model.first, model.second), before, strict=True):
         moved = (old - layer.weight.detach()).flatten(1)
@@ -133,29 +132,21 @@ def test_auto_goes_by_the_rows_of_the_first_step():
 @pytest.mark.parametrize("normalize", ["spectral", "auto"])
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 def test_resumed_training_is_the_same_bit_for_bit(kind, normalize):
-    def train(model, optimizer, steps):
-        for number in steps:
-            optimizer.zero_grad()
-            net_loss(model, make_batch(kind, 12, number)).backward()
-            optimizer.step()
-
     model = make_net(kind)
     optimizer = GLS(model, normalize=normalize, **OPTIONS)
-    train(model, optimizer, range(5))
+    train(model, optimizer, range(5), kind)
     twin_model = copy.deepcopy(model)
     twin = GLS(twin_model, normalize=normalize, **OPTIONS)
     twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    train(model, optimizer, range(5, 9))
-    train(twin_model, twin, range(5, 9))
-    for ours, theirs in zip(model.parameters(), twin_model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    expected = train(model, optimizer, range(5, 9), kind)
+    assert_equal(train(twin_model, twin, range(5, 9), kind), expected)
 
 
 def test_bound_holds_for_spectral_steps():
     model = make_net("mlp")
     optimizer = GLS(model, normalize="spectral", **{**OPTIONS, "lr": 100.0, "max_change": 0.01})
     before = copy.deepcopy(model)
-    net_loss(model, make_batch("mlp", 12, 0)).backward()
+    loss_of(model, make_batch("mlp", 12, 0)).backward()
     optimizer.step()
     for ours, old in zip(model.parameters(), before.parameters(), strict=True):
         if ours.ndim > 1:
