@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-Normalize: TypeAlias = Literal["rms", "row", "factored", "spectral", "adam", "sgd", "none"]
+Normalize: TypeAlias = Literal["rms", "row", "factored", "adam", "sgd", "none"]
 
 
 class DenseInverse(NamedTuple):
@@ -44,6 +44,8 @@ class SubspaceInverse(NamedTuple):
 
 
 Inverse: TypeAlias = DenseInverse | SubspaceInverse
+# As `orthogonal_updates`.
+UpdatesOf: TypeAlias = Callable[[Sequence[Tensor], int], list[Tensor]]
 
 # Sigma's mean eigenvalue over the mu of `blend_subspace`.
 SHIFT = 256
@@ -446,7 +448,6 @@ def update_layers_(
     weight_decay: float,
     skip: Tensor | None = None,
     lr_bounds: Tensor | None = None,
-    split: int = 1,
 ) -> None:
     """The parameters of some layers take their step, in place.
 
@@ -456,31 +457,22 @@ def update_layers_(
         update = m^ / (sqrt(v^) + eps) | m^ ||D0|| / ||D|| | m^     (^: bias-corrected)
 
     The mean is over the layer for "rms", one element for "adam", a row [W b]_i for "row". For
-    "factored" v_i is the row's, c_j that of column j, and v_i c_j / mean(v) stands for v. For
-    "spectral" see `update_spectral_layers_`.
+    "factored" v_i is the row's, c_j that of column j, and v_i c_j / mean(v) stands for v.
 
     Args:
         params: weight [m, ...], bias [m] of one layer after the other.
         gradients: D0, or D for a layer without an inverse; shaped as the parameters, left as is.
         exp_avgs: m, shaped as the parameters; empty when momentum is 0.
         exp_avg_sqs: v; a 0-d tensor per layer for "rms", v [m] for "row", v [m] and then c [d] for
-            "factored", v [m] for "spectral", one per parameter for "adam", else empty. c counts the
-            bias, which is its last, also where it takes no step.
+            "factored", one per parameter for "adam", else empty. c counts the bias, which is its
+            last, also where it takes no step.
         steps: 0-d, per layer: steps taken; advanced by one.
         inverses: P per layer, d = k (+ 1 with a bias), or None where `gradients` holds D.
         layer_sizes: how many of `params` each layer has, 1 or 2.
         skip: 0-d bool; where it is true nothing changes, which the host need not know.
         lr_bounds: [layers], of the averages' dtype: the most that lr may be in each layer's step.
-        split: into how many matrices of as many rows "spectral" takes a weight apart.
     Numerics: a gradient that is not finite makes the layer not finite, as with Adam.
     """
-    if normalize == "spectral":
-        update_spectral_layers_(
-            params, gradients, exp_avgs, exp_avg_sqs, steps, inverses, layer_sizes=layer_sizes,
-            lr=lr, momentum=momentum, beta2=beta2, eps=eps, weight_decay=weight_decay, skip=skip,
-            lr_bounds=lr_bounds, split=split,
-        )  # fmt: skip
-        return
     options = (momentum, beta2, eps, lr * weight_decay)
     first = 0
     # How many of `exp_avg_sqs` a layer has, where it is not one per parameter.
@@ -650,18 +642,21 @@ def update_spectral_layers_(
     skip: Tensor | None = None,
     lr_bounds: Tensor | None = None,
     split: int = 1,
-    updates_of: Callable[[Sequence[Tensor], int], list[Tensor]] | None = None,
+    updates_of: UpdatesOf | None = None,
 ) -> None:
-    """`update_layers_` with normalize="spectral": an orthogonal step for each weight [m, k].
+    """An orthogonal step for each weight [m, k], which "spectral" takes, in place.
 
         D = D0 P,   m <- momentum m + (1 - momentum) D,   N = momentum m + (1 - momentum) D
-        W <- W (1 - lr weight_decay) - min(lr, bound) update,   update: see `spectral_updates`
+        W <- W (1 - lr weight_decay) - min(lr, bound) .2 sqrt(max(m, k)) orth(N)
 
     The bias takes the step that it takes with "row".
 
     Args:
         exp_avg_sqs: v [m] of each layer.
-        updates_of: what stands for `spectral_updates`.
+        split: how many matrices of as many rows each weight is, one above the other, as in fused
+            projections; each has its own factor, and its own m.
+        updates_of: what stands for `orthogonal_updates`.
+        params, ...: as those of `update_layers_`.
     """
     decayed, first = 1 - lr * weight_decay, 0
     averages: list[Tensor] = []
@@ -684,30 +679,26 @@ def update_spectral_layers_(
                 scale = _axis_scales(directions, squares, steps[layer], beta2, eps)[1]
                 corrected = bias_correction(momentum, steps[layer], blended[1].dtype)
                 bias[0].mul_(decayed).sub_(rate * scale * blended[1] / corrected)
-        updates = (updates_of or spectral_updates)(averages, split)
+        updates = (updates_of or orthogonal_updates)(averages, split)
         for (weight, rate), update in zip(moved, updates, strict=True):
             weight.mul_(decayed).sub_(rate * update.view_as(weight))
 
 
-def spectral_updates(
-    averages: Sequence[Tensor],
-    split: int,
-    factors_of: Callable[[Sequence[Tensor]], list[Tensor]] | None = None,
-) -> list[Tensor]:
-    """.2 sqrt(max(m, k)) orth(N) for N [m, k]: of a root mean square of .2, about that of Adam's.
+def orthogonal_updates(matrices: Sequence[Tensor], split: int = 1) -> list[Tensor]:
+    """.2 sqrt(max(m, k)) orth(N) of some N [m, k]: a root mean square of .2, about that of Adam's.
 
     Args:
-        averages: N of each layer.
-        split: how many matrices of as many rows each N is, one above the other, as in fused
-            projections; each has its own factor, and its own m.
-        factors_of: what stands for `orthogonalize_all`.
+        split: how many matrices of as many rows each N is, one above the other.
     Source: Jordan et al., 2024, Muon, for the step; Liu et al., 2025, "Muon is scalable for LLM
         training", for its length.
     """
-    parts = [part for average in averages for part in average.chunk(split)]
-    factors = (factors_of or orthogonalize_all)(parts)
-    scaled = [SPECTRAL_RMS * math.sqrt(max(factor.shape)) * factor for factor in factors]
-    return [torch.cat(scaled[first : first + split]) for first in range(0, len(scaled), split)]
+    parts = [matrix.chunk(split) for matrix in matrices]
+    return [torch.cat([spectral_length(x) * orthogonalize(x) for x in each]) for each in parts]
+
+
+def spectral_length(matrix: Tensor) -> float:
+    """.2 sqrt(max(m, k)) of a matrix [..., m, k]."""
+    return SPECTRAL_RMS * math.sqrt(max(matrix.shape[-2:]))
 
 
 def orthogonal_factor(matrix: Tensor) -> Tensor:
@@ -733,11 +724,6 @@ def orthogonalize(matrix: Tensor) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if matrix.shape[-2] > matrix.shape[-1] else x
-
-
-def orthogonalize_all(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """`orthogonalize` of some matrices."""
-    return [orthogonalize(matrix) for matrix in matrices]
 
 
 def layer_norm(tensors: Sequence[Tensor]) -> Tensor:

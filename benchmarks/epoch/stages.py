@@ -34,6 +34,7 @@ OPS = {
     "refresh_subspaces": "refresh",
     "invert_cores": "core inverse",
     "update_layers_": "update, with P at the step site",
+    "update_spectral_layers_": "orthogonal step",
 }
 
 

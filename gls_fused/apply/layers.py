@@ -15,6 +15,7 @@ from gls_fused.apply.low_precision import Bits, close_copies, is_low, open_copie
 from gls_fused.apply.spectral import kept_by, normalize_of
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
+from gls_fused.distributed.factors import update_spectral_shards_
 from gls_fused.distributed.sharding import (
     everywhere,
     is_sharded,
@@ -121,9 +122,14 @@ def _step_together_(
     gradients = [p.grad if copy is p else p.grad.float() for p, copy in pairs if p.grad is not None]
     apart = Apart(params, copies, options, groups)
     backend = layers[0].backend
-    update_layers_ = backend.update_layers_
-    if layers[0].shards is not None:
-        update_layers_ = functools.partial(update_shards_, backend)
+    sharded = layers[0].shards is not None
+    update_ = functools.partial(update_shards_, backend) if sharded else backend.update_layers_
+    how: dict[str, Any] = {"normalize": normalize}
+    if normalize == "spectral":
+        update_ = backend.update_spectral_layers_
+        if sharded:
+            update_ = functools.partial(update_spectral_shards_, backend)
+        how = {"split": options["split"]}
     skip = None if skip is None else skip.to(params[0].device, non_blocking=True)
     averages = [state["exp_avg"] for state in found] if options["momentum"] else []
     lr_bounds = None
@@ -133,7 +139,7 @@ def _step_together_(
             lr_bounds /= SPECTRAL_RMS
         elif normalize in ("sgd", "none"):
             lr_bounds /= root_mean_squares(gradients, averages, firsts, inverses, sizes, options)
-    update_layers_(
+    update_(
         apart.written,
         gradients,
         averages,
@@ -141,7 +147,7 @@ def _step_together_(
         [state["step"] for state in firsts],
         inverses,
         layer_sizes=sizes,
-        normalize=normalize,
+        **how,
         lr=apart.lr,
         momentum=options["momentum"],
         beta2=options["beta2"],
@@ -149,7 +155,6 @@ def _step_together_(
         weight_decay=options["weight_decay"],
         skip=skip,
         lr_bounds=lr_bounds,
-        split=options["split"],
     )
     apart.close_(skip)
     close_copies(params, copies, options, bits)

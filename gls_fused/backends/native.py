@@ -6,6 +6,7 @@ the reference's; on CUDA also bases that move, and cores, beyond the ranks that 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,8 @@ except ImportError as error:
         "not built: this is a source tree; run `pip install --no-build-isolation -e .` in it"
     ) from error
 from gls_fused import reference
-from gls_fused.backends.factors import orthogonalize_all, spectral_updates
+from gls_fused.backends import factors
+from gls_fused.backends.factors import orthogonal_updates
 from gls_fused.reference import (
     DenseInverse,
     Inverse,
@@ -44,7 +46,7 @@ __all__ = [
     "invert_core",
     "invert_cores",
     "invert_gram",
-    "orthogonalize_all",
+    "orthogonal_updates",
     "precondition_gradient",
     "precondition_rows",
     "refresh_subspace",
@@ -54,6 +56,7 @@ __all__ = [
     "sum_gram",
     "unfold_images",
     "update_layers_",
+    "update_spectral_layers_",
 ]
 
 
@@ -209,16 +212,8 @@ def update_layers_(
     weight_decay: float,
     skip: Tensor | None = None,
     lr_bounds: Tensor | None = None,
-    split: int = 1,
 ) -> None:
     """See `gls_fused.reference.update_layers_`."""
-    if normalize == "spectral":
-        reference.update_spectral_layers_(
-            params, gradients, exp_avgs, exp_avg_sqs, steps, inverses, layer_sizes=layer_sizes,
-            lr=lr, momentum=momentum, beta2=beta2, eps=eps, weight_decay=weight_decay, skip=skip,
-            lr_bounds=lr_bounds, split=split, updates_of=spectral_updates,
-        )  # fmt: skip
-        return
     if any(isinstance(inverse, DenseInverse) for inverse in inverses):
         reference.update_layers_(
             params, gradients, exp_avgs, exp_avg_sqs, steps, inverses, layer_sizes=layer_sizes,
@@ -247,6 +242,11 @@ def update_layers_(
         lr_bounds,
     )
     increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
+
+
+update_spectral_layers_ = functools.partial(
+    factors.update_spectral_layers_, precondition_gradient, orthogonal_updates
+)
 
 
 def _by_layer(

@@ -1,8 +1,8 @@
 """Layers whose rows are spread over ranks, as torch.distributed.fsdp.fully_shard leaves them.
 
 Weight and bias are DTensors then, sharded over the outputs. P acts on columns, so each rank takes
-its rows of D = D0 P by itself; only the norms of a whole layer ("rms", "sgd"), of its columns
-("factored"), and its orthogonal factor ("spectral") need all ranks.
+its rows of D = D0 P by itself; only the norms of a whole layer ("rms", "sgd") and of its columns
+("factored") need all ranks, and orthogonal factors, which are in `factors`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gls_fused import reference
 from gls_fused.reference import (
     Inverse,
     Normalize,
@@ -102,13 +101,11 @@ def update_shards_(
     weight_decay: float,
     skip: Tensor | None = None,
     lr_bounds: Tensor | None = None,
-    split: int = 1,
 ) -> None:
     """`reference.update_layers_` for layers that are sharded over the same ranks.
 
     "none", "adam" and "row" are the backend's own update of a rank's rows. "rms" and "sgd" take one
-    all-reduce of one or two numbers per layer, "factored" one of d + 1, "spectral" gathers each
-    weight's N on every rank.
+    all-reduce of one or two numbers per layer, "factored" one of d + 1.
 
     Args:
         params: DTensors, as are gradients, exp_avgs and those of exp_avg_sqs with a number per
@@ -130,19 +127,6 @@ def update_shards_(
             params, gradients, exp_avgs, exp_avg_sqs, steps, inverses, layer_sizes=layer_sizes,
             normalize=normalize, lr=lr, momentum=momentum, beta2=beta2, eps=eps,
             weight_decay=weight_decay, skip=skip, lr_bounds=lr_bounds,
-        )  # fmt: skip
-        return
-    if normalize == "spectral":
-
-        def updates_of(averages: Sequence[Tensor], split: int) -> list[Tensor]:
-            gathered = [_gather_rows(*pair) for pair in zip(averages, weights, strict=True)]
-            updates = reference.spectral_updates(gathered, split, backend.orthogonalize_all)
-            return [_rows_of(*pair) for pair in zip(updates, weights, strict=True)]
-
-        reference.update_spectral_layers_(
-            params, gradients, exp_avgs, exp_avg_sqs, steps, inverses, layer_sizes=layer_sizes,
-            lr=lr, momentum=momentum, beta2=beta2, eps=eps, weight_decay=weight_decay, skip=skip,
-            lr_bounds=lr_bounds, split=split, updates_of=updates_of,
         )  # fmt: skip
         return
     directions = [
@@ -199,29 +183,6 @@ def _sharded_dimensions(weight: Any) -> list[int]:
 def _slices(sizes: Sequence[int]) -> list[slice]:
     ends = [sum(sizes[: layer + 1]) for layer in range(len(sizes))]
     return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-
-
-def _gather_rows(rows: Tensor, weight: Any) -> Tensor:
-    """All rows of a matrix [m, k] that is sharded as a weight [m, ...] is, on every rank."""
-    from torch.distributed.tensor import DTensor
-
-    size = weight.shape[1:].numel()
-    sharded = DTensor.from_local(
-        rows, weight.device_mesh, weight.placements, run_check=False,
-        shape=torch.Size([len(weight), size]), stride=(size, 1),
-    )  # fmt: skip
-    found: Tensor = sharded.full_tensor()
-    return found
-
-
-def _rows_of(matrix: Tensor, weight: Any) -> Tensor:
-    """This rank's rows of a matrix that every rank has."""
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = weight.device_mesh
-    whole = DTensor.from_local(matrix, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    found: Tensor = whole.redistribute(mesh, weight.placements).to_local()
-    return found
 
 
 def _sum_axes(directions: Sequence[Tensor], exp_avg_sq: Tensor, beta2: float) -> Tensor:

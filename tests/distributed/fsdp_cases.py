@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_module, distribu
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from gls_fused import GLS, attach
+from gls_fused.distributed.factors import choose_owners, rows_of_rank
 
 CASES = {}
 
@@ -344,6 +345,30 @@ def communication_is_counted():
             assert bool(traffic.others) == (step == 0), traffic.others
         # Where the squares are shards, their sums are of all ranks.
         assert all(math.isfinite(x) for x in optimizer.diagnostics().values())
+
+
+@case
+def orthogonal_steps_travel_twice():
+    """A rank sends its rows of all matrices, and then the rows of those that it owns, to all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 9), nn.Linear(9, 5), nn.Linear(5, 3))
+    shapes = [(9, 6), (9, 9), (5, 9)]
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    owners = choose_owners(shapes, ranks)
+    owned = [owners.count(each) for each in range(ranks)]
+    # The largest alone, where others can take the rest.
+    assert max(owned) <= 2
+    assert sum(owned) == 3
+    mine = sum(math.prod(shapes[i]) for i, owner in enumerate(owners) if owner == rank)
+    rows = sum(rows_of_rank(m, ranks, rank) * k for m, k in shapes)
+    optimizer = GLS(sharded(model), normalize="spectral", max_change=None)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(make_batch("mlp", 8, step)[0].float()).square().mean().backward()
+        with Traffic() as traffic:
+            optimizer.step()
+        assert traffic.exchanged == [rows, mine], traffic.exchanged
+        assert bool(traffic.others) == (step == 0), traffic.others
 
 
 @case

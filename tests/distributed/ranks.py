@@ -83,16 +83,18 @@ def assert_one_preconditioner(states):
 
 
 class Traffic(TorchDispatchMode):
-    """The elements of every all-reduce, and the names of all other collectives."""
+    """The elements of every all-reduce, those sent in exchanges, all other collectives' names."""
 
     def __init__(self):
         super().__init__()
-        self.reduced, self.others = [], []
+        self.reduced, self.exchanged, self.others = [], [], []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op.namespace == "c10d":
             if op is torch.ops.c10d.allreduce_.default:
                 self.reduced.append(sum(tensor.numel() for tensor in args[0]))
+            elif op is torch.ops.c10d.alltoall_base_.default:
+                self.exchanged.append(args[1].numel())
             else:
                 self.others.append(str(op))
         elif op.namespace == "_c10d_functional":

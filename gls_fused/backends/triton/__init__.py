@@ -14,7 +14,10 @@ Convolutions' sketches and dense curvature are the reference's: torch's own conv
 products. On a CPU the kernels run in Triton's interpreter only (TRITON_INTERPRET=1), for tests.
 """
 
-from gls_fused.backends.factors import orthogonalize_all
+import functools
+
+from gls_fused.backends import factors
+from gls_fused.backends.factors import orthogonal_updates
 from gls_fused.backends.triton.blend import blend_subspace, blend_subspaces
 from gls_fused.backends.triton.core import invert_core, invert_cores
 from gls_fused.backends.triton.rows import precondition_gradient, precondition_rows
@@ -29,7 +32,7 @@ __all__ = [
     "invert_core",
     "invert_cores",
     "invert_gram",
-    "orthogonalize_all",
+    "orthogonal_updates",
     "precondition_gradient",
     "precondition_rows",
     "refresh_subspace",
@@ -39,4 +42,9 @@ __all__ = [
     "sum_gram",
     "unfold_images",
     "update_layers_",
+    "update_spectral_layers_",
 ]
+
+update_spectral_layers_ = functools.partial(
+    factors.update_spectral_layers_, precondition_gradient, orthogonal_updates
+)

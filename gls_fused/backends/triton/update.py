@@ -34,8 +34,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from gls_fused import reference
-from gls_fused.backends.factors import spectral_updates
 from gls_fused.backends.triton.launch import ELEMENTS, bits, upload
 from gls_fused.backends.triton.update_kernels import LAYER_LINE
 from gls_fused.backends.triton.update_plan import Plan
@@ -62,7 +60,6 @@ def update_layers_(
     weight_decay: float,
     skip: Tensor | None = None,
     lr_bounds: Tensor | None = None,
-    split: int = 1,
 ) -> None:
     """See `gls_fused.reference.update_layers_`; without a host synchronisation.
 
@@ -78,13 +75,6 @@ def update_layers_(
         tensors that are not dense in memory, or not alike, are updated in a copy.
     """
     if not params:
-        return
-    if normalize == "spectral":
-        reference.update_spectral_layers_(
-            params, gradients, exp_avgs, exp_avg_sqs, steps, inverses, layer_sizes=layer_sizes,
-            lr=lr, momentum=momentum, beta2=beta2, eps=eps, weight_decay=weight_decay, skip=skip,
-            lr_bounds=lr_bounds, split=split, updates_of=spectral_updates,
-        )  # fmt: skip
         return
     if bool(exp_avgs) != bool(momentum):
         raise ValueError(f"exp_avgs: expected exactly with momentum, got momentum {momentum}")
