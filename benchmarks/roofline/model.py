@@ -2,7 +2,8 @@
 
 Bytes count each operand once per pass over it; a basis and small matrices stay in L2. Launches are
 those of the Triton backend. A floor is the longer of bytes over the memory's bandwidth and flops
-over the peak of float32 without tensor cores, which the kernels' "ieee" products use.
+over the peak of float32 without tensor cores, which the kernels' "ieee" products use, or of
+bfloat16 with them, which orthogonal factors use.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from benchmarks.workloads.sizes import (
     FLOAT,
     GATHER_EVERY,
     TASK_MODELS,
+    Layer,
     Model,
     transformer,
 )
 from gls_fused.curvature.estimate import AUTO_RANK
+from gls_fused.reference import POLAR_EXPRESS
 
 RANK = AUTO_RANK
 BATCH = 128
@@ -36,11 +39,14 @@ COMMIT_LAUNCHES = 8
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU's data-sheet figures: bytes per second, and float32 flops per second."""
+    """A GPU's data-sheet figures: bytes per second, flops per second of float32 without tensor
+    cores, and of dense bfloat16 products with them.
+    """
 
     name: str
     bandwidth: float
     flops: float
+    products: float
     source: str
 
 
@@ -49,15 +55,17 @@ TARGETS = (
         "A100 SXM 80 GB",
         2.039e12,
         19.5e12,
+        312e12,
         "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/"
         "nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf",
     ),
-    Target("H100 SXM", 3.35e12, 67e12, "NVIDIA H100 data sheet, 2023"),
+    Target("H100 SXM", 3.35e12, 67e12, 989e12, "NVIDIA H100 data sheet, 2023"),
     # 7,680 bits at 3,996 MHz, as the driver says; data sheets round 7.67 TB/s to 7.7 or to 8.
     Target(
         "B200 (of HGX B200)",
         7.672e12,
         75e12,
+        2250e12,
         "NVIDIA HGX B200 data sheet, 2025; bandwidth: https://github.com/pytorch/ao/pull/4002",
     ),
 )
@@ -65,23 +73,29 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one or several launches."""
+    """Of one or several launches; `products` are flops of bfloat16 products."""
 
     bytes: float
     flops: float
     launches: float
+    products: float = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
-            self.bytes + other.bytes, self.flops + other.flops, self.launches + other.launches
+            self.bytes + other.bytes,
+            self.flops + other.flops,
+            self.launches + other.launches,
+            self.products + other.products,
         )
 
     def __mul__(self, share: float) -> Cost:
-        return Cost(self.bytes * share, self.flops * share, self.launches * share)
+        parts = (self.bytes, self.flops, self.launches, self.products)
+        return Cost(*(share * part for part in parts))
 
     def floor(self, target: Target) -> float:
         """Seconds, at the least."""
-        return max(self.bytes / target.bandwidth, self.flops / target.flops)
+        computing = self.flops / target.flops + self.products / target.products
+        return max(self.bytes / target.bandwidth, computing)
 
 
 NOTHING = Cost(0, 0, 0)
@@ -113,6 +127,30 @@ def update(parameters: int, *, formed: bool, momentum: bool = True) -> Cost:
     words = 4 + 2 / 64 + 2 / 32 + (2 if momentum else 0) + (1 if formed else 0)
     flops = 14 * parameters + (6 * parameters * RANK if formed else 0)
     return Cost(FLOAT * words * parameters, flops, 4 if formed else 3)
+
+
+def orthogonal_step(layer: Layer) -> Cost:
+    """What "spectral" takes in the place of `update`, with P at the step.
+
+    In float32: D formed (D0 read twice, D written), m, N, their stack, its norm and its bfloat16
+    copy, the update as float32, W. In bfloat16 five times: X read for A, and read and written for
+    a X + R X; the small A and R stay in L2.
+    """
+    short, long = sorted((layer.outputs, layer.inputs))
+    around = 12 + 12 + 12 + 8 + 4 + 6 + 6 + 12
+    each = around + len(POLAR_EXPRESS) * 3 * 2
+    # Half of X X' and of A A, and all of the last product.
+    products = len(POLAR_EXPRESS) * (3 * short**2 * long + short**3)
+    return Cost(each * layer.parameters, (6 * layer.rank + 12) * layer.parameters, 8, products)
+
+
+def forward_and_backward(layer: Layer, rows: int) -> Cost:
+    """Three products of bfloat16; inputs, outputs and their gradients, and the weight three times.
+
+    The least that they can be: no attention, no activation.
+    """
+    moved = 2 * (3 * layer.parameters + 3 * rows * (layer.inputs + layer.outputs))
+    return Cost(moved, 0, 3, 6 * rows * layer.outputs * layer.inputs)
 
 
 def adam(parameters: int) -> Cost:

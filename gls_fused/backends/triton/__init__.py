@@ -7,6 +7,7 @@
     subspace.py        the bases move: Cholesky QR, twice, all layers in five launches
     update.py          the update of all layers at once; its tables are made in update_plan.py, its
                        kernels are in update_kernels.py and, of tiles of weights, tile_kernels.py
+    symmetric.py       orthogonal steps: symmetric products of all weights of one shape
     configs.py         block sizes, a table
     launch.py          launches, and tables of addresses
 
@@ -17,12 +18,12 @@ products. On a CPU the kernels run in Triton's interpreter only (TRITON_INTERPRE
 import functools
 
 from gls_fused.backends import factors
-from gls_fused.backends.factors import orthogonal_updates
 from gls_fused.backends.triton.blend import blend_subspace, blend_subspaces
 from gls_fused.backends.triton.core import invert_core, invert_cores
 from gls_fused.backends.triton.rows import precondition_gradient, precondition_rows
 from gls_fused.backends.triton.sketch import sketch_rows
 from gls_fused.backends.triton.subspace import refresh_subspace, refresh_subspaces
+from gls_fused.backends.triton.symmetric import orthogonal_updates
 from gls_fused.backends.triton.update import update_layers_
 from gls_fused.reference import invert_gram, sketch_images, sum_gram, unfold_images
 

@@ -115,6 +115,18 @@ def root_warps(padded_rank: int) -> int:
     return padded_rank * padded_rank // 128
 
 
+def symmetric_tile(size: int, dtype: torch.dtype) -> Tile:
+    """Of a symmetric product of `size` rows: a square, and the columns that one step takes in.
+
+    128 x 128 sums are 64 registers a thread of eight warps, and 64 columns of both operands 32 KiB
+    a stage in 16 bits. Small matrices make more programs of 64 x 64; float32 products, which are
+    unrolled with "ieee", of 32 columns.
+    """
+    if dtype == torch.float32:
+        return Tile(64, 32, 8, 2)
+    return Tile(128, 64, 8, 3) if size > 512 else Tile(64, 64, 4, 3)
+
+
 def sketch_splits(n: int) -> int:
     """Parts into which the rows are cut for A'Y; a function of n alone, so sums repeat exactly."""
     return min(64, max(1, n // ROWS_PER_SPLIT))

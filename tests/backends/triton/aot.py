@@ -15,9 +15,17 @@ from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from gls_fused.backends.triton import blend, core, rows, sketch, subspace, update_plan
+from gls_fused.backends.triton import (
+    blend,
+    core,
+    rows,
+    sketch,
+    subspace,
+    symmetric,
+    update_plan,
+)
 
-MODULES = (rows, sketch, blend, core, subspace, update_plan)
+MODULES = (rows, sketch, blend, core, subspace, symmetric, update_plan)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),

@@ -17,11 +17,11 @@ from test_backends import (
     run_skipping,
     run_update,
 )
-from tolerances import PRODUCT, SOLVE, assert_near
+from tolerances import ITERATION, PRODUCT, SOLVE, assert_near
 
 from gls_fused import reference
 from gls_fused.backends import triton as backend
-from gls_fused.backends.triton import configs, launch
+from gls_fused.backends.triton import configs, launch, symmetric
 from gls_fused.reference import DenseInverse, SubspaceInverse
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -604,6 +604,28 @@ def test_wide_ranks_and_double_take_the_reference():
         expected = reference.precondition_rows(rows, inverse, ones=False)
         assert torch.equal(actual[0], expected[0])
         assert isinstance(inverse, SubspaceInverse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 64, 100), (1, 1, 3), (3, 129, 40), (1, 600, 8), (2, 5, 0)])
+def test_symmetric_products(shape, dtype):
+    """Tiles on the diagonal, below it and at the edge; 600 rows take the larger ones."""
+    x = (draw(*shape, dtype=torch.float32) / 4).to(dtype)
+    product = symmetric.symmetric_product(x)
+    assert_near(product, x.double() @ x.double().mT, PRODUCT[dtype])
+    blended = symmetric.symmetric_product(product, 0.5, -2.0)
+    expected = 0.5 * product.double() @ product.double().mT - 2.0 * product.double()
+    assert_near(blended, expected, PRODUCT[dtype])
+
+
+def test_orthogonal_updates_by_symmetric_products(monkeypatch):
+    """Two launches a step for all matrices of a shape, turned or not."""
+    launches = record_launches(monkeypatch, symmetric)
+    matrices = [draw(*shape, dtype=torch.float32) for shape in [(30, 70), (70, 30), (16, 16)]]
+    found = backend.orthogonal_updates(matrices)
+    assert len(launches) == 2 * 2 * 5
+    for actual, expected in zip(found, reference.orthogonal_updates(matrices), strict=True):
+        assert_near(actual, expected, ITERATION[torch.float32])
 
 
 def test_tables_in_use_are_kept():

@@ -3,8 +3,19 @@
 import json
 
 from benchmarks.__main__ import main
-from benchmarks.roofline.model import MODELS, TARGETS, Cost, adam, gls_step, total, update
+from benchmarks.roofline.model import (
+    MODELS,
+    TARGETS,
+    Cost,
+    adam,
+    forward_and_backward,
+    gls_step,
+    orthogonal_step,
+    total,
+    update,
+)
 from benchmarks.roofline.report import MODELLED, make_tables
+from benchmarks.workloads.sizes import Layer
 
 
 def test_report_says_on_every_table_that_it_is_a_model(tmp_path, capsys):
@@ -54,3 +65,22 @@ def test_mlp_moves_fewer_bytes_than_adam():
     assert pieces["rows"].launches == 2
     # The last layer's P applies at the step, the others' in the backward.
     assert pieces["update"].launches == 3 + 4
+
+
+def test_orthogonal_step_of_a_square_weight():
+    """By hand: 72 bytes around the factor and 6 in each of five steps; 3 + 1 products of n^3."""
+    layer = Layer(64, 64, 4096, 1024, bias=False)
+    cost = orthogonal_step(layer)
+    assert cost.bytes == (72 + 5 * 6) * 64**2
+    assert cost.products == 5 * 4 * 64**3
+    assert forward_and_backward(layer, 100).products == 6 * 100 * 64**2
+    # Products of bfloat16 count by their own peak.
+    assert Cost(0, 0, 1, TARGETS[0].products).floor(TARGETS[0]) == 1
+
+
+def test_orthogonal_steps_are_a_small_share_of_half_a_million_tokens():
+    table = make_tables()[-1]
+    most = [float(share.rstrip("%")) for share in table.rows[-1][2:]]
+    assert max(most) < 3
+    fewest = [float(share.rstrip("%")) for share in table.rows[0][2:]]
+    assert all(few > many for few, many in zip(fewest, most, strict=True))
