@@ -118,8 +118,9 @@ def _step_table() -> Table:
             rows.append((model.title, name, *_cost(cost), ratio, *_floors(cost)))
     note = (
         f"{MODELLED} Defaults, but normalize factored; statistics every {GATHER_EVERY} steps, "
-        "spread over them. Floors leave launch latency out: launches stand beside them. Images of CIFAR-10's shape, batch "
-        "128; 8,192 tokens to a step of the transformer, 1,024 of which are sketched, in float32."
+        "spread over them. Floors leave launch latency out: launches stand beside them. Images of "
+        "CIFAR-10's shape, batch 128; 8,192 tokens to a step of the transformer, 1,024 of them "
+        "sketched, float32."
     )
     names = tuple(f"{target.name}, µs" for target in TARGETS)
     header = ("model", "step", "MB", "Mflop", "launches", "bytes to Adam's", *names)
@@ -141,8 +142,8 @@ def _orthogonal_table() -> Table:
         rows.append((model.title, f"{tokens:,}", f"{flops:.2%}", *shares))
     note = (
         f"{MODELLED} All layers of the transformer take orthogonal steps. The step's share of its "
-        "own time and of the layers' forward and backward, by floors of each; attention, norms and the "
-        "head, which would make it smaller, are left out."
+        "own time and of the layers' forward and backward, by floors of each; attention, norms and "
+        "the head, which would make it smaller, are left out."
     )
     names = tuple(f"{target.name}, share of time" for target in TARGETS)
     return Table(
