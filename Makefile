@@ -79,7 +79,7 @@ format: setup ## Rewrite the Python files in the house format
 bench-kernels: setup ## Time every op against the machine's ceilings
 	@$(BIN)/python -m benchmarks kernels
 
-readme: setup ## Rewrite the tables of README and docs/benchmarks.md from benchmarks/published
+readme: setup ## Rewrite the tables of README and docs/ from benchmarks/published
 	@$(BIN)/python -m benchmarks readme
 
 clean: ## Remove what was built and cached; .venv and results/ stay

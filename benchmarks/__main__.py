@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from benchmarks.convergence.command import add_convergence, add_demo
+from benchmarks.coverage.command import add_coverage
 from benchmarks.epoch.command import add_epoch
 from benchmarks.harness.errors import InputError
 from benchmarks.kernels.command import add_kernels
@@ -28,6 +29,7 @@ COMMANDS = (
     add_time_to_loss,
     add_scaling,
     add_stability,
+    add_coverage,
     add_kernels,
     add_roofline,
     add_readme,

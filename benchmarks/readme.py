@@ -25,6 +25,8 @@ from benchmarks.convergence.records import (
 )
 from benchmarks.convergence.report import make_summary_table, make_tables
 from benchmarks.convergence.target_report import make_first_table
+from benchmarks.coverage import run as coverage
+from benchmarks.coverage.report import make_model_table, make_package_table, make_reason_table
 from benchmarks.epoch import run as epoch
 from benchmarks.epoch.report import make_short_table
 from benchmarks.harness.environment import hardware_of
@@ -39,7 +41,7 @@ from benchmarks.time_to_loss.report import make_ratio_table
 ROOT = Path(__file__).parents[1]
 PUBLISHED = Path(__file__).with_name("published")
 Experiment = tuple[dict[str, Any], list[EpochRecord], list[EvaluationRecord]]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "coverage.md")
 
 
 def add_readme(subparsers: Any) -> None:
@@ -47,8 +49,8 @@ def add_readme(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "readme",
         help="rewrite the docs' result tables from the published results",
-        description=f"Rewrite the text between the markers {', '.join(BLOCKS)} of README and "
-        "docs/benchmarks.md from the results in benchmarks/published.",
+        description=f"Rewrite the text between the markers {', '.join(BLOCKS)} of README, "
+        "docs/benchmarks.md and docs/coverage.md from the results in benchmarks/published.",
         allow_abbrev=False,
     )
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if stale")
@@ -167,6 +169,27 @@ def _stability(published: Path) -> str:
     return "\n".join(blocks)
 
 
+def _coverage(published: Path) -> str:
+    results = _read(published / coverage.JSON_FILE)
+    if results is None:
+        return ""
+    return f"\n    {results['command']}\n\n{_noted(make_package_table(results))}"
+
+
+def _coverage_part(make: Callable[[Mapping[str, Any]], Table]) -> Callable[[Path], str]:
+    """A further table of coverage, without the command."""
+
+    def write(published: Path) -> str:
+        results = _read(published / coverage.JSON_FILE)
+        return "" if results is None else _noted(make(results))
+
+    return write
+
+
+def _noted(table: Table) -> str:
+    return f"{table.note}\n\n{table.grid()}\n"
+
+
 def _experiment(directory: Path) -> Experiment | None:
     config = _read(directory / CONFIG_FILE)
     if config is None:
@@ -213,6 +236,9 @@ BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "first": _first,
     **{name: _horizon(name) for name in HORIZONS},
     "stability": _stability,
+    "coverage": _coverage,
+    "coverage-reasons": _coverage_part(make_reason_table),
+    "coverage-models": _coverage_part(make_model_table),
 }
 
 

@@ -1,0 +1,1 @@
+"""How much of published models GLS covers, and what takes Adam's update."""
