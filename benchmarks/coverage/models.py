@@ -145,12 +145,12 @@ MODELS: Mapping[str, Mapping[str, Build]] = {
         "CogVideoX VAE": diffusion("AutoencoderKLCogVideoX"),
     },
     "torch_geometric": {
-        "GCN, Cora": graph_net("GCN", 1433, 16, 2, 7),
-        "GAT, Cora": graph_net("GAT", 1433, 64, 2, 7, heads=8),
-        "GraphSAGE, Reddit": graph_net("GraphSAGE", 602, 256, 2, 41),
+        "GCN (Cora)": graph_net("GCN", 1433, 16, 2, 7),
+        "GAT (Cora)": graph_net("GAT", 1433, 64, 2, 7, heads=8),
+        "GraphSAGE (Reddit)": graph_net("GraphSAGE", 602, 256, 2, 41),
         "GIN": graph_net("GIN", 7, 64, 5, 2),
         "SchNet": graph_net("SchNet"),
-        "LightGCN, Gowalla": graph_net("LightGCN", 70839, 64, 3),
+        "LightGCN (Gowalla)": graph_net("LightGCN", 70839, 64, 3),
     },
     "peft": {
         "LoRA of Llama 7B": adapter(LLAMA, "q_proj", "v_proj"),

@@ -104,6 +104,21 @@ def test_stability_has_its_counts(tmp_path, run_main):
     assert '| mlp | GLS, "rms" | 0 of 1 | ' in block
 
 
+def test_coverage_has_its_command_and_every_model(tmp_path, run_main):
+    status, _, errors = run_main(
+        "coverage", "--packages", "torch", "--models", "U-Net", "DLRM", "--out", tmp_path
+    )
+    assert status == 0, errors
+    filled = fill(EMPTY, tmp_path)
+    summary = filled.split("<!-- BEGIN coverage -->")[1].split("<!-- END coverage -->")[0]
+    assert summary.startswith("\n\n    python -m benchmarks ")
+    assert "| **all** | 2 | " in summary
+    reasons = filled.split("<!-- BEGIN coverage-reasons -->")[1]
+    assert "| embedding, not tied | DLRM 100% | 1 | 100 |" in reasons
+    models = filled.split("<!-- BEGIN coverage-models -->")[1]
+    assert "| torch | U-Net | " in models
+
+
 def test_timing_tables_have_their_command_and_verdict(tmp_path, run_main):
     timed = ("--threads", "1", "--rounds", "2", "--seconds", "0.001", "--batch-sizes", "32")
     status, _, errors = run_main(
