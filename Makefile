@@ -11,7 +11,7 @@ STAMP := .venv/.stamp
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: help setup data demo test test-slow sanitize lint format docs bench-kernels readme clean
+.PHONY: help setup data demo test test-models test-slow sanitize lint format docs bench-kernels readme clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 14
@@ -44,6 +44,9 @@ demo: setup data ## Run the demonstration; its last line is the report's path
 test: lint ## Lint, then run the quick tests
 	@$(BIN)/python -m pytest -m "not slow"
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/backends/triton
+
+test-models: setup ## Run the tests of real models, the slow ones too
+	@$(BIN)/python -m pytest tests/models
 
 test-slow: setup ## Run the slow tests
 	@$(BIN)/python -m pytest -m slow
