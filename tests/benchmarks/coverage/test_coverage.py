@@ -13,6 +13,7 @@ from benchmarks.coverage.models import MODELS
 from benchmarks.coverage.report import kind_of, make_tables, render_report
 from benchmarks.coverage.run import Coverage, count_uncovered
 from gls_fused import GLS
+from gls_fused.capture.find import find_layers
 
 
 class Tied(nn.Module):
@@ -112,6 +113,16 @@ def test_a_published_model_has_no_memory_and_its_published_size(package, name):
     published = {"U-Net": 31.0, "resnet18": 11.7, "mixer_b16_224": 59.9}
     assert total / 1e6 == pytest.approx(published[name], abs=0.05)
     assert sum(adam.values()) < 0.1 * total
+
+
+def test_every_parameter_is_in_a_layer_or_has_a_reason():
+    for build in (Tied, adapted, MODELS["torch"]["Transformer"], MODELS["torch"]["U-Net"]):
+        model = build_model("torch", build)
+        total, adam = count_uncovered(model)
+        trained = {param for param in model.parameters() if param.requires_grad}
+        layers, _ = find_layers([("", model)], trained)
+        covered = sum(param.numel() for layer in layers for param in layer.params)
+        assert covered + sum(adam.values()) == total
 
 
 @pytest.mark.slow
