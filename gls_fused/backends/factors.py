@@ -8,6 +8,8 @@ squares in A lose what is small. That takes 28 s^3 + 8 s^2 b flops instead of 10
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,8 +19,6 @@ from gls_fused.reference import (
     POLAR_EXPRESS,
     Inverse,
     UpdatesOf,
-    bias_correction,
-    inverse_root,
     kept_where,
     spectral_length,
 )
@@ -75,20 +75,25 @@ def update_spectral_layers_(
             torch._foreach_lerp_(blended, directions, 1 - momentum)
         if not _is_zero(weight_decay):
             torch._foreach_mul_(list(params), 1 - lr * weight_decay)
-        weights: list[int] = []
-        for layer, size in enumerate(layer_sizes):
-            first = sum(layer_sizes[:layer])
-            weights.append(first)
-            if size == 2:
-                _move_bias_(
-                    params[first + 1], directions[first : first + 2], blended[first + 1],
-                    exp_avg_sqs[layer], steps[layer], rates[layer], momentum, beta2, eps,
-                )  # fmt: skip
+        firsts = list(itertools.accumulate(layer_sizes[:-1], initial=0))
+        biased = [layer for layer, size in enumerate(layer_sizes) if size == 2]
+        if biased:
+            places = [firsts[layer] + 1 for layer in biased]
+            _move_biases_(
+                [params[i] for i in places],
+                [directions[i - 1] for i in places],
+                [directions[i] for i in places],
+                [blended[i] for i in places],
+                [exp_avg_sqs[layer] for layer in biased],
+                [steps[layer] for layer in biased],
+                [rates[layer] for layer in biased],
+                momentum, beta2, eps,
+            )  # fmt: skip
         averages = torch._foreach_lerp(
-            [directions[i] for i in weights], [blended[i] for i in weights], momentum
+            [directions[i] for i in firsts], [blended[i] for i in firsts], momentum
         )
         updates = (updates_of or orthogonal_updates)([n.flatten(1) for n in averages], split)
-        for i, rate, update in zip(weights, rates, updates, strict=True):
+        for i, rate, update in zip(firsts, rates, updates, strict=True):
             shaped = update.reshape(params[i].shape)
             if isinstance(rate, Tensor):
                 params[i].addcmul_(shaped, rate, value=-1)
@@ -123,25 +128,44 @@ def _directions(
     return [d.to(m.dtype) for d, m in zip(found, exp_avgs, strict=True)] if exp_avgs else found
 
 
-def _move_bias_(
-    bias: Tensor,
-    directions: Sequence[Tensor],
-    average: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    rate: float | Tensor,
+def _move_biases_(
+    biases: list[Tensor],
+    weight_directions: list[Tensor],
+    directions: list[Tensor],
+    averages: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    rates: list[float | Tensor],
     momentum: float,
     beta2: float,
     eps: float,
 ) -> None:
     """The step that "row" makes, of the mean squares of weight and bias by output."""
-    weight, own = directions
-    rows = weight.flatten(1)
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=exp_avg_sq.dtype)
-    squares = norms.square_().addcmul_(own.to(norms.dtype), own.to(norms.dtype))
-    exp_avg_sq.lerp_(squares / (rows.shape[1] + 1), 1 - beta2)
-    scale = inverse_root(exp_avg_sq, step, beta2, eps)
-    bias.sub_(rate * scale * average / bias_correction(momentum, step, average.dtype))
+    dtype = exp_avg_sqs[0].dtype
+    rows = [d.flatten(1) for d in weight_directions]
+    norms = [torch.linalg.vector_norm(d, dim=1, dtype=dtype) for d in rows]
+    squares = torch._foreach_mul(norms, norms)
+    own = [d.to(dtype) for d in directions]
+    torch._foreach_addcmul_(squares, own, own)
+    torch._foreach_div_(squares, [float(d.shape[1] + 1) for d in rows])
+    torch._foreach_lerp_(exp_avg_sqs, squares, 1 - beta2)
+    roots = torch._foreach_div(exp_avg_sqs, _bias_corrections(beta2, steps, dtype))
+    torch._foreach_sqrt_(roots)
+    torch._foreach_add_(roots, eps)
+    updates = torch._foreach_div(averages, roots)
+    torch._foreach_div_(updates, _bias_corrections(momentum, steps, averages[0].dtype))
+    torch._foreach_mul_(updates, rates)  # type: ignore[arg-type]  # of either kind alone
+    torch._foreach_sub_(biases, updates)
+
+
+def _bias_corrections(beta: float, steps: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """See `reference.bias_correction`."""
+    wide = torch.promote_types(dtype, torch.float32)
+    if beta == 0:
+        return [torch.ones_like(step, dtype=wide) for step in steps]
+    logarithms = torch._foreach_mul([step.to(wide) for step in steps], math.log(beta))
+    torch._foreach_expm1_(logarithms)
+    return list(torch._foreach_neg(logarithms))
 
 
 def orthogonal_updates(matrices: Sequence[Tensor], split: int = 1) -> list[Tensor]:
