@@ -23,7 +23,7 @@ from benchmarks.convergence.records import (
     read_epochs,
     read_evaluations,
 )
-from benchmarks.convergence.report import make_summary_table, make_tables
+from benchmarks.convergence.report import make_tables
 from benchmarks.convergence.target_report import make_first_table
 from benchmarks.coverage import run as coverage
 from benchmarks.coverage.report import make_model_table, make_package_table, make_reason_table
@@ -102,16 +102,6 @@ def fill(text: str, published: Path) -> str:
             raise InputError(f"{published}: the results of {name} are damaged") from error
         text = f"{begin}\n{content}{end}".join(parts)
     return text
-
-
-def _convergence(published: Path) -> str:
-    directory = published / "convergence"
-    config = _read(directory / CONFIG_FILE)
-    if config is None:
-        return ""
-    table = make_summary_table(config, read_epochs(directory / EPOCHS_FILE))
-    environment = config["settings"]["environment"]
-    return _block("Training loss", config["invocations"][0]["command"], environment, table)
 
 
 def _first(published: Path) -> str:
@@ -230,7 +220,6 @@ def _time_to_loss(published: Path) -> str:
 HORIZONS = ("five-tasks", "horizon")
 # By marker.
 BLOCKS: Mapping[str, Callable[[Path], str]] = {
-    "convergence": _convergence,
     "epoch": _epoch,
     "time-to-loss": _time_to_loss,
     "first": _first,

@@ -80,26 +80,6 @@ def render_report(
     return "\n\n".join(sections) + "\n"
 
 
-def make_summary_table(config: Mapping[str, Any], records: Sequence[EpochRecord]) -> Table:
-    """The last training loss of every optimizer, one row per task."""
-    epochs, optimizers = config["settings"]["epochs"], config["optimizers"]
-    runs = final_runs(records, config["seeds"], epochs)
-    rows = []
-    for task in config["tasks"]:
-        found = [runs.get((task, name), {}) for name in optimizers]
-        ratios = loss_ratios(runs.get((task, CHALLENGER), {}), runs.get((task, BASELINE), {}))
-        cells = [_last_cell(by_seed) if by_seed else NOTHING for by_seed in found]
-        rows.append((title(task), *cells, spread_cell(spread(ratios), 3)))
-    return Table(
-        "Training loss",
-        f"Training loss of epoch {epochs}, learning rates searched; over {len(config['seeds'])} "
-        "seeds: mean [least, greatest].",
-        ("task", *(title(name) for name in optimizers), "GLS / Adam"),
-        tuple(rows),
-        labels=1,
-    )
-
-
 def _setting(config: Mapping[str, Any]) -> str:
     settings = config["settings"]
     environment = settings["environment"]

@@ -16,9 +16,9 @@ EMPTY = "".join(
 
 @pytest.fixture
 def published(tmp_path, run_of, config_of):
-    (tmp_path / "convergence").mkdir()
+    (tmp_path / "horizon").mkdir()
     config = config_of(2, [0, 1], ["adam", "gls"])
-    (tmp_path / "convergence" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "horizon" / "config.json").write_text(json.dumps(config))
     runs = [
         run_of(losses, optimizer=name, seed=seed)
         for name, seed, losses in (
@@ -27,7 +27,7 @@ def published(tmp_path, run_of, config_of):
         )
     ]  # fmt: skip
     lines = [json.dumps(asdict(record)) + "\n" for run in runs for record in run]
-    (tmp_path / "convergence" / "epochs.jsonl").write_text("".join(lines))
+    (tmp_path / "horizon" / "epochs.jsonl").write_text("".join(lines))
     return tmp_path
 
 
@@ -40,11 +40,10 @@ def test_page_is_what_its_results_give(page):
 
 def test_only_the_blocks_change(published):
     filled = fill(EMPTY, published)
-    assert "| mlp | 0.6000 [0.5000, 0.7000] | 0.3350 [0.2500, 0.4200] | 0.550 [0.500, 0.600] |" in (
-        filled
-    )
+    assert "| mlp | Adam | 0.001 | - | 0.6000 [0.5000, 0.7000] | 2 |" in filled
+    assert "| mlp | GLS | 0.001 | - | 0.3350 [0.2500, 0.4200] | 2 |" in filled
     head = (
-        "Training loss:\n\n    python -m benchmarks convergence\n\nSome Processor (-), 4 threads of"
+        "Best epochs:\n\n    python -m benchmarks convergence\n\nSome Processor (-), 4 threads of"
     )
     assert head in filled
     for name in ("epoch", "time-to-loss"):
@@ -159,7 +158,7 @@ def test_blocks_are_written_wherever_they_are(tmp_path, published, run_main):
     long.write_text("".join(others[1:]))
     status, _, errors = run_main(*options)
     assert (status, errors) == (
-        2, "error: --pages: expected <!-- BEGIN epoch --> in one of them, got none\n"
+        2, "error: --pages: expected <!-- BEGIN time-to-loss --> in one of them, got none\n"
     )  # fmt: skip
     assert long.read_text() == "".join(others[1:])
 
