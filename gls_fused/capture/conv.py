@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gls_fused.capture.layer import Layer, autocast_inputs
+from gls_fused.capture.modules import describe_class, plain_class, why_not_own
 from gls_fused.capture.rows import SKETCH_IMAGES, Rows, outside_autocast, take_sample
 from gls_fused.capture.traced import define_traced, fill_rows, flatten_rows
 from gls_fused.reference import Window
@@ -125,6 +127,23 @@ class Conv2dLayer(ImageRows, Layer):
         if any(amounts):
             inputs = F.pad(inputs, amounts, mode)
         return inputs[None] if inputs.ndim == 3 else inputs
+
+
+def why_not_conv2d(modules: Sequence[nn.Module]) -> str | None:
+    """See `gls_fused.capture.find.Kind`."""
+    for module in modules:
+        assert isinstance(module, nn.Conv2d)
+        if module.groups > 1:
+            return f"it has {module.groups} groups"
+        plain = plain_class(module)
+        if plain._conv_forward is not nn.Conv2d._conv_forward:
+            return f"{describe_class(plain)} overrides _conv_forward"
+        problem = why_not_own(module, nn.Conv2d.forward)
+        if problem is not None:
+            return problem
+        if window_of(module) != window_of(modules[0]):  # type: ignore[arg-type]
+            return "its modules differ in stride, padding or dilation"
+    return None
 
 
 def window_of(module: nn.Conv2d) -> tuple[Window, tuple[str, list[int]]]:

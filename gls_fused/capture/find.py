@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
-from gls_fused.capture.conv import Conv2dLayer, window_of
+from gls_fused.capture.conv import Conv2dLayer, why_not_conv2d
 from gls_fused.capture.layer import Layer
-from gls_fused.capture.linear import LinearLayer
-from gls_fused.capture.modules import plain_class
+from gls_fused.capture.linear import LinearLayer, why_not_linear
+from gls_fused.capture.modules import describe_class, plain_class
 from gls_fused.distributed.sharding import is_sharded, sharding_problem
 
 # What torch.compile and activation checkpointing put into the names of what they wrap.
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 PLAIN_TENSORS = (Tensor, nn.Parameter)
+
+
+class Kind(NamedTuple):
+    """What covers the modules of a class and of its subclasses.
+
+    Attributes:
+        layer: made of a name, the modules that share a weight, and the bias or None.
+        why_not: why it cannot cover the modules that share a weight, all of this kind, or None.
+    """
+
+    layer: Callable[[str, list[nn.Module], Tensor | None], Layer]
+    why_not: Callable[[Sequence[nn.Module]], str | None]
+
+
+# The class that stands first among a module's bases decides.
+KINDS: dict[type[nn.Module], Kind] = {
+    nn.Linear: Kind(LinearLayer, why_not_linear),
+    nn.Conv2d: Kind(Conv2dLayer, why_not_conv2d),
+}
 
 
 class Uncovered(NamedTuple):
@@ -60,13 +78,12 @@ def find_layers(
             continue
         if trained is not None and param not in trained:
             continue
-        problem = next(filter(None, map(_uncovered, modules)), None)
+        problem = next((why for why in map(_uncovered, modules) if why), None)
         if problem is None and len({plain_class(module) for module in modules}) > 1:
             problem = "its weight is shared by modules of different kinds"
-        if problem is None and isinstance(modules[0], nn.Conv2d):
-            geometry = window_of(modules[0])
-            if any(window_of(module) != geometry for module in modules):
-                problem = "its modules differ in stride, padding or dilation"
+        kind = kind_of(modules[0])
+        if problem is None and kind is not None:
+            problem = kind.why_not(modules)
         if problem is None and any(role != "weight" for role in roles):
             problem = "its weight is used in two roles"
         if problem is None and not param.numel():
@@ -87,8 +104,8 @@ def find_layers(
             bias = None
         if bias is not None and trained is not None and bias not in trained:
             bias = None
-        kind = LinearLayer if isinstance(modules[0], nn.Linear) else Conv2dLayer
-        layers.append(kind(names[0], list(modules), bias))
+        assert kind is not None
+        layers.append(kind.layer(names[0], list(modules), bias))
         owned.update((key,) if bias is None else (key, id(bias)))
 
     uncovered = []
@@ -108,38 +125,17 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+def kind_of(module: nn.Module) -> Kind | None:
+    """What covers modules of this class."""
+    return next((KINDS[base] for base in plain_class(module).__mro__ if base in KINDS), None)
+
+
 def _uncovered(module: nn.Module) -> str | None:
     """Why GLS does not cover this module, or None if it does."""
-    plain = plain_class(module)
-    name = describe_class(plain)
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention uses its weight without calling it"
-    forward: Callable[..., Tensor]
-    if isinstance(module, nn.Linear):
-        forward = nn.Linear.forward
-    elif isinstance(module, nn.Conv2d):
-        forward = nn.Conv2d.forward
-        if module.groups > 1:
-            return f"it has {module.groups} groups"
-        if plain._conv_forward is not nn.Conv2d._conv_forward:
-            return f"{name} overrides _conv_forward"
-    else:
-        return f"{name} is not covered"
-    if "weight" not in module._parameters or "bias" not in module._parameters:
-        return "its weight or bias is parametrized"
-    if plain.forward is not forward:
-        return f"{name} overrides forward"
-    instance = module.__dict__.get("forward")
-    if instance is not None and getattr(instance, "__func__", None) is not forward:
-        return "its forward is replaced on the instance"
-    return None
-
-
-def describe_class(plain: type) -> str:
-    """Torch's own classes by their name, others by their module's path too."""
-    if plain.__module__.startswith("torch.nn."):
-        return plain.__name__
-    return f"{plain.__module__}.{plain.__qualname__}"
+    kind = kind_of(module)
+    if kind is None:
+        return f"{describe_class(plain_class(module))} is not covered"
+    return kind.why_not([module])
 
 
 def _reason(module: nn.Module, role: str, param: nn.Parameter) -> str:

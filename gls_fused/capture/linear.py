@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gls_fused.capture.layer import Layer, autocast_inputs
 from gls_fused.capture.marks import choose_places
+from gls_fused.capture.modules import why_not_own
 from gls_fused.capture.observed import observe
 from gls_fused.capture.rows import SKETCH_ROWS, Rows, outside_autocast, take_sample
 from gls_fused.capture.traced import define_traced, fill_rows, flatten_rows
@@ -172,6 +175,17 @@ class LinearLayer(LinearRows, Layer):
         inputs, weight, bias = autocast_inputs(inputs, module.weight, module.bias)
         arguments = flatten_rows(self, self.backend_name, self.tally)
         return torch.ops.gls_fused.traced_linear(inputs, weight, bias, *arguments)  # type: ignore[no-any-return]
+
+
+def why_not_linear(modules: Sequence[nn.Module]) -> str | None:
+    """See `gls_fused.capture.find.Kind`."""
+    for module in modules:
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return "nn.MultiheadAttention uses its weight without calling it"
+        problem = why_not_own(module, nn.Linear.forward)
+        if problem is not None:
+            return problem
+    return None
 
 
 def _leave(layer: weakref.ref[LinearLayer]) -> None:

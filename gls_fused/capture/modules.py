@@ -9,6 +9,7 @@ does unless it runs on the very module that was captured.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -43,6 +44,26 @@ def plain_class(module: nn.Module) -> type[Any]:
     kind: type[Any] = type(module)
     plain: type[Any] = kind.__dict__.get(_PLAIN, kind)
     return plain
+
+
+def describe_class(plain: type) -> str:
+    """Torch's own classes by their name, others by their module's path too."""
+    if plain.__module__.startswith("torch.nn."):
+        return plain.__name__
+    return f"{plain.__module__}.{plain.__qualname__}"
+
+
+def why_not_own(module: nn.Module, forward: Callable[..., Any]) -> str | None:
+    """Why a module does not compute `forward` of its own weight and bias, or None if it does."""
+    if "weight" not in module._parameters or "bias" not in module._parameters:
+        return "its weight or bias is parametrized"
+    plain = plain_class(module)
+    if plain.forward is not forward:
+        return f"{describe_class(plain)} overrides forward"
+    instance = module.__dict__.get("forward")
+    if instance is not None and getattr(instance, "__func__", None) is not forward:
+        return "its forward is replaced on the instance"
+    return None
 
 
 def captured_by(module: nn.Module) -> Layer | None:
