@@ -227,7 +227,8 @@ def _check_layer(layer: Layer, param: Tensor, state: Mapping[str, Any]) -> None:
         return
     outputs = state.get("outputs", layer.outputs)
     if outputs != layer.outputs:
-        found = [outputs, *layer.weight.shape[1:]]
+        found = list(layer.weight.shape)
+        found[int(layer.turned)] = outputs
         raise ValueError(
             f"layer {layer.name!r}: expected a state of a weight {list(layer.weight.shape)}, "
             f"got one of {found}"

@@ -11,25 +11,45 @@ WIDTH = 8
 OPTIONS = {"rank": 4, "curvature_every": 2, "lr": 0.01}
 
 
+class Conv1D(nn.Module):
+    """That of transformers: a weight [k, m], which other packages call a linear layer's."""
+
+    def __init__(self, inputs, outputs, bias=True):
+        super().__init__()
+        linear = nn.Linear(inputs, outputs, bias=bias)
+        self.weight = nn.Parameter(linear.weight.detach().T.contiguous())
+        self.bias = linear.bias
+
+    def forward(self, x):
+        flat = x.view(-1, x.size(-1))
+        found = flat @ self.weight if self.bias is None else self.bias.addmm(flat, self.weight)
+        return found.view(*x.shape[:-1], -1)
+
+
+# By its path it is known, without a word to GLS.
+Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
+
+
 class Net(nn.Module):
     """stem -> first -> second -> head; first and second have the same shape.
 
     Args:
-        kind: "mlp" (inputs [n, 6]) or "cnn" (inputs [n, 2, 6, 6]).
+        kind: "mlp" (inputs [n, 6]), "turned" (the same of Conv1D) or "cnn" (inputs [n, 2, 6, 6]).
         recompute: how the middle is checkpointed: None, "reentrant" or "saved".
     """
 
     def __init__(self, kind, *, bias=True, recompute=None):
         super().__init__()
-        if kind == "mlp":
-            self.stem = nn.Linear(6, WIDTH, bias=bias)
-            self.first = nn.Linear(WIDTH, WIDTH, bias=bias)
-            self.second = nn.Linear(WIDTH, WIDTH, bias=bias)
+        linear = Conv1D if kind == "turned" else nn.Linear
+        if kind != "cnn":
+            self.stem = linear(6, WIDTH, bias=bias)
+            self.first = linear(WIDTH, WIDTH, bias=bias)
+            self.second = linear(WIDTH, WIDTH, bias=bias)
         else:
             self.stem = nn.Conv2d(2, WIDTH, 3, stride=2, bias=bias)
             self.first = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=bias)
             self.second = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=bias)
-        self.head = nn.Linear(WIDTH if kind == "mlp" else WIDTH * 4, 3, bias=bias)
+        self.head = linear(WIDTH if kind != "cnn" else WIDTH * 4, 3, bias=bias)
         self.kind = kind
         self.recompute = recompute
         self.repeats = 1
@@ -56,7 +76,7 @@ def make_net(kind, **options):
 
 def make_batch(kind, n, seed):
     generator = torch.Generator().manual_seed(seed)
-    shape = (n, 6) if kind == "mlp" else (n, 2, 6, 6)
+    shape = (n, 6) if kind != "cnn" else (n, 2, 6, 6)
     inputs = torch.randn(*shape, generator=generator, dtype=torch.float64)
     return inputs, torch.randn(n, 3, generator=generator, dtype=torch.float64)
 

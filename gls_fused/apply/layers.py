@@ -121,6 +121,16 @@ def _step_together_(
     pairs = zip(params, copies, strict=True)
     gradients = [p.grad if copy is p else p.grad.float() for p, copy in pairs if p.grad is not None]
     apart = Apart(params, copies, options, groups)
+    averages = [state["exp_avg"] for state in found] if options["momentum"] else []
+    written = apart.written
+    if any(layer.turned for layer in layers):
+        owners = [layer for layer, size in zip(layers, sizes, strict=True) for _ in range(size)]
+        gradients, averages, written = (
+            [layer.turn(tensor) for layer, tensor in zip(owners, tensors, strict=False)]
+            for tensors in (gradients, averages, written)
+        )
+        if normalize == "adam":
+            squares = [layer.turn(square) for layer, square in zip(owners, squares, strict=True)]
     backend = layers[0].backend
     sharded = layers[0].shards is not None
     update_ = functools.partial(update_shards_, backend) if sharded else backend.update_layers_
@@ -131,7 +141,6 @@ def _step_together_(
             update_ = functools.partial(update_spectral_shards_, backend)
         how = {"split": options["split"]}
     skip = None if skip is None else skip.to(params[0].device, non_blocking=True)
-    averages = [state["exp_avg"] for state in found] if options["momentum"] else []
     lr_bounds = None
     if options["max_change"] is not None:
         lr_bounds = bound_rates(firsts, options)
@@ -140,7 +149,7 @@ def _step_together_(
         elif normalize in ("sgd", "none"):
             lr_bounds /= root_mean_squares(gradients, averages, firsts, inverses, sizes, options)
     update_(
-        apart.written,
+        written,
         gradients,
         averages,
         squares,

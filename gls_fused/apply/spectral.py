@@ -49,7 +49,7 @@ def factor_share(layer: Layer, rows: int, split: int) -> float:
     A step of the iteration takes 2 s^2 b for A = X X', 2 s^3 for A A and 2 s^2 b for the last
     product, for the shorter side s and the longer b; forward and backward take 6 n m k.
     """
-    outputs, inputs = layer.outputs // split, layer.weight.shape[1:].numel()
+    outputs, inputs = layer.outputs // split, layer.size
     short, long = sorted((outputs, inputs))
     factor = split * len(POLAR_EXPRESS) * (4 * short**2 * long + 2 * short**3)
     return factor / max(1, 6 * rows * layer.outputs * inputs)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from gls_fused.capture.alike import KNOWN, LAYERS, why_not_alike
 from gls_fused.capture.conv import Conv2dLayer, why_not_conv2d
-from gls_fused.capture.layer import Layer
+from gls_fused.capture.layer import Layer, bias_of
 from gls_fused.capture.linear import LinearLayer, why_not_linear
 from gls_fused.capture.modules import describe_class, plain_class
 from gls_fused.distributed.sharding import is_sharded, sharding_problem
@@ -23,11 +25,11 @@ class Kind(NamedTuple):
     """What covers the modules of a class and of its subclasses.
 
     Attributes:
-        layer: made of a name, the modules that share a weight, and the bias or None.
+        layer: of the modules that share a weight.
         why_not: why it cannot cover the modules that share a weight, all of this kind, or None.
     """
 
-    layer: Callable[[str, list[nn.Module], Tensor | None], Layer]
+    layer: type[Layer]
     why_not: Callable[[Sequence[nn.Module]], str | None]
 
 
@@ -90,14 +92,14 @@ def find_layers(
             problem = "its weight is empty"
         if problem is None and not is_sharded(param) and type(param) not in PLAIN_TENSORS:
             problem = f"its weight is a {type(param).__name__}, which may compute otherwise"
-        if problem is None:
-            problem = sharding_problem(param, modules[0].bias)
+        if problem is None and kind is not None:
+            problem = sharding_problem(param, bias_of(modules[0]), turned=kind.layer.turned)
         if problem is not None:
             if len(uses) > 1:
                 problem = f"shared by {', '.join(names)}: {problem}"
             reasons[key] = (_join(names[0], roles[0]), problem)
             continue
-        biases = {id(module.bias): module.bias for module in modules}
+        biases = {id(bias): bias for bias in map(bias_of, modules)}
         # A bias belongs to the layer when it is used exactly where the weight is.
         bias = next(iter(biases.values())) if len(biases) == 1 else None
         if bias is not None and len(users[id(bias)]) != len(uses):
@@ -127,7 +129,13 @@ def plain_name(name: str) -> str:
 
 def kind_of(module: nn.Module) -> Kind | None:
     """What covers modules of this class."""
-    return next((KINDS[base] for base in plain_class(module).__mro__ if base in KINDS), None)
+    for base in plain_class(module).__mro__:
+        if base in KINDS:
+            return KINDS[base]
+        known = KNOWN.get(f"{base.__module__}.{base.__qualname__}")
+        if known is not None:
+            return Kind(LAYERS[known], functools.partial(why_not_alike, base))
+    return None
 
 
 def _uncovered(module: nn.Module) -> str | None:

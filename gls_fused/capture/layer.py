@@ -41,7 +41,8 @@ class Layer(Rows):
 
     Attributes:
         name: qualified name of the weight's first module.
-        weight: [m, k], or [m, c, kh, kw].
+        weight: [m, k], or [m, c, kh, kw]; [k, m] and the like where it is turned.
+        shape: the weight's, its outputs first.
         bias: [m] or None.
         dim: d, the length of a row with its one.
         curvature: the kind of running estimate, as is the backend set by `assign`.
@@ -64,6 +65,8 @@ class Layer(Rows):
     """
 
     kind: ClassVar[str]
+    # Whether P can act on the rows themselves, at the backward site.
+    by_rows: ClassVar[bool] = False
 
     def __init__(self, name: str, modules: list[nn.Module], bias: Tensor | None) -> None:
         self.name = name
@@ -74,7 +77,11 @@ class Layer(Rows):
         self.bias = bias
         self.shards = shards_of(weight)
         self.ones = bias is not None
-        self.size = weight.shape[1:].numel()
+        shape = list(weight.shape)
+        if self.turned:
+            shape[:2] = shape[1::-1]
+        self.shape = torch.Size(shape)
+        self.size = self.shape[1:].numel()
         self.dim = self.size + self.ones
         self.promised = self.stays_at_step = self.compiled = self.captured = False
         self.called = self.cleared = self.returned = False
@@ -139,7 +146,7 @@ class Layer(Rows):
     @property
     def outputs(self) -> int:
         """The number m of outputs."""
-        return self.weight.shape[0]
+        return self.shape[0]
 
     @property
     def resharded(self) -> bool:
@@ -226,7 +233,7 @@ class Layer(Rows):
     def observed(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """The output by torch's own op, of weight and bias that are observed."""
         weight: Tensor | None = module._parameters["weight"]
-        bias = _bias_of(module)
+        bias = bias_of(module)
         assert weight is not None
         (inputs,) = autocast_inputs(inputs)
         seen = self.gathers and self.sees(inputs)
@@ -250,7 +257,7 @@ class Layer(Rows):
         """The module's own output."""
         weight = module._parameters["weight"]
         assert weight is not None
-        return self.compute(module, inputs, weight, _bias_of(module))
+        return self.compute(module, inputs, weight, bias_of(module))
 
     def owns_bias_of(self, module: nn.Module) -> bool:
         """Whether the bias that a module has now, if any, is as it was, so that P acts on it too.
@@ -463,12 +470,13 @@ class Layer(Rows):
         """What of D is in p.grad becomes D0."""
         if self.marks.has_marks and self.inverse is not None:
             params = [param for param in self.params if param.grad is not None]
-            matrices = [param.grad.view(self.outputs, -1) for param in params]  # type: ignore[union-attr]
+            gradients = [self.turn(param.grad) for param in params]  # type: ignore[arg-type]
+            matrices = [gradient.reshape(self.outputs, -1) for gradient in gradients]
             inverse = self.inverse_for(len(params) == len(self.params))
             restored = undo_inverse(torch.cat(matrices, dim=1), inverse)
             parts = torch.split(restored, [matrix.shape[1] for matrix in matrices], dim=1)
-            for matrix, part in zip(matrices, parts, strict=True):
-                matrix.copy_(part)
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.reshape(gradient.shape))
         self.marks.clear_marks()
 
     def leave_backward_site(self) -> None:
@@ -524,9 +532,9 @@ def _begin_pass(layer: weakref.ref[Layer], _gradients: Any) -> None:
         found._begin_pass()
 
 
-def _bias_of(module: nn.Module) -> Tensor | None:
+def bias_of(module: nn.Module) -> Tensor | None:
     """The present bias of a module, a parameter or what somebody has put in its place."""
-    bias: Any = module.bias
+    bias: Any = getattr(module, "bias", None)
     assert bias is None or isinstance(bias, Tensor)
     return bias
 

@@ -1,4 +1,4 @@
-"""nn.Linear: every leading dimension of the inputs is rows."""
+"""nn.Linear: every leading dimension of the inputs is rows. Its weight may be turned: [k, m]."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from gls_fused.capture.layer import Layer, autocast_inputs
+from gls_fused.capture.layer import Layer, autocast_inputs, bias_of
 from gls_fused.capture.marks import choose_places
 from gls_fused.capture.modules import why_not_own
 from gls_fused.capture.observed import observe
@@ -65,7 +65,8 @@ class LinearRows(Rows):
 class Linear(torch.autograd.Function):
     """F.linear whose backward has rows and gradients at once, so that P can act on the rows.
 
-    With `tally`, whose values do not matter, the sums are its gradient.
+    Its weight is [m, k], a view where that of the layer is turned. With `tally`, whose values do
+    not matter, the sums are its gradient.
     """
 
     @staticmethod
@@ -99,7 +100,8 @@ class Linear(torch.autograd.Function):
             factor = weight
             if torch.is_grad_enabled() and needs_weight:
                 # A second derivative reaches the weight through this product, and P acts on it too.
-                factor, _ = observe(rows, None, weight, bias if rows.ones and needs_bias else None)
+                own = bias if rows.ones and needs_bias else None
+                factor = rows.turn(observe(rows, None, rows.turn(weight), own)[0])
             input_gradient = gradient @ factor
         if not needs_weight:
             bias_gradient = gradient.reshape(-1, gradient.shape[-1]).sum(0) if needs_bias else None
@@ -109,7 +111,7 @@ class Linear(torch.autograd.Function):
         sums = rows.take_sums() if tallies else None
         gradients = rows.weight_gradient(inputs, gradient, needs_bias, applies)
         if applies:
-            rows.deposit(gradients[0])
+            rows.deposit(rows.turn(gradients[0]))
         return input_gradient, *gradients, sums, None
 
 
@@ -117,12 +119,14 @@ class LinearLayer(LinearRows, Layer):
     """nn.Linear: every leading dimension of the inputs is rows."""
 
     kind = "Linear"
+    by_rows = True
 
     def fit(self) -> None:
         super().fit()
         # Backends may have an autograd function of their own, for the subspace.
         self.native = None
-        if hasattr(self.backend, "LinearCapture") and isinstance(self.curvature, Subspace):
+        has_own = hasattr(self.backend, "LinearCapture") and not self.turned
+        if has_own and isinstance(self.curvature, Subspace):
             # Not this layer itself, which then nothing would free but the cycle collector.
             leave = functools.partial(_leave, weakref.ref(self))
             self.native = self.backend.LinearCapture(
@@ -156,25 +160,36 @@ class LinearLayer(LinearRows, Layer):
     def compute(
         self, module: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        return F.linear(inputs, weight, bias)
+        return F.linear(inputs, self.turn(weight), bias)
 
     def precondition(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        assert isinstance(module, nn.Linear)
         # Rows that are no plain tensor, or have a tangent, take torch's own op; so does the bias of
         # somebody else.
         plain = type(inputs) in (Tensor, nn.Parameter) and self.sees(inputs)
         if not (plain and self.owns_bias_of(module)):
             return super().precondition(module, inputs)
-        inputs, weight, bias = autocast_inputs(inputs, module.weight, module.bias)
+        inputs, weight, bias = self._operands(module, inputs)
         if self.native is not None and not self.gathers:
             return self.backend.captured_linear(inputs, weight, bias, self.native)  # type: ignore[no-any-return]
         return Linear.apply(inputs, weight, bias, None, self)  # type: ignore[no-any-return]
 
     def traced(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        assert isinstance(module, nn.Linear)
-        inputs, weight, bias = autocast_inputs(inputs, module.weight, module.bias)
         arguments = flatten_rows(self, self.backend_name, self.tally)
-        return torch.ops.gls_fused.traced_linear(inputs, weight, bias, *arguments)  # type: ignore[no-any-return]
+        operands = self._operands(module, inputs)
+        return torch.ops.gls_fused.traced_linear(*operands, *arguments)  # type: ignore[no-any-return]
+
+    def _operands(self, module: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of F.linear, as autocast has them."""
+        weight: Any = module.weight
+        inputs, weight, bias = autocast_inputs(inputs, weight, bias_of(module))
+        return inputs, self.turn(weight), bias
+
+
+class TurnedLinearLayer(LinearLayer):
+    """y = x W + b, as Conv1D of transformers: nn.Linear with a weight [k, m]."""
+
+    kind = "turned Linear"
+    turned = True
 
 
 def why_not_linear(modules: Sequence[nn.Module]) -> str | None:

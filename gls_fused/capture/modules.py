@@ -9,6 +9,7 @@ does unless it runs on the very module that was captured.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,8 @@ def describe_class(plain: type) -> str:
 
 def why_not_own(module: nn.Module, forward: Callable[..., Any]) -> str | None:
     """Why a module does not compute `forward` of its own weight and bias, or None if it does."""
-    if "weight" not in module._parameters or "bias" not in module._parameters:
+    own_bias = "bias" in module._parameters or getattr(module, "bias", None) is None
+    if "weight" not in module._parameters or not own_bias:
         return "its weight or bias is parametrized"
     plain = plain_class(module)
     if plain.forward is not forward:
@@ -107,14 +109,17 @@ def _set_class(module: Any, kind: type[Any]) -> None:
 
 @functools.cache
 def _captured_class(plain: Any) -> type[Any]:
+    # By this name the inputs may be given.
+    _, first, *_ = inspect.signature(plain.forward).parameters
+
     @functools.wraps(plain.forward)
-    def forward(self: Any, input: Tensor) -> Any:  # noqa: A002  # nn.Module's own name for it
+    def forward(self: Any, *args: Tensor, **kwargs: Tensor) -> Any:
         capture = getattr(self, _KEY, None)
         if capture is not None and capture.module is self:
             layer = capture.layer
             if layer.watches(self):
-                return layer.forward(self, input)
-        return plain.forward(self, input)
+                return layer.forward(self, args[0] if args else kwargs[first])
+        return plain.forward(self, *args, **kwargs)
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
         reduced = plain.__reduce_ex__(self, protocol)

@@ -70,7 +70,7 @@ class Observed(torch.autograd.Function):
                 assert bias_gradient is not None
                 weight_gradient = bias_gradient.new_zeros(ctx.shape)
             if bias_gradient is None and ctx.with_bias:
-                bias_gradient = weight_gradient.new_zeros(ctx.shape[0])
+                bias_gradient = weight_gradient.new_zeros(rows.turn(weight_gradient).shape[0])
             gradients = [weight_gradient, bias_gradient]
             weight_gradient, *rest = rows.direction([g for g in gradients if g is not None])
             bias_gradient = rest[0] if rest else None

@@ -34,6 +34,7 @@ class Rows(abc.ABC):
         name: of the layer, for errors.
         backend: the ops.
         ones: whether a one belongs to every row, as the layer has a bias.
+        turned: whether the weight's second axis, not its first, is its outputs.
         statistics_dtype: that of the sums, at least float32.
         inverse: P, None until the statistics have started.
         test_matrix: stands in for the basis until then; None for the dense curvature.
@@ -46,6 +47,7 @@ class Rows(abc.ABC):
     name: str
     backend: ModuleType
     ones: bool
+    turned: bool = False
     statistics_dtype: torch.dtype
     inverse: Inverse | None = None
     test_matrix: Tensor | None = None
@@ -89,16 +91,21 @@ class Rows(abc.ABC):
                 count, trace, *moments = self.sketch(inputs, basis)
         self.sums = add_sums(self.sums, count, trace, tuple(moments), weight=weight)
 
+    def turn(self, tensor: Tensor) -> Tensor:
+        """A view of what is shaped as weight or bias with its outputs first, and back."""
+        return tensor.transpose(0, 1) if self.turned and tensor.ndim > 1 else tensor
+
     def direction(self, gradients: list[Tensor]) -> list[Tensor]:
         """D = D0 P, in the parameters' shapes; of the weight alone where the bias is frozen."""
         assert self.inverse is not None
-        weight_gradient = gradients[0].flatten(1)
+        by_outputs = self.turn(gradients[0])
+        weight_gradient = by_outputs.flatten(1)
         bias_gradient = gradients[1] if len(gradients) == 2 else None
         inverse = self.inverse_for(bias_gradient is not None)
         direction, bias_direction = self.backend.precondition_gradient(
             weight_gradient, bias_gradient, inverse
         )
-        direction = direction.view_as(gradients[0])
+        direction = self.turn(direction.view_as(by_outputs))
         return [direction] if bias_direction is None else [direction, bias_direction]
 
     def inverse_for(self, with_bias: bool) -> Inverse:

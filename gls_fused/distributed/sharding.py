@@ -66,12 +66,19 @@ def shards_of(weight: Any) -> tuple[Any, int] | None:
     return weight.device_mesh, _sharded_dimensions(weight)[0]
 
 
-def sharding_problem(weight: Any, bias: Any) -> str | None:
-    """Why GLS cannot work on a layer sharded like that, or None if it can."""
+def sharding_problem(weight: Any, bias: Any, *, turned: bool = False) -> str | None:
+    """Why GLS cannot work on a layer sharded like that, or None if it can.
+
+    Args:
+        turned: whether the outputs are the weight's second axis: each rank then holds some of the
+            columns that P mixes.
+    """
     if not is_sharded(weight) and not is_sharded(bias):
         return None
     if not is_sharded(weight) or (bias is not None and not is_sharded(bias)):
         return "its weight and bias are not sharded alike"
+    if turned:
+        return "its weight is [inputs, outputs], of which GLS covers no shards"
     if bias is not None and (bias.device_mesh, bias.placements) != (
         weight.device_mesh,
         weight.placements,

@@ -106,7 +106,13 @@ SITES = [("subspace", "step"), ("subspace", "backward"), ("dense", "step"), ("de
 @pytest.mark.parametrize(
     ("kind", "options"),
     crossed(
-        KINDS, SITES, ("mlp", SITES[1]), ("mlp", SITES[2]), ("cnn", SITES[0]), ("cnn", SITES[3])
+        [*KINDS, "turned"],
+        SITES,
+        ("mlp", SITES[1]),
+        ("mlp", SITES[2]),
+        ("cnn", SITES[0]),
+        ("cnn", SITES[3]),
+        ("turned", SITES[1]),
     ),
 )
 def test_steps_are_those_of_eager(kind, options):

@@ -6,6 +6,7 @@ import itertools
 import math
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 import checkpoint
@@ -428,6 +429,18 @@ def sharded_over_its_inputs_takes_adams_update():
     place = lambda p: Shard(1) if p.shape == (8, 8) else Shard(0)  # noqa: E731
     model = fully_shard(model, mesh=line_mesh(), shard_placement_fn=place)
     assert "not sharded over its outputs alone" in GLS(model).report()
+
+
+@case
+def turned_weights_take_adams_update():
+    # As the plain module's outputs are views, too.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    model = sharded(make_net("turned"))
+    optimizer = GLS(model, **OPTIONS)
+    assert optimizer.report().count("of which GLS covers no shards") == 4
+    before = whole(model.first.weight).clone()
+    train_on_part(model, optimizer, "mlp", even(8), range(2))
+    assert not torch.equal(whole(model.first.weight), before)
 
 
 @case

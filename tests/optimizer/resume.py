@@ -35,6 +35,7 @@ SPECS = {
     for kind, site, normalize, momentum, (dtype, low) in itertools.chain(
         itertools.product(("mlp", "cnn"), SITES, NORMALIZATIONS, (0.0, 0.9), STORED[:2]),
         itertools.product(("mlp",), SITES, ("rms", "adam"), (0.0, 0.9), STORED[2:]),
+        itertools.product(("turned",), ("step",), ("factored",), (0.9,), STORED),
     )
     if (site, normalize) != ("backward", "sgd")
 }
