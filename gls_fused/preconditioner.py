@@ -212,6 +212,7 @@ class Preconditioner:
         """Tell the layers what the coming step asks of them: to gather, and where P applies."""
         due = step % options["curvature_every"] == 0
         for layer in layers:
+            layer.settle_uses(states.get(layer.weight) or {})
             if due or layer.inverse is None:
                 layer.draw = self._draw(layer.device, step)
             told = (
@@ -220,6 +221,7 @@ class Preconditioner:
                 layer.weight.requires_grad,
                 layer.stays_at_step,
                 layer.compiled,
+                layer.lent,
                 options.get("normalize"),
             )
             if self._told.get(layer) != told:
@@ -233,6 +235,8 @@ class Preconditioner:
                 )
                 if layer.stays_at_step and inverse is not None:
                     state["at_step"] = 1
+                if layer.lent and inverse is not None:
+                    state["lent"] = 1
 
     def rest(self, layers: Sequence[Layer]) -> None:
         """Layers that nobody trains: their gradients are true, and their rows are not looked at."""
@@ -321,6 +325,8 @@ def take_sums(
         sums = layer.take_sums()
         # Rows count when the gradient that they led to does.
         if sums is None or layer.weight.grad is None:
+            if layer.weight.grad is not None and not layer.called:
+                layer.seek_uses()
             continue
         sums = layer.counted(sums)
         if skip is not None:

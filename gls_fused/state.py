@@ -3,7 +3,8 @@
     every parameter   step (0-d), exp_avg and exp_avg_sq (shaped as it; exp_avg_sq 0-d, on a layer's
                       weight, for "rms"), master (shaped as it, float32)
     a layer's weight  rows and outputs (plain numbers), at_step (1, where its p.grad has turned
-                      out to be in use), and the tensors of gls_fused.curvature.estimate
+                      out to be in use), lent (1, where another module uses it by itself; none is
+                      as good as 0), and the tensors of gls_fused.curvature.estimate
     a group           its options, step and version: numbers and names
 
 All tensors are of float32, or float64 for parameters of float64; step is float32.

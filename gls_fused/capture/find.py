@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from gls_fused.capture.alike import KNOWN, LAYERS, why_not_alike
+from gls_fused.capture.attention import PROJECTIONS, why_not_attention
 from gls_fused.capture.conv import Conv2dLayer, why_not_conv2d
-from gls_fused.capture.layer import Layer, bias_of
+from gls_fused.capture.layer import Layer
+from gls_fused.capture.lending import Lender
 from gls_fused.capture.linear import LinearLayer, why_not_linear
 from gls_fused.capture.modules import describe_class, plain_class
 from gls_fused.distributed.sharding import is_sharded, sharding_problem
@@ -27,16 +29,24 @@ class Kind(NamedTuple):
     Attributes:
         layer: of the modules that share a weight.
         why_not: why it cannot cover the modules that share a weight, all of this kind, or None.
+        bias: the name of the parameter that is the bias, or None.
     """
 
     layer: type[Layer]
     why_not: Callable[[Sequence[nn.Module]], str | None]
+    bias: str | None = "bias"
 
 
 # The class that stands first among a module's bases decides.
 KINDS: dict[type[nn.Module], Kind] = {
     nn.Linear: Kind(LinearLayer, why_not_linear),
     nn.Conv2d: Kind(Conv2dLayer, why_not_conv2d),
+}
+# Of modules with weights of other names than "weight", by the name.
+PARTS: dict[type[nn.Module], dict[str, Kind]] = {
+    nn.MultiheadAttention: {
+        layer.weight_key: Kind(layer, why_not_attention, layer.bias_key) for layer in PROJECTIONS
+    },
 }
 
 
@@ -59,6 +69,7 @@ def find_layers(
     """
     users: dict[int, list[tuple[str, nn.Module, str]]] = {}
     params: dict[int, nn.Parameter] = {}
+    holders: dict[nn.Module, list[nn.Module]] = {}
     seen: set[int] = set()
     for root_name, root in roots:
         for name, module in root.named_modules(prefix=root_name):
@@ -69,6 +80,8 @@ def find_layers(
                 if param is not None:
                     params[id(param)] = param
                     users.setdefault(id(param), []).append((plain_name(name), module, key))
+            for child in filter(None, module._modules.values()):
+                holders.setdefault(child, []).append(module)
 
     layers: list[Layer] = []
     owned: set[int] = set()
@@ -76,38 +89,49 @@ def find_layers(
     for key, uses in users.items():
         names, modules, roles = zip(*uses, strict=True)
         param = params[key]
-        if "weight" not in roles or isinstance(param, UninitializedParameter):
+        kinds = list(map(kind_of, modules, roles))
+        if "weight" not in roles and not any(kinds):
+            continue
+        if isinstance(param, UninitializedParameter):
             continue
         if trained is not None and param not in trained:
             continue
-        problem = next((why for why in map(_uncovered, modules) if why), None)
+        problem = next((why for why in map(_uncovered, modules, roles) if why), None)
         if problem is None and len({plain_class(module) for module in modules}) > 1:
             problem = "its weight is shared by modules of different kinds"
-        kind = kind_of(modules[0])
+        kind = kinds[0]
         if problem is None and kind is not None:
             problem = kind.why_not(modules)
-        if problem is None and any(role != "weight" for role in roles):
+        if problem is None and any(role != roles[0] for role in roles):
             problem = "its weight is used in two roles"
         if problem is None and not param.numel():
             problem = "its weight is empty"
         if problem is None and not is_sharded(param) and type(param) not in PLAIN_TENSORS:
             problem = f"its weight is a {type(param).__name__}, which may compute otherwise"
-        if problem is None and kind is not None:
-            problem = sharding_problem(param, bias_of(modules[0]), turned=kind.layer.turned)
+        if problem is None:
+            assert kind is not None
+            bias = getattr(modules[0], str(kind.bias), None)
+            problem = sharding_problem(param, bias, turned=kind.layer.turned)
         if problem is not None:
             if len(uses) > 1:
                 problem = f"shared by {', '.join(names)}: {problem}"
             reasons[key] = (_join(names[0], roles[0]), problem)
             continue
-        biases = {id(bias): bias for bias in map(bias_of, modules)}
+        assert kind is not None
+        found = [getattr(module, str(kind.bias), None) for module in modules]
+        biases = {id(bias): bias for bias in found}
         # A bias belongs to the layer when it is used exactly where the weight is.
         bias = next(iter(biases.values())) if len(biases) == 1 else None
         if bias is not None and len(users[id(bias)]) != len(uses):
             bias = None
         if bias is not None and trained is not None and bias not in trained:
             bias = None
-        assert kind is not None
-        layers.append(kind.layer(names[0], list(modules), bias))
+        name = names[0]
+        if roles[0] != "weight":
+            name = _join(name, roles[0].removesuffix("_weight"))
+        layers.append(kind.layer(name, list(modules), bias))
+        if isinstance(layers[-1], Lender):
+            layers[-1].find_holders(holders)
         owned.update((key,) if bias is None else (key, id(bias)))
 
     uncovered = []
@@ -127,9 +151,13 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def kind_of(module: nn.Module) -> Kind | None:
-    """What covers modules of this class."""
+def kind_of(module: nn.Module, role: str = "weight") -> Kind | None:
+    """What covers the parameter of this name in modules of this class."""
     for base in plain_class(module).__mro__:
+        if role != "weight":
+            if base in PARTS:
+                return PARTS[base].get(role)
+            continue
         if base in KINDS:
             return KINDS[base]
         known = KNOWN.get(f"{base.__module__}.{base.__qualname__}")
@@ -138,9 +166,9 @@ def kind_of(module: nn.Module) -> Kind | None:
     return None
 
 
-def _uncovered(module: nn.Module) -> str | None:
-    """Why GLS does not cover this module, or None if it does."""
-    kind = kind_of(module)
+def _uncovered(module: nn.Module, role: str) -> str | None:
+    """Why GLS does not cover this parameter of a module, or None if it does."""
+    kind = kind_of(module, role) or kind_of(module)
     if kind is None:
         return f"{describe_class(plain_class(module))} is not covered"
     return kind.why_not([module])
@@ -149,7 +177,7 @@ def _uncovered(module: nn.Module) -> str | None:
 def _reason(module: nn.Module, role: str, param: nn.Parameter) -> str:
     if isinstance(param, UninitializedParameter):
         return "not initialised yet: run the model once before building the optimizer"
-    problem = _uncovered(module)
+    problem = _uncovered(module, role)
     if problem is not None:
         return problem
     return "shared otherwise than the weight it belongs to" if role == "bias" else "not covered"

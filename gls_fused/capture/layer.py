@@ -31,7 +31,7 @@ from gls_fused.capture.modules import (
 )
 from gls_fused.capture.observed import observe
 from gls_fused.capture.rows import Rows
-from gls_fused.curvature.estimate import make_curvature
+from gls_fused.curvature.estimate import State, make_curvature
 from gls_fused.distributed.sharding import is_sharded, rows_here, shards_of
 from gls_fused.reference import Inverse, SubspaceInverse, undo_inverse
 
@@ -50,6 +50,8 @@ class Layer(Rows):
         stays_at_step: whether p.grad has turned out to be in use, so that it keeps the gradient.
         compiled: whether a graph that torch.compile traced has shown rows.
         called: whether rows have been seen.
+        lent: whether another module has used the weight by itself, and the rows were seen. Then
+            p.grad keeps the gradient, unless `promised`.
         cleared: whether some D in p.grad has been cleared since the last step.
         idle: why it takes part in no statistics, or None; such as never having been called. Its
             sums are then of size 0, and there are some once it has been called.
@@ -67,11 +69,16 @@ class Layer(Rows):
     kind: ClassVar[str]
     # Whether P can act on the rows themselves, at the backward site.
     by_rows: ClassVar[bool] = False
+    # The names of a module's parameters that weight and bias are.
+    weight_key: ClassVar[str] = "weight"
+    bias_key: ClassVar[str | None] = "bias"
 
     def __init__(self, name: str, modules: list[nn.Module], bias: Tensor | None) -> None:
         self.name = name
         self.modules = modules
-        weight = modules[0].weight
+        # Those whose forward is this layer's op.
+        self.routed = modules
+        weight = getattr(modules[0], self.weight_key)
         assert isinstance(weight, Tensor)
         self.weight = weight
         self.bias = bias
@@ -84,7 +91,7 @@ class Layer(Rows):
         self.size = self.shape[1:].numel()
         self.dim = self.size + self.ones
         self.promised = self.stays_at_step = self.compiled = self.captured = False
-        self.called = self.cleared = self.returned = False
+        self.called = self.cleared = self.returned = self.lent = False
         self.idle: str | None = None
         self.misses = 0
         self.marks: Any = None
@@ -151,7 +158,7 @@ class Layer(Rows):
     @property
     def resharded(self) -> bool:
         """Whether the weight that a module has is sharded, and not the one known here."""
-        held = [module._parameters.get("weight") for module in self.modules]
+        held = [module._parameters.get(self.weight_key) for module in self.modules]
         return any(weight is not self.weight and is_sharded(weight) for weight in held)
 
     @property
@@ -161,7 +168,7 @@ class Layer(Rows):
 
     def capture(self) -> None:
         """Route the modules' forward through this layer."""
-        for module in self.modules:
+        for module in self.routed:
             earlier = captured_by(module)
             if earlier is not None and earlier is not self:
                 earlier.release()
@@ -170,14 +177,14 @@ class Layer(Rows):
 
     def recapture(self) -> None:
         """See that the modules' forward still goes through this layer, whatever became of them."""
-        for module in self.modules:
+        for module in self.routed:
             recapture_module(module)
 
     def release(self) -> None:
         """Give the modules their own forward back; gradients are true from here on."""
         if self.at_backward and not self.promised:
             self.leave_backward_site()
-        for module in self.modules:
+        for module in self.routed:
             release_module(module, self)
         self.captured = False
         self.expect(None, gathers=False, at_backward=False)
@@ -185,11 +192,17 @@ class Layer(Rows):
         self.tally = self.test_matrix = None
         self.marks.clear_marks()
 
+    def seek_uses(self) -> None:
+        """Told that its weight has got a gradient and no rows of it have been seen."""
+
+    def settle_uses(self, state: State) -> None:
+        """Told before each step; see gls_fused.capture.lending."""
+
     # ---- the forward of a captured module --------------------------------------------------------
 
     def watches(self, module: nn.Module) -> bool:
         """Whether a call of the module is to go through `forward`."""
-        weight = module._parameters.get("weight")
+        weight = module._parameters.get(self.weight_key)
         if weight is None or not (weight.requires_grad and torch.is_grad_enabled()):
             return False
         if torch.compiler.is_compiling():
@@ -242,11 +255,8 @@ class Layer(Rows):
         # P couples weight and bias; without it the bias need not be observed.
         owned = self.at_backward and self.ones and self.owns_bias_of(module)
         owned = owned and bias is not None and bias.requires_grad
-        # The rows without their tangent, which the weight has not.
-        rows = inputs
-        if _has_level():
-            rows = forward_ad.unpack_dual(inputs).primal  # type: ignore[no-untyped-call]
-        weight, own = observe(self, rows if seen else None, weight, bias if owned else None)
+        rows = without_tangent(inputs) if seen else None
+        weight, own = observe(self, rows, weight, bias if owned else None)
         return self.compute(module, inputs, weight, own if owned else bias)
 
     def precondition(self, module: nn.Module, inputs: Tensor) -> Tensor:
@@ -267,7 +277,7 @@ class Layer(Rows):
         """
         if not self.ones or self.shards is not None:
             return True
-        return module._parameters.get("bias") is self.bias
+        return module._parameters.get(str(self.bias_key)) is self.bias
 
     @abc.abstractmethod
     def compute(
@@ -549,6 +559,14 @@ def autocast_inputs(inputs: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
         x if x is None or x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype)
         for x in tensors
     )
+
+
+def without_tangent(inputs: Tensor) -> Tensor:
+    """Rows as they are without their tangent, which the weight has not."""
+    if not _has_level():
+        return inputs
+    rows: Tensor = forward_ad.unpack_dual(inputs).primal  # type: ignore[no-untyped-call]
+    return rows
 
 
 def _has_level() -> bool:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from gls_fused.capture.layer import Layer, autocast_inputs, bias_of
+from gls_fused.capture.layer import autocast_inputs, bias_of
+from gls_fused.capture.lending import Lender
 from gls_fused.capture.marks import choose_places
 from gls_fused.capture.modules import why_not_own
 from gls_fused.capture.observed import observe
@@ -115,7 +115,7 @@ class Linear(torch.autograd.Function):
         return input_gradient, *gradients, sums, None
 
 
-class LinearLayer(LinearRows, Layer):
+class LinearLayer(LinearRows, Lender):
     """nn.Linear: every leading dimension of the inputs is rows."""
 
     kind = "Linear"
@@ -174,9 +174,11 @@ class LinearLayer(LinearRows, Layer):
         return Linear.apply(inputs, weight, bias, None, self)  # type: ignore[no-any-return]
 
     def traced(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        return self.traced_product(*self._operands(module, inputs))
+
+    def traced_product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         arguments = flatten_rows(self, self.backend_name, self.tally)
-        operands = self._operands(module, inputs)
-        return torch.ops.gls_fused.traced_linear(*operands, *arguments)  # type: ignore[no-any-return]
+        return torch.ops.gls_fused.traced_linear(inputs, weight, bias, *arguments)  # type: ignore[no-any-return]
 
     def _operands(self, module: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of F.linear, as autocast has them."""
@@ -191,12 +193,13 @@ class TurnedLinearLayer(LinearLayer):
     kind = "turned Linear"
     turned = True
 
+    def find_holders(self, holders: Mapping[nn.Module, Sequence[nn.Module]]) -> None:
+        """Nobody is known to use such a weight without its module."""
+
 
 def why_not_linear(modules: Sequence[nn.Module]) -> str | None:
     """See `gls_fused.capture.find.Kind`."""
     for module in modules:
-        if isinstance(module, NonDynamicallyQuantizableLinear):
-            return "nn.MultiheadAttention uses its weight without calling it"
         problem = why_not_own(module, nn.Linear.forward)
         if problem is not None:
             return problem

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from gls_fused.capture.layer import Layer
 
 _KEY = "_gls_capture"
+# What holds the watch of `gls_fused.capture.uses`; copies leave it out as well.
+WATCH_KEY = "_gls_watch"
 # What a captured class holds the plain one as.
 _PLAIN = "_gls_plain_class"
 
@@ -99,8 +101,13 @@ def recapture_module(module: nn.Module) -> None:
     plain one.
     """
     kind: Any = type(module)
-    if _PLAIN not in kind.__dict__ and "weight" in module._parameters:
+    if not is_captured(kind) and "weight" in module._parameters:
         module.__class__ = _captured_class(kind)
+
+
+def is_captured(kind: type[Any]) -> bool:
+    """Whether it is a class that `make_class` made."""
+    return _PLAIN in kind.__dict__
 
 
 def _set_class(module: Any, kind: type[Any]) -> None:
@@ -121,6 +128,12 @@ def _captured_class(plain: Any) -> type[Any]:
                 return layer.forward(self, args[0] if args else kwargs[first])
         return plain.forward(self, *args, **kwargs)
 
+    return make_class(plain, forward)
+
+
+def make_class(plain: Any, forward: Any) -> type[Any]:
+    """A subclass with another forward that passes for the plain class, and whose copies are it."""
+
     def reduce_ex(self: Any, protocol: Any) -> Any:
         reduced = plain.__reduce_ex__(self, protocol)
         if type(self) is not captured or isinstance(reduced, str):
@@ -128,7 +141,7 @@ def _captured_class(plain: Any) -> type[Any]:
         make, arguments, *rest = reduced
         arguments = tuple(plain if each is captured else each for each in arguments)
         if rest and isinstance(rest[0], dict):
-            rest[0] = {key: value for key, value in rest[0].items() if key != _KEY}
+            rest[0] = {key: value for key, value in rest[0].items() if key not in (_KEY, WATCH_KEY)}
         return (make, arguments, *rest)
 
     # torch.jit.script reads the wrapped forward's source with the names of this module: F is one.

@@ -126,45 +126,6 @@ def test_low_rank_correction_of_a_frozen_layer(backend, site):
         assert torch.equal(p, q)
 
 
-class Attention(nn.Module):
-    """nn.MultiheadAttention with separate or joint input projections, then nn.Linear."""
-
-    def __init__(self, **options):
-        super().__init__()
-        self.attend = nn.MultiheadAttention(6, 2, batch_first=True, **options)
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, inputs):
-        tokens = inputs.unflatten(0, (-1, 3))
-        return self.head(self.attend(tokens, tokens, tokens)[0]).flatten(0, 1)
-
-
-@pytest.mark.parametrize(
-    ("options", "projections"),
-    [
-        ({}, ["in_proj_weight"]),
-        (
-            {"kdim": 6, "vdim": 6, "add_bias_kv": True},
-            ["in_proj_weight", "bias_k", "bias_v"],
-        ),
-    ],
-)
-def test_projections_of_attention_take_adams_update(options, projections):
-    torch.manual_seed(0)
-    model = Attention(**options).double()
-    optimizer = GLS(model, lr=0.01, **OPTIONS)
-    lines = lines_of(optimizer)
-    for name in projections:
-        assert lines[f"attend.{name}"] == "Adam (MultiheadAttention is not covered)"
-    expected = "Adam (nn.MultiheadAttention uses its weight without calling it)"
-    assert lines["attend.out_proj.weight"] == expected
-    assert lines["head"].startswith("GLS")
-    before = snapshot(model)
-    losses = train(model, optimizer, make_batch("mlp", 12, 0), 20)
-    assert losses[-1] < losses[0]
-    assert not any(torch.equal(p, q) for p, q in zip(snapshot(model), before, strict=True))
-
-
 # ---- lazy modules --------------------------------------------------------------------------------
 
 

@@ -71,11 +71,28 @@ class Uneven(nn.Sequential):
         return super().forward(inputs).repeat(1, 3)
 
 
+class Attention(nn.Module):
+    """Of two tokens a sample to others; a weight of nn.Linear that is used by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, inputs):
+        x = torch.tanh(inputs).unflatten(-1, (2, 4))
+        memory = x + 1
+        x = self.attend(x, memory, memory)[0]
+        return nn.functional.linear(x, self.last.weight, self.last.bias).flatten(1) * 2
+
+
 def make(kind):
-    if kind != "uneven":
+    if kind not in ("uneven", "attention"):
         return make_net(kind)
     torch.manual_seed(0)
-    return Uneven().double()
+    if kind == "uneven":
+        return Uneven().double()
+    return nn.Sequential(nn.Linear(6, 8), Attention(), nn.Linear(8, 3)).double()
 
 
 def sizes_of(kind):
@@ -91,6 +108,8 @@ def check_equals_one_process(kind, options, **policy):
     train_on_part(model, optimizer, data, sizes)
     assert_same_weights(model, expected)
     assert_one_preconditioner(optimizer.state.values())
+    assert "no rows yet" not in optimizer.report()
+    assert "Adam (its" not in optimizer.report()
     for p, state in optimizer.state.items():
         assert isinstance(state["exp_avg"], DTensor)
         assert state["exp_avg"].placements == p.placements
@@ -100,6 +119,10 @@ for kind, site in itertools.product(("mlp", "cnn", "uneven"), ("step", "backward
     CASES[f"{kind}_{site}"] = lambda kind=kind, site=site: check_equals_one_process(
         kind, {**OPTIONS, "site": site}
     )
+CASES["attention_step"] = lambda: check_equals_one_process("attention", OPTIONS)
+CASES["attention_backward"] = lambda: check_equals_one_process(
+    "attention", {**OPTIONS, "site": "backward"}
+)
 for normalize in ("row", "factored", "spectral", "adam", "sgd", "none"):
     CASES[f"normalize_{normalize}"] = lambda normalize=normalize: check_equals_one_process(
         "uneven", {**OPTIONS, "normalize": normalize, "weight_decay": 0.1}

@@ -158,9 +158,9 @@ def test_report_says_what_falls_back_and_why():
     for line in [
         "covered: GLS (Linear 9 -> 8, 12 rows, rank 8, site step, backend native, factored)",
         "embed.weight: Adam (shared by embed, unembed: Embedding is not covered)",
-        "6 norms, biases and other vectors: Adam",
-        "attend.in_proj_weight: Adam (MultiheadAttention is not covered)",
-        "attend.out_proj.weight: Adam (nn.MultiheadAttention uses its weight without calling it)",
+        "4 norms, biases and other vectors: Adam",
+        "attend.in_proj: GLS (MultiheadAttention 9 -> 24, 12 rows, rank 9, site step, "
+        "backend native, factored)",
         "depthwise.weight: Adam (it has 4 groups)",
     ]:
         assert (

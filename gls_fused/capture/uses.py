@@ -1,0 +1,258 @@
+"""Weights that a module's forward uses without calling the module that owns them.
+
+torchvision's Swin calls `F.linear(x, self.qkv.weight)`, nn.MultiheadAttention hands its weights to
+torch.nn.functional. Such a module is watched: in steps that ask for it, its forward runs under a
+mode that is shown every call of a function of torch's. Products with a weight of a layer, or with
+some rows of it, go to that layer; everything else stays what it is. Other modules run without.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from types import CodeType, FunctionType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from gls_fused.capture.modules import (
+    WATCH_KEY,
+    captured_by,
+    is_captured,
+    make_class,
+    plain_class,
+)
+
+if TYPE_CHECKING:
+    from gls_fused.capture.lending import Lender
+
+
+class Use(NamedTuple):
+    """A layer, the module whose parameters are its weight and bias, and its weight as it is now."""
+
+    layer: Lender
+    owner: nn.Module
+    weight: Tensor
+
+
+class Watch:
+    """What ties a module to the layers whose weights its forward may use. Copies tie nothing."""
+
+    __slots__ = ("module", "uses")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: nn.Module | None = module
+        self.uses: list[tuple[Lender, nn.Module]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+    def open(self) -> list[Use]:
+        """Of the layers that want to see their rows, or to apply P, in a call now."""
+        return [
+            Use(layer, owner, owner._parameters[layer.weight_key])  # type: ignore[arg-type]
+            for layer, owner in self.uses
+            if layer.watches(owner)
+        ]
+
+
+def watch_of(module: nn.Module) -> Watch | None:
+    """The watch of a module, if there is one."""
+    watch: Watch | None = module.__dict__.get(WATCH_KEY)
+    return watch if watch is not None and watch.module is module else None
+
+
+def watch_module(module: nn.Module, layer: Lender, owner: nn.Module) -> None:
+    """From here on the module's forward shows the layer where it uses the weight of `owner`.
+
+    A layer of another optimizer, of the same weight, is released. A module that is itself captured
+    is left alone: its forward is a layer's op.
+    """
+    watch = watch_of(module)
+    for earlier, _ in [] if watch is None else list(watch.uses):
+        if earlier.weight is layer.weight and earlier is not layer:
+            earlier.release()
+    watch = watch_of(module)
+    if watch is None:
+        if captured_by(module) is not None:
+            return
+        watch = module.__dict__[WATCH_KEY] = Watch(module)
+        kind: Any = plain_class(module)
+        module.__class__ = _watched_class(kind)
+    if (layer, owner) not in watch.uses:
+        watch.uses.append((layer, owner))
+
+
+def rewatch_module(module: nn.Module) -> None:
+    """See that a watched module's forward still runs watched, see `recapture_module`."""
+    kind: Any = type(module)
+    if watch_of(module) is not None and not is_captured(kind):
+        module.__class__ = _watched_class(kind)
+
+
+def unwatch_module(module: nn.Module, layer: Lender) -> None:
+    """Forget the layer, and make the module plain where it was the last one."""
+    watch = watch_of(module)
+    if watch is None:
+        return
+    watch.uses = [use for use in watch.uses if use[0] is not layer]
+    if not watch.uses:
+        module.__dict__.pop(WATCH_KEY)
+        # Copies of the module's attributes may still hold it.
+        watch.module = None
+        if captured_by(module) is None:
+            module.__class__ = plain_class(module)
+
+
+@functools.cache
+def _watched_class(plain: Any) -> type[Any]:
+    @functools.wraps(plain.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        watch = getattr(self, WATCH_KEY, None)
+        if watch is not None and watch.module is self:
+            uses = watch.open()
+            if uses:
+                with _Observer(uses):
+                    return plain.forward(self, *args, **kwargs)
+        return plain.forward(self, *args, **kwargs)
+
+    return make_class(plain, forward)
+
+
+# ---- which modules may use a weight ------------------------------------------------------------
+
+
+@functools.cache
+def reads_weights(plain: Any) -> bool:
+    """Whether a module's forward, or a method that it names, reads an attribute named weight.
+
+    Those that do not may get hold of one in another way, and those that do may do anything with it.
+    """
+    if issubclass(plain, nn.MultiheadAttention):
+        return True
+    if plain.__module__.startswith("torch.nn."):
+        # Containers, and what only looks at weights to choose a fast path of evaluation.
+        return False
+    found: set[str] = set()
+    pending = ["forward"]
+    while pending:
+        name = pending.pop()
+        method = inspect.unwrap(getattr(plain, name, None))  # type: ignore[arg-type]
+        theirs = name != "forward" and hasattr(nn.Module, name)
+        if name in found or theirs or not inspect.isfunction(method):
+            continue
+        found.add(name)
+        names = _names_in(method.__code__)
+        if "weight" in names:
+            return True
+        pending += names
+    return False
+
+
+def _names_in(code: CodeType) -> set[str]:
+    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
+    return set(code.co_names).union(*map(_names_in, inner))
+
+
+# ---- a call of a watched module ----------------------------------------------------------------
+
+
+def _unchecked(function: Any) -> Any:
+    """A function of torch.nn.functional that does not ask for modes before it begins.
+
+    Under a mode it would hand itself to the mode for ever, and never come to the products in it.
+    """
+    names = {**function.__globals__, "has_torch_function": lambda _tensors: False}
+    found = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    found.__kwdefaults__ = function.__kwdefaults__
+    return found
+
+
+_attention = _unchecked(F.multi_head_attention_forward)
+_MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+
+
+class _Observer(TorchFunctionMode):
+    """Hands products with the weights of some layers to them."""
+
+    def __init__(self, uses: Sequence[Use]) -> None:
+        super().__init__()
+        self.uses = uses
+        self.hooks = _saved_tensors_hooks()
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _attention(*args, **kwargs)
+        if func is F.linear and torch.is_grad_enabled():
+            return self.linear(*args, **kwargs)
+        if func in _MATMULS and torch.is_grad_enabled():
+            both = len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor)
+            if both and not kwargs:
+                return self.matmul(*args)
+        return func(*args, **kwargs)
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002  # torch's name
+        use = self.find(weight)
+        if use is None:
+            return F.linear(input, weight, bias)
+        return use.layer.lend(use.owner, input, weight, bias, F.linear)
+
+    def matmul(self, left: Tensor, right: Tensor) -> Tensor:
+        """X @ W' and W @ x'."""
+        use = self.find(left)
+        if use is not None and right.ndim > 1 and self.find(right) is None:
+
+            def multiply(rows: Tensor, weight: Tensor, _bias: None) -> Tensor:
+                return torch.matmul(weight, rows.transpose(-2, -1))
+
+            rows = right.transpose(-2, -1)
+            return use.layer.lend(use.owner, rows, left, None, multiply, turned=True)
+        if use is None and right.ndim == 2 and self.find(turned := right.t()) is not None:
+            use = self.find(turned)
+            assert use is not None
+
+            def multiply(rows: Tensor, weight: Tensor, _bias: None) -> Tensor:
+                return torch.matmul(rows, weight.t())
+
+            return use.layer.lend(use.owner, left, turned, None, multiply)
+        return torch.matmul(left, right)
+
+    def find(self, weight: Tensor) -> Use | None:
+        """Whose weight it is, or some rows of whose."""
+        if _saved_tensors_hooks() != self.hooks:
+            # Checkpointed inside the module, it would be computed again outside of this mode.
+            return None
+        for use in self.uses:
+            known = use.weight
+            if weight is known:
+                return use
+            if (
+                weight._base is known
+                and weight.ndim == known.ndim
+                and weight.shape[1:] == known.shape[1:]
+                and weight.stride()[1:] == known.stride()[1:]
+            ):
+                return use
+        return None
+
+
+def _saved_tensors_hooks() -> Any:
+    """Those that checkpointing, offloading and users have put in force, the innermost pair."""
+    if torch.compiler.is_compiling():
+        return None
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
