@@ -259,13 +259,15 @@ class Preconditioner:
 
     def site_of(self, layer: Layer) -> str:
         """Where P is applied to this layer, or "undecided" before the first step."""
-        if self.site != "auto":
+        if self.site != "auto" and layer.table is None:
             return self.site
         if layer.inverse is None:
             return "undecided"
         return "backward" if layer.at_backward else "step"
 
     def _at_backward(self, layer: Layer, state: State, options: Mapping[str, Any]) -> bool:
+        if layer.table is not None:
+            return False
         if options.get("normalize") == "sgd":
             # The step size is the true gradient's, which the backward site does not keep.
             return False
@@ -397,6 +399,7 @@ def describe_layers(
         lines.append(
             f"{name}: GLS ({layer.kind} {layer.dim} -> {layer.outputs}, {started}, "
             f"site {preconditioner.site_of(layer)}, backend {layer.backend_name}"
+            f"{'' if layer.table is None else f', tied to {layer.table}'}"
             f"{_describe_scale(layer, state, (groups or {}).get(layer.weight))})"
         )
     return lines

@@ -136,7 +136,7 @@ def test_trainer_resumes_as_if_never_stopped(example, tmp_path):
 
 @pytest.mark.parametrize("kind", ["GPT2", "Bert"])
 def test_report_on_other_transformers(example, kind):
-    """GPT-2's Conv1D is no nn.Linear; BERT's decoder shares its weight with the embedding."""
+    """GPT-2's Conv1D is no nn.Linear; both heads share their weight with the embedding."""
     import transformers
 
     sizes = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -154,13 +154,12 @@ def test_report_on_other_transformers(example, kind):
         optimizer.step()
     lines = lines_of(repr(optimizer).split("\n)\n")[1])
     if kind == "GPT2":
-        assert (
-            lines["transformer.h.0.attn.c_attn.weight"]
-            == "Adam (transformers.pytorch_utils.Conv1D is not covered)"
+        assert lines["transformer.h.0.attn.c_attn"].startswith(
+            "GLS (turned Linear 17 -> 48, 16 rows"
         )
-        shared = "transformer.wte.weight"
+        head, shared = "lm_head", "transformer.wte"
     else:
         assert lines["bert.encoder.layer.0.attention.self.query"].startswith("GLS (Linear 17 -> 16")
-        shared = "bert.embeddings.word_embeddings.weight"
-    assert lines[shared].startswith("Adam (shared by")
-    assert "Embedding is not covered" in lines[shared]
+        head, shared = "cls.predictions.decoder", "bert.embeddings.word_embeddings"
+    assert lines[head].startswith("GLS (Linear 16 -> 50, 16 rows")
+    assert f"tied to {shared}" in lines[head]

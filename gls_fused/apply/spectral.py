@@ -2,7 +2,7 @@
 
     "spectral"  all but the last covered layer of the model, which is most often its head: what
                 Muon's author found to train better with a scale per element. `spectral_head` of
-                its group says otherwise.
+                its group says otherwise. A head that is tied to an embedding counts as last.
     "auto"      of these, the layers whose factor takes at most `MOST_SHARE` of the flops of their
                 forward and backward for the rows they saw in their first step.
 

@@ -22,8 +22,10 @@ class InputProjection(LinearLayer):
     weight_key: ClassVar[str] = "in_proj_weight"
     bias_key: ClassVar[str | None] = "in_proj_bias"
 
-    def __init__(self, name: str, modules: list[nn.Module], bias: Tensor | None) -> None:
-        super().__init__(name, modules, bias)
+    def __init__(
+        self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None
+    ) -> None:
+        super().__init__(name, modules, bias, table)
         # Its forward is more than this layer's op, and uses the weight by itself.
         self.routed = []
 

@@ -94,8 +94,10 @@ class Conv2dLayer(ImageRows, Layer):
 
     kind = "Conv2d"
 
-    def __init__(self, name: str, modules: list[nn.Module], bias: Tensor | None) -> None:
-        super().__init__(name, modules, bias)
+    def __init__(
+        self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None
+    ) -> None:
+        super().__init__(name, modules, bias, table)
         module = modules[0]
         assert isinstance(module, nn.Conv2d)
         self.window, self.padding_before = window_of(module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Container, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -21,6 +21,11 @@ from gls_fused.distributed.sharding import is_sharded, sharding_problem
 # What torch.compile and activation checkpointing put into the names of what they wrap.
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 PLAIN_TENSORS = (Tensor, nn.Parameter)
+# Their gradients have no rows to see. A head that shares the weight has.
+TABLES = (nn.Embedding, nn.EmbeddingBag)
+
+# A module's name, the module, and what the parameter is called there.
+Use: TypeAlias = tuple[str, nn.Module, str]
 
 
 class Kind(NamedTuple):
@@ -67,7 +72,7 @@ def find_layers(
         roots: modules, with a prefix for the names of what is in them.
         trained: the parameters that are asked for; None for all.
     """
-    users: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    users: dict[int, list[Use]] = {}
     params: dict[int, nn.Parameter] = {}
     holders: dict[nn.Module, list[nn.Module]] = {}
     seen: set[int] = set()
@@ -86,7 +91,9 @@ def find_layers(
     layers: list[Layer] = []
     owned: set[int] = set()
     reasons: dict[int, tuple[str, str]] = {}
-    for key, uses in users.items():
+    # Heads last, wherever a model defines its embedding: the last layer keeps its scale.
+    uses_of, tables = _set_tables_apart(users)
+    for key, uses in sorted(uses_of.items(), key=lambda item: item[0] in tables):
         names, modules, roles = zip(*uses, strict=True)
         param = params[key]
         kinds = list(map(kind_of, modules, roles))
@@ -113,7 +120,8 @@ def find_layers(
             bias = getattr(modules[0], str(kind.bias), None)
             problem = sharding_problem(param, bias, turned=kind.layer.turned)
         if problem is not None:
-            if len(uses) > 1:
+            if len(users[key]) > 1:
+                names, _, roles = zip(*users[key], strict=True)
                 problem = f"shared by {', '.join(names)}: {problem}"
             reasons[key] = (_join(names[0], roles[0]), problem)
             continue
@@ -129,7 +137,7 @@ def find_layers(
         name = names[0]
         if roles[0] != "weight":
             name = _join(name, roles[0].removesuffix("_weight"))
-        layers.append(kind.layer(name, list(modules), bias))
+        layers.append(kind.layer(name, list(modules), bias, tables.get(key)))
         if isinstance(layers[-1], Lender):
             layers[-1].find_holders(holders)
         owned.update((key,) if bias is None else (key, id(bias)))
@@ -144,6 +152,21 @@ def find_layers(
             Uncovered(reasons.get(key, named)[0], params[key], reasons.get(key, named)[1])
         )
     return layers, uncovered
+
+
+def _set_tables_apart(users: dict[int, list[Use]]) -> tuple[dict[int, list[Use]], dict[int, str]]:
+    """The uses that rows may be seen of, and the name of a table that looks the same weight up.
+
+    A weight that is only looked up keeps its uses.
+    """
+    found: dict[int, list[Use]] = {}
+    tables: dict[int, str] = {}
+    for key, uses in users.items():
+        seen = [use for use in uses if not isinstance(use[1], TABLES)]
+        found[key] = seen or uses
+        if seen and len(seen) < len(uses):
+            tables[key] = next(name for name, module, _ in uses if isinstance(module, TABLES))
+    return found, tables
 
 
 def plain_name(name: str) -> str:

@@ -44,6 +44,8 @@ class Layer(Rows):
         weight: [m, k], or [m, c, kh, kw]; [k, m] and the like where it is turned.
         shape: the weight's, its outputs first.
         bias: [m] or None.
+        table: an embedding that looks the same weight up, or None. Its part of the gradient has no
+            rows, and P acts on the sum, so that p.grad keeps the gradient until the step.
         dim: d, the length of a row with its one.
         curvature: the kind of running estimate, as is the backend set by `assign`.
         promised: whether D in p.grad is what the user asked for, and not this layer's own choice.
@@ -73,8 +75,11 @@ class Layer(Rows):
     weight_key: ClassVar[str] = "weight"
     bias_key: ClassVar[str | None] = "bias"
 
-    def __init__(self, name: str, modules: list[nn.Module], bias: Tensor | None) -> None:
+    def __init__(
+        self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None
+    ) -> None:
         self.name = name
+        self.table = table
         self.modules = modules
         # Those whose forward is this layer's op.
         self.routed = modules
@@ -104,7 +109,7 @@ class Layer(Rows):
 
     def __reduce__(self) -> tuple[type[Layer], tuple[Any, ...]]:
         # A copy has statistics of its own, and captures nothing until it is told to.
-        return type(self), (self.name, self.modules, self.bias)
+        return type(self), (self.name, self.modules, self.bias, self.table)
 
     # ---- what an optimizer tells it --------------------------------------------------------------
 

@@ -29,8 +29,10 @@ class Lender(Layer):
         watched: whether they show this layer where they use it.
     """
 
-    def __init__(self, name: str, modules: list[nn.Module], bias: Tensor | None) -> None:
-        super().__init__(name, modules, bias)
+    def __init__(
+        self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None
+    ) -> None:
+        super().__init__(name, modules, bias, table)
         self.holders: list[nn.Module] = []
         self.watched = False
 

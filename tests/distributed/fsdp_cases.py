@@ -289,6 +289,35 @@ def some_of_adams_parameters_whole_on_every_rank():
     assert_same_weights(model, expected)
 
 
+class Tied(nn.Module):
+    """3 rows of the embedding, which are the head's, over the ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(3, 6)
+        self.middle = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, inputs):
+        known = self.embedding((inputs[:, 0] > 0).long())
+        return self.head(torch.tanh(self.middle(inputs + known)))
+
+
+@case
+def tied_head():
+    for options in ({"site": "step"}, {"site": "backward", "normalize": "factored"}):
+        torch.manual_seed(0)
+        expected, sizes = Tied().double(), sizes_of("mlp")
+        model = fully_shard(copy.deepcopy(expected), mesh=line_mesh())
+        options = {**OPTIONS, **options}
+        train_on_all(expected, GLS(expected, **options, process_group=alone()), "mlp", sum(sizes))
+        optimizer = GLS(model, **options)
+        train_on_part(model, optimizer, "mlp", sizes)
+        assert "tied to embedding" in optimizer.report()
+        assert_same_weights(model, expected)
+
+
 @case
 def adams_partial_gradients_are_added_up():
     """Of DTensors that every rank has whole, with inputs that are sharded."""

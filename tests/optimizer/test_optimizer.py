@@ -157,7 +157,8 @@ def test_report_says_what_falls_back_and_why():
     report = repr(optimizer)
     for line in [
         "covered: GLS (Linear 9 -> 8, 12 rows, rank 8, site step, backend native, factored)",
-        "embed.weight: Adam (shared by embed, unembed: Embedding is not covered)",
+        "unembed: GLS (Linear 8 -> 12, 12 rows, rank 8, site step, backend native, tied to embed,"
+        " factored)",
         "4 norms, biases and other vectors: Adam",
         "attend.in_proj: GLS (MultiheadAttention 9 -> 24, 12 rows, rank 9, site step, "
         "backend native, factored)",
