@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Container, Iterable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from gls_fused.capture.alike import KNOWN, LAYERS, why_not_alike
 from gls_fused.capture.attention import PROJECTIONS, why_not_attention
 from gls_fused.capture.conv import Conv2dLayer, why_not_conv2d
 from gls_fused.capture.layer import Layer
 from gls_fused.capture.lending import Lender
-from gls_fused.capture.linear import LinearLayer, why_not_linear
-from gls_fused.capture.modules import describe_class, plain_class
+from gls_fused.capture.linear import LinearLayer, TurnedLinearLayer, why_not_linear
+from gls_fused.capture.modules import ALIKE, describe_class, plain_class
 from gls_fused.distributed.sharding import is_sharded, sharding_problem
 
 # What torch.compile and activation checkpointing put into the names of what they wrap.
@@ -52,6 +50,21 @@ PARTS: dict[type[nn.Module], dict[str, Kind]] = {
     nn.MultiheadAttention: {
         layer.weight_key: Kind(layer, why_not_attention, layer.bias_key) for layer in PROJECTIONS
     },
+}
+OWN = frozenset(KINDS)
+
+# What `register` takes: a kind, and what its classes are subclasses of.
+ALIKE_KINDS: dict[str, tuple[Kind, type[nn.Module]]] = {
+    "linear": (KINDS[nn.Linear], nn.Module),
+    "turned linear": (Kind(TurnedLinearLayer, why_not_linear), nn.Module),
+    "conv2d": (KINDS[nn.Conv2d], nn.Conv2d),
+}
+# Classes of other packages by their path, as importing them takes seconds.
+KNOWN = {
+    "timm.layers.linear.Linear": "linear",
+    "torch_geometric.nn.dense.linear.Linear": "linear",
+    "transformers.models.falcon.modeling_falcon.FalconLinear": "linear",
+    "transformers.pytorch_utils.Conv1D": "turned linear",
 }
 
 
@@ -174,6 +187,39 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+def register(module_class: type[nn.Module], kind: str) -> None:
+    """From here on, optimizers cover modules of a class that computes what a known kind does.
+
+        "linear"         F.linear(x, self.weight, self.bias), in whatever words
+        "turned linear"  x @ self.weight + self.bias, whose weight is [inputs, outputs]
+        "conv2d"         what nn.Conv2d computes, of which it is a subclass
+
+    Its forward takes the inputs and nothing else. In a step that gathers rows, GLS computes the
+    product in its stead; a class that changes weight or inputs first, or the outputs after, is not
+    one of these. A bias is None or not there where it has none. Subclasses that override forward
+    are classes of their own.
+
+    Raises:
+        TypeError: no class of modules, or for "conv2d" none of nn.Conv2d.
+        ValueError: an unknown kind, or a class that torch has and GLS covers already.
+    """
+    given: Any = module_class
+    if not (isinstance(given, type) and issubclass(given, nn.Module)):
+        raise TypeError(f"module_class: expected a subclass of nn.Module, got {given!r}")
+    if kind not in ALIKE_KINDS:
+        raise ValueError(f"kind: expected {', '.join(ALIKE_KINDS)}, got {kind!r}")
+    covered, base = ALIKE_KINDS[kind]
+    name = describe_class(module_class)
+    if not issubclass(module_class, base):
+        raise TypeError(
+            f"module_class: expected a subclass of nn.{base.__name__} for {kind!r}, got {name}"
+        )
+    if module_class in OWN:
+        raise ValueError(f"module_class: {name} is covered as it is")
+    KINDS[module_class] = covered
+    ALIKE.add(module_class.forward)
+
+
 def kind_of(module: nn.Module, role: str = "weight") -> Kind | None:
     """What covers the parameter of this name in modules of this class."""
     for base in plain_class(module).__mro__:
@@ -181,11 +227,11 @@ def kind_of(module: nn.Module, role: str = "weight") -> Kind | None:
             if base in PARTS:
                 return PARTS[base].get(role)
             continue
+        known = KNOWN.get(f"{base.__module__}.{base.__qualname__}")
+        if known is not None and base not in KINDS:
+            register(base, known)
         if base in KINDS:
             return KINDS[base]
-        known = KNOWN.get(f"{base.__module__}.{base.__qualname__}")
-        if known is not None:
-            return Kind(LAYERS[known], functools.partial(why_not_alike, base))
     return None
 
 

@@ -203,6 +203,8 @@ def why_not_linear(modules: Sequence[nn.Module]) -> str | None:
         problem = why_not_own(module, nn.Linear.forward)
         if problem is not None:
             return problem
+        if module.weight.ndim != 2:
+            return f"its weight has {module.weight.ndim} dimensions, not 2"
     return None
 
 

@@ -26,6 +26,10 @@ WATCH_KEY = "_gls_watch"
 _PLAIN = "_gls_plain_class"
 
 
+# Forwards of other classes that compute what their kind's own does.
+ALIKE: set[Callable[..., Any]] = set()
+
+
 class Capture:
     """What ties a module to the layer that captures it. Copies of it tie nothing."""
 
@@ -62,10 +66,13 @@ def why_not_own(module: nn.Module, forward: Callable[..., Any]) -> str | None:
     if "weight" not in module._parameters or not own_bias:
         return "its weight or bias is parametrized"
     plain = plain_class(module)
-    if plain.forward is not forward:
-        return f"{describe_class(plain)} overrides forward"
+    if plain.forward is not forward and plain.forward not in ALIKE:
+        return (
+            f"{describe_class(plain)} overrides forward, which may change the weight or the product"
+            ": see gls_fused.register"
+        )
     instance = module.__dict__.get("forward")
-    if instance is not None and getattr(instance, "__func__", None) is not forward:
+    if instance is not None and getattr(instance, "__func__", None) is not plain.forward:
         return "its forward is replaced on the instance"
     return None
 

@@ -260,7 +260,10 @@ class Named(nn.Linear):
 
 def test_subclasses():
     lines = lines_of(GLS(nn.Sequential(Doubled(3, 3), Named(3, 3))))
-    assert lines["0.weight"] == "Adam (test_modules.Doubled overrides forward)"
+    assert lines["0.weight"] == (
+        "Adam (test_modules.Doubled overrides forward, which may change the weight or the product:"
+        " see gls_fused.register)"
+    )
     assert lines["1"].startswith("GLS")
 
 
