@@ -55,7 +55,7 @@ def attach(
     `pre_step()` before and `commit()` after each step. The other arguments are those of `GLS`.
 
     Args:
-        model: its nn.Linear and nn.Conv2d layers are covered; other gradients stay as they are.
+        model: its nn.Linear and convolutions are covered; other gradients stay as they are.
         optimizer: a torch optimizer over the model's parameters.
     Raises:
         ValueError: an option out of its range, a model without a layer that GLS covers,
@@ -73,7 +73,7 @@ def attach(
     check_options(options)
     layers, uncovered = find_layers([("", unwrapped(model))])
     if not layers:
-        raise ValueError("model: got a model without an nn.Linear or nn.Conv2d that GLS covers")
+        raise ValueError("model: got a model without an nn.Linear or a convolution that GLS covers")
     return Attachment(layers, uncovered, optimizer, options, backend, Ranks(process_group))
 
 

@@ -24,7 +24,6 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_weight
 
 Normalize: TypeAlias = Literal["rms", "row", "factored", "adam", "sgd", "none"]
 
@@ -66,12 +65,12 @@ SPECTRAL_RMS = 0.2
 
 
 class Window(NamedTuple):
-    """Geometry of a convolution: (height, width) each."""
+    """Geometry of a convolution over any number of spatial dimensions, a number for each."""
 
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
 
 
 # ---- capture: rows -> sums ----------------------------------------------------------------------
@@ -83,11 +82,17 @@ def append_ones(rows: Tensor) -> Tensor:
 
 
 def unfold_images(images: Tensor, window: Window) -> Tensor:
-    """[N, c, h, w] -> [n, c kh kw], one row per output position (im2col)."""
-    patches = F.unfold(
-        images, window.kernel_size, window.dilation, window.padding, window.stride
-    )  # [N, c kh kw, positions]
-    return patches.transpose(1, 2).flatten(0, 1)
+    """[N, c, h, w] -> [n, c kh kw], one row per output position (im2col).
+
+    Written for two spatial dimensions, as everywhere here; there may be any number.
+    """
+    axes = range(2, images.ndim)
+    patches = F.pad(images, [amount for amount in reversed(window.padding) for _ in range(2)])
+    for axis, size, stride, _, dilation in zip(axes, *window, strict=True):
+        patches = patches.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    # [N, c, oh, ow, kh, kw] -> [N, oh, ow, c, kh, kw]
+    patches = patches.movedim(1, images.ndim - 1)
+    return patches.reshape(-1, images.shape[1] * math.prod(window.kernel_size))
 
 
 def sum_gram(rows: Tensor, *, dtype: torch.dtype, ones: bool) -> tuple[Tensor, Tensor]:
@@ -119,21 +124,43 @@ def sketch_images(
     """
     images = images.to(basis.dtype)
     channels, rank = images.shape[1], basis.shape[1]
-    size = channels * window.kernel_size[0] * window.kernel_size[1]
-    geometry = (window.stride, window.padding, window.dilation)
+    size = channels * math.prod(window.kernel_size)
 
     filters = basis[:size].T.reshape(rank, channels, *window.kernel_size)
-    y = F.conv2d(images, filters, basis[size] if ones else None, *geometry)  # [N, r, oh, ow]
-    filter_gradient = conv2d_weight(images, filters.shape, y, *geometry)  # type: ignore[no-untyped-call]
+    y = convolve(images, filters, basis[size] if ones else None, window)  # [N, r, oh, ow]
+    filter_gradient = convolve_backward(y, images, filters, window, (False, True, False))[1]
     y_rows = y.transpose(0, 1).flatten(1)  # [r, n]
     rows_y = filter_gradient.flatten(1).T  # [k, r]
 
     box = images.new_ones(1, 1, *window.kernel_size)
-    trace = F.conv2d(images.square().sum(1, keepdim=True), box, None, *geometry).sum()
+    trace = convolve(images.square().sum(1, keepdim=True), box, None, window).sum()
     if ones:
         rows_y = torch.cat([rows_y, y_rows.sum(1)[None]])
         trace = trace + y_rows.shape[1]
     return y_rows @ y_rows.T, rows_y, trace, y_rows.shape[1]
+
+
+def convolve(images: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+    """The convolution [N, m, oh, ow] of images [N, c, h, w] with a weight [m, c, kh, kw]."""
+    _, stride, padding, dilation = window
+    return torch.convolution(
+        images, weight, bias, stride, padding, dilation, False, [0] * len(stride), 1
+    )
+
+
+def convolve_backward(
+    gradient: Tensor, images: Tensor, weight: Tensor, window: Window, needs: Sequence[bool]
+) -> Sequence[Tensor]:
+    """The gradients of images, weight and bias that are needed; the weight's, gradient * images.
+
+    Args:
+        gradient: at the outputs of `convolve`, [N, m, oh, ow].
+    """
+    _, stride, padding, dilation = window
+    none, bias = [0] * len(stride), [len(weight)]
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        gradient, images, weight, bias, stride, padding, dilation, False, none, 1, list(needs)
+    )
 
 
 # ---- curvature: the streaming subspace ----------------------------------------------------------

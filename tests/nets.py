@@ -7,6 +7,9 @@ from torch.utils.checkpoint import checkpoint
 from gls_fused import GLS
 
 KINDS = ("mlp", "cnn")
+# Further convolutions; as "cnn", of so many spatial dimensions.
+DIMENSIONS = {"cnn": 2, "conv1d": 1, "conv3d": 3, "grouped": 2, "transposed": 2}
+CONVOLUTIONS = tuple(kind for kind in DIMENSIONS if kind not in KINDS)
 WIDTH = 8
 OPTIONS = {"rank": 4, "curvature_every": 2, "lr": 0.01}
 
@@ -34,22 +37,30 @@ class Net(nn.Module):
     """stem -> first -> second -> head; first and second have the same shape.
 
     Args:
-        kind: "mlp" (inputs [n, 6]), "turned" (the same of Conv1D) or "cnn" (inputs [n, 2, 6, 6]).
+        kind: "mlp" (inputs [n, 6]), "turned" (the same of Conv1D), "cnn" (inputs [n, 2, 6, 6]) or
+            one of `CONVOLUTIONS`.
         recompute: how the middle is checkpointed: None, "reentrant" or "saved".
     """
 
     def __init__(self, kind, *, bias=True, recompute=None):
         super().__init__()
         linear = Conv1D if kind == "turned" else nn.Linear
-        if kind != "cnn":
+        if kind not in DIMENSIONS:
             self.stem = linear(6, WIDTH, bias=bias)
             self.first = linear(WIDTH, WIDTH, bias=bias)
             self.second = linear(WIDTH, WIDTH, bias=bias)
         else:
-            self.stem = nn.Conv2d(2, WIDTH, 3, stride=2, bias=bias)
-            self.first = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=bias)
-            self.second = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=bias)
-        self.head = linear(WIDTH if kind != "cnn" else WIDTH * 4, 3, bias=bias)
+            conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[DIMENSIONS[kind] - 1]
+            self.stem = conv(2, WIDTH, 3, stride=2, bias=bias)
+            if kind == "transposed":
+                conv = nn.ConvTranspose2d
+                self.stem = conv(2, WIDTH, 3, stride=2, padding=5, output_padding=1, bias=bias)
+            groups = WIDTH // 2 if kind == "grouped" else 1
+            self.first = conv(WIDTH, WIDTH, 3, padding=1, groups=groups, bias=bias)
+            self.second = conv(WIDTH, WIDTH, 3, padding=1, groups=groups, bias=bias)
+        side = 4 if kind == "transposed" else 2
+        positions = side ** DIMENSIONS[kind] if kind in DIMENSIONS else 1
+        self.head = linear(WIDTH * positions, 3, bias=bias)
         self.kind = kind
         self.recompute = recompute
         self.repeats = 1
@@ -76,7 +87,7 @@ def make_net(kind, **options):
 
 def make_batch(kind, n, seed):
     generator = torch.Generator().manual_seed(seed)
-    shape = (n, 6) if kind != "cnn" else (n, 2, 6, 6)
+    shape = (n, 2, *[6] * DIMENSIONS[kind]) if kind in DIMENSIONS else (n, 6)
     inputs = torch.randn(*shape, generator=generator, dtype=torch.float64)
     return inputs, torch.randn(n, 3, generator=generator, dtype=torch.float64)
 

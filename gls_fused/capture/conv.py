@@ -1,4 +1,4 @@
-"""nn.Conv2d with one group: every output position is a row, its im2col patch."""
+"""nn.Conv1d, Conv2d and Conv3d with one group: every output position is a row, its im2col patch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from gls_fused.capture.layer import Layer, autocast_inputs
 from gls_fused.capture.modules import describe_class, plain_class, why_not_own
 from gls_fused.capture.rows import SKETCH_IMAGES, Rows, outside_autocast, take_sample
 from gls_fused.capture.traced import define_traced, fill_rows, flatten_rows
-from gls_fused.reference import Window
+from gls_fused.reference import Window, convolve, convolve_backward
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class ImageRows(Rows):
-    """Of F.conv2d with one group: every output position is a row, its im2col patch."""
+    """Of a convolution with one group: every output position is a row, its im2col patch."""
 
     window: Window
 
@@ -36,8 +38,8 @@ class ImageRows(Rows):
         return count, trace, core, sketch
 
 
-class Conv2d(torch.autograd.Function):
-    """F.conv2d in a traced graph, whose backward gives the sums over the rows to `tally`."""
+class Convolution(torch.autograd.Function):
+    """The convolution in a traced graph, whose backward gives the sums over the rows to `tally`."""
 
     @staticmethod
     def forward(
@@ -50,8 +52,7 @@ class Conv2d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(images, weight)
         ctx.rows = rows
-        window = rows.window
-        return F.conv2d(images, weight, bias, window.stride, window.padding, window.dilation)
+        return convolve(images, weight, bias, rows.window)
 
     @staticmethod
     @outside_autocast
@@ -59,19 +60,8 @@ class Conv2d(torch.autograd.Function):
         images, weight = ctx.saved_tensors
         rows: ImageRows = ctx.rows
         needs: list[bool] = list(ctx.needs_input_grad[:3])
-        window = rows.window
-        image_gradient, weight_gradient, bias_gradient = torch.ops.aten.convolution_backward(
-            gradient,
-            images,
-            weight,
-            [weight.shape[0]],
-            window.stride,
-            window.padding,
-            window.dilation,
-            False,
-            [0, 0],
-            1,
-            needs,
+        image_gradient, weight_gradient, bias_gradient = convolve_backward(
+            gradient, images, weight, rows.window, needs
         )
         if not needs[1]:
             return image_gradient, None, bias_gradient, None, None
@@ -89,18 +79,17 @@ class Conv2d(torch.autograd.Function):
         return image_gradient, weight_gradient, bias_gradient, sums, None
 
 
-class Conv2dLayer(ImageRows, Layer):
-    """nn.Conv2d with one group: every output position is a row, its im2col patch."""
-
-    kind = "Conv2d"
+class ConvLayer(ImageRows, Layer):
+    """A convolution with one group: every output position is a row, its im2col patch."""
 
     def __init__(
         self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None
     ) -> None:
         super().__init__(name, modules, bias, table)
         module = modules[0]
-        assert isinstance(module, nn.Conv2d)
+        assert isinstance(module, CONVOLUTIONS)
         self.window, self.padding_before = window_of(module)
+        self.kind = f"Conv{len(module.kernel_size)}d"
 
     def gather(self, inputs: Tensor) -> None:
         super().gather(self._pad(inputs))
@@ -108,39 +97,40 @@ class Conv2dLayer(ImageRows, Layer):
     def compute(
         self, module: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        assert isinstance(module, nn.Conv2d)
+        assert isinstance(module, CONVOLUTIONS)
         outputs: Tensor = module._conv_forward(inputs, weight, bias)
         return outputs
 
     def traced(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        assert isinstance(module, nn.Conv2d)
+        assert isinstance(module, CONVOLUTIONS)
         inputs, weight, bias = autocast_inputs(inputs, module.weight, module.bias)
         images = self._pad(inputs)
         arguments = flatten_rows(self, self.backend_name, self.tally)
-        window = [size for pair in self.window for size in pair]
-        outputs: Tensor = torch.ops.gls_fused.traced_conv2d(
-            images, weight, bias, *arguments, window
+        outputs: Tensor = torch.ops.gls_fused.traced_convolution(
+            images, weight, bias, *arguments, *self.window
         )
-        return outputs[0] if inputs.ndim == 3 else outputs
+        return outputs if inputs.ndim == images.ndim else outputs[0]
 
     def _pad(self, inputs: Tensor) -> Tensor:
         """[N, c, h, w], padded by what the window does not pad itself."""
         mode, amounts = self.padding_before
         if any(amounts):
             inputs = F.pad(inputs, amounts, mode)
-        return inputs[None] if inputs.ndim == 3 else inputs
+        batched = inputs.ndim == 2 + len(self.window.kernel_size)
+        return inputs if batched else inputs[None]
 
 
-def why_not_conv2d(modules: Sequence[nn.Module]) -> str | None:
+def why_not_conv(modules: Sequence[nn.Module]) -> str | None:
     """See `gls_fused.capture.find.Kind`."""
+    own = next(kind for kind in CONVOLUTIONS if isinstance(modules[0], kind))
     for module in modules:
-        assert isinstance(module, nn.Conv2d)
+        assert isinstance(module, own)
         if module.groups > 1:
             return f"it has {module.groups} groups"
         plain = plain_class(module)
-        if plain._conv_forward is not nn.Conv2d._conv_forward:
+        if plain._conv_forward is not own._conv_forward:
             return f"{describe_class(plain)} overrides _conv_forward"
-        problem = why_not_own(module, nn.Conv2d.forward)
+        problem = why_not_own(module, own.forward)
         if problem is not None:
             return problem
         if window_of(module) != window_of(modules[0]):  # type: ignore[arg-type]
@@ -148,31 +138,31 @@ def why_not_conv2d(modules: Sequence[nn.Module]) -> str | None:
     return None
 
 
-def window_of(module: nn.Conv2d) -> tuple[Window, tuple[str, list[int]]]:
+def window_of(
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d,
+) -> tuple[Window, tuple[str, list[int]]]:
     """The convolution's geometry, and the padding (mode, amounts) to apply before it."""
-    amounts = list(module._reversed_padding_repeated_twice)  # left, right, top, bottom
-    left, right, top, bottom = amounts
-    inside = module.padding_mode == "zeros" and left == right and top == bottom
-    padding = (top, left) if inside else (0, 0)
+    # left, right, top, bottom and so on: the last dimension first.
+    amounts = list(module._reversed_padding_repeated_twice)
+    before, after = amounts[::2], amounts[1::2]
+    inside = module.padding_mode == "zeros" and before == after
+    padding = tuple(reversed(before)) if inside else (0,) * len(before)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    window = Window(
-        _pair(module.kernel_size), _pair(module.stride), padding, _pair(module.dilation)
-    )
-    return window, (mode, [0, 0, 0, 0] if inside else amounts)
+    window = Window(module.kernel_size, module.stride, padding, module.dilation)
+    return window, (mode, [0] * len(amounts) if inside else amounts)
 
 
-def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
-    height, width = sizes
-    return height, width
-
-
-def _run_conv2d(
+def _run_convolution(
     images: Tensor, weight: Tensor, bias: Tensor | None, tally: Tensor | None, *arguments: Any
 ) -> Tensor:
-    rows = fill_rows(ImageRows(), tally, *arguments[:-1])
-    window = arguments[-1]
-    rows.window = Window(*zip(window[::2], window[1::2], strict=True))
-    return Conv2d.apply(images, weight, bias, tally, rows)  # type: ignore[no-any-return]
+    fields = len(Window._fields)
+    rows = fill_rows(ImageRows(), tally, *arguments[:-fields])
+    rows.window = Window(*map(tuple, arguments[-fields:]))
+    return Convolution.apply(images, weight, bias, tally, rows)  # type: ignore[no-any-return]
 
 
-define_traced("traced_conv2d", _run_conv2d, ", int[] window")
+define_traced(
+    "traced_convolution",
+    _run_convolution,
+    ", int[] kernel_size, int[] stride, int[] padding, int[] dilation",
+)

@@ -68,7 +68,7 @@ class Layer(Rows):
             gls_fused.distributed.sharding.
     """
 
-    kind: ClassVar[str]
+    kind: str
     # Whether P can act on the rows themselves, at the backward site.
     by_rows: ClassVar[bool] = False
     # The names of a module's parameters that weight and bias are.

@@ -80,44 +80,50 @@ def test_sketch_rows(n, k, r, ones, dtype, seed):
     assert_near(trace, gram.trace(), PRODUCT[wide])
 
 
-def windows():
-    pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
-    padding = st.tuples(st.integers(0, 2), st.integers(0, 2))
-    return st.builds(reference.Window, pairs, pairs, padding, pairs)
+@st.composite
+def windows(draw):
+    """Of one to three spatial dimensions, with the size of images that they fit into."""
+    dims = draw(st.integers(1, 3))
+    most = 3 if dims < 3 else 2
+
+    def numbers(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(dims))
+
+    window = reference.Window(numbers(1, most), numbers(1, 3), numbers(0, 2), numbers(1, most))
+    extra = numbers(0, 3)
+    sides = zip(window.kernel_size, window.padding, window.dilation, extra, strict=True)
+    return window, [max(1, d * (k - 1) + 1 - 2 * p) + e for k, p, d, e in sides]
 
 
 def patches_pixel_by_pixel(images, window):
     """im2col with nothing but indexing."""
-    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = window
-    count, channels, height, width = images.shape
     rows = []
-    for image in range(count):
-        for top in range(-ph, height + ph - dh * (kh - 1), sh):
-            for left in range(-pw, width + pw - dw * (kw - 1), sw):
-                row = []
-                for channel, i, j in itertools.product(range(channels), range(kh), range(kw)):
-                    y, x = top + dh * i, left + dw * j
-                    inside = 0 <= y < height and 0 <= x < width
-                    row.append(float(images[image, channel, y, x]) if inside else 0.0)
-                rows.append(row)
+    sides = zip(images.shape[2:], *window, strict=True)
+    starts = [range(-p, size + p - d * (k - 1), s) for size, k, s, p, d in sides]
+    for image, *corner in itertools.product(range(len(images)), *starts):
+        row = []
+        for channel, *place in itertools.product(
+            range(images.shape[1]), *map(range, window.kernel_size)
+        ):
+            steps = zip(corner, window.dilation, place, strict=True)
+            pixel = [first + d * i for first, d, i in steps]
+            inside = all(0 <= x < size for x, size in zip(pixel, images.shape[2:], strict=True))
+            row.append(float(images[(image, channel, *pixel)]) if inside else 0.0)
+        rows.append(row)
     return torch.tensor(rows, dtype=torch.float64)
 
 
 @given(
-    window=windows(),
+    geometry=windows(),
     count=st.integers(1, 2),
     channels=st.integers(1, 3),
-    extra=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     rank=st.integers(1, 5),
     ones=st.booleans(),
     seed=seeds,
 )
-def test_images_are_the_rows_of_their_patches(window, count, channels, extra, rank, ones, seed):
-    height, width = (
-        max(1, d * (k - 1) + 1 - 2 * p) + e
-        for k, p, d, e in zip(window[0], window[2], window[3], extra, strict=True)
-    )
-    images = randn(count, channels, height, width, seed=seed)
+def test_images_are_the_rows_of_their_patches(geometry, count, channels, rank, ones, seed):
+    window, size = geometry
+    images = randn(count, channels, *size, seed=seed)
     rows = patches_pixel_by_pixel(images, window)
     unfolded = reference.unfold_images(images, window)
     assert torch.equal(unfolded, rows)

@@ -54,11 +54,14 @@ def compare_with_plain(model, inputs, **options):
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 def test_padding_of_convolutions(backend, mode, padding, site):
     torch.manual_seed(0)
-    for kernel, dilation in (((3, 3), 1), ((2, 3), 1), ((3, 2), 2)):
-        options = {"padding": padding, "padding_mode": mode, "dilation": dilation}
-        model = nn.Conv2d(2, 3, kernel, **options).double()
-        for shape in ((2, 2, 7, 6), (2, 7, 6)):
-            images = torch.randn(shape, dtype=torch.float64)
+    kernels = [(3, 3), (2, 3), (2,), (3,), (2, 3, 1)]
+    for kernel, dilation in [*((kernel, 1) for kernel in kernels), ((3, 2), 2), ((3, 2, 1), 2)]:
+        dims = len(kernel)
+        own = (2, 1, 1)[:dims] if isinstance(padding, tuple) else padding
+        options = {"padding": own, "padding_mode": mode, "dilation": dilation}
+        model = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](2, 3, kernel, **options).double()
+        for leading in ((2, 2), (2,)):
+            images = torch.randn(*leading, *(7, 6, 5)[:dims], dtype=torch.float64)
             compare_with_plain(model, images, site=site, backend=backend)
 
 

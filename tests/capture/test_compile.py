@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from nets import KINDS, gradients, loss_of, make_batch, make_net, snapshot
+from nets import CONVOLUTIONS, KINDS, gradients, loss_of, make_batch, make_net, snapshot
 from tolerances import PRODUCT, SAME_STEPS, assert_near, relative_error
 from torch import nn
 from torch._dynamo.utils import counters
@@ -118,6 +118,11 @@ SITES = [("subspace", "step"), ("subspace", "backward"), ("dense", "step"), ("de
 def test_steps_are_those_of_eager(kind, options):
     curvature, site = options
     assert_trains_as_eager(kind, SAME_STEPS, curvature=curvature, site=site)
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_other_convolutions(kind):
+    assert_trains_as_eager(kind, SAME_STEPS, site="backward")
 
 
 @pytest.mark.parametrize("kind", KINDS)

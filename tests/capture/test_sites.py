@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nets import KINDS, WIDTH, loss_of, make_batch, make_net, snapshot
+from nets import CONVOLUTIONS, KINDS, WIDTH, loss_of, make_batch, make_net, snapshot
 from tolerances import SAME_STEPS, assert_near, relative_error
 from torch import nn
 
@@ -187,6 +187,15 @@ def test_sites_agree(backend, kind, scenario):
     assert max(moved) > 0.1
     if "frozen" not in scenario:
         assert min(moved) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    ["accumulation", "frozen bias", "tied, one without bias", "checkpoint, saved", "scaled loss"],
+)
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_sites_agree_for_other_convolutions(kind, scenario):
+    test_sites_agree("auto", kind, scenario)
 
 
 @pytest.mark.parametrize("options", OPTION_SETS)

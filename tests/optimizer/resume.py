@@ -8,7 +8,7 @@ import itertools
 import sys
 
 import torch
-from nets import loss_of, make_batch, make_net, snapshot
+from nets import CONVOLUTIONS, loss_of, make_batch, make_net, snapshot
 
 from gls_fused import GLS
 
@@ -36,6 +36,7 @@ SPECS = {
         itertools.product(("mlp", "cnn"), SITES, NORMALIZATIONS, (0.0, 0.9), STORED[:2]),
         itertools.product(("mlp",), SITES, ("rms", "adam"), (0.0, 0.9), STORED[2:]),
         itertools.product(("turned",), ("step",), ("factored",), (0.9,), STORED),
+        itertools.product(CONVOLUTIONS, ("backward",), ("factored",), (0.9,), STORED[:1]),
     )
     if (site, normalize) != ("backward", "sgd")
 }
