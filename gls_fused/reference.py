@@ -140,16 +140,23 @@ def sketch_images(
     return y_rows @ y_rows.T, rows_y, trace, y_rows.shape[1]
 
 
-def convolve(images: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
-    """The convolution [N, m, oh, ow] of images [N, c, h, w] with a weight [m, c, kh, kw]."""
+def convolve(
+    images: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int = 1
+) -> Tensor:
+    """The convolution [N, m, oh, ow] of images [N, g c, h, w] with a weight [m, c, kh, kw]."""
     _, stride, padding, dilation = window
     return torch.convolution(
-        images, weight, bias, stride, padding, dilation, False, [0] * len(stride), 1
+        images, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
     )
 
 
 def convolve_backward(
-    gradient: Tensor, images: Tensor, weight: Tensor, window: Window, needs: Sequence[bool]
+    gradient: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    window: Window,
+    needs: Sequence[bool],
+    groups: int = 1,
 ) -> Sequence[Tensor]:
     """The gradients of images, weight and bias that are needed; the weight's, gradient * images.
 
@@ -159,7 +166,7 @@ def convolve_backward(
     _, stride, padding, dilation = window
     none, bias = [0] * len(stride), [len(weight)]
     return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
-        gradient, images, weight, bias, stride, padding, dilation, False, none, 1, list(needs)
+        gradient, images, weight, bias, stride, padding, dilation, False, none, groups, list(needs)
     )
 
 

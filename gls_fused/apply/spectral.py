@@ -2,7 +2,8 @@
 
     "spectral"  all but the last covered layer of the model, which is most often its head: what
                 Muon's author found to train better with a scale per element. `spectral_head` of
-                its group says otherwise. A head that is tied to an embedding counts as last.
+                its group says otherwise. A head that is tied to an embedding counts as last. Nor do
+                grouped convolutions, whose weight is no one matrix.
     "auto"      of these, the layers whose factor takes at most `MOST_SHARE` of the flops of their
                 forward and backward for the rows they saw in their first step.
 
@@ -40,7 +41,7 @@ def kept_by(layer: Layer, group: Mapping[str, Any]) -> str:
 
 
 def _keeps_scale(layer: Layer, group: Mapping[str, Any]) -> bool:
-    return layer.last and not group["spectral_head"]
+    return layer.groups > 1 or (layer.last and not group["spectral_head"])
 
 
 def factor_share(layer: Layer, rows: int, split: int) -> float:

@@ -1,4 +1,8 @@
-"""nn.Conv1d, Conv2d and Conv3d with one group: every output position is a row, its im2col patch."""
+"""nn.Conv1d, Conv2d and Conv3d: every output position is a row, its im2col patch.
+
+With groups, it is a row for each group, the patch of that group's channels. All are rows of one
+matrix, and so the groups share a P.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,14 @@ from torch.nn import functional as F
 
 from gls_fused.capture.layer import Layer, autocast_inputs
 from gls_fused.capture.modules import describe_class, plain_class, why_not_own
-from gls_fused.capture.rows import SKETCH_IMAGES, Rows, outside_autocast, take_sample
+from gls_fused.capture.rows import (
+    SKETCH_GROUPS,
+    SKETCH_IMAGES,
+    Rows,
+    outside_autocast,
+    sample_places,
+    take_sample,
+)
 from gls_fused.capture.traced import define_traced, fill_rows, flatten_rows
 from gls_fused.reference import Window, convolve, convolve_backward
 
@@ -19,12 +30,21 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class ImageRows(Rows):
-    """Of a convolution with one group: every output position is a row, its im2col patch."""
+    """Of a convolution: every output position is a row for each group, the group's im2col patch."""
 
     window: Window
+    groups: int = 1
 
     def sample(self, inputs: Tensor) -> tuple[Tensor, float]:
-        return take_sample(inputs, SKETCH_IMAGES, self.draw)
+        groups = self.groups
+        if groups == 1:
+            return take_sample(inputs, SKETCH_IMAGES, self.draw)
+        n, channels, *size = inputs.shape
+        images, count = inputs.view(n, groups, channels // groups, *size), n * groups
+        if count <= SKETCH_GROUPS:
+            return images.flatten(0, 1), 1.0
+        places = sample_places(count, SKETCH_GROUPS, self.draw, inputs.device)
+        return images[places // groups, places % groups], count / SKETCH_GROUPS
 
     def sum_gram(self, inputs: Tensor) -> tuple[int, Tensor, Tensor]:
         rows = self.backend.unfold_images(inputs, self.window)
@@ -52,7 +72,7 @@ class Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(images, weight)
         ctx.rows = rows
-        return convolve(images, weight, bias, rows.window)
+        return convolve(images, weight, bias, rows.window, rows.groups)
 
     @staticmethod
     @outside_autocast
@@ -61,7 +81,7 @@ class Convolution(torch.autograd.Function):
         rows: ImageRows = ctx.rows
         needs: list[bool] = list(ctx.needs_input_grad[:3])
         image_gradient, weight_gradient, bias_gradient = convolve_backward(
-            gradient, images, weight, rows.window, needs
+            gradient, images, weight, rows.window, needs, rows.groups
         )
         if not needs[1]:
             return image_gradient, None, bias_gradient, None, None
@@ -80,7 +100,7 @@ class Convolution(torch.autograd.Function):
 
 
 class ConvLayer(ImageRows, Layer):
-    """A convolution with one group: every output position is a row, its im2col patch."""
+    """A convolution: every output position is a row for each group, the group's im2col patch."""
 
     def __init__(
         self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None
@@ -90,6 +110,7 @@ class ConvLayer(ImageRows, Layer):
         assert isinstance(module, CONVOLUTIONS)
         self.window, self.padding_before = window_of(module)
         self.kind = f"Conv{len(module.kernel_size)}d"
+        self.groups = module.groups
 
     def gather(self, inputs: Tensor) -> None:
         super().gather(self._pad(inputs))
@@ -107,7 +128,7 @@ class ConvLayer(ImageRows, Layer):
         images = self._pad(inputs)
         arguments = flatten_rows(self, self.backend_name, self.tally)
         outputs: Tensor = torch.ops.gls_fused.traced_convolution(
-            images, weight, bias, *arguments, *self.window
+            images, weight, bias, *arguments, *self.window, self.groups
         )
         return outputs if inputs.ndim == images.ndim else outputs[0]
 
@@ -125,16 +146,15 @@ def why_not_conv(modules: Sequence[nn.Module]) -> str | None:
     own = next(kind for kind in CONVOLUTIONS if isinstance(modules[0], kind))
     for module in modules:
         assert isinstance(module, own)
-        if module.groups > 1:
-            return f"it has {module.groups} groups"
         plain = plain_class(module)
         if plain._conv_forward is not own._conv_forward:
             return f"{describe_class(plain)} overrides _conv_forward"
         problem = why_not_own(module, own.forward)
         if problem is not None:
             return problem
-        if window_of(module) != window_of(modules[0]):  # type: ignore[arg-type]
-            return "its modules differ in stride, padding or dilation"
+        same = window_of(module) == window_of(modules[0])  # type: ignore[arg-type]
+        if not same or module.groups != modules[0].groups:
+            return "its modules differ in stride, padding, dilation or groups"
     return None
 
 
@@ -155,14 +175,15 @@ def window_of(
 def _run_convolution(
     images: Tensor, weight: Tensor, bias: Tensor | None, tally: Tensor | None, *arguments: Any
 ) -> Tensor:
-    fields = len(Window._fields)
-    rows = fill_rows(ImageRows(), tally, *arguments[:-fields])
-    rows.window = Window(*map(tuple, arguments[-fields:]))
+    *of_rows, kernel_size, stride, padding, dilation, groups = arguments
+    rows = fill_rows(ImageRows(), tally, *of_rows)
+    rows.window = Window(*map(tuple, (kernel_size, stride, padding, dilation)))
+    rows.groups = groups
     return Convolution.apply(images, weight, bias, tally, rows)  # type: ignore[no-any-return]
 
 
 define_traced(
     "traced_convolution",
     _run_convolution,
-    ", int[] kernel_size, int[] stride, int[] padding, int[] dilation",
+    ", int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups",
 )

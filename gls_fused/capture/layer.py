@@ -47,6 +47,7 @@ class Layer(Rows):
         table: an embedding that looks the same weight up, or None. Its part of the gradient has no
             rows, and P acts on the sum, so that p.grad keeps the gradient until the step.
         dim: d, the length of a row with its one.
+        groups: how many matrices of as many outputs the weight is, each with inputs of its own.
         curvature: the kind of running estimate, as is the backend set by `assign`.
         promised: whether D in p.grad is what the user asked for, and not this layer's own choice.
         stays_at_step: whether p.grad has turned out to be in use, so that it keeps the gradient.
@@ -74,6 +75,7 @@ class Layer(Rows):
     # The names of a module's parameters that weight and bias are.
     weight_key: ClassVar[str] = "weight"
     bias_key: ClassVar[str | None] = "bias"
+    groups: int = 1
 
     def __init__(
         self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None

@@ -25,6 +25,8 @@ from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse
 # Of more rows in one backward pass, or images of a convolution, so many stand for all: some tens of
 # directions are known from them, and the sketch's cost does not grow with the batch.
 SKETCH_ROWS, SKETCH_IMAGES = 1024, 16
+# Of one group's channels each, as the sketch of one takes about as long as if it had all of them.
+SKETCH_GROUPS = 128
 
 
 class Rows(abc.ABC):
@@ -162,10 +164,15 @@ def take_sample(inputs: Tensor, most: int, draw: Tensor | int) -> tuple[Tensor, 
     n = inputs.shape[0]
     if n <= most:
         return inputs, 1.0
-    stretch = torch.arange(most, device=inputs.device)
+    return inputs.index_select(0, sample_places(n, most, draw, inputs.device)), n / most
+
+
+def sample_places(n: int, most: int, draw: Tensor | int, device: torch.device) -> Tensor:
+    """Which of n `take_sample` takes, [most]."""
+    stretch = torch.arange(most, device=device)
     # In units of 2^-16 stretches, so that no product overflows.
     place = (stretch << 16) + (_hash(stretch, draw) >> 15)
-    return inputs.index_select(0, place * n // (most << 16)), n / most
+    return place * n // (most << 16)
 
 
 def _hash(index: Tensor, draw: Tensor | int) -> Tensor:

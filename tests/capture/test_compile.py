@@ -120,7 +120,10 @@ def test_steps_are_those_of_eager(kind, options):
     assert_trains_as_eager(kind, SAME_STEPS, curvature=curvature, site=site)
 
 
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=() if k == "grouped" else pytest.mark.slow) for k in CONVOLUTIONS],
+)
 def test_other_convolutions(kind):
     assert_trains_as_eager(kind, SAME_STEPS, site="backward")
 

@@ -292,4 +292,4 @@ def test_convolutions_that_share_a_weight_but_not_their_geometry():
     expected = model(images)
     optimizer = GLS(model)
     assert torch.equal(model(images), expected)
-    assert "differ in stride, padding or dilation" in optimizer.report()
+    assert "differ in stride, padding, dilation or groups" in optimizer.report()

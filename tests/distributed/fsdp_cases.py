@@ -13,7 +13,7 @@ import checkpoint
 import pytest
 import torch
 import torch.distributed as dist
-from nets import loss_of, make_batch, make_net
+from nets import DIMENSIONS, loss_of, make_batch, make_net
 from ranks import (
     OPTIONS,
     STEPS,
@@ -97,12 +97,12 @@ def make(kind):
 
 def sizes_of(kind):
     """Of the ranks' parts of a batch."""
-    return uneven() if kind == "cnn" else [2 * size for size in uneven()]
+    return uneven() if kind in DIMENSIONS else [2 * size for size in uneven()]
 
 
 def check_equals_one_process(kind, options, **policy):
     expected, model, sizes = make(kind), sharded(make(kind), **policy), sizes_of(kind)
-    data = "cnn" if kind == "cnn" else "mlp"
+    data = "mlp" if kind == "uneven" else kind
     train_on_all(expected, GLS(expected, **options, process_group=alone()), data, sum(sizes))
     optimizer = GLS(model, **options)
     train_on_part(model, optimizer, data, sizes)
@@ -123,6 +123,7 @@ CASES["attention_step"] = lambda: check_equals_one_process("attention", OPTIONS)
 CASES["attention_backward"] = lambda: check_equals_one_process(
     "attention", {**OPTIONS, "site": "backward"}
 )
+CASES["grouped"] = lambda: check_equals_one_process("grouped", OPTIONS)
 for normalize in ("row", "factored", "spectral", "adam", "sgd", "none"):
     CASES[f"normalize_{normalize}"] = lambda normalize=normalize: check_equals_one_process(
         "uneven", {**OPTIONS, "normalize": normalize, "weight_decay": 0.1}

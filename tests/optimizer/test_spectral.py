@@ -45,6 +45,15 @@ def test_step_of_a_weight_is_orthogonal(backend, kind):
         assert moved.square().mean().sqrt() == pytest.approx(0.01 * 0.2, rel=0.15)
 
 
+@pytest.mark.parametrize("normalize", ["spectral", "auto"])
+def test_grouped_convolution_keeps_a_scale(normalize):
+    model = make_net("grouped")
+    optimizer = GLS(model, normalize=normalize, spectral_head=True, **OPTIONS)
+    train(model, optimizer, range(2), "grouped")
+    assert scales(optimizer)["first"] == scales(optimizer)["second"] == "factored"
+    assert normalize == "auto" or scales(optimizer)["stem"] == "spectral"
+
+
 def test_last_layer_keeps_a_scale_unless_its_group_says_otherwise():
     inputs = torch.randn(12, 6).double()
     for chosen, head in (({}, "factored"), ({"spectral_head": True}, "spectral")):
