@@ -71,6 +71,7 @@ class Window(NamedTuple):
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
+    output_padding: tuple[int, ...] | None = None  # of a transposed convolution, which has one
 
 
 # ---- capture: rows -> sums ----------------------------------------------------------------------
@@ -86,13 +87,41 @@ def unfold_images(images: Tensor, window: Window) -> Tensor:
 
     Written for two spatial dimensions, as everywhere here; there may be any number.
     """
-    axes = range(2, images.ndim)
-    patches = F.pad(images, [amount for amount in reversed(window.padding) for _ in range(2)])
-    for axis, size, stride, _, dilation in zip(axes, *window, strict=True):
-        patches = patches.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    axes, stride = range(2, images.ndim), window.stride
+    if window.output_padding is None:
+        patches = F.pad(images, [amount for amount in reversed(window.padding) for _ in range(2)])
+    else:
+        patches, stride = stuff_zeros(images, window), (1,) * len(stride)
+    for axis, size, step, dilation in zip(
+        axes, window.kernel_size, stride, window.dilation, strict=True
+    ):
+        patches = patches.unfold(axis, dilation * (size - 1) + 1, step)[..., ::dilation]
+    if window.output_padding is not None:
+        patches = patches.flip([axis + len(axes) for axis in axes])
     # [N, c, oh, ow, kh, kw] -> [N, oh, ow, c, kh, kw]
     patches = patches.movedim(1, images.ndim - 1)
     return patches.reshape(-1, images.shape[1] * math.prod(window.kernel_size))
+
+
+def stuff_zeros(images: Tensor, window: Window) -> Tensor:
+    """The images of which a transposed convolution is one of stride 1, with its kernel mirrored.
+
+    There are stride - 1 zeros between the pixels, and dilation (size - 1) - padding around them,
+    or, where that is below 0, as many pixels less.
+    """
+    stuffed, amounts = images, []
+    *sides, last = window
+    for axis, size, stride, padding, dilation, more in zip(
+        range(2, images.ndim), *sides, last or (), strict=True
+    ):
+        shape = list(stuffed.shape)
+        shape[axis] = max(0, (shape[axis] - 1) * stride + 1)
+        wide = stuffed.new_zeros(shape)
+        wide.movedim(axis, 0)[::stride] = stuffed.movedim(axis, 0)
+        stuffed = wide
+        around = dilation * (size - 1) - padding
+        amounts += [around + more, around]
+    return F.pad(stuffed, amounts[::-1])
 
 
 def sum_gram(rows: Tensor, *, dtype: torch.dtype, ones: bool) -> tuple[Tensor, Tensor]:
@@ -126,9 +155,12 @@ def sketch_images(
     channels, rank = images.shape[1], basis.shape[1]
     size = channels * math.prod(window.kernel_size)
 
+    turned = window.output_padding is not None
     filters = basis[:size].T.reshape(rank, channels, *window.kernel_size)
+    filters = filters.transpose(0, 1) if turned else filters
     y = convolve(images, filters, basis[size] if ones else None, window)  # [N, r, oh, ow]
     filter_gradient = convolve_backward(y, images, filters, window, (False, True, False))[1]
+    filter_gradient = filter_gradient.transpose(0, 1) if turned else filter_gradient
     y_rows = y.transpose(0, 1).flatten(1)  # [r, n]
     rows_y = filter_gradient.flatten(1).T  # [k, r]
 
@@ -143,10 +175,14 @@ def sketch_images(
 def convolve(
     images: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int = 1
 ) -> Tensor:
-    """The convolution [N, m, oh, ow] of images [N, g c, h, w] with a weight [m, c, kh, kw]."""
-    _, stride, padding, dilation = window
+    """The convolution [N, m, oh, ow] of images [N, g c, h, w] with a weight [m, c, kh, kw].
+
+    A transposed one has a weight [c, m, kh, kw].
+    """
+    _, stride, padding, dilation, more = window
+    more, transposed = more or (0,) * len(stride), more is not None
     return torch.convolution(
-        images, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
+        images, weight, bias, stride, padding, dilation, transposed, more, groups
     )
 
 
@@ -158,16 +194,17 @@ def convolve_backward(
     needs: Sequence[bool],
     groups: int = 1,
 ) -> Sequence[Tensor]:
-    """The gradients of images, weight and bias that are needed; the weight's, gradient * images.
+    """The gradients of images, weight and bias that are needed.
 
     Args:
         gradient: at the outputs of `convolve`, [N, m, oh, ow].
     """
-    _, stride, padding, dilation = window
-    none, bias = [0] * len(stride), [len(weight)]
+    _, stride, padding, dilation, more = window
+    more, transposed = more or (0,) * len(stride), more is not None
     return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
-        gradient, images, weight, bias, stride, padding, dilation, False, none, groups, list(needs)
-    )
+        gradient, images, weight, [gradient.shape[1]], stride, padding, dilation, transposed, more,
+        groups, list(needs),
+    )  # fmt: skip
 
 
 # ---- curvature: the streaming subspace ----------------------------------------------------------

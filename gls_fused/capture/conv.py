@@ -1,17 +1,19 @@
-"""nn.Conv1d, Conv2d and Conv3d: every output position is a row, its im2col patch.
+"""Convolutions, transposed ones too: every output position is a row, its im2col patch.
 
 With groups, it is a row for each group, the patch of that group's channels. All are rows of one
-matrix, and so the groups share a P.
+matrix, and so the groups share a P. A transposed convolution is one of images with zeros between
+the pixels, of which a row is a patch, and its weight is turned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
 from gls_fused.capture.layer import Layer, autocast_inputs
 from gls_fused.capture.modules import describe_class, plain_class, why_not_own
@@ -27,6 +29,11 @@ from gls_fused.capture.traced import define_traced, fill_rows, flatten_rows
 from gls_fused.reference import Window, convolve, convolve_backward
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d,
+    nn.ConvTranspose3d: F.conv_transpose3d,
+}
 
 
 class ImageRows(Rows):
@@ -41,10 +48,11 @@ class ImageRows(Rows):
             return take_sample(inputs, SKETCH_IMAGES, self.draw)
         n, channels, *size = inputs.shape
         images, count = inputs.view(n, groups, channels // groups, *size), n * groups
-        if count <= SKETCH_GROUPS:
+        most = min(SKETCH_IMAGES * groups, SKETCH_GROUPS)
+        if count <= most:
             return images.flatten(0, 1), 1.0
-        places = sample_places(count, SKETCH_GROUPS, self.draw, inputs.device)
-        return images[places // groups, places % groups], count / SKETCH_GROUPS
+        places = sample_places(count, most, self.draw, inputs.device)
+        return images[places // groups, places % groups], count / most
 
     def sum_gram(self, inputs: Tensor) -> tuple[int, Tensor, Tensor]:
         rows = self.backend.unfold_images(inputs, self.window)
@@ -107,9 +115,9 @@ class ConvLayer(ImageRows, Layer):
     ) -> None:
         super().__init__(name, modules, bias, table)
         module = modules[0]
-        assert isinstance(module, CONVOLUTIONS)
+        assert isinstance(module, _ConvNd)
         self.window, self.padding_before = window_of(module)
-        self.kind = f"Conv{len(module.kernel_size)}d"
+        self.kind = f"Conv{'Transpose' * self.turned}{len(module.kernel_size)}d"
         self.groups = module.groups
 
     def gather(self, inputs: Tensor) -> None:
@@ -123,7 +131,7 @@ class ConvLayer(ImageRows, Layer):
         return outputs
 
     def traced(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        assert isinstance(module, CONVOLUTIONS)
+        assert isinstance(module, _ConvNd)
         inputs, weight, bias = autocast_inputs(inputs, module.weight, module.bias)
         images = self._pad(inputs)
         arguments = flatten_rows(self, self.backend_name, self.tally)
@@ -139,6 +147,22 @@ class ConvLayer(ImageRows, Layer):
             inputs = F.pad(inputs, amounts, mode)
         batched = inputs.ndim == 2 + len(self.window.kernel_size)
         return inputs if batched else inputs[None]
+
+
+class ConvTransposeLayer(ConvLayer):
+    """A transposed convolution of one group: a row is the patch of the images with zeros between.
+
+    Its weight is [c, m, kh, kw].
+    """
+
+    turned = True
+
+    def compute(
+        self, module: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        op = next(op for kind, op in TRANSPOSED.items() if isinstance(module, kind))
+        _, stride, padding, dilation, more = self.window
+        return op(inputs, weight, bias, stride, padding, more, 1, dilation)
 
 
 def why_not_conv(modules: Sequence[nn.Module]) -> str | None:
@@ -158,9 +182,22 @@ def why_not_conv(modules: Sequence[nn.Module]) -> str | None:
     return None
 
 
-def window_of(
-    module: nn.Conv1d | nn.Conv2d | nn.Conv3d,
-) -> tuple[Window, tuple[str, list[int]]]:
+def why_not_transposed(modules: Sequence[nn.Module]) -> str | None:
+    """See `gls_fused.capture.find.Kind`."""
+    own: Any = next(kind for kind in TRANSPOSED if isinstance(modules[0], kind))
+    for module in modules:
+        assert isinstance(module, own)
+        if module.groups > 1:
+            return f"it has {module.groups} groups"
+        problem = why_not_own(module, own.forward)
+        if problem is not None:
+            return problem
+        if window_of(module) != window_of(modules[0]):  # type: ignore[arg-type]
+            return "its modules differ in stride, padding or dilation"
+    return None
+
+
+def window_of(module: _ConvNd) -> tuple[Window, tuple[str, list[int]]]:
     """The convolution's geometry, and the padding (mode, amounts) to apply before it."""
     # left, right, top, bottom and so on: the last dimension first.
     amounts = list(module._reversed_padding_repeated_twice)
@@ -168,22 +205,26 @@ def window_of(
     inside = module.padding_mode == "zeros" and before == after
     padding = tuple(reversed(before)) if inside else (0,) * len(before)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    window = Window(module.kernel_size, module.stride, padding, module.dilation)
+    more = module.output_padding if module.transposed else None
+    window = Window(module.kernel_size, module.stride, padding, module.dilation, more)
     return window, (mode, [0] * len(amounts) if inside else amounts)
 
 
 def _run_convolution(
     images: Tensor, weight: Tensor, bias: Tensor | None, tally: Tensor | None, *arguments: Any
 ) -> Tensor:
-    *of_rows, kernel_size, stride, padding, dilation, groups = arguments
+    *of_rows, kernel_size, stride, padding, dilation, more, groups = arguments
     rows = fill_rows(ImageRows(), tally, *of_rows)
-    rows.window = Window(*map(tuple, (kernel_size, stride, padding, dilation)))
-    rows.groups = groups
+    kernel_size, stride, padding, dilation = map(tuple, (kernel_size, stride, padding, dilation))
+    more = None if more is None else tuple(more)
+    rows.window = Window(kernel_size, stride, padding, dilation, more)
+    rows.turned, rows.groups = more is not None, groups
     return Convolution.apply(images, weight, bias, tally, rows)  # type: ignore[no-any-return]
 
 
 define_traced(
     "traced_convolution",
     _run_convolution,
-    ", int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups",
+    ", int[] kernel_size, int[] stride, int[] padding, int[] dilation, int[]? output_padding"
+    ", int groups",
 )

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from gls_fused.capture.attention import PROJECTIONS, why_not_attention
-from gls_fused.capture.conv import ConvLayer, why_not_conv
+from gls_fused.capture.conv import (
+    CONVOLUTIONS,
+    TRANSPOSED,
+    ConvLayer,
+    ConvTransposeLayer,
+    why_not_conv,
+    why_not_transposed,
+)
 from gls_fused.capture.layer import Layer
 from gls_fused.capture.lending import Lender
 from gls_fused.capture.linear import LinearLayer, TurnedLinearLayer, why_not_linear
@@ -43,9 +50,8 @@ class Kind(NamedTuple):
 # The class that stands first among a module's bases decides.
 KINDS: dict[type[nn.Module], Kind] = {
     nn.Linear: Kind(LinearLayer, why_not_linear),
-    nn.Conv1d: Kind(ConvLayer, why_not_conv),
-    nn.Conv2d: Kind(ConvLayer, why_not_conv),
-    nn.Conv3d: Kind(ConvLayer, why_not_conv),
+    **dict.fromkeys(CONVOLUTIONS, Kind(ConvLayer, why_not_conv)),
+    **dict.fromkeys(TRANSPOSED, Kind(ConvTransposeLayer, why_not_transposed)),
 }
 # Of modules with weights of other names than "weight", by the name.
 PARTS: dict[type[nn.Module], dict[str, Kind]] = {

@@ -250,6 +250,20 @@ class Layer(Rows):
             return self.plain(module, inputs)
         return self.observed(module, inputs)
 
+    def pass_by(self, reason: str) -> None:
+        """A call of the module that `forward` cannot take is about to compute by itself.
+
+        Raises:
+            RuntimeError: its gradient would lack the P that the user has asked for.
+        """
+        self.unseen = reason
+        if self.at_backward and self.promised:
+            raise RuntimeError(
+                f'layer {self.name!r}: {reason}, where P cannot be applied; use site="step"'
+            )
+        if self.at_backward:
+            self.leave_backward_site()
+
     def observed(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """The output by torch's own op, of weight and bias that are observed."""
         weight: Tensor | None = module._parameters["weight"]

@@ -25,7 +25,8 @@ from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse
 # Of more rows in one backward pass, or images of a convolution, so many stand for all: some tens of
 # directions are known from them, and the sketch's cost does not grow with the batch.
 SKETCH_ROWS, SKETCH_IMAGES = 1024, 16
-# Of one group's channels each, as the sketch of one takes about as long as if it had all of them.
+# Of groups, each of which is an image of its own. Their sketches have as many channels as that of a
+# whole image: of 16 images of a depthwise convolution they would be several times the activation.
 SKETCH_GROUPS = 128
 
 

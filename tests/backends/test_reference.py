@@ -89,24 +89,36 @@ def windows(draw):
     def numbers(low, high):
         return tuple(draw(st.integers(low, high)) for _ in range(dims))
 
-    window = reference.Window(numbers(1, most), numbers(1, 3), numbers(0, 2), numbers(1, most))
+    sides = numbers(1, most), numbers(1, 3), numbers(0, 2), numbers(1, most)
     extra = numbers(0, 3)
-    sides = zip(window.kernel_size, window.padding, window.dilation, extra, strict=True)
-    return window, [max(1, d * (k - 1) + 1 - 2 * p) + e for k, p, d, e in sides]
+    if draw(st.booleans()):
+        more = tuple(draw(st.integers(0, max(s, d) - 1)) for _, s, _, d in zip(*sides, strict=True))
+        size = [1 + -(-2 * p // s) + e for s, p, e in zip(*sides[1:3], extra, strict=True)]
+        return reference.Window(*sides, more), size
+    size = [
+        max(1, d * (k - 1) + 1 - 2 * p) + e for k, _, p, d, e in zip(*sides, extra, strict=True)
+    ]
+    return reference.Window(*sides), size
 
 
 def patches_pixel_by_pixel(images, window):
-    """im2col with nothing but indexing."""
+    """im2col with nothing but indexing: of each output, the pixels by place in the kernel."""
+    places = []
+    for size, k, s, p, d, more in zip(
+        images.shape[2:], *window[:4], window.output_padding or window.stride, strict=True
+    ):
+        if window.output_padding is None:
+            tops = range(-p, size + p - d * (k - 1), s)
+            places.append([[top + d * i for i in range(k)] for top in tops])
+        else:
+            # Output y is the sum over pixels x and places i with s x + d i = y + p.
+            outputs = range((size - 1) * s - 2 * p + d * (k - 1) + more + 1)
+            steps = [[y + p - d * i for i in range(k)] for y in outputs]
+            places.append([[x // s if x % s == 0 else -1 for x in step] for step in steps])
     rows = []
-    sides = zip(images.shape[2:], *window, strict=True)
-    starts = [range(-p, size + p - d * (k - 1), s) for size, k, s, p, d in sides]
-    for image, *corner in itertools.product(range(len(images)), *starts):
+    for image, *steps in itertools.product(range(len(images)), *places):
         row = []
-        for channel, *place in itertools.product(
-            range(images.shape[1]), *map(range, window.kernel_size)
-        ):
-            steps = zip(corner, window.dilation, place, strict=True)
-            pixel = [first + d * i for first, d, i in steps]
+        for channel, *pixel in itertools.product(range(images.shape[1]), *steps):
             inside = all(0 <= x < size for x, size in zip(pixel, images.shape[2:], strict=True))
             row.append(float(images[(image, channel, *pixel)]) if inside else 0.0)
         rows.append(row)

@@ -122,7 +122,10 @@ def test_steps_are_those_of_eager(kind, options):
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(k, marks=() if k == "grouped" else pytest.mark.slow) for k in CONVOLUTIONS],
+    [
+        pytest.param(k, marks=() if k in ("grouped", "transposed") else pytest.mark.slow)
+        for k in CONVOLUTIONS
+    ],
 )
 def test_other_convolutions(kind):
     assert_trains_as_eager(kind, SAME_STEPS, site="backward")

@@ -21,6 +21,13 @@ CASES = {
     "2d, groups": (nn.Conv2d, {"padding": "same", "groups": 2}, (3, 4)),
     "2d, depthwise": (nn.Conv2d, {"padding": 1, "groups": 4, "bias": False}, (3, 4)),
     "1d, groups": (nn.Conv1d, {"groups": 2, "padding": 3, "padding_mode": "circular"}, (6,)),
+    "1d, transposed": (nn.ConvTranspose1d, {"stride": 3, "output_padding": 2}, (4,)),
+    "2d, transposed": (
+        nn.ConvTranspose2d,
+        {"stride": (2, 3), "padding": (1, 5), "output_padding": (1, 0), "dilation": (1, 2)},
+        (3, 4),
+    ),
+    "3d, transposed": (nn.ConvTranspose3d, {"padding": (0, 1, 1), "bias": False}, (2, 1, 3)),
     "3d": (nn.Conv3d, {"padding": (1, 0, 2), "stride": (2, 1, 2)}, (4, 3, 5)),
     "3d, replicate": (nn.Conv3d, {"padding": "same", "padding_mode": "replicate"}, (2, 3, 2)),
 }
@@ -39,8 +46,11 @@ def rows_of(module, images):
     plain, weight = copy.deepcopy(module), module.weight.detach()
     slopes = jacrev(lambda w: functional_call(plain, {"weight": w}, (images,)))(weight)
     outputs = slopes.shape[1]
-    # [N, oh, ow, m, m, c, kh, kw]: only an output's own weights move it.
-    slopes = slopes.movedim(1, images.ndim - 1).reshape(-1, outputs, outputs, weight[0].numel())
+    # [N oh ow, m, m, c kh kw]: only an output's own weights move it.
+    if module.transposed:
+        slopes = slopes.transpose(images.ndim, images.ndim + 1)
+    shape = (-1, outputs, outputs, weight.numel() // outputs)
+    slopes = slopes.movedim(1, images.ndim - 1).reshape(shape)
     assert torch.equal(slopes, slopes * torch.eye(outputs)[:, :, None])
     rows = slopes.diagonal(dim1=1, dim2=2).movedim(2, 0)  # [m, n, k]
     rows = rows.unflatten(0, (module.groups, -1))
@@ -66,31 +76,89 @@ def test_step_is_that_of_the_rows(backend, case, options):
             sigma, samples = found, n
         optimizer.zero_grad()
         model(scaled).square().sum().backward()
-        before = matrix_of(model.parameters())
-        gradient = matrix_of(p.grad for p in model.parameters())
+        before = matrix_of(model, model.parameters())
+        gradient = matrix_of(model, (p.grad for p in model.parameters()))
         optimizer.step()
         damp = 0.3 * sigma.trace() / min(len(sigma), samples)
         expected = gradient @ torch.linalg.inv(sigma + damp * torch.eye(len(sigma)).double())
-        assert_near(before - matrix_of(model.parameters()), expected, TRAJECTORY)
+        assert_near(before - matrix_of(model, model.parameters()), expected, TRAJECTORY)
         if step > 0:
             sigma, samples = (sigma + found) / 2, 1 / (0.25 / samples + 0.25 / n)
 
 
-def matrix_of(tensors):
+def matrix_of(model, tensors):
     """[m, d] of a weight and its bias, if any."""
-    return torch.cat([x.detach().reshape(len(x), -1) for x in tensors], 1)
+    weight, *bias = (x.detach() for x in tensors)
+    weight = weight.transpose(0, 1) if model.transposed else weight
+    return torch.cat([weight.flatten(1), *(b[:, None] for b in bias)], 1)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("count", [64, 65, 300])
-def test_some_images_of_a_group_stand_for_all(backend, count, layout):
-    model = nn.Conv2d(6, 4, 1, groups=2, bias=False).double()
+@pytest.mark.parametrize(
+    ("groups", "count", "most"), [(2, 16, 32), (2, 17, 32), (2, 300, 32), (16, 9, 128)]
+)
+def test_some_images_of_a_group_stand_for_all(backend, groups, count, most, layout):
+    model = nn.Conv2d(3 * groups, groups, 1, groups=groups, bias=False).double()
     optimizer = GLS(model, curvature="dense", backend=backend)
-    images = torch.randn(count, 6, 3, 1, dtype=torch.float64) * torch.arange(1, 7)[:, None, None]
+    images = torch.randn(count, 3 * groups, 3, 1, dtype=torch.float64)
+    images *= torch.arange(1, 3 * groups + 1)[:, None, None]
     model(images.to(memory_format=layout)).sum().backward()
     optimizer.step()
-    sample, _ = take_sample(images.view(2 * count, 3, 3), 128, 0)
+    sample, _ = take_sample(images.view(groups * count, 3, 3), most, 0)
     rows = sample.mT.flatten(0, 1)
     state = optimizer.state[model.weight]
-    assert state["rows"] == count * 2 * 3
+    assert state["rows"] == count * groups * 3
     assert_near(state["gram"], rows.T @ rows / len(rows), PRODUCT[torch.float64])
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_are_those_of_the_plain_module(case, single):
+    model, images = make(case)
+    found = []
+    for captured in (False, True):
+        optimizer = GLS(model, site="step") if captured else None
+        for _ in range(2):
+            # The second time no rows are gathered.
+            inputs = (images[0] if single else images).clone().requires_grad_()
+            model.zero_grad()
+            outputs = model(inputs)
+            outputs.square().sum().backward()
+            found.append([outputs, inputs.grad, *(p.grad.clone() for p in model.parameters())])
+            if optimizer is not None:
+                optimizer.param_groups[0]["lr"] = 0.0
+                optimizer.step()
+    for other in found[1:]:
+        for actual, expected in zip(other, found[0], strict=True):
+            assert_near(actual, expected, PRODUCT[torch.float64])
+
+
+@pytest.mark.parametrize("site", ["auto", "backward"])
+def test_transposed_convolution_of_a_size_that_is_asked_for(site):
+    torch.manual_seed(0)
+    model = nn.ConvTranspose2d(2, 3, 3, stride=2)
+    images = torch.randn(2, 2, 4, 4)
+    expected = model(images, (10, 9))
+    optimizer = GLS(model, site=site)
+    assert torch.equal(model(images, output_size=(10, 9)), expected)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(images, output_size=(10, 9)).sum().backward()
+        optimizer.step()
+    assert "Adam (it is called with more than its inputs)" in optimizer.report()
+    for size in (None, (10, 9)):
+        optimizer.zero_grad()
+        model(images, size).sum().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    model(images).sum().backward()
+    optimizer.step()
+    assert "ConvTranspose2d 19 -> 3" in optimizer.report()
+    if site == "backward":
+        with pytest.raises(RuntimeError, match=r"more than its inputs.*site=\"step\""):
+            model(images, (10, 9))
+
+
+def test_transposed_convolution_with_groups_says_why_it_is_not_covered():
+    optimizer = GLS(nn.ConvTranspose2d(4, 4, 3, groups=2))
+    assert "Adam (it has 2 groups)" in optimizer.report()

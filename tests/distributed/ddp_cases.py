@@ -56,7 +56,8 @@ for kind, site in itertools.product(("mlp", "cnn"), ("step", "backward")):
         CASES[f"{kind}_{site}_{split.__name__}"] = lambda kind=kind, split=split, site=site: (
             check_equals_one_process(kind, split, {**OPTIONS, "site": site})
         )
-CASES["grouped"] = lambda: check_equals_one_process("grouped", uneven, OPTIONS)
+for kind in ("grouped", "transposed"):
+    CASES[kind] = lambda kind=kind: check_equals_one_process(kind, uneven, OPTIONS)
 for normalize in ("row", "factored", "adam", "sgd", "none"):
     CASES[f"normalize_{normalize}"] = lambda normalize=normalize: check_equals_one_process(
         "mlp", uneven, {**OPTIONS, "normalize": normalize}

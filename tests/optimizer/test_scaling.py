@@ -258,7 +258,7 @@ def step_without_values(model, optimizer, count):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("site", ["step", "backward"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "grouped", "transposed"])
 def test_autocast_trains_as_float32_does(kind, site, dtype):
     """Statistics and gradients stay float32, and the loss falls as far, within a tenth."""
     losses = {}
