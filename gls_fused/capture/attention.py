@@ -29,7 +29,7 @@ class InputProjection(LinearLayer):
         # Its forward is more than this layer's op, and uses the weight by itself.
         self.routed = []
 
-    def find_holders(self, holders: Mapping[nn.Module, Sequence[nn.Module]]) -> None:
+    def find_holders(self, holders: Mapping[int, Sequence[nn.Module]]) -> None:
         self.holders, self.watched = list(self.modules), True
 
 

@@ -95,7 +95,7 @@ def find_layers(
     """
     users: dict[int, list[Use]] = {}
     params: dict[int, nn.Parameter] = {}
-    holders: dict[nn.Module, list[nn.Module]] = {}
+    holders: dict[int, list[nn.Module]] = {}
     seen: set[int] = set()
     for root_name, root in roots:
         for name, module in root.named_modules(prefix=root_name):
@@ -107,7 +107,7 @@ def find_layers(
                     params[id(param)] = param
                     users.setdefault(id(param), []).append((plain_name(name), module, key))
             for child in filter(None, module._modules.values()):
-                holders.setdefault(child, []).append(module)
+                holders.setdefault(id(child), []).append(module)
 
     layers: list[Layer] = []
     owned: set[int] = set()

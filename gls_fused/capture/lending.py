@@ -40,10 +40,16 @@ class Lender(Layer):
         kept = {"holders": self.holders, "watched": self.watched, "lent": self.lent}
         return (*super().__reduce__(), kept)
 
-    def find_holders(self, holders: Mapping[nn.Module, Sequence[nn.Module]]) -> None:
-        """Find them among those that hold each module, and whether they seem to use the weight."""
+    def find_holders(self, holders: Mapping[int, Sequence[nn.Module]]) -> None:
+        """Find them among those that hold each module, and whether they seem to use the weight.
+
+        Args:
+            holders: by a module's id.
+        """
         for module in self.modules:
-            self.holders += [each for each in holders.get(module, ()) if each not in self.holders]
+            for each in holders.get(id(module), ()):
+                if all(each is not known for known in self.holders):
+                    self.holders.append(each)
         self.watched = self._is_read
 
     @property
@@ -125,6 +131,7 @@ class Lender(Layer):
             return outputs.transpose(-2, -1) if turned else outputs
         if self.at_backward and not self.promised:
             self.leave_backward_site()
+        self.stays_at_step = not self.promised
         (inputs,) = autocast_inputs(inputs)
         seen = self.gathers and self.sees(inputs)
         if not (seen or self.at_backward):

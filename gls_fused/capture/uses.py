@@ -54,13 +54,17 @@ class Watch:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
-    def open(self) -> list[Use]:
-        """Of the layers that want to see their rows, or to apply P, in a call now."""
-        return [
+    def run(self, plain: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """The plain forward, watched where a layer wants to see rows or to apply P now."""
+        uses = [
             Use(layer, owner, owner._parameters[layer.weight_key])  # type: ignore[arg-type]
             for layer, owner in self.uses
             if layer.watches(owner)
         ]
+        if not uses:
+            return plain.forward(self.module, *args, **kwargs)
+        with _Observer(uses):
+            return plain.forward(self.module, *args, **kwargs)
 
 
 def watch_of(module: nn.Module) -> Watch | None:
@@ -113,17 +117,18 @@ def unwatch_module(module: nn.Module, layer: Lender) -> None:
 
 @functools.cache
 def _watched_class(plain: Any) -> type[Any]:
-    @functools.wraps(plain.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        watch = getattr(self, WATCH_KEY, None)
-        if watch is not None and watch.module is self:
-            uses = watch.open()
-            if uses:
-                with _Observer(uses):
-                    return plain.forward(self, *args, **kwargs)
-        return plain.forward(self, *args, **kwargs)
+    key = WATCH_KEY
 
-    return make_class(plain, forward)
+    def forward(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        watch = getattr(self, key, None)
+        if watch is None or watch.module is not self:
+            return plain.forward(self, *args, **kwargs)
+        return watch.run(plain, *args, **kwargs)
+
+    # torch.jit.script reads the source of the plain one with the names that this one knows.
+    names = getattr(inspect.unwrap(plain.forward), "__globals__", globals())
+    found: Any = FunctionType(forward.__code__, names, "forward", None, forward.__closure__)
+    return make_class(plain, functools.wraps(plain.forward)(found))
 
 
 # ---- which modules may use a weight ------------------------------------------------------------

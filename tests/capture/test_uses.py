@@ -315,6 +315,7 @@ def test_sites_agree(name):
                 loss_of(model, name, 2 * step + part).backward()
             optimizer.step()
         found.append(snapshot(model))
+        assert ("site backward" in optimizer.report()) == (site == "backward")
     for other in found[1:]:
         for p, q in zip(other, found[0], strict=True):
             assert_near(p, q, SAME_STEPS)
@@ -504,6 +505,14 @@ def test_transforms_of_torch_func_are_refused():
     others = {key: param.detach().clone().requires_grad_() for key, param in params.items()}
     loss(others).backward()
     assert "no rows yet" in optimizer.report()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
+def test_scripted():
+    model = make_model("encoder layer").eval()
+    GLS(model, **OPTIONS)
+    scripted, x = torch.jit.script(model), inputs_of("", 0)
+    assert_near(scripted(x), model(x), PRODUCT[torch.float64])
 
 
 def test_attach_leaves_directions():

@@ -120,9 +120,6 @@ for kind, site in itertools.product(("mlp", "cnn", "uneven"), ("step", "backward
         kind, {**OPTIONS, "site": site}
     )
 CASES["attention_step"] = lambda: check_equals_one_process("attention", OPTIONS)
-CASES["attention_backward"] = lambda: check_equals_one_process(
-    "attention", {**OPTIONS, "site": "backward"}
-)
 CASES["grouped"] = lambda: check_equals_one_process("grouped", OPTIONS)
 for normalize in ("row", "factored", "spectral", "adam", "sgd", "none"):
     CASES[f"normalize_{normalize}"] = lambda normalize=normalize: check_equals_one_process(

@@ -120,14 +120,14 @@ def test_parameters_without_their_model():
 
 
 class Elsewhere(nn.Module):
-    """Uses its weight without calling the module."""
+    """Uses a product of its weight without calling the module."""
 
     def __init__(self):
         super().__init__()
         self.inner = nn.Linear(8, 8)
 
     def forward(self, inputs):
-        return F.linear(inputs, self.inner.weight, self.inner.bias)
+        return F.linear(inputs, self.inner.weight * 1, self.inner.bias)
 
 
 def test_layer_whose_module_is_never_called(backend):
