@@ -152,7 +152,9 @@ def test_empty_list():
         GLS([])
 
 
-@pytest.mark.parametrize("model", [nn.Sequential(), nn.LayerNorm(3), nn.ConvTranspose2d(2, 2, 1)])
+@pytest.mark.parametrize(
+    "model", [nn.Sequential(), nn.LayerNorm(3), nn.ConvTranspose2d(2, 2, 1, groups=2)]
+)
 def test_attach_to_nothing(model):
     with pytest.raises(ValueError, match=r"without an nn\.Linear or a convolution"):
         attach(model)
