@@ -193,7 +193,7 @@ class TurnedLinearLayer(LinearLayer):
     kind = "turned Linear"
     turned = True
 
-    def find_holders(self, holders: Mapping[nn.Module, Sequence[nn.Module]]) -> None:
+    def find_holders(self, holders: Mapping[int, Sequence[nn.Module]]) -> None:
         """Nobody is known to use such a weight without its module."""
 
 
