@@ -77,6 +77,11 @@ def attend_without_batch(attend, x):
     return attend(x[0], x[0], x[0])[0]
 
 
+class Decoder(nn.TransformerDecoderLayer):
+    def forward(self, inputs):
+        return super().forward(inputs[:, :3], inputs[:, 2:] * 2)
+
+
 class Products(nn.Module):
     """All products that are seen, and a part of a weight."""
 
@@ -140,6 +145,7 @@ MODELS = {
     "three inputs": lambda: Attention(attend_to_three, batch_first=True),
     "other sizes": lambda: Attention(attend_to_other_sizes, kdim=6, vdim=4),
     "encoder layer": lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+    "decoder layer": lambda: Decoder(8, 2, 16, dropout=0.0, batch_first=True),
     "products": Products,
     "hidden": Hidden,
     "swin": lambda: make_swin("SwinTransformerBlock"),
@@ -314,11 +320,24 @@ def test_sites_agree(name):
             for part in range(2):
                 loss_of(model, name, 2 * step + part).backward()
             optimizer.step()
+            assert ("site backward" in optimizer.report()) == (site == "backward")
         found.append(snapshot(model))
-        assert ("site backward" in optimizer.report()) == (site == "backward")
     for other in found[1:]:
         for p, q in zip(other, found[0], strict=True):
             assert_near(p, q, SAME_STEPS)
+
+
+def test_auto_keeps_the_gradient_of_a_weight_that_another_module_uses():
+    model = nn.Sequential(Hidden(), nn.Linear(3, 8)).double()
+    optimizer = GLS(model, **OPTIONS)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(inputs_of("", 0)[0]).square().mean().backward()
+        optimizer.step()
+    lines = optimizer.report().splitlines()
+    assert "0.inner: GLS (Linear 9 -> 8, 5 rows" in lines[0]
+    assert "site step" in lines[0]
+    assert "site backward" in lines[2]
 
 
 # ---- who runs under the mode ---------------------------------------------------------------------
@@ -331,14 +350,18 @@ def test_a_weight_is_found_where_no_code_tells_of_it():
     assert "inner: GLS (Linear 9 -> 8, no rows yet" in optimizer.report()
     train(model, optimizer, "hidden", [1])
     assert "inner: GLS (Linear 9 -> 8, 20 rows" in optimizer.report()
-    train(model, optimizer, "hidden", range(2, 5))
-    # A fresh optimizer knows it from the state, and goes on bit for bit.
-    other = make_model("hidden")
+
+
+@pytest.mark.parametrize("name", ["hidden", "encoder layer", "decoder layer", "products"])
+def test_resumes_bit_for_bit(name):
+    """A fresh optimizer knows from the state whose weights are used."""
+    model, other = make_model(name), make_model(name)
+    optimizer, resumed = GLS(model, **OPTIONS), GLS(other, **OPTIONS)
+    train(model, optimizer, name, range(5))
     other.load_state_dict(model.state_dict())
-    resumed = GLS(other, **OPTIONS)
     resumed.load_state_dict(optimizer.state_dict())
     for net, stepper in ((model, optimizer), (other, resumed)):
-        train(net, stepper, "hidden", range(5, 9))
+        train(net, stepper, name, range(5, 9))
     assert_equal(snapshot(other), snapshot(model))
     assert_same_state(resumed.state_dict(), optimizer.state_dict())
 
@@ -510,8 +533,9 @@ def test_transforms_of_torch_func_are_refused():
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
 def test_scripted():
     model = make_model("encoder layer").eval()
-    GLS(model, **OPTIONS)
+    optimizer = GLS(model, **OPTIONS)
     scripted, x = torch.jit.script(model), inputs_of("", 0)
+    assert "self_attn.in_proj: GLS" in optimizer.report()
     assert_near(scripted(x), model(x), PRODUCT[torch.float64])
 
 
