@@ -65,10 +65,13 @@ OWN = frozenset(KINDS)
 ALIKE_KINDS: dict[str, tuple[Kind, type[nn.Module]]] = {
     "linear": (KINDS[nn.Linear], nn.Module),
     "turned linear": (Kind(TurnedLinearLayer, why_not_linear), nn.Module),
+    "conv1d": (KINDS[nn.Conv1d], nn.Conv1d),
     "conv2d": (KINDS[nn.Conv2d], nn.Conv2d),
+    "conv3d": (KINDS[nn.Conv3d], nn.Conv3d),
 }
 # Classes of other packages by their path, as importing them takes seconds.
 KNOWN = {
+    "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXSafeConv3d": "conv3d",
     "timm.layers.linear.Linear": "linear",
     "torch_geometric.nn.dense.linear.Linear": "linear",
     "transformers.models.falcon.modeling_falcon.FalconLinear": "linear",
@@ -200,7 +203,7 @@ def register(module_class: type[nn.Module], kind: str) -> None:
 
         "linear"         F.linear(x, self.weight, self.bias), in whatever words
         "turned linear"  x @ self.weight + self.bias, whose weight is [inputs, outputs]
-        "conv2d"         what nn.Conv2d computes, of which it is a subclass
+        "conv1d", "conv2d", "conv3d"   what nn.Conv1d and so on compute, of which it is a subclass
 
     Its forward takes the inputs and nothing else. In a step that gathers rows, GLS computes the
     product in its stead; a class that changes weight or inputs first, or the outputs after, is not
@@ -208,7 +211,7 @@ def register(module_class: type[nn.Module], kind: str) -> None:
     are classes of their own.
 
     Raises:
-        TypeError: no class of modules, or for "conv2d" none of nn.Conv2d.
+        TypeError: no class of modules, or for a convolution none of torch's own.
         ValueError: an unknown kind, or a class that torch has and GLS covers already.
     """
     given: Any = module_class

@@ -50,6 +50,18 @@ class Image(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
 
+class Signal(nn.Conv1d):
+    def forward(self, x):
+        return F.conv1d(x, self.weight, self.bias)
+
+
+class Volume(nn.Conv3d):
+    """In parts, as diffusers' CogVideoXSafeConv3d."""
+
+    def forward(self, x):
+        return torch.cat([super(Volume, self).forward(part) for part in x.chunk(2)])
+
+
 class Standardised(nn.Conv2d):
     """As timm's StdConv2d: not the convolution with its own weight."""
 
@@ -72,7 +84,9 @@ def train(model, inputs, **options):
 ALIKE = {
     "linear": (Product, nn.Linear, (6, 5), (4, 6)),
     "turned linear": (Turned, nn.Linear, (6, 5), (4, 6)),
+    "conv1d": (Signal, nn.Conv1d, (2, 5, 3), (4, 2, 6)),
     "conv2d": (Image, nn.Conv2d, (2, 5, 3), (4, 2, 6, 6)),
+    "conv3d": (Volume, nn.Conv3d, (2, 5, 3), (4, 2, 4, 4, 4)),
 }
 
 
