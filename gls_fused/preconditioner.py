@@ -291,7 +291,7 @@ class Preconditioner:
     def _miss(self, layer: Layer) -> None:
         layer.misses += 1
         if layer.misses == MOST_MISSES:
-            otherwise = "its module is not called, its weight is used elsewhere"
+            otherwise = layer.missed
             if layer.called:
                 otherwise = "its gradient is cleared and written anew before each step"
             layer.idle = layer.unseen or otherwise

@@ -1,6 +1,7 @@
 """The examples train, and stop and resume as their trainers do."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -24,6 +25,16 @@ def test_plain_loop():
     losses = plain_loop.train(epochs=4)
     assert losses == sorted(losses, reverse=True)
     assert losses[3] < losses[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "covered"), [("graph_net", "first: GLS (obs"), ("custom_layer", "1: GLS (turned obs")]
+)
+def test_layers_of_ones_own(name, covered):
+    losses, report = importlib.import_module(f"examples.{name}").train()
+    assert losses[-1] < losses[0] / 2
+    assert covered in report
+    assert "no rows yet" not in report
 
 
 # ---- Lightning -----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from gls_fused.capture.conv import (
     why_not_conv,
     why_not_transposed,
 )
+from gls_fused.capture.custom import ObservedLayer, TurnedObservedLayer, why_not_observed
 from gls_fused.capture.layer import Layer
 from gls_fused.capture.lending import Lender
 from gls_fused.capture.linear import LinearLayer, TurnedLinearLayer, why_not_linear
@@ -68,6 +69,8 @@ ALIKE_KINDS: dict[str, tuple[Kind, type[nn.Module]]] = {
     "conv1d": (KINDS[nn.Conv1d], nn.Conv1d),
     "conv2d": (KINDS[nn.Conv2d], nn.Conv2d),
     "conv3d": (KINDS[nn.Conv3d], nn.Conv3d),
+    "observed": (Kind(ObservedLayer, why_not_observed), nn.Module),
+    "turned observed": (Kind(TurnedObservedLayer, why_not_observed), nn.Module),
 }
 # Classes of other packages by their path, as importing them takes seconds.
 KNOWN = {
@@ -161,10 +164,11 @@ def find_layers(
         name = names[0]
         if roles[0] != "weight":
             name = _join(name, roles[0].removesuffix("_weight"))
-        layers.append(kind.layer(name, list(modules), bias, tables.get(key)))
-        if isinstance(layers[-1], Lender):
-            layers[-1].find_holders(holders)
-        owned.update((key,) if bias is None else (key, id(bias)))
+        layer = kind.layer(name, list(modules), bias, tables.get(key))
+        layers.append(layer)
+        if isinstance(layer, Lender):
+            layer.find_holders(holders)
+        owned.update(map(id, layer.params))
 
     uncovered = []
     for key, uses in users.items():
@@ -205,10 +209,15 @@ def register(module_class: type[nn.Module], kind: str) -> None:
         "turned linear"  x @ self.weight + self.bias, whose weight is [inputs, outputs]
         "conv1d", "conv2d", "conv3d"   what nn.Conv1d and so on compute, of which it is a subclass
 
-    Its forward takes the inputs and nothing else. In a step that gathers rows, GLS computes the
-    product in its stead; a class that changes weight or inputs first, or the outputs after, is not
-    one of these. A bias is None or not there where it has none. Subclasses that override forward
-    are classes of their own.
+    or whose forward calls `observe`, whatever else it does:
+
+        "observed"         with a weight [outputs, inputs]
+        "turned observed"  with a weight [inputs, outputs]
+
+    For the first three, forward takes the inputs and nothing else. In a step that gathers rows, GLS
+    computes the product in its stead; a class that changes weight or inputs first, or the outputs
+    after, is not one of these. A bias is None or not there where it has none. Subclasses that
+    override forward are classes of their own.
 
     Raises:
         TypeError: no class of modules, or for a convolution none of torch's own.
@@ -228,7 +237,8 @@ def register(module_class: type[nn.Module], kind: str) -> None:
     if module_class in OWN:
         raise ValueError(f"module_class: {name} is covered as it is")
     KINDS[module_class] = covered
-    ALIKE.add(module_class.forward)
+    if "observed" not in kind:
+        ALIKE.add(module_class.forward)
 
 
 def kind_of(module: nn.Module, role: str = "weight") -> Kind | None:

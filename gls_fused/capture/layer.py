@@ -76,6 +76,8 @@ class Layer(Rows):
     weight_key: ClassVar[str] = "weight"
     bias_key: ClassVar[str | None] = "bias"
     groups: int = 1
+    # Why no rows are seen where nothing else is known.
+    missed: ClassVar[str] = "its module is not called, its weight is used elsewhere"
 
     def __init__(
         self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None

@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: F401  # see _captured_class
 if TYPE_CHECKING:
     from gls_fused.capture.layer import Layer
 
-_KEY = "_gls_capture"
+KEY = "_gls_capture"
 # What holds the watch of `gls_fused.capture.uses`; copies leave it out as well.
 WATCH_KEY = "_gls_watch"
 # What a captured class holds the plain one as.
@@ -79,13 +79,18 @@ def why_not_own(module: nn.Module, forward: Callable[..., Any]) -> str | None:
 
 def captured_by(module: nn.Module) -> Layer | None:
     """The layer that captures a module, if any."""
-    capture = module.__dict__.get(_KEY)
+    capture = module.__dict__.get(KEY)
     return capture.layer if capture is not None and capture.module is module else None
+
+
+def tie_module(module: nn.Module, layer: Layer) -> None:
+    """From here on the layer is found from the module."""
+    module.__dict__[KEY] = Capture(module, layer)
 
 
 def capture_module(module: nn.Module, layer: Layer) -> None:
     """From here on the module's forward asks the layer."""
-    module.__dict__[_KEY] = Capture(module, layer)
+    tie_module(module, layer)
     kind: Any = plain_class(module)
     module.__class__ = _captured_class(kind)
 
@@ -94,7 +99,7 @@ def release_module(module: nn.Module, layer: Layer) -> None:
     """Make a module plain that this layer captures."""
     if captured_by(module) is not layer:
         return
-    capture = module.__dict__.pop(_KEY)
+    capture = module.__dict__.pop(KEY)
     # Copies of the module's attributes may still hold it.
     capture.module = capture.layer = None
     # A class that was put on top of ours since keeps it below, where it does nothing.
@@ -128,7 +133,7 @@ def _captured_class(plain: Any) -> type[Any]:
 
     @functools.wraps(plain.forward)
     def forward(self: Any, *args: Tensor, **kwargs: Tensor) -> Any:
-        capture = getattr(self, _KEY, None)
+        capture = getattr(self, KEY, None)
         if capture is not None and capture.module is self:
             layer = capture.layer
             if layer.watches(self):
@@ -151,7 +156,7 @@ def make_class(plain: Any, forward: Any) -> type[Any]:
         make, arguments, *rest = reduced
         arguments = tuple(plain if each is captured else each for each in arguments)
         if rest and isinstance(rest[0], dict):
-            rest[0] = {key: value for key, value in rest[0].items() if key not in (_KEY, WATCH_KEY)}
+            rest[0] = {key: value for key, value in rest[0].items() if key not in (KEY, WATCH_KEY)}
         return (make, arguments, *rest)
 
     # torch.jit.script reads the wrapped forward's source with the names of this module: F is one.
