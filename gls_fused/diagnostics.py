@@ -80,9 +80,9 @@ def _of_layer(
     layer: Layer, state: State, options: Mapping[str, Any], squares: list[Tensor]
 ) -> dict[str, Tensor]:
     if "core" in state:
-        trace, captured = state["trace"], state["core"].trace() / state["trace"]
+        trace, captured = state["trace"], _trace(state["core"]) / state["trace"]
     else:
-        trace = state["gram"].trace()
+        trace = _trace(state["gram"])
         captured = torch.ones_like(trace)
     values = {
         "trace": trace,
@@ -90,12 +90,19 @@ def _of_layer(
         "samples": state["samples"],
         "damping": damping_of(trace, layer.dim, options["damping"], state["samples"]),
     }
+    # Of a stack, the mean over its matrices.
+    values = {key: value.mean() for key, value in values.items()}
     if squares:
         total = torch.stack([everywhere(square.sum()) for square in squares]).sum()
         count = sum(square.numel() for square in squares)
         corrected = total / count / bias_correction(options["beta2"], state["step"], total.dtype)
         values["update_rms"] = corrected.sqrt()
         if options.get("max_change") is not None and "weight_rms" in state:
-            bound = bound_rates([state], options)[0]
+            bound = bound_rates([state], options).mean()
             values["lr_share"] = (bound / options["lr"]).clamp(max=1)
     return values
+
+
+def _trace(matrices: Tensor) -> Tensor:
+    found: Tensor = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return found

@@ -164,7 +164,7 @@ class Preconditioner:
             if layer.idle is not None:
                 if mine is not None and mine[-1] > 0:
                     self._wake(layer)
-            elif mine is not None and (rows := int(mine[0])) > 0:
+            elif mine is not None and (rows := int(layer.count_rows(mine[:-1]))) > 0:
                 state = states.setdefault(layer.weight, {})
                 for key in layer.curvature.shapes():
                     state.pop(key, None)
@@ -394,10 +394,11 @@ def describe_layers(
             lines.append(f"{name}: Adam ({layer.idle})")
             continue
         state = states.get(layer.weight) or {}
-        rank = f"rank {state['basis'].shape[1]}" if "basis" in state else "dense"
+        rank = f"rank {state['basis'].shape[-1]}" if "basis" in state else "dense"
         started = f"{state['rows']} rows, {rank}" if state.get("rows") else "no rows yet"
+        stack = "" if layer.blocks is None else f"{layer.blocks} x "
         lines.append(
-            f"{name}: GLS ({layer.kind} {layer.dim} -> {layer.outputs}, {started}, "
+            f"{name}: GLS ({layer.kind} {stack}{layer.dim} -> {layer.outputs}, {started}, "
             f"site {preconditioner.site_of(layer)}, backend {layer.backend_name}"
             f"{'' if layer.table is None else f', tied to {layer.table}'}"
             f"{_describe_scale(layer, state, (groups or {}).get(layer.weight))})"

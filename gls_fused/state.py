@@ -5,6 +5,7 @@
     a layer's weight  rows and outputs (plain numbers), at_step (1, where its p.grad has turned
                       out to be in use), lent (1, where another module uses it by itself; none is
                       as good as 0), and the tensors of gls_fused.curvature.estimate
+    a stack's weight  the same, with the matrices as first axis of all tensors but step
     a group           its options, step and version: numbers and names
 
 All tensors are of float32, or float64 for parameters of float64; step is float32.
@@ -198,7 +199,7 @@ def prime_states(
         found[0].update(empty, rows=0, outputs=layer.outputs)
         if group["max_change"] is not None:
             found[0]["weight_rms"] = torch.zeros(
-                (), dtype=layer.statistics_dtype, device=layer.weight.device
+                _stack_of(layer), dtype=layer.statistics_dtype, device=layer.weight.device
             )
         fill_layer_states(layer, mine, found, group)
     others = [p for p in group["params"] if p.grad is not None and p not in owned]
@@ -220,7 +221,11 @@ def _layer_shapes(
     if param is not layer.weight:
         return {}
     squares = square_shapes(layer, group)
-    return {**layer.curvature.shapes(), **squares, "weight_rms": ()}
+    return {**layer.curvature.shapes(), **squares, "weight_rms": _stack_of(layer)}
+
+
+def _stack_of(layer: Layer) -> tuple[int, ...]:
+    return () if layer.blocks is None else (layer.blocks,)
 
 
 def _check_layer(layer: Layer, param: Tensor, state: Mapping[str, Any]) -> None:
@@ -229,7 +234,7 @@ def _check_layer(layer: Layer, param: Tensor, state: Mapping[str, Any]) -> None:
     outputs = state.get("outputs", layer.outputs)
     if outputs != layer.outputs:
         found = list(layer.weight.shape)
-        found[int(layer.turned)] = outputs
+        found[layer.turned + layer.stacked] = outputs
         raise ValueError(
             f"layer {layer.name!r}: expected a state of a weight {list(layer.weight.shape)}, "
             f"got one of {found}"
@@ -244,7 +249,7 @@ def _check_layer(layer: Layer, param: Tensor, state: Mapping[str, Any]) -> None:
 
 def _check_kind(layer: Layer, saved_group: Mapping[str, Any]) -> None:
     kind, rank = saved_group["curvature"], saved_group["rank"]
-    saved = make_curvature(kind, layer.dim, layer.outputs, rank, layer.backend)
+    saved = make_curvature(kind, layer.dim, layer.outputs, rank, layer.backend, layer.blocks)
     if saved.shapes() != layer.curvature.shapes():
         raise ValueError(
             f"layer {layer.name!r}: expected {_describe(layer.curvature.shapes())}, got a state "

@@ -33,12 +33,46 @@ class Conv1D(nn.Module):
 Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
 
 
+class Experts(nn.Module):
+    """As transformers' are: four experts in each parameter; the signs of a row choose its own.
+
+    Args:
+        turned: whether a matrix is [k, m], as gpt-oss has it.
+    """
+
+    def __init__(self, width, *, turned=False, bias=False):
+        super().__init__()
+        self.is_transposed, self.has_bias, self.has_gate = turned, bias, False
+        for name in ("up_proj", "down_proj"):
+            weight = torch.randn(4, width, width) / width**0.5
+            self.register_parameter(name, nn.Parameter(weight))
+            own = nn.Parameter(torch.randn(4, width) / 4) if bias else None
+            self.register_parameter(f"{name}_bias", own)
+
+    def project(self, rows, name, expert):
+        weight, bias = getattr(self, name)[expert], getattr(self, f"{name}_bias")
+        if self.is_transposed:
+            outputs = rows @ weight
+            return outputs if bias is None else outputs + bias[expert]
+        return nn.functional.linear(rows, weight, None if bias is None else bias[expert])
+
+    def forward(self, inputs):
+        experts = (inputs[:, 0] > 0).long() + 2 * (inputs[:, 1] > 0)
+        outputs = torch.zeros_like(inputs)
+        for expert in experts.unique():
+            (places,) = torch.where(experts == expert)
+            hidden = torch.tanh(self.project(inputs[places], "up_proj", expert))
+            own = self.project(hidden, "down_proj", expert)
+            outputs = outputs.index_add(0, places, own)
+        return outputs
+
+
 class Net(nn.Module):
     """stem -> first -> second -> head; first and second have the same shape.
 
     Args:
-        kind: "mlp" (inputs [n, 6]), "turned" (the same of Conv1D), "cnn" (inputs [n, 2, 6, 6]) or
-            one of `CONVOLUTIONS`.
+        kind: "mlp" (inputs [n, 6]), "turned" (the same of Conv1D), "experts" (with those in the
+            middle), "cnn" (inputs [n, 2, 6, 6]) or one of `CONVOLUTIONS`.
         recompute: how the middle is checkpointed: None, "reentrant" or "saved".
     """
 
@@ -49,6 +83,9 @@ class Net(nn.Module):
             self.stem = linear(6, WIDTH, bias=bias)
             self.first = linear(WIDTH, WIDTH, bias=bias)
             self.second = linear(WIDTH, WIDTH, bias=bias)
+            if kind == "experts":
+                self.first = Experts(WIDTH)
+                self.second = Experts(WIDTH, turned=True, bias=bias)
         else:
             conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[DIMENSIONS[kind] - 1]
             self.stem = conv(2, WIDTH, 3, stride=2, bias=bias)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gls_fused.apply.fallback import forget_adam
 from gls_fused.apply.low_precision import Bits, close_copies, is_low, open_copies
+from gls_fused.apply.matrices import Steps, by_matrix, norms_of, of_each_matrix
 from gls_fused.apply.spectral import kept_by, normalize_of
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
@@ -97,6 +98,7 @@ def _step_together_(
     found: list[State] = []
     firsts: list[State] = []
     inverses: list[Inverse | None] = []
+    # Of weight and bias, by layer, and then by matrix.
     sizes: list[int] = []
     for layer in layers:
         mine = [param for param in layer.params if param.grad is not None and param in groups]
@@ -107,13 +109,10 @@ def _step_together_(
         # The weight's, which holds what is the layer's.
         firsts.append(own[0])
         sizes.append(len(mine))
-        with_bias = len(mine) == len(layer.params)
-        inverses.append(None if layer.holds_direction() else layer.inverse_for(with_bias))
-    squares = [
-        state[key]
-        for state in (found if normalize == "adam" else firsts)
-        for key in SQUARES[normalize]
-    ]
+        if layer.holds_direction():
+            inverses += [None] * (layer.blocks or 1)
+        else:
+            inverses += layer.inverses_for(len(mine) == len(layer.params))
     # The backends round to the nearest themselves.
     copies = params
     if options["low_precision"] != "nearest":
@@ -122,15 +121,15 @@ def _step_together_(
     gradients = [p.grad if copy is p else p.grad.float() for p, copy in pairs if p.grad is not None]
     apart = Apart(params, copies, options, groups)
     averages = [state["exp_avg"] for state in found] if options["momentum"] else []
-    written = apart.written
-    if any(layer.turned for layer in layers):
-        owners = [layer for layer, size in zip(layers, sizes, strict=True) for _ in range(size)]
-        gradients, averages, written = (
-            [layer.turn(tensor) for layer, tensor in zip(owners, tensors, strict=False)]
-            for tensors in (gradients, averages, written)
-        )
-        if normalize == "adam":
-            squares = [layer.turn(square) for layer, square in zip(owners, squares, strict=True)]
+    gradients, averages, written = (
+        by_matrix(layers, sizes, tensors) for tensors in (gradients, averages, apart.written)
+    )
+    keys = SQUARES[normalize]
+    kept = found if normalize == "adam" else firsts
+    counts = sizes if normalize == "adam" else [len(keys)] * len(layers)
+    squares = by_matrix(layers, counts, [state[key] for state in kept for key in keys])
+    steps = Steps(layers, [state["step"] for state in firsts])
+    sizes = of_each_matrix(layers, sizes)
     backend = layers[0].backend
     sharded = layers[0].shards is not None
     update_ = functools.partial(update_shards_, backend) if sharded else backend.update_layers_
@@ -147,13 +146,15 @@ def _step_together_(
         if normalize == "spectral":
             lr_bounds /= SPECTRAL_RMS
         elif normalize in ("sgd", "none"):
-            lr_bounds /= root_mean_squares(gradients, averages, firsts, inverses, sizes, options)
+            lr_bounds /= root_mean_squares(
+                gradients, averages, steps.by_matrix, inverses, sizes, options
+            )
     update_(
         written,
         gradients,
         averages,
         squares,
-        [state["step"] for state in firsts],
+        steps.by_matrix,
         inverses,
         layer_sizes=sizes,
         **how,
@@ -165,6 +166,7 @@ def _step_together_(
         skip=skip,
         lr_bounds=lr_bounds,
     )
+    steps.close_()
     apart.close_(skip)
     close_copies(params, copies, options, bits)
 
@@ -243,27 +245,31 @@ def square_shapes(layer: Layer, group: Mapping[str, Any]) -> dict[str, tuple[int
         "exp_avg_sq": (layer.outputs,),
         "exp_avg_sq_columns": (layer.dim,),
     }
+    if normalize == "rms":
+        shapes["exp_avg_sq"] = ()
+    # Each matrix of a stack has its own.
+    stack = () if layer.blocks is None else (layer.blocks,)
+    shapes = {key: (*stack, *shape) for key, shape in shapes.items()}
     if normalize == "adam":
         shapes["exp_avg_sq"] = tuple(layer.weight.shape)
-    elif normalize == "rms":
-        shapes["exp_avg_sq"] = ()
     return {key: shapes[key] for key in SQUARES[normalize]}
 
 
 def bound_rates(states: Sequence[State], options: Mapping[str, Any]) -> Tensor:
-    """The most that the learning rate may be in each layer's step, [layers].
+    """The most that the learning rate may be in each layer's step, [layers]; by matrix of stacks.
 
     Of updates with a root mean square of 1, which those that are divided by their mean squares have
     at most, about: a layer's weight then moves by max_change of its root mean square at most.
     """
-    found: Tensor = torch.stack([state["weight_rms"] for state in states]) * options["max_change"]
+    sizes = torch.cat([state["weight_rms"].view(-1) for state in states])
+    found: Tensor = sizes * options["max_change"]
     return found
 
 
 def root_mean_squares(
     gradients: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
-    states: Sequence[State],
+    steps: Sequence[Tensor],
     inverses: Sequence[Inverse | None],
     sizes: Sequence[int],
     options: Mapping[str, Any],
@@ -273,9 +279,10 @@ def root_mean_squares(
     D is formed for it alone, as no backend knows its norm before it writes with "none". At least a
     tiny number.
     """
-    momentum, dtype, first = options["momentum"], states[0]["weight_rms"].dtype, 0
+    momentum, first = options["momentum"], 0
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
     shards, counts = shards_of(gradients[0]), []
-    squares = torch.zeros(len(states), 3, dtype=dtype, device=gradients[0].device)
+    squares = torch.zeros(len(steps), 3, dtype=dtype, device=gradients[0].device)
     for layer, (inverse, size) in enumerate(zip(inverses, sizes, strict=True)):
         mine = slice(first, first + size)
         first += size
@@ -293,7 +300,7 @@ def root_mean_squares(
     means, d0_norms, norms = (squares / squares.new_tensor(counts)[:, None].clamp(min=1)).unbind(1)
     if options["normalize"] == "sgd":
         means = means * torch.where(norms > 0, d0_norms / norms, 1.0)
-    corrections = [bias_correction(momentum, state["step"] + 1, dtype) for state in states]
+    corrections = [bias_correction(momentum, step + 1, dtype) for step in steps]
     found: Tensor = means.sqrt() / torch.stack(corrections)
     return found.clamp(min=torch.finfo(dtype).tiny)
 
@@ -310,9 +317,8 @@ def measure_weights(
         skip: 0-d bool; where it is true those there are stay.
     """
     for layer in layers:
-        size, dtype = layer.weight.numel(), layer.statistics_dtype
-        norm = everywhere(torch.linalg.vector_norm(layer.weight, dtype=dtype))
-        rms = (norm / max(1, size) ** 0.5).clamp(min=(3 * layer.dim) ** -0.5)
+        size = layer.weight.numel() // (layer.blocks or 1)
+        rms = (everywhere(norms_of(layer)) / max(1, size) ** 0.5).clamp(min=(3 * layer.dim) ** -0.5)
         state = states[layer.weight]
         if "weight_rms" in state:
             kept = state["weight_rms"]

@@ -48,9 +48,10 @@ def factor_share(layer: Layer, rows: int, split: int) -> float:
     """Flops of the orthogonal factor over those of the layer's forward and backward.
 
     A step of the iteration takes 2 s^2 b for A = X X', 2 s^3 for A A and 2 s^2 b for the last
-    product, for the shorter side s and the longer b; forward and backward take 6 n m k.
+    product, for the shorter side s and the longer b; forward and backward take 6 n m k. A stack has
+    a factor for each of its matrices, and n is the rows of all.
     """
     outputs, inputs = layer.outputs // split, layer.size
     short, long = sorted((outputs, inputs))
-    factor = split * len(POLAR_EXPRESS) * (4 * short**2 * long + 2 * short**3)
+    factor = (layer.blocks or 1) * split * len(POLAR_EXPRESS) * (4 * short**2 * long + 2 * short**3)
     return factor / max(1, 6 * rows * layer.outputs * inputs)

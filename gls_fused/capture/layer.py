@@ -42,7 +42,9 @@ class Layer(Rows):
     Attributes:
         name: qualified name of the weight's first module.
         weight: [m, k], or [m, c, kh, kw]; [k, m] and the like where it is turned.
-        shape: the weight's, its outputs first.
+        shape: the weight's, its outputs first; of a stack, that of one of its matrices.
+        blocks: of a stack, how many matrices of one shape the weight is, each with inputs and a P
+            of its own, along its first axis; None where it is one.
         bias: [m] or None.
         table: an embedding that looks the same weight up, or None. Its part of the gradient has no
             rows, and P acts on the sum, so that p.grad keeps the gradient until the step.
@@ -93,7 +95,8 @@ class Layer(Rows):
         self.bias = bias
         self.shards = shards_of(weight)
         self.ones = bias is not None
-        shape = list(weight.shape)
+        self.blocks = weight.shape[0] if self.stacked else None
+        shape = list(weight.shape[int(self.stacked) :])
         if self.turned:
             shape[:2] = shape[1::-1]
         self.shape = torch.Size(shape)
@@ -129,7 +132,9 @@ class Layer(Rows):
         self.dtype, self.device = self.weight.dtype, self.weight.device
         self.backend = resolve_backend(backend, {self.device.type})
         self.backend_name = backend_name(self.backend)
-        self.curvature = make_curvature(kind, self.dim, self.outputs, rank, self.backend)
+        self.curvature = make_curvature(
+            kind, self.dim, self.outputs, rank, self.backend, self.blocks
+        )
         self.statistics_dtype = torch.promote_types(self.dtype, torch.float32)
         self.take_sums()
         self.inverse = self.test_matrix = self.tally = None
@@ -459,6 +464,10 @@ class Layer(Rows):
         # Of rows that are zero the bias alone has one.
         return _where_nonzero([p.grad for p in self.params if p.grad is not None], sums)
 
+    def count_rows(self, sums: Tensor) -> Tensor:
+        """Over how many rows the sums are, 0-d; of a stack, of all its matrices."""
+        return sums.view(self.blocks or 1, -1)[:, 0].sum()
+
     def no_sums(self) -> Tensor:
         """The sums over no row."""
         return torch.zeros(self._sums_size, dtype=self.statistics_dtype, device=self.device)
@@ -503,13 +512,14 @@ class Layer(Rows):
         """What of D is in p.grad becomes D0."""
         if self.marks.has_marks and self.inverse is not None:
             params = [param for param in self.params if param.grad is not None]
-            gradients = [self.turn(param.grad) for param in params]  # type: ignore[arg-type]
-            matrices = [gradient.reshape(self.outputs, -1) for gradient in gradients]
-            inverse = self.inverse_for(len(params) == len(self.params))
-            restored = undo_inverse(torch.cat(matrices, dim=1), inverse)
-            parts = torch.split(restored, [matrix.shape[1] for matrix in matrices], dim=1)
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.reshape(gradient.shape))
+            inverses = self.inverses_for(len(params) == len(self.params))
+            stacks = [self.matrices(param.grad) for param in params]  # type: ignore[arg-type]
+            for inverse, *gradients in zip(inverses, *stacks, strict=True):
+                matrices = [gradient.reshape(self.outputs, -1) for gradient in gradients]
+                restored = undo_inverse(torch.cat(matrices, dim=1), inverse)
+                parts = torch.split(restored, [matrix.shape[1] for matrix in matrices], dim=1)
+                for gradient, part in zip(gradients, parts, strict=True):
+                    gradient.copy_(part.reshape(gradient.shape))
         self.marks.clear_marks()
 
     def leave_backward_site(self) -> None:

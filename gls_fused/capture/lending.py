@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from gls_fused.capture.layer import Layer, autocast_inputs, without_tangent
 from gls_fused.capture.modules import plain_class
 from gls_fused.capture.observed import observe
-from gls_fused.capture.uses import reads_weights, rewatch_module, unwatch_module, watch_module
+from gls_fused.capture.uses import (
+    Observer,
+    reads_weights,
+    rewatch_module,
+    unwatch_module,
+    watch_module,
+)
 from gls_fused.curvature.estimate import State
 
 
@@ -39,6 +45,11 @@ class Lender(Layer):
     def __reduce__(self) -> tuple[Any, ...]:
         kept = {"holders": self.holders, "watched": self.watched, "lent": self.lent}
         return (*super().__reduce__(), kept)
+
+    @property
+    def observer(self) -> Any:
+        """The mode under which the holders' forward runs."""
+        return Observer
 
     def find_holders(self, holders: Mapping[int, Sequence[nn.Module]]) -> None:
         """Find them among those that hold each module, and whether they seem to use the weight.

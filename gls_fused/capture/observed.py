@@ -42,7 +42,7 @@ class Observed(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Saved as autograd saves, so that checkpointing and offloading hold for it as well.
         ctx.save_for_backward(inputs)
-        ctx.shape, ctx.with_bias = weight.shape, bias is not None
+        ctx.shape, ctx.bias_shape = weight.shape, None if bias is None else bias.shape
         # Aliases that share the version: a weight that changes before the backward is noticed.
         return weight.detach(), None if bias is None else bias.detach()
 
@@ -69,8 +69,8 @@ class Observed(torch.autograd.Function):
             if weight_gradient is None:
                 assert bias_gradient is not None
                 weight_gradient = bias_gradient.new_zeros(ctx.shape)
-            if bias_gradient is None and ctx.with_bias:
-                bias_gradient = weight_gradient.new_zeros(rows.turn(weight_gradient).shape[0])
+            if bias_gradient is None and ctx.bias_shape is not None:
+                bias_gradient = weight_gradient.new_zeros(ctx.bias_shape)
             gradients = [weight_gradient, bias_gradient]
             weight_gradient, *rest = rows.direction([g for g in gradients if g is not None])
             bias_gradient = rest[0] if rest else None

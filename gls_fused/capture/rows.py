@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -38,6 +38,7 @@ class Rows(abc.ABC):
         backend: the ops.
         ones: whether a one belongs to every row, as the layer has a bias.
         turned: whether the weight's second axis, not its first, is its outputs.
+        stacked: whether weight and bias are several of them along one more axis, their first.
         statistics_dtype: that of the sums, at least float32.
         inverse: P, None until the statistics have started.
         test_matrix: stands in for the basis until then; None for the dense curvature.
@@ -51,6 +52,7 @@ class Rows(abc.ABC):
     backend: ModuleType
     ones: bool
     turned: bool = False
+    stacked: bool = False
     statistics_dtype: torch.dtype
     inverse: Inverse | None = None
     test_matrix: Tensor | None = None
@@ -81,18 +83,22 @@ class Rows(abc.ABC):
     @torch.no_grad()
     def gather(self, inputs: Tensor) -> None:
         """Add the rows of these inputs to the sums of the step."""
-        inputs, weight = self.sample(inputs)
-        if not inputs.numel():
-            return
         basis = self.test_matrix
         if isinstance(self.inverse, SubspaceInverse):
             basis = self.inverse.basis
+        self.sums = self.add_rows(self.sums, inputs, basis)
+
+    def add_rows(self, sums: Tensor | None, inputs: Tensor, basis: Tensor | None) -> Tensor | None:
+        """The sums, with the rows of these inputs added."""
+        inputs, weight = self.sample(inputs)
+        if not inputs.numel():
+            return sums
         with without_tf32():
             if basis is None:
                 count, trace, *moments = self.sum_gram(inputs)
             else:
                 count, trace, *moments = self.sketch(inputs, basis)
-        self.sums = add_sums(self.sums, count, trace, tuple(moments), weight=weight)
+        return add_sums(sums, count, trace, tuple(moments), weight=weight)
 
     def turn(self, tensor: Tensor) -> Tensor:
         """A view of what is shaped as weight or bias with its outputs first, and back."""
@@ -100,13 +106,18 @@ class Rows(abc.ABC):
 
     def direction(self, gradients: list[Tensor]) -> list[Tensor]:
         """D = D0 P, in the parameters' shapes; of the weight alone where the bias is frozen."""
-        assert self.inverse is not None
-        by_outputs = self.turn(gradients[0])
-        weight_gradient = by_outputs.flatten(1)
-        bias_gradient = gradients[1] if len(gradients) == 2 else None
-        inverse = self.inverse_for(bias_gradient is not None)
+        if not self.stacked:
+            return self._direction(gradients, self.inverse_for(len(gradients) == 2))
+        inverses = self.inverses_for(len(gradients) == 2)
+        parts = zip(*(gradient.unbind() for gradient in gradients), strict=True)
+        found = [self._direction(own, each) for own, each in zip(parts, inverses, strict=True)]
+        return [torch.stack(each) for each in zip(*found, strict=True)]
+
+    def _direction(self, gradients: Sequence[Tensor], inverse: Inverse) -> list[Tensor]:
+        weight_gradient, *bias_gradient = gradients
+        by_outputs = self.turn(weight_gradient)
         direction, bias_direction = self.backend.precondition_gradient(
-            weight_gradient, bias_gradient, inverse
+            by_outputs.flatten(1), bias_gradient[0] if bias_gradient else None, inverse
         )
         direction = self.turn(direction.view_as(by_outputs))
         return [direction] if bias_direction is None else [direction, bias_direction]
@@ -117,8 +128,20 @@ class Rows(abc.ABC):
         if with_bias or not self.ones:
             return self.inverse
         if isinstance(self.inverse, DenseInverse):
-            return DenseInverse(self.inverse.matrix[:-1, :-1])
-        return self.inverse._replace(basis=self.inverse.basis[:-1])
+            return DenseInverse(self.inverse.matrix[..., :-1, :-1])
+        return self.inverse._replace(basis=self.inverse.basis[..., :-1, :])
+
+    def matrices(self, tensor: Tensor) -> list[Tensor]:
+        """Views of what is shaped as weight or bias, a matrix each, outputs first; of a stack."""
+        return [self.turn(each) for each in (tensor.unbind() if self.stacked else [tensor])]
+
+    def inverses_for(self, with_bias: bool) -> list[Inverse]:
+        """`inverse_for` of each of the `matrices`."""
+        inverse = self.inverse_for(with_bias)
+        if not self.stacked:
+            return [inverse]
+        kind: Any = type(inverse)
+        return [kind(*parts) for parts in zip(*(part.unbind() for part in inverse), strict=True)]
 
     @abc.abstractmethod
     def sample(self, inputs: Tensor) -> tuple[Tensor, float]:

@@ -42,10 +42,11 @@ class Use(NamedTuple):
 class Watch:
     """What ties a module to the layers whose weights its forward may use. Copies tie nothing."""
 
-    __slots__ = ("module", "uses")
+    __slots__ = ("module", "observer", "uses")
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, observer: Any) -> None:
         self.module: nn.Module | None = module
+        self.observer = observer
         self.uses: list[tuple[Lender, nn.Module]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
@@ -63,7 +64,7 @@ class Watch:
         ]
         if not uses:
             return plain.forward(self.module, *args, **kwargs)
-        with _Observer(uses):
+        with self.observer(uses):
             return plain.forward(self.module, *args, **kwargs)
 
 
@@ -87,17 +88,18 @@ def watch_module(module: nn.Module, layer: Lender, owner: nn.Module) -> None:
     if watch is None:
         if captured_by(module) is not None:
             return
-        watch = module.__dict__[WATCH_KEY] = Watch(module)
+        watch = module.__dict__[WATCH_KEY] = Watch(module, layer.observer)
         kind: Any = plain_class(module)
         module.__class__ = _watched_class(kind)
-    if (layer, owner) not in watch.uses:
+    if layer.observer is watch.observer and (layer, owner) not in watch.uses:
         watch.uses.append((layer, owner))
 
 
 def rewatch_module(module: nn.Module) -> None:
     """See that a watched module's forward still runs watched, see `recapture_module`."""
     kind: Any = type(module)
-    if watch_of(module) is not None and not is_captured(kind):
+    watch = watch_of(module)
+    if watch is not None and not is_captured(kind):
         module.__class__ = _watched_class(kind)
 
 
@@ -181,16 +183,16 @@ def _unchecked(function: Any) -> Any:
 
 
 _attention = _unchecked(F.multi_head_attention_forward)
-_MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
 
-class _Observer(TorchFunctionMode):
+class Observer(TorchFunctionMode):
     """Hands products with the weights of some layers to them."""
 
     def __init__(self, uses: Sequence[Use]) -> None:
         super().__init__()
         self.uses = uses
-        self.hooks = _saved_tensors_hooks()
+        self.hooks = saved_tensors_hooks()
 
     def __torch_function__(
         self,
@@ -205,7 +207,7 @@ class _Observer(TorchFunctionMode):
                 return _attention(*args, **kwargs)
         if func is F.linear and torch.is_grad_enabled():
             return self.linear(*args, **kwargs)
-        if func in _MATMULS and torch.is_grad_enabled():
+        if func in MATMULS and torch.is_grad_enabled():
             both = len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor)
             if both and not kwargs:
                 return self.matmul(*args)
@@ -239,7 +241,7 @@ class _Observer(TorchFunctionMode):
 
     def find(self, weight: Tensor) -> Use | None:
         """Whose weight it is, or some rows of whose."""
-        if _saved_tensors_hooks() != self.hooks:
+        if has_new_hooks(self.hooks):
             # Checkpointed inside the module, it would be computed again outside of this mode.
             return None
         for use in self.uses:
@@ -256,8 +258,13 @@ class _Observer(TorchFunctionMode):
         return None
 
 
-def _saved_tensors_hooks() -> Any:
+def saved_tensors_hooks() -> Any:
     """Those that checkpointing, offloading and users have put in force, the innermost pair."""
     if torch.compiler.is_compiling():
         return None
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def has_new_hooks(earlier: Any) -> bool:
+    """Whether others are in force than `saved_tensors_hooks` gave earlier."""
+    return bool(saved_tensors_hooks() != earlier)

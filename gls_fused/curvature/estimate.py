@@ -8,10 +8,14 @@ A layer's estimate lives in a plain dict, so that an optimizer can keep it in it
 Letters: see gls_fused.reference. Sums arrive as one flat tensor, [n, ||A||_F^2, moments...], so
 that they can be guarded, and all-reduced, at once. The moments are A'A, or Y'Y and A'Y. The basis
 is kept by columns, as products with rows want it: as [r, d] in memory.
+
+A weight that is several matrices, such as the experts of a layer, has all of that once per matrix,
+stacked along a first axis; see `Stacked`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
@@ -55,9 +59,14 @@ class Curvature(Protocol):
     """One kind of running estimate; without state of its own."""
 
     backend: ModuleType
-    # Of the tensors of a state, and of those that make up its P.
-    names: ClassVar[frozenset[str]]
-    inverse_names: ClassVar[tuple[str, ...]]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the tensors of a state."""
+
+    @property
+    def inverse_names(self) -> tuple[str, ...]:
+        """Of those that make up its P."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the tensors in a state."""
@@ -69,13 +78,15 @@ class Curvature(Protocol):
     def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """What the rows are sketched with in place of U before there is an estimate."""
 
-    def start(self, state: State, test_matrix: Tensor | None, sums: Tensor) -> Moments | None:
+    def start(
+        self, state: State, test_matrix: Tensor | None, sums: Tensor
+    ) -> Moments | list[Moments | None] | None:
         """Fill `state` from the first sums, which must count at least one row.
 
         Args:
             test_matrix: what they were sketched with, if they were.
         Returns:
-            Of a subspace, what `settle` has to be given.
+            Of a subspace, what `settle` has to be given; of a stack, for each of its matrices.
         """
 
     def inverse(self, state: Mapping[str, Any]) -> Inverse:
@@ -165,18 +176,73 @@ class Subspace:
         return SubspaceInverse(*(state[name] for name in self.inverse_names))
 
 
+class Stacked:
+    """An estimate of each matrix of a stack, in tensors that have the matrices as first axis.
+
+    A matrix that has no row when the others start takes the rows of all, of which its own will be a
+    part.
+    """
+
+    def __init__(self, each: Dense | Subspace, blocks: int) -> None:
+        self.each = each
+        self.blocks = blocks
+        self.backend = each.backend
+        self.names = each.names
+        self.inverse_names = each.inverse_names
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: (self.blocks, *shape) for name, shape in self.each.shapes().items()}
+
+    @property
+    def sums_size(self) -> int:
+        return self.blocks * self.each.sums_size
+
+    def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        return self.each.test_matrix(dtype, device)
+
+    def start(self, state: State, test_matrix: Tensor | None, sums: Tensor) -> list[Moments | None]:
+        by_block = sums.view(self.blocks, -1)
+        by_block = torch.where(by_block[:, :1] > 0, by_block, by_block.sum(0))
+        state.update(empty_state(self, sums.dtype, sums.device))
+        moments: list[Moments | None] = []
+        for own, part in zip(self.states(state), by_block, strict=True):
+            found: State = {}
+            moments.append(self.each.start(found, test_matrix, part))
+            for name, value in found.items():
+                own[name].copy_(value)
+        return moments
+
+    def states(self, state: Mapping[str, Any]) -> list[State]:
+        """Of each matrix, as views on `state`."""
+        parts = {name: state[name].unbind() for name in self.names}
+        return [{name: part[block] for name, part in parts.items()} for block in range(self.blocks)]
+
+    def inverse(self, state: Mapping[str, Any]) -> Inverse:
+        return self.each.inverse(state)
+
+
 def auto_rank(outputs: int) -> int:
     """The rank of a layer with m outputs that "auto" stands for: U is never larger than W."""
     return min(AUTO_RANK, outputs)
 
 
 def make_curvature(
-    kind: str, dim: int, outputs: int, rank: int | Literal["auto"], backend: ModuleType
+    kind: str,
+    dim: int,
+    outputs: int,
+    rank: int | Literal["auto"],
+    backend: ModuleType,
+    blocks: int | None = None,
 ) -> Curvature:
-    """The curvature of a name the optimizers accept, "dense" or "subspace", for a weight [m, d]."""
-    if kind == "dense":
-        return Dense(dim, backend)
-    return Subspace(dim, auto_rank(outputs) if rank == "auto" else rank, backend)
+    """The curvature of a name the optimizers accept, "dense" or "subspace", for a weight [m, d].
+
+    Args:
+        blocks: of so many weights in a stack; None for one that is no stack.
+    """
+    each: Dense | Subspace = Dense(dim, backend)
+    if kind != "dense":
+        each = Subspace(dim, auto_rank(outputs) if rank == "auto" else rank, backend)
+    return each if blocks is None else Stacked(each, blocks)
 
 
 def empty_state(curvature: Curvature, dtype: torch.dtype, device: torch.device) -> State:
@@ -221,7 +287,7 @@ def blend(
     """
     blended: list[tuple[Curvature, State, Moments | None]] = []
     moving = []
-    for kind, state, sums in layers:
+    for kind, state, sums in _by_matrix(layers):
         if isinstance(kind, Dense):
             kind.blend(state, sums, beta)
             blended.append((kind, state, None))
@@ -238,7 +304,7 @@ def blend(
 
 @without_tf32()
 def settle(
-    layers: Sequence[tuple[Curvature, State, Moments | None]],
+    layers: Sequence[tuple[Curvature, State, Moments | list[Moments | None] | None]],
     damping: float,
     power: float,
     skip: Tensor | None = None,
@@ -251,6 +317,7 @@ def settle(
         layers: with what `start` or `blend` gave.
         skip: 0-d bool; where it is true the states stay as they are.
     """
+    layers = _by_matrix(layers)
     moving = [(kind, state, found) for kind, state, found in layers if found is not None]
     if moving:
         kinds, states, moments = zip(*moving, strict=True)
@@ -293,9 +360,22 @@ def add_sums(
     return new if sums is None else sums + new
 
 
+def _by_matrix(layers: Sequence[tuple[Curvature, State, Any]]) -> list[tuple[Any, State, Any]]:
+    """Each with what is given for it; a stack as its matrices, their states views on its own."""
+    found: list[tuple[Any, State, Any]] = []
+    for kind, state, given in layers:
+        if isinstance(kind, Stacked):
+            parts = given.view(kind.blocks, -1) if isinstance(given, Tensor) else given
+            kinds = itertools.repeat(kind.each, kind.blocks)
+            found += zip(kinds, kind.states(state), parts, strict=True)
+        else:
+            found.append((kind, state, given))
+    return found
+
+
 def _by_columns(matrix: Tensor) -> Tensor:
-    """The same matrix, its columns contiguous."""
-    return matrix.T.contiguous().T
+    """The same matrix, or matrices, with contiguous columns."""
+    return matrix.mT.contiguous().mT
 
 
 def _store(states: Sequence[State], skip: Tensor | None, **results: Sequence[Tensor]) -> None:

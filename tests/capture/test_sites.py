@@ -179,7 +179,7 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("kind", [*KINDS, "turned"])
+@pytest.mark.parametrize("kind", [*KINDS, "turned", "experts"])
 def test_sites_agree(backend, kind, scenario):
     at_step = run(kind, scenario, "step", backend=backend)
     assert_same(run(kind, scenario, "backward", backend=backend), at_step)

@@ -40,7 +40,7 @@ class Case:
 CASES = {
     "gpt2": Case("transformers", 0.0, behind=NO_LAYER),
     "llama": Case("transformers", 0.90),
-    "mixtral": Case("transformers", 0.13),
+    "mixtral": Case("transformers", 0.94),
     "bert": Case("transformers", 0.85),
     "t5": Case("transformers", 0.94),
     "vit_torchvision": Case("torchvision", 0.52),

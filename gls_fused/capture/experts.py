@@ -1,0 +1,293 @@
+"""Mixtures of experts of transformers: one parameter holds a matrix for every expert.
+
+Each expert has a P of its own, from the rows that were routed to it. The module's forward runs
+under a mode that is shown where the parameter, or an expert of it, enters a product: the loop over
+experts, torch's grouped product of rows sorted by expert, and the batched product of a matrix for
+each row. Rows that other kernels multiply are not seen.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from gls_fused.capture.layer import autocast_inputs, without_tangent
+from gls_fused.capture.linear import LinearLayer
+from gls_fused.capture.modules import describe_class, plain_class
+from gls_fused.capture.observed import observe
+from gls_fused.capture.rows import outside_autocast
+from gls_fused.capture.uses import MATMULS, Use, has_new_hooks, saved_tensors_hooks
+from gls_fused.distributed.sharding import is_sharded
+
+Gather = Callable[[Tensor], None]
+
+
+class ExpertsLayer(LinearLayer):
+    """The matrices [experts, m, k] of one parameter; [experts, k, m] where they are turned."""
+
+    kind = "Experts"
+    missed = "its products are in a graph of torch.compile, or a kernel's own"
+    by_rows = False
+    stacked = True
+    blocks: int
+
+    def __init__(self, name: str, modules: list[nn.Module], bias: Tensor | None) -> None:
+        self.turned = bool(modules[0].is_transposed)
+        super().__init__(name, modules, bias)
+        # Its forward is more than this layer's op, and uses the weight by itself.
+        self.routed = []
+
+    @property
+    def observer(self) -> Any:
+        return _ExpertsObserver
+
+    def find_holders(self, holders: Mapping[int, Sequence[nn.Module]]) -> None:
+        self.holders, self.watched = list(self.modules), True
+
+    def settle_uses(self, state: Mapping[str, Any]) -> None:
+        """Nothing: it stays watched."""
+
+    def watches(self, module: nn.Module) -> bool:
+        # How many rows an expert has is no shape that a graph knows.
+        return not torch.compiler.is_compiling() and super().watches(module)
+
+    def gather_expert(self, expert: int, inputs: Tensor) -> None:
+        """Add the rows of one expert to the sums of the step."""
+        self.called = True
+        basis = self.sketched_with()
+        if basis is not None and basis.ndim == 3:
+            basis = basis[expert]
+        if self.sums is None:
+            self.sums = self.no_sums()
+        own = self.sums.view(self.blocks, -1)[expert]
+        found = self.add_rows(None, inputs, basis)
+        if found is not None:
+            own += found
+
+    def gather_sorted(self, ends: Tensor, inputs: Tensor) -> None:
+        """Add rows that are sorted by expert; those after the last end are nobody's.
+
+        Args:
+            ends: [experts]; where the rows of each end.
+        """
+        first = 0
+        for expert, last in enumerate(ends.tolist()):
+            self.gather_expert(expert, inputs[first:last])
+            first = last
+
+    def gather_mixed(self, experts: Tensor, inputs: Tensor) -> None:
+        """Add rows in any order.
+
+        Args:
+            experts: [n]; whose each row is.
+        """
+        ends = torch.bincount(experts, minlength=self.blocks).cumsum(0)
+        self.gather_sorted(ends, inputs[experts.argsort(stable=True)])
+
+
+class GateUpExperts(ExpertsLayer):
+    """Gate and up projection, one above the other or row by row."""
+
+    weight_key: ClassVar[str] = "gate_up_proj"
+    bias_key: ClassVar[str | None] = "gate_up_proj_bias"
+
+
+class UpExperts(ExpertsLayer):
+    """The up projection, where there is no gate."""
+
+    weight_key: ClassVar[str] = "up_proj"
+    bias_key: ClassVar[str | None] = "up_proj_bias"
+
+
+class DownExperts(ExpertsLayer):
+    """The down projection."""
+
+    weight_key: ClassVar[str] = "down_proj"
+    bias_key: ClassVar[str | None] = "down_proj_bias"
+
+
+EXPERTS: dict[str, type[ExpertsLayer]] = {
+    layer.weight_key: layer for layer in (GateUpExperts, UpExperts, DownExperts)
+}
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Whether it is of a class that transformers' `use_experts_implementation` has decorated."""
+    return all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias"))
+
+
+def why_not_experts(modules: Sequence[nn.Module]) -> str | None:
+    """See `gls_fused.capture.find.Kind`."""
+    for module in modules:
+        held = [module._parameters.get(key) for key in EXPERTS]
+        if any(weight is not None and weight.ndim != 3 for weight in held):
+            return f"{describe_class(plain_class(module))} holds its experts otherwise"
+        if any(map(is_sharded, held)):
+            return "its experts are spread over ranks"
+    return None
+
+
+class _Shown(torch.autograd.Function):
+    """The identity on a weight as one product uses it; its backward has the rows gathered."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: ExpertsLayer, gather: Gather, inputs: Tensor, weight: Tensor
+    ) -> Tensor:
+        ctx.layer, ctx.gather = layer, gather
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs)
+        return weight.detach()
+
+    @staticmethod
+    def jvp(
+        ctx: Any, _layer: None, _gather: None, _inputs: Tensor | None, weight: Tensor | None
+    ) -> Tensor | None:
+        return weight
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gradient is not None and ctx.layer.enter(ctx, 1)[0]:
+            with torch.no_grad():
+                ctx.gather(ctx.saved_tensors[0])
+        return None, None, None, gradient
+
+
+class _Part(NamedTuple):
+    """What is known of a tensor: the layer's weight, or some experts of it.
+
+    Attributes:
+        experts: one; for each matrix of the tensor; or None, which is all in their order.
+        turned: whether its matrices are [k, m].
+    """
+
+    tensor: Tensor
+    layer: ExpertsLayer
+    experts: int | Tensor | None
+    turned: bool
+
+
+class _ExpertsObserver(TorchFunctionMode):
+    """Shows layers of experts the rows of the products with their weights."""
+
+    def __init__(self, uses: Sequence[Use]) -> None:
+        super().__init__()
+        self.hooks = saved_tensors_hooks()
+        self.parts: list[_Part] = []
+        # Parameters, and what stands for them where P applies in the backward.
+        self.aliases: list[tuple[Tensor, Tensor]] = []
+        for use in uses:
+            layer: Any = use.layer
+            weight = use.weight
+            if layer.at_backward:
+                bias = use.owner._parameters[layer.bias_key] if layer.ones else None
+                if bias is not None and not (bias.requires_grad and layer.owns_bias_of(use.owner)):
+                    bias = None
+                weight, own = observe(layer, None, weight, bias)
+                self.aliases.append((use.weight, weight))
+                if own is not None and bias is not None:
+                    self.aliases.append((bias, own))
+            self.parts.append(_Part(weight, layer, None, layer.turned))
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Checkpointed inside the module, it would be computed again outside of this mode.
+        if not torch.is_grad_enabled() or has_new_hooks(self.hooks):
+            return func(*args, **kwargs)
+        if self.aliases:
+            args = tuple(map(self.alias, args))
+        if func is Tensor.__getitem__:
+            return self.select(*args)
+        if func in (Tensor.transpose, torch.transpose) and not kwargs:
+            return self.transpose(*args)
+        if len(args) > 1:
+            args = self.show(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def alias(self, value: Any) -> Any:
+        return next((alias for param, alias in self.aliases if value is param), value)
+
+    def find(self, tensor: Any) -> _Part | None:
+        return next((part for part in self.parts if tensor is part.tensor), None)
+
+    def select(self, tensor: Tensor, index: Any) -> Tensor:
+        found = tensor[index]
+        part = self.find(tensor)
+        if part is None or part.experts is not None:
+            return found
+        if isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32):
+            if index.ndim == 0:
+                index = int(index)
+            elif index.ndim == 1:
+                self.parts.append(part._replace(tensor=found, experts=index))
+        if type(index) is int:
+            expert = index % part.layer.blocks
+            self.parts.append(part._replace(tensor=found, experts=expert))
+        return found
+
+    def transpose(self, tensor: Tensor, *axes: int) -> Tensor:
+        found = tensor.transpose(*axes)
+        part = self.find(tensor)
+        if part is not None and sorted(axis % tensor.ndim for axis in axes) == [
+            tensor.ndim - 2,
+            tensor.ndim - 1,
+        ]:
+            self.parts.append(part._replace(tensor=found, turned=not part.turned))
+        return found
+
+    def show(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The arguments of a product, its weight shown with the rows; of anything else, as is."""
+        left, right, *rest = args
+        part = self.find(right)
+        if part is not None and isinstance(left, Tensor):
+            layer, experts = part.layer, part.experts
+            rows_by_matrix = func in MATMULS if part.turned else func is F.linear
+            if rows_by_matrix and isinstance(experts, int):
+                gather: Gather = functools.partial(layer.gather_expert, experts)
+                return left, _show(part, gather, left), *rest
+            if func is torch.bmm and part.turned and isinstance(experts, Tensor):
+                return left, _show_batch(part, left), *rest
+            ends = kwargs.get("offs", rest[0] if rest else None)
+            if _is_grouped(func) and part.turned and experts is None and ends is not None:
+                return left, _show(part, functools.partial(layer.gather_sorted, ends), left), *rest
+        part = self.find(left)
+        batched = func is torch.bmm and part is not None and isinstance(part.experts, Tensor)
+        if batched and part is not None and not part.turned:
+            return _show_batch(part, right.mT), right, *rest
+        return args
+
+
+def _is_grouped(func: Any) -> bool:
+    if func is getattr(torch, "_grouped_mm", None):
+        return True
+    # What transformers has for devices and dtypes that torch's own has no kernel for.
+    return getattr(func, "_qualified_op_name", None) == "transformers::grouped_mm_fallback"
+
+
+def _show(part: _Part, gather: Gather, inputs: Tensor) -> Tensor:
+    layer = part.layer
+    (inputs,) = autocast_inputs(inputs)
+    if not (layer.gathers and layer.sees(inputs)):
+        return part.tensor
+    return _Shown.apply(layer, gather, without_tangent(inputs), part.tensor)  # type: ignore[no-any-return]
+
+
+def _show_batch(part: _Part, inputs: Tensor) -> Tensor:
+    """Of rows [matrices, n, k]."""
+    assert isinstance(part.experts, Tensor)
+    experts = part.experts.repeat_interleave(inputs.shape[1])
+    gather = functools.partial(part.layer.gather_mixed, experts)
+    return _show(part, gather, inputs.flatten(0, 1))
