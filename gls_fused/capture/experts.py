@@ -37,9 +37,11 @@ class ExpertsLayer(LinearLayer):
     stacked = True
     blocks: int
 
-    def __init__(self, name: str, modules: list[nn.Module], bias: Tensor | None) -> None:
+    def __init__(
+        self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None
+    ) -> None:
         self.turned = bool(modules[0].is_transposed)
-        super().__init__(name, modules, bias)
+        super().__init__(name, modules, bias, table)
         # Its forward is more than this layer's op, and uses the weight by itself.
         self.routed = []
 
