@@ -400,7 +400,7 @@ def test_no_mode_in_steps_that_ask_for_nothing(monkeypatch):
     model = make_model("self-attention")
     optimizer = GLS(model, **{**OPTIONS, "curvature_every": 3})
     train(model, optimizer, "self-attention", [0])
-    monkeypatch.setattr(uses, "Observer", lambda *_: pytest.fail("a mode is made"))
+    monkeypatch.setattr(uses.Observer, "__init__", lambda *_: pytest.fail("a mode is made"))
     train(model, optimizer, "self-attention", [1, 2])
     with torch.no_grad():
         model(inputs_of("self-attention", 3))
