@@ -64,6 +64,12 @@ for normalize in ("row", "factored", "adam", "sgd", "none"):
     )
 
 
+for site in ("step", "backward"):
+    CASES[f"experts_{site}"] = lambda site=site: check_equals_one_process(
+        "experts", uneven, {**OPTIONS, "site": site}
+    )
+
+
 @case
 def dense_curvature():
     check_equals_one_process("mlp", uneven, {**OPTIONS, "curvature": "dense"})

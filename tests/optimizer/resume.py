@@ -35,7 +35,7 @@ SPECS = {
     for kind, site, normalize, momentum, (dtype, low) in itertools.chain(
         itertools.product(("mlp", "cnn"), SITES, NORMALIZATIONS, (0.0, 0.9), STORED[:2]),
         itertools.product(("mlp",), SITES, ("rms", "adam"), (0.0, 0.9), STORED[2:]),
-        itertools.product(("turned",), ("step",), ("factored",), (0.9,), STORED),
+        itertools.product(("turned", "experts"), ("step",), ("factored",), (0.9,), STORED),
         itertools.product(CONVOLUTIONS, ("backward",), ("factored",), (0.9,), STORED[:1]),
     )
     if (site, normalize) != ("backward", "sgd")
