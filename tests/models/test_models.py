@@ -38,22 +38,22 @@ class Case:
 
 
 CASES = {
-    "gpt2": Case("transformers", 0.0, behind=NO_LAYER),
+    "gpt2": Case("transformers", 0.97),
     "llama": Case("transformers", 0.90),
-    "mixtral": Case("transformers", 0.94),
-    "bert": Case("transformers", 0.85),
-    "t5": Case("transformers", 0.94),
-    "vit_torchvision": Case("torchvision", 0.52),
+    "mixtral": Case("transformers", 0.95),
+    "bert": Case("transformers", 0.95),
+    "t5": Case("transformers", 0.98),
+    "vit_torchvision": Case("torchvision", 0.95),
     "vit_timm": Case("timm", 0.95),
-    "swin_torchvision": Case("torchvision", 0.53),
+    "swin_torchvision": Case("torchvision", 0.95),
     "swin_timm": Case("timm", 0.95, slow=True),
-    "resnext": Case("timm", 0.85),
-    "efficientnet": Case("torchvision", 0.81),
-    "unet": Case("torch", 0.81, behind=SHORT_STEPS),
-    "gcn": Case("torch_geometric", 0.0),
+    "resnext": Case("timm", 0.97),
+    "efficientnet": Case("torchvision", 0.94),
+    "unet": Case("torch", 0.98, behind=SHORT_STEPS),
+    "gcn": Case("torch_geometric", 0.95),
     "lora": Case("peft", 1.0, behind=SHORT_STEPS),
     "dora": Case("peft", 0.91, behind=SHORT_STEPS),
-    "transformer": Case("torch", 0.40),
+    "transformer": Case("torch", 0.94),
     "lstm": Case("torch", 0.02, behind=NO_LAYER),
 }
 
