@@ -8,7 +8,6 @@ Its out_proj is an nn.Linear whose weight is used alike; see `gls_fused.capture.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -19,8 +18,8 @@ class InputProjection(LinearLayer):
     """The packed weight of query, key and value."""
 
     kind = "MultiheadAttention"
-    weight_key: ClassVar[str] = "in_proj_weight"
-    bias_key: ClassVar[str | None] = "in_proj_bias"
+    weight_key = "in_proj_weight"
+    bias_key: str | None = "in_proj_bias"
 
     def __init__(
         self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None

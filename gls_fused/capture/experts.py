@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -96,22 +96,22 @@ class ExpertsLayer(LinearLayer):
 class GateUpExperts(ExpertsLayer):
     """Gate and up projection, one above the other or row by row."""
 
-    weight_key: ClassVar[str] = "gate_up_proj"
-    bias_key: ClassVar[str | None] = "gate_up_proj_bias"
+    weight_key: str = "gate_up_proj"
+    bias_key: str | None = "gate_up_proj_bias"
 
 
 class UpExperts(ExpertsLayer):
     """The up projection, where there is no gate."""
 
-    weight_key: ClassVar[str] = "up_proj"
-    bias_key: ClassVar[str | None] = "up_proj_bias"
+    weight_key: str = "up_proj"
+    bias_key: str | None = "up_proj_bias"
 
 
 class DownExperts(ExpertsLayer):
     """The down projection."""
 
-    weight_key: ClassVar[str] = "down_proj"
-    bias_key: ClassVar[str | None] = "down_proj_bias"
+    weight_key: str = "down_proj"
+    bias_key: str | None = "down_proj_bias"
 
 
 EXPERTS: dict[str, type[ExpertsLayer]] = {

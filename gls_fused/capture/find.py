@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,6 +24,7 @@ from gls_fused.capture.layer import Layer
 from gls_fused.capture.lending import Lender
 from gls_fused.capture.linear import LinearLayer, TurnedLinearLayer, why_not_linear
 from gls_fused.capture.modules import ALIKE, describe_class, plain_class
+from gls_fused.capture.recurrent import RecurrentLayer, why_not_recurrent
 from gls_fused.distributed.sharding import is_sharded, sharding_problem
 
 # What torch.compile and activation checkpointing put into the names of what they wrap.
@@ -61,6 +63,8 @@ PARTS: dict[type[nn.Module], dict[str, Kind]] = {
         layer.weight_key: Kind(layer, why_not_attention, layer.bias_key) for layer in PROJECTIONS
     },
 }
+# Theirs have the layer's number in their names.
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 OWN = frozenset(KINDS)
 
 # What `register` takes: a kind, and what its classes are subclasses of.
@@ -248,6 +252,8 @@ def kind_of(module: nn.Module, role: str = "weight") -> Kind | None:
         return Kind(EXPERTS[role], why_not_experts, EXPERTS[role].bias_key)
     for base in plain_class(module).__mro__:
         if role != "weight":
+            if base in RECURRENT:
+                return recurrent_kind(role)
             if base in PARTS:
                 return PARTS[base].get(role)
             continue
@@ -257,6 +263,14 @@ def kind_of(module: nn.Module, role: str = "weight") -> Kind | None:
         if base in KINDS:
             return KINDS[base]
     return None
+
+
+def recurrent_kind(role: str) -> Kind | None:
+    """What covers a parameter of a recurrent module."""
+    if not role.startswith("weight"):
+        return None
+    why_not = functools.partial(why_not_recurrent, role)
+    return Kind(RecurrentLayer, why_not, role.replace("weight", "bias"))
 
 
 def _uncovered(module: nn.Module, role: str) -> str | None:

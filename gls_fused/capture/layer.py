@@ -75,8 +75,8 @@ class Layer(Rows):
     # Whether P can act on the rows themselves, at the backward site.
     by_rows: ClassVar[bool] = False
     # The names of a module's parameters that weight and bias are.
-    weight_key: ClassVar[str] = "weight"
-    bias_key: ClassVar[str | None] = "bias"
+    weight_key: str = "weight"
+    bias_key: str | None = "bias"
     groups: int = 1
     # Why no rows are seen where nothing else is known.
     missed: ClassVar[str] = "its module is not called, its weight is used elsewhere"

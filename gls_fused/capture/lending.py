@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from gls_fused.capture.uses import (
 )
 from gls_fused.curvature.estimate import State
 
+if TYPE_CHECKING:
+    from gls_fused.capture.uses import Use
+
 
 class Lender(Layer):
     """See above.
@@ -33,7 +36,11 @@ class Lender(Layer):
     Attributes:
         holders: modules that hold those with the weight.
         watched: whether they show this layer where they use it.
+        calls: functions of torch's that such a module's forward calls with all its weights, and
+            that `take_call` stands in for.
     """
+
+    calls: ClassVar[Sequence[Any]] = ()
 
     def __init__(
         self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None
@@ -151,6 +158,10 @@ class Lender(Layer):
         rows = without_tangent(inputs) if seen else None
         weight, theirs = observe(self, rows, weight, bias if owned else None)
         return compute(inputs, weight, theirs if owned else bias)
+
+    def take_call(self, uses: Sequence[Use], func: Any, args: tuple[Any, ...]) -> Any:
+        """What one of `calls` gives, for all layers that take it."""
+        return func(*args)
 
     @abc.abstractmethod
     def traced_product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

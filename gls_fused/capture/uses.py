@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -130,7 +131,11 @@ def _watched_class(plain: Any) -> type[Any]:
     # torch.jit.script reads the source of the plain one with the names that this one knows.
     names = getattr(inspect.unwrap(plain.forward), "__globals__", globals())
     found: Any = FunctionType(forward.__code__, names, "forward", None, forward.__closure__)
-    return make_class(plain, functools.wraps(plain.forward)(found))
+    found = functools.wraps(plain.forward)(found)
+    if issubclass(plain, nn.RNNBase | nn.RNNCellBase):
+        # Which torch.compile leaves as they are.
+        return make_class(plain, _disable_dynamo(found))
+    return make_class(plain, found)
 
 
 # ---- which modules may use a weight ------------------------------------------------------------
@@ -207,6 +212,9 @@ class Observer(TorchFunctionMode):
                 return _attention(*args, **kwargs)
         if func is F.linear and torch.is_grad_enabled():
             return self.linear(*args, **kwargs)
+        whole = [use for use in self.uses if func in use.layer.calls]
+        if whole and not kwargs and torch.is_grad_enabled():
+            return whole[0].layer.take_call(whole, func, args)
         if func in MATMULS and torch.is_grad_enabled():
             both = len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor)
             if both and not kwargs:
