@@ -3,9 +3,11 @@
     "spectral"  all but the last covered layer of the model, which is most often its head: what
                 Muon's author found to train better with a scale per element. `spectral_head` of
                 its group says otherwise. A head that is tied to an embedding counts as last. Nor do
-                grouped convolutions, whose weight is no one matrix.
+                grouped convolutions and recurrent layers, whose weights are no one matrix.
     "auto"      of these, the layers whose factor takes at most `MOST_SHARE` of the flops of their
-                forward and backward for the rows they saw in their first step.
+                forward and backward for the rows they saw in their first step, and whose shorter
+                side is `LEAST_SIDE` or more: narrower ones, as low-rank adapters, train better with
+                scales.
 
 The others take the step of "factored".
 """
@@ -20,6 +22,7 @@ from gls_fused.curvature.estimate import State
 from gls_fused.reference import POLAR_EXPRESS
 
 MOST_SHARE = 0.5
+LEAST_SIDE = 16
 
 
 def normalize_of(layer: Layer, state: State, group: Mapping[str, Any]) -> str:
@@ -29,7 +32,7 @@ def normalize_of(layer: Layer, state: State, group: Mapping[str, Any]) -> str:
         return asked
     if _keeps_scale(layer, group):
         return "factored"
-    if asked == "auto" and factor_share(layer, state.get("rows", 0), group["split"]) > MOST_SHARE:
+    if asked == "auto" and not _pays(layer, state.get("rows", 0), group["split"]):
         return "factored"
     return "spectral"
 
@@ -41,7 +44,12 @@ def kept_by(layer: Layer, group: Mapping[str, Any]) -> str:
 
 
 def _keeps_scale(layer: Layer, group: Mapping[str, Any]) -> bool:
-    return layer.groups > 1 or (layer.last and not group["spectral_head"])
+    return not layer.one_matrix or (layer.last and not group["spectral_head"])
+
+
+def _pays(layer: Layer, rows: int, split: int) -> bool:
+    narrow = min(layer.outputs // split, layer.size) < LEAST_SIDE
+    return not narrow and factor_share(layer, rows, split) <= MOST_SHARE
 
 
 def factor_share(layer: Layer, rows: int, split: int) -> float:

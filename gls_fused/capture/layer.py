@@ -50,6 +50,7 @@ class Layer(Rows):
             rows, and P acts on the sum, so that p.grad keeps the gradient until the step.
         dim: d, the length of a row with its one.
         groups: how many matrices of as many outputs the weight is, each with inputs of its own.
+        gated: whether the weight is several matrices of the same inputs, as a recurrent layer's.
         curvature: the kind of running estimate, as is the backend set by `assign`.
         promised: whether D in p.grad is what the user asked for, and not this layer's own choice.
         stays_at_step: whether p.grad has turned out to be in use, so that it keeps the gradient.
@@ -78,6 +79,7 @@ class Layer(Rows):
     weight_key: str = "weight"
     bias_key: str | None = "bias"
     groups: int = 1
+    gated: ClassVar[bool] = False
     # Why no rows are seen where nothing else is known.
     missed: ClassVar[str] = "its module is not called, its weight is used elsewhere"
 
@@ -113,6 +115,11 @@ class Layer(Rows):
         self._task = -1
         # Of all layers that an optimizer covers.
         self.last = False
+
+    @property
+    def one_matrix(self) -> bool:
+        """Whether the weight, or each of a stack, is one matrix, which has an orthogonal factor."""
+        return self.groups == 1 and not self.gated
 
     def __reduce__(self) -> tuple[type[Layer], tuple[Any, ...]]:
         # A copy has statistics of its own, and captures nothing until it is told to.

@@ -30,6 +30,7 @@ class RecurrentLayer(LinearLayer):
 
     kind = "recurrent"
     by_rows = False
+    gated = True
     calls = (*OPS, *CELL_OPS)
 
     def __init__(

@@ -50,10 +50,10 @@ CASES = {
     "efficientnet": Case("torchvision", 0.94),
     "unet": Case("torch", 0.98, behind=SHORT_STEPS),
     "gcn": Case("torch_geometric", 0.95),
-    "lora": Case("peft", 1.0, behind=SHORT_STEPS),
-    "dora": Case("peft", 0.91, behind=SHORT_STEPS),
+    "lora": Case("peft", 1.0),
+    "dora": Case("peft", 0.91),
     "transformer": Case("torch", 0.94),
-    "lstm": Case("torch", 0.93, behind=SHORT_STEPS),
+    "lstm": Case("torch", 0.93),
 }
 
 

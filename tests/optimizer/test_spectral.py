@@ -14,6 +14,13 @@ from gls_fused.apply.spectral import MOST_SHARE, normalize_of
 OPTIONS = {"curvature_every": 2, "rank": 4, "lr": 0.01}
 
 
+class Last(nn.Module):
+    """The outputs of a recurrent layer."""
+
+    def forward(self, inputs):
+        return inputs[0]
+
+
 def step(model, optimizer, inputs, steps=4):
     for _ in range(steps):
         optimizer.zero_grad()
@@ -136,6 +143,26 @@ def test_auto_goes_by_the_rows_of_the_first_step():
         twin = GLS(model, normalize="auto", **OPTIONS)
         twin.load_state_dict(optimizer.state_dict())
         assert scales(twin) == scales(optimizer)
+
+
+def test_auto_leaves_narrow_and_gated_weights_their_scales():
+    """As of low-rank adapters; and "spectral" the gates alone, which are no one matrix."""
+    model = nn.Sequential(
+        nn.Linear(32, 15),
+        nn.Linear(15, 32),
+        nn.Linear(32, 16),
+        nn.GRU(16, 16),
+        Last(),
+        nn.Linear(16, 9),
+    )
+    narrow = {"0": "factored", "1": "factored"}
+    others = {"2": "spectral", "3.weight_ih_l0": "factored", "3.weight_hh_l0": "factored"}
+    for normalize in ("auto", "spectral"):
+        twin = copy.deepcopy(model)
+        optimizer = GLS(twin, normalize=normalize, **OPTIONS)
+        step(twin, optimizer, torch.randn(60, 9, 32))
+        expected = narrow if normalize == "auto" else dict.fromkeys(narrow, "spectral")
+        assert scales(optimizer) == {**expected, **others, "5": "factored"}
 
 
 @pytest.mark.parametrize("normalize", ["spectral", "auto"])
