@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from gls_fused.apply.layers import bound_rates
 from gls_fused.capture.find import Uncovered
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
@@ -98,7 +97,7 @@ def _of_layer(
         corrected = total / count / bias_correction(options["beta2"], state["step"], total.dtype)
         values["update_rms"] = corrected.sqrt()
         if options.get("max_change") is not None and "weight_rms" in state:
-            bound = bound_rates([state], options).mean()
+            bound = state["weight_rms"].mean() * options["max_change"]
             values["lr_share"] = (bound / options["lr"]).clamp(max=1)
     return values
 

@@ -34,7 +34,9 @@ Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
 
 
 class Experts(nn.Module):
-    """As transformers' are: four experts in each parameter; the signs of a row choose its own.
+    """As transformers' are: five experts in each parameter, the last of which gets no rows.
+
+    The signs of a row choose its expert.
 
     Args:
         turned: whether a matrix is [k, m], as gpt-oss has it.
@@ -44,9 +46,9 @@ class Experts(nn.Module):
         super().__init__()
         self.is_transposed, self.has_bias, self.has_gate = turned, bias, False
         for name in ("up_proj", "down_proj"):
-            weight = torch.randn(4, width, width) / width**0.5
+            weight = torch.randn(5, width, width) / width**0.5
             self.register_parameter(name, nn.Parameter(weight))
-            own = nn.Parameter(torch.randn(4, width) / 4) if bias else None
+            own = nn.Parameter(torch.randn(5, width) / 4) if bias else None
             self.register_parameter(f"{name}_bias", own)
 
     def project(self, rows, name, expert):

@@ -23,6 +23,7 @@ from gls_fused.distributed.sharding import (
     rows_here,
     shards_of,
     update_shards_,
+    zeros_beside,
 )
 from gls_fused.reference import SPECTRAL_RMS, Inverse, bias_correction, layer_directions
 from gls_fused.scaling import where_flag
@@ -75,6 +76,7 @@ def _alike(
             layer.weight.dtype,
             layer.weight.get_device(),
             layer.shards,
+            layer.shards is not None and layer.stacked,
         )
         # One by one, so that the float32 copies of a single layer are alive at a time.
         # Not where they share an all-reduce.
@@ -110,9 +112,9 @@ def _step_together_(
         firsts.append(own[0])
         sizes.append(len(mine))
         if layer.holds_direction():
-            inverses += [None] * (layer.blocks or 1)
+            inverses += [None] * layer.matrices_here
         else:
-            inverses += layer.inverses_for(len(mine) == len(layer.params))
+            inverses += layer.inverses_for(len(mine) == len(layer.params))[layer.here]
     # The backends round to the nearest themselves.
     copies = params
     if options["low_precision"] != "nearest":
@@ -130,8 +132,13 @@ def _step_together_(
     squares = by_matrix(layers, counts, [state[key] for state in kept for key in keys])
     steps = Steps(layers, [state["step"] for state in firsts])
     sizes = of_each_matrix(layers, sizes)
+    skip = None if skip is None else skip.to(params[0].device, non_blocking=True)
+    steps.close_(skip)
+    if not sizes:
+        # All of these layers' matrices are on other ranks.
+        return
     backend = layers[0].backend
-    sharded = layers[0].shards is not None
+    sharded = layers[0].shards is not None and not layers[0].stacked
     update_ = functools.partial(update_shards_, backend) if sharded else backend.update_layers_
     how: dict[str, Any] = {"normalize": normalize}
     if normalize == "spectral":
@@ -139,10 +146,9 @@ def _step_together_(
         if sharded:
             update_ = functools.partial(update_spectral_shards_, backend)
         how = {"split": options["split"]}
-    skip = None if skip is None else skip.to(params[0].device, non_blocking=True)
     lr_bounds = None
     if options["max_change"] is not None:
-        lr_bounds = bound_rates(firsts, options)
+        lr_bounds = bound_rates(layers, firsts, options)
         if normalize == "spectral":
             lr_bounds /= SPECTRAL_RMS
         elif normalize in ("sgd", "none"):
@@ -166,7 +172,6 @@ def _step_together_(
         skip=skip,
         lr_bounds=lr_bounds,
     )
-    steps.close_()
     apart.close_(skip)
     close_copies(params, copies, options, bits)
 
@@ -255,13 +260,16 @@ def square_shapes(layer: Layer, group: Mapping[str, Any]) -> dict[str, tuple[int
     return {key: shapes[key] for key in SQUARES[normalize]}
 
 
-def bound_rates(states: Sequence[State], options: Mapping[str, Any]) -> Tensor:
+def bound_rates(
+    layers: Sequence[Layer], states: Sequence[State], options: Mapping[str, Any]
+) -> Tensor:
     """The most that the learning rate may be in each layer's step, [layers]; by matrix of stacks.
 
     Of updates with a root mean square of 1, which those that are divided by their mean squares have
     at most, about: a layer's weight then moves by max_change of its root mean square at most.
     """
-    sizes = torch.cat([state["weight_rms"].view(-1) for state in states])
+    pairs = zip(layers, states, strict=True)
+    sizes = torch.cat([state["weight_rms"].view(-1)[layer.here] for layer, state in pairs])
     found: Tensor = sizes * options["max_change"]
     return found
 
@@ -345,8 +353,11 @@ def fill_layer_states(
         first["step"] = torch.zeros((), dtype=torch.float32, device=device)
         if group["normalize"] != "adam":
             for key, shape in shapes.items():
-                first[key] = torch.zeros(shape, dtype=dtype, device=device)
-            if is_sharded(layer.weight) and shapes.get("exp_avg_sq"):
+                if layer.stacked:
+                    first[key] = zeros_beside(layer.weight, shape, dtype)
+                else:
+                    first[key] = torch.zeros(shape, dtype=dtype, device=device)
+            if is_sharded(layer.weight) and not layer.stacked and shapes.get("exp_avg_sq"):
                 # One per output, which are spread over the ranks as the weight's are.
                 rows = layer.weight.detach().flatten(1)[:, 0]
                 first["exp_avg_sq"] = torch.zeros_like(rows, dtype=dtype)

@@ -1,4 +1,7 @@
-"""The matrices that layers are to a backend: most are one, a stack is as many as it has blocks."""
+"""The matrices that layers are to a backend: most are one, a stack is as many as it has blocks.
+
+Of a stack that is spread over ranks, each has its own matrices, whole.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gls_fused.capture.layer import Layer
+from gls_fused.distributed.sharding import rows_here
 
 
 def by_matrix(
@@ -22,7 +26,7 @@ def by_matrix(
     found: list[Tensor] = []
     remaining = iter(tensors)
     for layer, count in zip(layers, counts if tensors else (), strict=bool(tensors)):
-        own = [layer.matrices(next(remaining)) for _ in range(count)]
+        own = [_matrices_here(layer, next(remaining)) for _ in range(count)]
         found += [each for matrix in zip(*own, strict=True) for each in matrix]
     return found
 
@@ -35,26 +39,30 @@ class Steps:
     """
 
     def __init__(self, layers: Sequence[Layer], counts: Sequence[Tensor]) -> None:
-        self._stacks: list[tuple[Tensor, Tensor]] = []
+        self._stacks: list[Tensor] = []
         self.by_matrix: list[Tensor] = []
         for layer, count in zip(layers, counts, strict=True):
             if layer.blocks is None:
                 self.by_matrix.append(count)
             else:
-                copies = count.repeat(layer.blocks)
-                self._stacks.append((count, copies))
-                self.by_matrix += copies.unbind()
+                self._stacks.append(count)
+                self.by_matrix += count.repeat(layer.matrices_here).unbind()
 
-    def close_(self) -> None:
-        """Bring the counts of the layers to where those of their matrices are, which are alike."""
-        for count, copies in self._stacks:
-            count.copy_(copies[0])
+    def close_(self, skip: Tensor | None) -> None:
+        """Advance the counts of stacks, whose matrices have had copies of them."""
+        for count in self._stacks:
+            count += 1 if skip is None else (~skip).to(count)
 
 
 def of_each_matrix(layers: Sequence[Layer], values: Sequence[int]) -> list[int]:
     """The layers' values, by matrix."""
     pairs = zip(layers, values, strict=True)
-    return [value for layer, value in pairs for _ in range(layer.blocks or 1)]
+    return [value for layer, value in pairs for _ in range(layer.matrices_here)]
+
+
+def _matrices_here(layer: Layer, tensor: Tensor) -> list[Tensor]:
+    # One matrix that is spread over ranks stays whole for the update, which knows of them.
+    return layer.matrices(rows_here(tensor) if layer.stacked else tensor)
 
 
 def norms_of(layer: Layer) -> Tensor:

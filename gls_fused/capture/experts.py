@@ -23,7 +23,6 @@ from gls_fused.capture.modules import describe_class, plain_class
 from gls_fused.capture.observed import observe
 from gls_fused.capture.rows import outside_autocast
 from gls_fused.capture.uses import MATMULS, Use, has_new_hooks, saved_tensors_hooks
-from gls_fused.distributed.sharding import is_sharded
 
 Gather = Callable[[Tensor], None]
 
@@ -130,8 +129,6 @@ def why_not_experts(modules: Sequence[nn.Module]) -> str | None:
         held = [module._parameters.get(key) for key in EXPERTS]
         if any(weight is not None and weight.ndim != 3 for weight in held):
             return f"{describe_class(plain_class(module))} holds its experts otherwise"
-        if any(map(is_sharded, held)):
-            return "its experts are spread over ranks"
     return None
 
 

@@ -32,7 +32,7 @@ from gls_fused.capture.modules import (
 from gls_fused.capture.observed import observe
 from gls_fused.capture.rows import Rows
 from gls_fused.curvature.estimate import State, make_curvature
-from gls_fused.distributed.sharding import is_sharded, rows_here, shards_of
+from gls_fused.distributed.sharding import is_sharded, part_here, rows_here, shards_of
 from gls_fused.reference import Inverse, SubspaceInverse, undo_inverse
 
 
@@ -98,6 +98,7 @@ class Layer(Rows):
         self.shards = shards_of(weight)
         self.ones = bias is not None
         self.blocks = weight.shape[0] if self.stacked else None
+        self.here = part_here(weight) if self.stacked else slice(None)
         shape = list(weight.shape[int(self.stacked) :])
         if self.turned:
             shape[:2] = shape[1::-1]
@@ -170,6 +171,11 @@ class Layer(Rows):
             # Not this layer itself, which then nothing would free but the cycle collector.
             take = functools.partial(_take_tally, weakref.ref(self))
             self.tally.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+
+    @property
+    def matrices_here(self) -> int:
+        """How many matrices the weight is, on this rank."""
+        return 1 if self.blocks is None else len(range(self.blocks)[self.here])
 
     @property
     def outputs(self) -> int:

@@ -39,6 +39,7 @@ class Rows(abc.ABC):
         ones: whether a one belongs to every row, as the layer has a bias.
         turned: whether the weight's second axis, not its first, is its outputs.
         stacked: whether weight and bias are several of them along one more axis, their first.
+        here: of a stack that is spread over ranks, which of its matrices are on this one.
         statistics_dtype: that of the sums, at least float32.
         inverse: P, None until the statistics have started.
         test_matrix: stands in for the basis until then; None for the dense curvature.
@@ -53,6 +54,7 @@ class Rows(abc.ABC):
     ones: bool
     turned: bool = False
     stacked: bool = False
+    here: slice = slice(None)
     statistics_dtype: torch.dtype
     inverse: Inverse | None = None
     test_matrix: Tensor | None = None
@@ -109,6 +111,8 @@ class Rows(abc.ABC):
         if not self.stacked:
             return self._direction(gradients, self.inverse_for(len(gradients) == 2))
         inverses = self.inverses_for(len(gradients) == 2)
+        if len(inverses) != len(gradients[0]):
+            inverses = inverses[self.here]
         parts = zip(*(gradient.unbind() for gradient in gradients), strict=True)
         found = [self._direction(own, each) for own, each in zip(parts, inverses, strict=True)]
         return [torch.stack(each) for each in zip(*found, strict=True)]

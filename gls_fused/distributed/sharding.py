@@ -66,6 +66,31 @@ def shards_of(weight: Any) -> tuple[Any, int] | None:
     return weight.device_mesh, _sharded_dimensions(weight)[0]
 
 
+def part_here(weight: Any) -> slice:
+    """Which entries of a weight's first axis this rank has, as torch.chunk deals them out; or all.
+
+    Args:
+        weight: sharded over its first axis, or not at all.
+    """
+    shards = shards_of(weight)
+    if shards is None:
+        return slice(None)
+    mesh, dimension = shards
+    chunk = -(-len(weight) // mesh.size(dimension))
+    first = mesh.get_local_rank(dimension) * chunk
+    return slice(first, first + chunk)
+
+
+def zeros_beside(weight: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros whose first axis is the weight's, and spread over the same ranks where that is."""
+    if not is_sharded(weight):
+        return torch.zeros(shape, dtype=dtype, device=weight.device)
+    from torch.distributed.tensor import zeros
+
+    mesh, placements = weight.device_mesh, weight.placements
+    return zeros(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
+
+
 def sharding_problem(weight: Any, bias: Any, *, turned: bool = False) -> str | None:
     """Why GLS cannot work on a layer sharded like that, or None if it can.
 

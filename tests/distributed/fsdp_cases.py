@@ -125,6 +125,10 @@ for normalize in ("row", "factored", "spectral", "adam", "sgd", "none"):
     CASES[f"normalize_{normalize}"] = lambda normalize=normalize: check_equals_one_process(
         "uneven", {**OPTIONS, "normalize": normalize, "weight_decay": 0.1}
     )
+for normalize, site in (("factored", "backward"), ("spectral", "step"), ("sgd", "step")):
+    CASES[f"experts_{normalize}"] = lambda normalize=normalize, site=site: check_equals_one_process(
+        "experts", {**OPTIONS, "normalize": normalize, "site": site, "weight_decay": 0.1}
+    )
 for kind, split in (("cnn", 1), ("mlp", 2), ("uneven", 1)):
     CASES[f"orthogonal_steps_{kind}"] = lambda kind=kind, split=split: check_equals_one_process(
         kind, {**OPTIONS, "normalize": "spectral", "split": split, "spectral_head": split == 1}
