@@ -360,6 +360,27 @@ def test_resumes_bit_for_bit(kind, options):
     assert_same_state(resumed.state_dict(), optimizer.state_dict())
 
 
+@pytest.mark.parametrize("normalize", ["factored", "none"])
+def test_step_of_an_overflow_changes_nothing(normalize):
+    """As the flag of a GradScaler says on the device, in a step that gathers."""
+    model = make_model("gpt-oss")
+    optimizer = GLS(model, **{**OPTIONS, "normalize": normalize})
+    train(model, optimizer, range(2))
+    weights, state = snapshot(model), pickle.loads(pickle.dumps(optimizer.state_dict()["state"]))
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(2).unbind()
+    train(model, optimizer, [2])
+    assert_equal(snapshot(model), weights)
+    for key, old in state.items():
+        found = optimizer.state_dict()["state"][key]
+        for name, value in old.items():
+            assert_equal([torch.as_tensor(found[name])], [torch.as_tensor(value)])
+    optimizer.found_inf = torch.zeros(())
+    train(model, optimizer, [2])
+    steps = [state["step"] for state in optimizer.state.values() if "step" in state]
+    assert set(map(float, steps)) == {3.0}
+    assert all(map(torch.any, map(torch.ne, snapshot(model), weights)))
+
+
 def test_another_number_of_experts_is_refused():
     model = make_net("experts")
     optimizer = GLS(model, **OPTIONS)
