@@ -131,9 +131,9 @@ class Attachment:
         self._preconditioner.adopt(self._layers, self._states)
         waiting = [layer for layer in self._layers if layer.inverse is None]
         self._started = self._start(self._take_sums(waiting, skip))
-        # Of what an embedding looks up, too, no backward has left D.
-        tied = [layer for layer in self._layers if layer.table is not None]
-        for layer in dict.fromkeys([*self._started, *(p for p in tied if p.inverse is not None)]):
+        # Nor has a backward left D of what is not the rows' alone.
+        whole = [layer for layer in self._layers if layer.stays_whole and layer.inverse is not None]
+        for layer in dict.fromkeys([*self._started, *whole]):
             gradients = [rows_here(p.grad) for p in layer.params if p.grad is not None]
             if layer.weight.grad is not None:
                 for gradient, sought in zip(gradients, layer.direction(gradients), strict=True):

@@ -259,14 +259,14 @@ class Preconditioner:
 
     def site_of(self, layer: Layer) -> str:
         """Where P is applied to this layer, or "undecided" before the first step."""
-        if self.site != "auto" and layer.table is None:
+        if self.site != "auto" and not layer.stays_whole:
             return self.site
         if layer.inverse is None:
             return "undecided"
         return "backward" if layer.at_backward else "step"
 
     def _at_backward(self, layer: Layer, state: State, options: Mapping[str, Any]) -> bool:
-        if layer.table is not None:
+        if layer.stays_whole:
             return False
         if options.get("normalize") == "sgd":
             # The step size is the true gradient's, which the backward site does not keep.

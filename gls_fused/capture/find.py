@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 
 from gls_fused.capture.attention import PROJECTIONS, why_not_attention
 from gls_fused.capture.conv import (
@@ -19,6 +20,7 @@ from gls_fused.capture.conv import (
     why_not_transposed,
 )
 from gls_fused.capture.custom import ObservedLayer, TurnedObservedLayer, why_not_observed
+from gls_fused.capture.derived import Place, source_of
 from gls_fused.capture.experts import EXPERTS, has_experts, why_not_experts
 from gls_fused.capture.layer import Layer
 from gls_fused.capture.lending import Lender
@@ -107,14 +109,21 @@ def find_layers(
     users: dict[int, list[Use]] = {}
     params: dict[int, nn.Parameter] = {}
     holders: dict[int, list[nn.Module]] = {}
+    derived: set[Place] = set()
     seen: set[int] = set()
     for root_name, root in roots:
         for name, module in root.named_modules(prefix=root_name):
             if id(module) in seen:
                 continue
             seen.add(id(module))
+            source = source_of(module)
+            if source is not None and source.param is not None and kind_of(module) is not None:
+                # What the module makes of it is its weight.
+                params[id(source.param)] = source.param
+                users.setdefault(id(source.param), []).append((plain_name(name), module, "weight"))
+                derived.add(source)
             for key, param in module._parameters.items():
-                if param is not None:
+                if param is not None and (module, key) not in derived:
                     params[id(param)] = param
                     users.setdefault(id(param), []).append((plain_name(name), module, key))
             for child in filter(None, module._modules.values()):
@@ -143,6 +152,8 @@ def find_layers(
             problem = kind.why_not(modules)
         if problem is None and any(role != roles[0] for role in roles):
             problem = "its weight is used in two roles"
+        if problem is None and is_sharded(param) and any(map(source_of, modules)):
+            problem = "its norm is not covered under fully_shard"
         if problem is None and not param.numel():
             problem = "its weight is empty"
         if problem is None and not is_sharded(param) and type(param) not in PLAIN_TENSORS:
@@ -276,12 +287,17 @@ def recurrent_kind(role: str) -> Kind | None:
 def _uncovered(module: nn.Module, role: str) -> str | None:
     """Why GLS does not cover this parameter of a module, or None if it does."""
     kind = kind_of(module, role) or kind_of(module)
+    if isinstance(module, ParametrizationList):
+        norms = ", ".join(type(each).__name__ for each in module)
+        return f"the parametrization {norms} is not covered"
     if kind is None:
         return f"{describe_class(plain_class(module))} is not covered"
     return kind.why_not([module])
 
 
 def _reason(module: nn.Module, role: str, param: nn.Parameter) -> str:
+    if role in ("original0", "weight_g"):
+        return "the lengths of weight_norm"
     if isinstance(param, UninitializedParameter):
         return "not initialised yet: run the model once before building the optimizer"
     problem = _uncovered(module, role)

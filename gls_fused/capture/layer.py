@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 
 from gls_fused.backends.dispatch import backend_name, resolve_backend
+from gls_fused.capture.derived import Place, source_of
 from gls_fused.capture.graph import Reach, at_end_of_pass, reach_of, running_task
 from gls_fused.capture.marks import Marks, choose_places
 from gls_fused.capture.modules import (
@@ -48,6 +49,8 @@ class Layer(Rows):
         bias: [m] or None.
         table: an embedding that looks the same weight up, or None. Its part of the gradient has no
             rows, and P acts on the sum, so that p.grad keeps the gradient until the step.
+        places: where each module has the weight, see gls_fused.capture.derived.
+        derived: whether the modules compute with what they make of it.
         dim: d, the length of a row with its one.
         groups: how many matrices of as many outputs the weight is, each with inputs of its own.
         gated: whether the weight is several matrices of the same inputs, as a recurrent layer's.
@@ -91,8 +94,15 @@ class Layer(Rows):
         self.modules = modules
         # Those whose forward is this layer's op.
         self.routed = modules
-        weight = getattr(modules[0], self.weight_key)
-        assert isinstance(weight, Tensor)
+        found = [source_of(module) if self.weight_key == "weight" else None for module in modules]
+        self.derived = any(found)
+        places = [
+            place or Place(module, self.weight_key)
+            for place, module in zip(found, modules, strict=True)
+        ]
+        self.places = dict(zip(modules, places, strict=True))
+        weight = places[0].param
+        assert weight is not None
         self.weight = weight
         self.bias = bias
         self.shards = shards_of(weight)
@@ -116,6 +126,11 @@ class Layer(Rows):
         self._task = -1
         # Of all layers that an optimizer covers.
         self.last = False
+
+    @property
+    def stays_whole(self) -> bool:
+        """Whether P acts on the whole gradient, at the step, as rows see only a part of it."""
+        return self.table is not None or self.derived
 
     @property
     def one_matrix(self) -> bool:
@@ -185,7 +200,7 @@ class Layer(Rows):
     @property
     def resharded(self) -> bool:
         """Whether the weight that a module has is sharded, and not the one known here."""
-        held = [module._parameters.get(self.weight_key) for module in self.modules]
+        held = [place.param for place in self.places.values()]
         return any(weight is not self.weight and is_sharded(weight) for weight in held)
 
     @property
@@ -229,7 +244,7 @@ class Layer(Rows):
 
     def watches(self, module: nn.Module) -> bool:
         """Whether a call of the module is to go through `forward`."""
-        weight = module._parameters.get(self.weight_key)
+        weight = self.held_by(module)
         if weight is None or not (weight.requires_grad and torch.is_grad_enabled()):
             return False
         if torch.compiler.is_compiling():
@@ -286,9 +301,7 @@ class Layer(Rows):
 
     def observed(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """The output by torch's own op, of weight and bias that are observed."""
-        weight: Tensor | None = module._parameters["weight"]
         bias = bias_of(module)
-        assert weight is not None
         (inputs,) = autocast_inputs(inputs)
         seen = self.gathers and self.sees(inputs)
         if not (seen or self.at_backward):
@@ -297,7 +310,7 @@ class Layer(Rows):
         owned = self.at_backward and self.ones and self.owns_bias_of(module)
         owned = owned and bias is not None and bias.requires_grad
         rows = without_tangent(inputs) if seen else None
-        weight, own = observe(self, rows, weight, bias if owned else None)
+        weight, own = observe(self, rows, self.used_by(module), bias if owned else None)
         return self.compute(module, inputs, weight, own if owned else bias)
 
     def precondition(self, module: nn.Module, inputs: Tensor) -> Tensor:
@@ -306,9 +319,18 @@ class Layer(Rows):
 
     def plain(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """The module's own output."""
-        weight = module._parameters["weight"]
-        assert weight is not None
-        return self.compute(module, inputs, weight, bias_of(module))
+        return self.compute(module, inputs, self.used_by(module), bias_of(module))
+
+    def held_by(self, module: nn.Module) -> Tensor | None:
+        """The parameter that a module has now where this layer's weight was."""
+        return (
+            self.places[module].param if self.derived else module._parameters.get(self.weight_key)
+        )
+
+    def used_by(self, module: nn.Module) -> Tensor:
+        """The weight that the module's op is to use now, which may be computed from it."""
+        weight: Tensor = getattr(module, self.weight_key)
+        return weight
 
     def owns_bias_of(self, module: nn.Module) -> bool:
         """Whether the bias that a module has now, if any, is as it was, so that P acts on it too.

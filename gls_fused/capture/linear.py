@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gls_fused.capture.derived import Place, source_of
 from gls_fused.capture.layer import autocast_inputs, bias_of
 from gls_fused.capture.lending import Lender
 from gls_fused.capture.marks import choose_places
@@ -203,8 +204,10 @@ def why_not_linear(modules: Sequence[nn.Module]) -> str | None:
         problem = why_not_own(module, nn.Linear.forward)
         if problem is not None:
             return problem
-        if module.weight.ndim != 2:
-            return f"its weight has {module.weight.ndim} dimensions, not 2"
+        # Not module.weight, which spectral_norm moves when it is asked for.
+        weight = (source_of(module) or Place(module, "weight")).param
+        if weight is not None and weight.ndim != 2:
+            return f"its weight has {weight.ndim} dimensions, not 2"
     return None
 
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: F401  # see _captured_class
 
+from gls_fused.capture.derived import source_of
+
 if TYPE_CHECKING:
     from gls_fused.capture.layer import Layer
 
@@ -63,7 +65,8 @@ def describe_class(plain: type) -> str:
 def why_not_own(module: nn.Module, forward: Callable[..., Any]) -> str | None:
     """Why a module does not compute `forward` of its own weight and bias, or None if it does."""
     own_bias = "bias" in module._parameters or getattr(module, "bias", None) is None
-    if "weight" not in module._parameters or not own_bias:
+    own_weight = "weight" in module._parameters or source_of(module) is not None
+    if not (own_weight and own_bias):
         return "its weight or bias is parametrized"
     plain = plain_class(module)
     if plain.forward is not forward and plain.forward not in ALIKE:

@@ -59,7 +59,7 @@ class Watch:
     def run(self, plain: Any, /, *args: Any, **kwargs: Any) -> Any:
         """The plain forward, watched where a layer wants to see rows or to apply P now."""
         uses = [
-            Use(layer, owner, owner._parameters[layer.weight_key])  # type: ignore[arg-type]
+            Use(layer, owner, layer.held_by(owner))  # type: ignore[arg-type]
             for layer, owner in self.uses
             if layer.watches(owner)
         ]

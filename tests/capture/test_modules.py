@@ -8,7 +8,6 @@ from nets import KINDS, loss_of, make_batch, make_net, snapshot
 from tolerances import PRODUCT, SAME_STEPS, assert_near
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
-from torch.nn.utils import parametrizations
 
 from gls_fused import GLS
 
@@ -27,69 +26,6 @@ def train(model, optimizer, batch, steps=4):
         losses[-1].backward()
         optimizer.step()
     return [loss.item() for loss in losses]
-
-
-# ---- weights that are computed -------------------------------------------------------------------
-
-
-def old_weight_norm(module):
-    with pytest.warns(FutureWarning, match="weight_norm"):
-        return nn.utils.weight_norm(module)
-
-
-COMPUTED = "Adam (its weight or bias is parametrized)"
-PART = "Adam (ParametrizationList is not covered)"
-PARAMETRIZED = {
-    "weight_norm": (
-        parametrizations.weight_norm,
-        {
-            "0.parametrizations.weight.original0": PART,
-            "0.parametrizations.weight.original1": PART,
-        },
-    ),
-    "spectral_norm": (
-        parametrizations.spectral_norm,
-        {"0.parametrizations.weight.original": PART},
-    ),
-    "old weight_norm": (
-        old_weight_norm,
-        {"0.weight_g": COMPUTED, "0.weight_v": COMPUTED},
-    ),
-    "old spectral_norm": (
-        nn.utils.spectral_norm,
-        {"0.weight_orig": COMPUTED},
-    ),
-}
-
-
-@pytest.mark.parametrize("layer", [nn.Linear, nn.Conv2d])
-@pytest.mark.parametrize("how", PARAMETRIZED)
-def test_parametrized_weights_take_adams_update(how, layer):
-    parametrize, expected = PARAMETRIZED[how]
-    linear = layer is nn.Linear
-
-    def make():
-        torch.manual_seed(0)
-        first = (nn.Linear(6, 4) if linear else nn.Conv2d(2, 4, 6)).double()
-        return nn.Sequential(
-            parametrize(first), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3, dtype=torch.float64)
-        )
-
-    model, twin = make(), make()
-    optimizer = GLS(model, lr=0.01, momentum=0.9, beta2=0.999)
-    adam = torch.optim.Adam(twin[0].parameters(), lr=0.01)
-    lines = lines_of(optimizer)
-    assert {name: lines[name] for name in expected} == expected
-    assert lines["3"].startswith("GLS")
-    # One step: after it the models differ in what follows.
-    batch = make_batch("mlp" if linear else "cnn", 12, 0)
-    for net, stepper in ((model, optimizer), (twin, adam)):
-        loss_of(net, batch).backward()
-        stepper.step()
-    for p, q in zip(model[0].parameters(), twin[0].parameters(), strict=True):
-        assert_near(p, q, PRODUCT[torch.float64])
-    losses = train(model, optimizer, batch, 10)
-    assert losses[-1] < losses[0]
 
 
 # ---- wrapped layers ------------------------------------------------------------------------------
