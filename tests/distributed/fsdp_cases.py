@@ -431,22 +431,23 @@ def resumes_bit_for_bit_from_a_sharded_checkpoint():
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)
     variants = (
-        {},
-        {"momentum": 0.0, "site": "backward"},
-        {"normalize": "adam"},
-        {"normalize": "factored", "max_change": 0.1},
-        {"normalize": "spectral"},
+        ("uneven", {}),
+        ("uneven", {"momentum": 0.0, "site": "backward"}),
+        ("uneven", {"normalize": "adam"}),
+        ("uneven", {"normalize": "factored", "max_change": 0.1}),
+        ("uneven", {"normalize": "spectral"}),
+        ("experts", {"normalize": "factored", "max_change": 0.1}),
     )
-    for index, options in enumerate(variants):
+    for index, (kind, options) in enumerate(variants):
         options, place = {**OPTIONS, **options}, Path(folder[0], str(index))
         sizes = sizes_of("mlp")
-        whole_run = sharded(make("uneven"))
+        whole_run = sharded(make(kind))
         optimizer = GLS(whole_run, **options)
         train_on_part(whole_run, optimizer, "mlp", sizes, range(5))
         checkpoint.save(place, whole_run, optimizer)
         train_on_part(whole_run, optimizer, "mlp", sizes, range(5, 10))
 
-        model = sharded(make("uneven"))
+        model = sharded(make(kind))
         optimizer = GLS(model, **options)
         checkpoint.load(place, model, optimizer)
         train_on_part(model, optimizer, "mlp", sizes, range(5, 10))
