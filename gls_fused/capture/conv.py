@@ -132,7 +132,10 @@ class ConvLayer(ImageRows, Layer):
 
     def traced(self, module: nn.Module, inputs: Tensor) -> Tensor:
         assert isinstance(module, _ConvNd)
-        inputs, weight, bias = autocast_inputs(inputs, module.weight, module.bias)
+        return self.traced_product(*autocast_inputs(inputs, module.weight, module.bias))
+
+    def traced_product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The output of inputs, weight and bias in a graph that torch.compile traces."""
         images = self._pad(inputs)
         arguments = flatten_rows(self, self.backend_name, self.tally)
         outputs: Tensor = torch.ops.gls_fused.traced_convolution(

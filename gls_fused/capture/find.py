@@ -27,6 +27,7 @@ from gls_fused.capture.lending import Lender
 from gls_fused.capture.linear import LinearLayer, TurnedLinearLayer, why_not_linear
 from gls_fused.capture.modules import ALIKE, describe_class, plain_class
 from gls_fused.capture.recurrent import RecurrentLayer, why_not_recurrent
+from gls_fused.capture.standardized import StandardizedConv2dLayer
 from gls_fused.distributed.sharding import is_sharded, sharding_problem
 
 # What torch.compile and activation checkpointing put into the names of what they wrap.
@@ -79,10 +80,18 @@ ALIKE_KINDS: dict[str, tuple[Kind, type[nn.Module]]] = {
     "observed": (Kind(ObservedLayer, why_not_observed), nn.Module),
     "turned observed": (Kind(TurnedObservedLayer, why_not_observed), nn.Module),
 }
+KNOWN_KINDS = {
+    **ALIKE_KINDS,
+    "standardized conv2d": (Kind(StandardizedConv2dLayer, why_not_conv), nn.Conv2d),
+}
 # Classes of other packages by their path, as importing them takes seconds.
 KNOWN = {
     "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXSafeConv3d": "conv3d",
     "timm.layers.linear.Linear": "linear",
+    "timm.layers.std_conv.ScaledStdConv2d": "standardized conv2d",
+    "timm.layers.std_conv.ScaledStdConv2dSame": "standardized conv2d",
+    "timm.layers.std_conv.StdConv2d": "standardized conv2d",
+    "timm.layers.std_conv.StdConv2dSame": "standardized conv2d",
     "torch_geometric.nn.dense.linear.Linear": "linear",
     "transformers.models.falcon.modeling_falcon.FalconLinear": "linear",
     "transformers.pytorch_utils.Conv1D": "turned linear",
@@ -244,7 +253,7 @@ def register(module_class: type[nn.Module], kind: str) -> None:
         raise TypeError(f"module_class: expected a subclass of nn.Module, got {given!r}")
     if kind not in ALIKE_KINDS:
         raise ValueError(f"kind: expected {', '.join(ALIKE_KINDS)}, got {kind!r}")
-    covered, base = ALIKE_KINDS[kind]
+    _, base = ALIKE_KINDS[kind]
     name = describe_class(module_class)
     if not issubclass(module_class, base):
         raise TypeError(
@@ -252,7 +261,11 @@ def register(module_class: type[nn.Module], kind: str) -> None:
         )
     if module_class in OWN:
         raise ValueError(f"module_class: {name} is covered as it is")
-    KINDS[module_class] = covered
+    _cover(module_class, kind)
+
+
+def _cover(module_class: type[nn.Module], kind: str) -> None:
+    KINDS[module_class], _ = KNOWN_KINDS[kind]
     if "observed" not in kind:
         ALIKE.add(module_class.forward)
 
@@ -270,7 +283,7 @@ def kind_of(module: nn.Module, role: str = "weight") -> Kind | None:
             continue
         known = KNOWN.get(f"{base.__module__}.{base.__qualname__}")
         if known is not None and base not in KINDS:
-            register(base, known)
+            _cover(base, known)
         if base in KINDS:
             return KINDS[base]
     return None

@@ -214,7 +214,7 @@ def test_compiled(layer):
         optimizer = GLS(model, **OPTIONS)
         if compiled:
             model.compile(backend="aot_eager")
-        found += [train(model, optimizer, layer, range(5)), optimizer.report()]
+        found += [train(model, optimizer, layer, range(3)), optimizer.report()]
     for p, q in zip(found[2], found[0], strict=True):
         assert_near(p, q, SAME_STEPS)
     assert found[1] == found[3]

@@ -167,13 +167,21 @@ def test_bad_arguments(arguments, error, message):
         gls_fused.register(*arguments)
 
 
+# What makes a module of a kind, and the shape of its inputs.
+MADE = {
+    "linear": ((5, 6), (3, 5)),
+    "turned linear": ((6, 5), (3, 5)),
+    "conv3d": ((5, 6, 3), (3, 5, 4, 4, 4)),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", find.KNOWN)
+@pytest.mark.parametrize("path", [path for path in find.KNOWN if find.KNOWN[path] in MADE])
 def test_known_classes_compute_what_is_said(path):
     name, _, short = path.rpartition(".")
     found = getattr(pytest.importorskip(name), short)
-    module = found(5, 6) if find.KNOWN[path] != "turned linear" else found(6, 5)
-    inputs = torch.randn(3, 5)
+    sizes, shape = MADE[find.KNOWN[path]]
+    module, inputs = found(*sizes), torch.randn(shape)
     nn.init.normal_(module.bias)
     expected = module(inputs)
     layer = find.find_layers([("", module)])[0][0]

@@ -1,0 +1,65 @@
+"""timm's StdConv2d, ScaledStdConv2d and their Same: convolutions whose weight is standardized.
+
+    W_i = the weight's row less its mean, over its standard deviation, times a gain or not
+
+As in `gls_fused.capture.derived`: the rows are those of the op with W, and P acts at the step on
+the gradient of the module's own parameter. The module's forward makes W, and pads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from gls_fused.capture.conv import ConvLayer
+from gls_fused.capture.layer import autocast_inputs, without_tangent
+from gls_fused.capture.modules import plain_class
+from gls_fused.capture.observed import observe
+
+
+class StandardizedConv2dLayer(ConvLayer):
+    """See above."""
+
+    def __init__(
+        self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None
+    ) -> None:
+        super().__init__(name, modules, bias, table)
+        self.kind, self.derived = "standardized Conv2d", True
+
+    def forward(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        plain: Any = plain_class(module)
+        with _Shown(self):
+            outputs: Tensor = plain.forward(module, inputs)
+        return outputs
+
+    def convolve(self, inputs: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        """torch.conv2d of a weight that the module has made, seen."""
+        if torch.compiler.is_compiling():
+            inputs, weight, bias = autocast_inputs(inputs, weight, rest[0])
+            return self.traced_product(inputs, weight, bias)
+        (inputs,) = autocast_inputs(inputs)
+        if self.gathers and self.sees(inputs):
+            weight, _ = observe(self, without_tangent(inputs), weight, None)
+        return torch.conv2d(inputs, weight, *rest)
+
+
+class _Shown(TorchFunctionMode):
+    """Hands the convolution in a module's forward to its layer."""
+
+    def __init__(self, layer: StandardizedConv2dLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.conv2d and not kwargs and torch.is_grad_enabled():
+            return self.layer.convolve(*args)
+        return func(*args, **(kwargs or {}))
