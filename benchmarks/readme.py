@@ -35,8 +35,6 @@ from benchmarks.harness.files import write_atomically
 from benchmarks.harness.tables import NOTHING, Table
 from benchmarks.stability import run as stability
 from benchmarks.stability.report import make_count_table
-from benchmarks.time_to_loss import run as time_to_loss
-from benchmarks.time_to_loss.report import make_ratio_table
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = Path(__file__).with_name("published")
@@ -208,20 +206,11 @@ def _epoch(published: Path) -> str:
     )
 
 
-def _time_to_loss(published: Path) -> str:
-    results = _read(published / time_to_loss.JSON_FILE)
-    if results is None:
-        return ""
-    table = make_ratio_table(results)
-    return _block(table.title, results["command"], results["environment"], table)
-
-
 # Experiments of convergence, in the order of the first table.
 HORIZONS = ("five-tasks", "horizon")
 # By marker.
 BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "epoch": _epoch,
-    "time-to-loss": _time_to_loss,
     "first": _first,
     **{name: _horizon(name) for name in HORIZONS},
     "stability": _stability,

@@ -46,8 +46,7 @@ def test_only_the_blocks_change(published):
         "Best epochs:\n\n    python -m benchmarks convergence\n\nSome Processor (-), 4 threads of"
     )
     assert head in filled
-    for name in ("epoch", "time-to-loss"):
-        assert f"<!-- BEGIN {name} -->\n<!-- END {name} -->" in filled
+    assert "<!-- BEGIN epoch -->\n<!-- END epoch -->" in filled
     assert filled.count("before\n<!-- BEGIN ") == filled.count(" -->\nafter\n") == len(BLOCKS)
     assert "old" not in filled
     assert fill(filled, published) == filled
@@ -158,7 +157,7 @@ def test_blocks_are_written_wherever_they_are(tmp_path, published, run_main):
     long.write_text("".join(others[1:]))
     status, _, errors = run_main(*options)
     assert (status, errors) == (
-        2, "error: --pages: expected <!-- BEGIN time-to-loss --> in one of them, got none\n"
+        2, "error: --pages: expected <!-- BEGIN first --> in one of them, got none\n"
     )  # fmt: skip
     assert long.read_text() == "".join(others[1:])
 
