@@ -55,7 +55,7 @@ def attach(
     `pre_step()` before and `commit()` after each step. The other arguments are those of `GLS`.
 
     Args:
-        model: its nn.Linear and convolutions are covered; other gradients stay as they are.
+        model: the layers that GLS covers have their gradients changed; others stay as they are.
         optimizer: a torch optimizer over the model's parameters.
     Raises:
         ValueError: an option out of its range, a model without a layer that GLS covers,

@@ -69,7 +69,8 @@ class GLS(torch.optim.Optimizer):
         step:   -D0 (A'A/n + lambda I)^-p,    p = 1/2 by default, 1 the least-squares step itself
 
     A [n, d] are a layer's inputs, G [n, m] the gradients at its outputs, D0 = G'A its gradient.
-    nn.Linear and convolutions are covered; other parameters take Adam's update with
+    Linear layers, convolutions, attention, recurrent layers, experts and heads tied to embeddings
+    are covered, and what `gls_fused.register` names; other parameters take Adam's update with
     betas (momentum, beta2). The equations are in docs/method.md and in `gls_fused.reference`.
 
     Args:
