@@ -73,7 +73,7 @@ def attach(
     check_options(options)
     layers, uncovered = find_layers([("", unwrapped(model))])
     if not layers:
-        raise ValueError("model: got a model without an nn.Linear or a convolution that GLS covers")
+        raise ValueError("model: got a model without a layer that GLS covers")
     return Attachment(layers, uncovered, optimizer, options, backend, Ranks(process_group))
 
 

@@ -156,7 +156,7 @@ def test_empty_list():
     "model", [nn.Sequential(), nn.LayerNorm(3), nn.ConvTranspose2d(2, 2, 1, groups=2)]
 )
 def test_attach_to_nothing(model):
-    with pytest.raises(ValueError, match=r"without an nn\.Linear or a convolution"):
+    with pytest.raises(ValueError, match=r"without a layer that GLS covers"):
         attach(model)
 
 
