@@ -3,6 +3,8 @@
     rows        4 n d r flops, for layers whose P applies at the backward
     gradient    4 m d r flops and 12 m d bytes, for the others: D0 read, D's lines read and written
     sketch      4 n d r flops every `GATHER_EVERY` steps, n of 16 images for a convolution
+    factor      of layers that take an orthogonal step by default, the fewer of 20 s^2 b + 10 s^3
+                and 8 s^2 b + 28 s^3 flops, for the shorter side s and the longer b
     update      24 bytes a parameter with momentum, 16 without; Adam's 28,
                 which parameters of no covered layer take, too
     state       U [d, r], M and C [r, r], v [m] and c [d] per layer, 4 bytes a parameter with
@@ -22,7 +24,9 @@ from benchmarks.harness.interleave import quartiles
 from benchmarks.harness.tables import Table
 from benchmarks.workloads.contenders import BASELINE, CONTENDERS
 from benchmarks.workloads.shapes import SHAPES
-from benchmarks.workloads.sizes import ADAM_BYTES, FLOAT, GATHER_EVERY, TASK_MODELS
+from benchmarks.workloads.sizes import ADAM_BYTES, FLOAT, GATHER_EVERY, TASK_MODELS, Layer
+from gls_fused.apply.spectral import LEAST_SIDE, MOST_SHARE
+from gls_fused.reference import POLAR_EXPRESS
 
 # Those that the tasks' models are counted at.
 COUNTED = ("cifar10", "text")
@@ -49,13 +53,22 @@ def work_of(optimizer: str, task: str, batch_size: int) -> Work:
     moved += ADAM_BYTES * model.others
     if optimizer == BASELINE:
         return Work(0, moved)
-    flops = 0.0
+    flops = sum(factor_flops(layer) for layer in model.layers[:-1])
     for layer in model.layers:
         per_row = 4 * layer.dim * layer.rank
         flops += per_row * (layer.rows if layer.at_backward else layer.outputs)
         flops += per_row * layer.sketched / GATHER_EVERY
         moved += 0 if layer.at_backward else WRITTEN * layer.parameters
     return Work(flops, moved)
+
+
+def factor_flops(layer: Layer) -> float:
+    """Of a layer's orthogonal factor on a CPU; 0 where "auto" takes none, as of the last layer."""
+    short, long = sorted((layer.outputs, layer.inputs))
+    plain = len(POLAR_EXPRESS) * (4 * short**2 * long + 2 * short**3)
+    if short < LEAST_SIDE or plain > MOST_SHARE * 6 * layer.rows * layer.outputs * layer.inputs:
+        return 0
+    return min(plain, 8 * short**2 * long + 28 * short**3)
 
 
 def state_share(optimizer: str, task: str) -> float:
@@ -99,9 +112,9 @@ def make_floor_table(cells: Sequence[Mapping[str, Any]], ceilings: Mapping[str, 
             )
     return Table(
         "What the arithmetic allows",
-        "A model, not a measurement: the flops of P and of a tenth of a sketch and the bytes of "
-        f"the update, at this machine's ceilings, a copy's {machine.copy / 1e9:.1f} GB/s (read and "
-        f"written) and a GEMM's {machine.gemm / 1e9:.0f} GFLOP/s, measured before the rounds; how "
+        "A model, not a measurement: the flops of P, of orthogonal factors and of a tenth of a "
+        "sketch and the bytes of the update, at this machine's ceilings, a copy's "
+        f"{machine.copy / 1e9:.1f} GB/s (read and written) and a GEMM's {machine.gemm / 1e9:.0f} GFLOP/s, measured before the rounds; how "
         "much longer than Adam's step that takes, and the ratio to Adam's measured step it would "
         "give. What a measured ratio has above it are kernels below these ceilings, small layers, "
         "Python, and noise. The state is U [d, r], M and C [r, r], a mean square per output and "

@@ -2,10 +2,11 @@
 
 import pytest
 
-from benchmarks.epoch.floor import Work, state_share, work_of
+from benchmarks.epoch.floor import Work, factor_flops, state_share, work_of
 from benchmarks.harness.ceilings import Ceilings
 from benchmarks.workloads.contenders import CONTENDERS, Trainer, state_bytes
 from benchmarks.workloads.shapes import SHAPES, synthesise
+from benchmarks.workloads.sizes import Layer
 from benchmarks.workloads.tasks import TASKS
 
 
@@ -20,6 +21,14 @@ def test_the_floor_counts_what_the_equations_need():
     sketch = (rows + 4 * batch * 10 * 513) / 10
     assert gls.flops == pytest.approx(rows + 4 * 10 * 10 * 513 + sketch)
     assert gls.seconds(Ceilings(copy=1.0, gemm=2.0)) == gls.bytes + gls.flops / 2
+
+
+def test_the_floor_counts_orthogonal_factors():
+    """Of [512, 128] by the polynomials alone; none where few rows or a short side make it dear."""
+    assert factor_flops(Layer(512, 128, 2048, 1024)) == 8 * 128**2 * 512 + 28 * 128**3
+    assert factor_flops(Layer(128, 128, 2048, 1024)) == 5 * 6 * 128**3
+    assert factor_flops(Layer(512, 128, 128, 128)) == 0
+    assert factor_flops(Layer(512, 15, 2048, 1024)) == 0
 
 
 @pytest.mark.parametrize("task", TASKS)
