@@ -114,7 +114,8 @@ def make_floor_table(cells: Sequence[Mapping[str, Any]], ceilings: Mapping[str, 
         "What the arithmetic allows",
         "A model, not a measurement: the flops of P, of orthogonal factors and of a tenth of a "
         "sketch and the bytes of the update, at this machine's ceilings, a copy's "
-        f"{machine.copy / 1e9:.1f} GB/s (read and written) and a GEMM's {machine.gemm / 1e9:.0f} GFLOP/s, measured before the rounds; how "
+        f"{machine.copy / 1e9:.1f} GB/s (read and written) and a GEMM's "
+        f"{machine.gemm / 1e9:.0f} GFLOP/s, measured before the rounds; how "
         "much longer than Adam's step that takes, and the ratio to Adam's measured step it would "
         "give. What a measured ratio has above it are kernels below these ceilings, small layers, "
         "Python, and noise. The state is U [d, r], M and C [r, r], a mean square per output and "
