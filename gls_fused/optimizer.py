@@ -91,7 +91,7 @@ class GLS(torch.optim.Optimizer):
             one per output; "factored", one per output and input; "adam", one per element;
             "sgd", scaled to the gradient's norm; "none", the plain step. "spectral": its
             orthogonal factor, of weights but the last layer's; "auto": the same where it costs
-            little; the others "factored".
+            little and the weight's shorter side is 16 or more; the others "factored".
         max_change: > 0 or None; the root mean square of a layer's step is at most so much of its
             weight's (or of 1 / sqrt(3 d) if that is more), about.
         split: >= 1; how many matrices a weight is, one above the other, for "spectral": 3 for a
