@@ -153,33 +153,16 @@ def find_layers(
             continue
         if trained is not None and param not in trained:
             continue
-        problem = next((why for why in map(_uncovered, modules, roles) if why), None)
-        if problem is None and len({plain_class(module) for module in modules}) > 1:
-            problem = "its weight is shared by modules of different kinds"
-        kind = kinds[0]
-        if problem is None and kind is not None:
-            problem = kind.why_not(modules)
-        if problem is None and any(role != roles[0] for role in roles):
-            problem = "its weight is used in two roles"
-        if problem is None and is_sharded(param) and any(map(source_of, modules)):
-            problem = "its norm is not covered under fully_shard"
-        if problem is None and not param.numel():
-            problem = "its weight is empty"
-        if problem is None and not is_sharded(param) and type(param) not in PLAIN_TENSORS:
-            problem = f"its weight is a {type(param).__name__}, which may compute otherwise"
-        if problem is None:
-            assert kind is not None
-            bias = getattr(modules[0], str(kind.bias), None)
-            problem = sharding_problem(param, bias, turned=kind.layer.turned)
+        problem = _problem_of(param, modules, roles)
         if problem is not None:
             if len(users[key]) > 1:
                 names, _, roles = zip(*users[key], strict=True)
                 problem = f"shared by {', '.join(names)}: {problem}"
             reasons[key] = (_join(names[0], roles[0]), problem)
             continue
+        kind = kinds[0]
         assert kind is not None
-        found = [getattr(module, str(kind.bias), None) for module in modules]
-        biases = {id(bias): bias for bias in found}
+        biases = {id(bias): bias for bias in (_bias_of(module, kind) for module in modules)}
         # A bias belongs to the layer when it is used exactly where the weight is.
         bias = next(iter(biases.values())) if len(biases) == 1 else None
         if bias is not None and len(users[id(bias)]) != len(uses):
@@ -205,6 +188,33 @@ def find_layers(
             Uncovered(reasons.get(key, named)[0], params[key], reasons.get(key, named)[1])
         )
     return layers, uncovered
+
+
+def _problem_of(param: Tensor, modules: Sequence[nn.Module], roles: Sequence[str]) -> str | None:
+    """Why GLS does not cover a weight that these modules use by these names, or None if it does."""
+    problem = next((why for why in map(_uncovered, modules, roles) if why), None)
+    if problem is not None:
+        return problem
+    if len({plain_class(module) for module in modules}) > 1:
+        return "its weight is shared by modules of different kinds"
+    kind = kind_of(modules[0], roles[0])
+    problem = None if kind is None else kind.why_not(modules)
+    if problem is not None:
+        return problem
+    if kind is None or any(role != roles[0] for role in roles):
+        return "its weight is used in two roles"
+    if is_sharded(param) and any(map(source_of, modules)):
+        return "its norm is not covered under fully_shard"
+    if not param.numel():
+        return "its weight is empty"
+    if not is_sharded(param) and type(param) not in PLAIN_TENSORS:
+        return f"its weight is a {type(param).__name__}, which may compute otherwise"
+    return sharding_problem(param, _bias_of(modules[0], kind), turned=kind.layer.turned)
+
+
+def _bias_of(module: nn.Module, kind: Kind) -> Tensor | None:
+    found: Tensor | None = None if kind.bias is None else getattr(module, kind.bias, None)
+    return found
 
 
 def _set_tables_apart(users: dict[int, list[Use]]) -> tuple[dict[int, list[Use]], dict[int, str]]:
