@@ -720,14 +720,14 @@ def update_spectral_layers_(
         D = D0 P,   m <- momentum m + (1 - momentum) D,   N = momentum m + (1 - momentum) D
         W <- W (1 - lr weight_decay) - min(lr, bound) .2 sqrt(max(m, k)) orth(N)
 
-    The bias takes the step that it takes with "row".
+    The bias takes the step that it takes with "row". What is not named here is as in
+    `update_layers_`.
 
     Args:
         exp_avg_sqs: v [m] of each layer.
         split: how many matrices of as many rows each weight is, one above the other, as in fused
             projections; each has its own factor, and its own m.
         updates_of: what stands for `orthogonal_updates`.
-        params, ...: as those of `update_layers_`.
     """
     decayed, first = 1 - lr * weight_decay, 0
     averages: list[Tensor] = []
