@@ -199,7 +199,7 @@ def prime_states(
         found[0].update(empty, rows=0, outputs=layer.outputs)
         if group["max_change"] is not None:
             found[0]["weight_rms"] = torch.zeros(
-                _stack_of(layer), dtype=layer.statistics_dtype, device=layer.weight.device
+                layer.stack, dtype=layer.statistics_dtype, device=layer.weight.device
             )
         fill_layer_states(layer, mine, found, group)
     others = [p for p in group["params"] if p.grad is not None and p not in owned]
@@ -221,11 +221,7 @@ def _layer_shapes(
     if param is not layer.weight:
         return {}
     squares = square_shapes(layer, group)
-    return {**layer.curvature.shapes(), **squares, "weight_rms": _stack_of(layer)}
-
-
-def _stack_of(layer: Layer) -> tuple[int, ...]:
-    return () if layer.blocks is None else (layer.blocks,)
+    return {**layer.curvature.shapes(), **squares, "weight_rms": layer.stack}
 
 
 def _check_layer(layer: Layer, param: Tensor, state: Mapping[str, Any]) -> None:

@@ -12,6 +12,16 @@ DIMENSIONS = {"cnn": 2, "conv1d": 1, "conv3d": 3, "grouped": 2, "transposed": 2}
 CONVOLUTIONS = tuple(kind for kind in DIMENSIONS if kind not in KINDS)
 WIDTH = 8
 OPTIONS = {"rank": 4, "curvature_every": 2, "lr": 0.01}
+# Each with a site, and a rate that suits it where the usual ones do not.
+NORMALIZATIONS = {
+    "rms": {"site": "backward"},
+    "row": {"site": "step"},
+    "factored": {"site": "backward"},
+    "spectral": {"site": "step", "spectral_head": True},
+    "adam": {"site": "backward"},
+    "none": {"site": "step", "lr": 0.1},
+    "sgd": {"site": "step", "lr": 0.1},
+}
 
 
 class Conv1D(nn.Module):

@@ -253,8 +253,7 @@ def square_shapes(layer: Layer, group: Mapping[str, Any]) -> dict[str, tuple[int
     if normalize == "rms":
         shapes["exp_avg_sq"] = ()
     # Each matrix of a stack has its own.
-    stack = () if layer.blocks is None else (layer.blocks,)
-    shapes = {key: (*stack, *shape) for key, shape in shapes.items()}
+    shapes = {key: (*layer.stack, *shape) for key, shape in shapes.items()}
     if normalize == "adam":
         shapes["exp_avg_sq"] = tuple(layer.weight.shape)
     return {key: shapes[key] for key in SQUARES[normalize]}

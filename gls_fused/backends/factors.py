@@ -115,9 +115,9 @@ def _directions(
 ) -> list[Tensor]:
     """D of all parameters, in the dtype of m."""
     found: list[Tensor] = []
-    for layer, (size, inverse) in enumerate(zip(layer_sizes, inverses, strict=True)):
-        first = sum(layer_sizes[:layer])
-        weight, *bias = gradients[first : first + size]
+    remaining = iter(gradients)
+    for size, inverse in zip(layer_sizes, inverses, strict=True):
+        weight, *bias = itertools.islice(remaining, size)
         if inverse is None:
             found += [weight, *bias]
             continue
@@ -228,16 +228,30 @@ def scale_to_norm(x: Tensor) -> Tensor:
 def orthogonalize(x: Tensor, length: float) -> Tensor:
     """orth(X) times a length, of matrices [layers, s, b], s <= b."""
     short, long = x.shape[1:]
-    result, x = x.dtype, scale_to_norm(x).to(factor_dtype(x))
-    if x.is_cpu and long >= LONG * short:
-        return _orthogonalize_long(x, length).to(result)
+    scaled = scale_to_norm(x).to(factor_dtype(x))
+    run = _orthogonalize_long if x.is_cpu and long >= LONG * short else iterate
+    return run(scaled, length).to(x.dtype)
+
+
+def symmetric_product(x: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """X X' of matrices [layers, s, b]; with beta, alpha X X + beta X of symmetric ones."""
+    if beta == 0:
+        return torch.bmm(x, x.mT)
+    return torch.baddbmm(x, x, x, beta=beta, alpha=alpha)
+
+
+def iterate(x: Tensor, length: float, product: Callable[..., Tensor] = symmetric_product) -> Tensor:
+    """Five steps from matrices that `scale_to_norm` gave, the last one times a length.
+
+    Args:
+        product: what stands for `symmetric_product`.
+    """
     for step, (a, b, c) in enumerate(POLAR_EXPRESS, start=1):
         factor = length if step == len(POLAR_EXPRESS) else 1.0
-        gram = torch.bmm(x, x.mT)
-        # b A + c A A, and then a X + (b A + c A A) X.
-        rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        # R = b A + c A A of A = X X', and then a X + R X.
+        rest = product(product(x), alpha=c, beta=b)
         x = torch.baddbmm(x, rest, x, beta=a * factor, alpha=factor)
-    return x.to(result)
+    return x
 
 
 def _orthogonalize_long(x: Tensor, length: float) -> Tensor:

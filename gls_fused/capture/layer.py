@@ -128,6 +128,11 @@ class Layer(Rows):
         self.last = False
 
     @property
+    def stack(self) -> tuple[int, ...]:
+        """The first axes of what is kept for each matrix: of a stack its blocks, else none."""
+        return () if self.blocks is None else (self.blocks,)
+
+    @property
     def stays_whole(self) -> bool:
         """Whether P acts on the whole gradient, at the step, as rows see only a part of it."""
         return self.table is not None or self.derived

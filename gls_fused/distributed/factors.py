@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gls_fused.distributed.sharding import rows_here, shards_of
+from gls_fused.distributed.sharding import chunk_of, rows_here, shards_of
 from gls_fused.reference import UpdatesOf
 
 
@@ -73,7 +73,7 @@ def spread_updates(
     order = sorted(range(len(parts)), key=lambda i: owners[i])
     sizes = [parts[i].numel() for i in order]
     sent = [sum(parts[i].numel() for i in order if owners[i] == each) for each in range(ranks)]
-    lent = [[rows_of_rank(outputs[i], ranks, each) for i in mine] for each in range(ranks)]
+    lent = [[len(chunk_of(outputs[i], ranks, each)) for i in mine] for each in range(ranks)]
     lent_sizes = [[n * widths[i] for n, i in zip(rows, mine, strict=True)] for rows in lent]
     received = [sum(each) for each in lent_sizes]
 
@@ -92,12 +92,6 @@ def spread_updates(
     dist.all_to_all_single(flat, torch.cat(back) if back else found, sent, received, group=group)
     results = dict(zip(order, torch.split(flat, sizes), strict=True))
     return [results[i].view_as(part) for i, part in enumerate(parts)]
-
-
-def rows_of_rank(rows: int, ranks: int, rank: int) -> int:
-    """How many of a matrix's rows a rank has, where torch.chunk deals them out."""
-    chunk = -(-rows // ranks)
-    return max(0, min(chunk, rows - rank * chunk))
 
 
 def choose_owners(shapes: Sequence[tuple[int, int]], ranks: int) -> list[int]:

@@ -76,9 +76,15 @@ def part_here(weight: Any) -> slice:
     if shards is None:
         return slice(None)
     mesh, dimension = shards
-    chunk = -(-len(weight) // mesh.size(dimension))
-    first = mesh.get_local_rank(dimension) * chunk
-    return slice(first, first + chunk)
+    chunk = chunk_of(len(weight), mesh.size(dimension), mesh.get_local_rank(dimension))
+    return slice(chunk.start, chunk.stop)
+
+
+def chunk_of(rows: int, ranks: int, rank: int) -> range:
+    """Which of so many rows a rank has, where torch.chunk deals them out."""
+    chunk = -(-rows // ranks)
+    first = min(rows, rank * chunk)
+    return range(first, min(rows, first + chunk))
 
 
 def zeros_beside(weight: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

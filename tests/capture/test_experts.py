@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 from nets import (
+    NORMALIZATIONS,
     Experts,
     assert_equal,
     assert_same_state,
@@ -24,15 +25,6 @@ from gls_fused.preconditioner import MOST_MISSES
 
 STEPS, EXPERTS, WIDTH, INNER = 6, 4, 8, 4
 OPTIONS = {"rank": 4, "curvature_every": 2, "lr": 0.02}
-NORMALIZATIONS = {
-    "rms": {"site": "backward"},
-    "row": {"site": "step"},
-    "factored": {"site": "backward"},
-    "spectral": {"site": "step", "spectral_head": True},
-    "adam": {"site": "backward"},
-    "none": {"site": "step", "lr": 0.1},
-    "sgd": {"site": "step", "lr": 0.1},
-}
 VARIANTS = {
     "dense": {"curvature": "dense", "normalize": "factored"},
     "dense, power 1": {"curvature": "dense", "power": 1, "site": "step"},

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nets import WIDTH, Conv1D, loss_of, make_batch, make_net, snapshot
+from nets import NORMALIZATIONS, WIDTH, Conv1D, loss_of, make_batch, make_net, snapshot
 from tolerances import PRODUCT, SAME_STEPS, assert_near, relative_error
 from torch import nn
 
@@ -11,15 +11,6 @@ from gls_fused import GLS, attach
 STEPS = 6
 OPTIONS = {"rank": 4, "curvature_every": 2, "lr": 0.02}
 SITES = ("step", "backward")
-NORMALIZATIONS = {
-    "rms": {"site": "backward"},
-    "row": {"site": "step"},
-    "factored": {"site": "backward"},
-    "spectral": {"site": "step", "spectral_head": True},
-    "adam": {"site": "backward"},
-    "none": {"site": "step", "lr": 0.1},
-    "sgd": {"site": "step", "lr": 0.1},
-}
 VARIANTS = {
     "dense": {"curvature": "dense", "normalize": "factored"},
     "momentum 0": {"momentum": 0.0, "normalize": "spectral"},

@@ -37,7 +37,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_module, distribu
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from gls_fused import GLS, attach
-from gls_fused.distributed.factors import choose_owners, rows_of_rank
+from gls_fused.distributed.factors import choose_owners
+from gls_fused.distributed.sharding import chunk_of
 
 CASES = {}
 
@@ -415,7 +416,7 @@ def orthogonal_steps_travel_twice():
     assert max(owned) <= 2
     assert sum(owned) == 3
     mine = sum(math.prod(shapes[i]) for i, owner in enumerate(owners) if owner == rank)
-    rows = sum(rows_of_rank(m, ranks, rank) * k for m, k in shapes)
+    rows = sum(len(chunk_of(m, ranks, rank)) * k for m, k in shapes)
     optimizer = GLS(sharded(model), normalize="spectral", max_change=None)
     for step in range(3):
         optimizer.zero_grad()

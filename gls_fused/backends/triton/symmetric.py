@@ -17,10 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gls_fused.backends import factors
-from gls_fused.backends.factors import factor_dtype, scale_to_norm, updates_by_shape
+from gls_fused.backends.factors import factor_dtype, iterate, scale_to_norm, updates_by_shape
 from gls_fused.backends.triton.configs import product_precision, symmetric_tile
 from gls_fused.backends.triton.launch import launch
-from gls_fused.reference import POLAR_EXPRESS
 
 
 @triton.jit
@@ -113,9 +112,4 @@ def _orthogonalize(x: Tensor, length: float) -> Tensor:
     dtype = factor_dtype(x)
     if dtype == torch.float64:
         return factors.orthogonalize(x, length)
-    result, x = x.dtype, scale_to_norm(x).to(dtype)
-    for step, (a, b, c) in enumerate(POLAR_EXPRESS, start=1):
-        factor = length if step == len(POLAR_EXPRESS) else 1.0
-        rest = symmetric_product(symmetric_product(x), alpha=c, beta=b)
-        x = torch.baddbmm(x, rest, x, beta=a * factor, alpha=factor)
-    return x.to(result)
+    return iterate(scale_to_norm(x).to(dtype), length, symmetric_product).to(x.dtype)
