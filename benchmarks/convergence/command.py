@@ -193,7 +193,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--tries",
         type=positive,
         metavar="N",
-        help="search rates and weight decays, with N runs for each optimizer that has a grid; "
+        help="search rates and weight decays, with N runs for each optimizer that has a grid; at "
+        "the rate of a grid of one, weight decays alone; "
         "default: rates alone, by the grid and at most two extensions",
     )
     rates.add_argument(

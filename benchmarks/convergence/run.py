@@ -130,10 +130,11 @@ class Experiment:
 
     def _tries(self, name: str) -> int:
         """Runs of an optimizer's search, without what its grid may be extended by."""
-        grid = self._grid(name)
-        if len(grid) < 2:
-            return 0
-        return self.options.tries or len(grid)
+        options, grid = self.options, self._grid(name)
+        if len(grid) == 1:
+            # Its rate is fixed, and weight decays are what is left to search.
+            return 0 if options.tries is None else min(options.tries, len(options.decays))
+        return (options.tries or len(grid)) if grid else 0
 
     def _choose(
         self, task: str, name: str, chosen: Mapping[str, Setting], reporter: Reporter
@@ -142,7 +143,7 @@ class Experiment:
         options, grid = self.options, self._grid(name)
         if name in options.rates:
             return options.rates[name], None
-        if len(grid) == 1:
+        if len(grid) == 1 and not self._tries(name):
             return grid[0], None
         if not grid:
             rate = self._sgd_rate(chosen) if name == "gls-sgd" else OPTIMIZERS[name].rate

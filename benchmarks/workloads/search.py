@@ -36,13 +36,17 @@ def search_settings(
     of these that is new: the next higher rate, the next lower one, another decay (another decay
     first, where the best pair's is not the first decay); next to the second best where none of
     them is new, and so on. So a grid whose best is at its edge is extended, then every decay is
-    tried, and every optimizer has the same number of tries.
+    tried, and every optimizer has the same number of tries. A grid of one rate keeps it, and only
+    the decays are tried, each once.
 
     Args:
         grid: at most `tries` rates.
         evaluate: learning rate, weight decay -> loss, infinite when it diverged.
     """
     losses = {(lr, decays[0]): evaluate(lr, decays[0]) for lr in grid}
+    if len(grid) == 1:
+        losses |= {(grid[0], decay): evaluate(grid[0], decay) for decay in decays[1:tries]}
+        tries = len(losses)
     while len(losses) < tries:
         ranked = sorted(losses, key=lambda pair: (losses[pair], pair))
         further = next(

@@ -322,9 +322,10 @@ def test_every_optimizer_has_the_same_tries_and_a_failing_peer_is_reported(
     monkeypatch.setitem(OPTIMIZERS, "soap", replace(OPTIMIZERS["soap"], make=broken, needs="json"))
     monkeypatch.setitem(OPTIMIZERS, "psgd-kron", replace(OPTIMIZERS["psgd-kron"], needs="absent"))
     arguments = (
-        *RUN, "--optimizers", "adamw", "soap", "psgd-kron", "gls-tuned", "gls", "--epochs", 2,
-        "--grid-epochs", 1, "--tries", 5, "--evaluate-every", 4, "--schedule", "cosine",
-        "--warmup", 3, "--batch-size", 256, "--out", tmp_path,
+        *RUN, "--optimizers", "adamw", "soap", "psgd-kron", "gls-tuned", "gls", "adam",
+        "--epochs", 2, "--grid-epochs", 1, "--tries", 5, "--lr-grid", "auto", "adam=0.01",
+        "--evaluate-every", 4, "--schedule", "cosine", "--warmup", 3, "--batch-size", 256,
+        "--out", tmp_path,
     )  # fmt: skip
     status, _, errors = run_main(*arguments)
     assert status == 0, errors
@@ -338,9 +339,11 @@ def test_every_optimizer_has_the_same_tries_and_a_failing_peer_is_reported(
             for line in lines
             if (line["phase"], line["optimizer"]) == ("search", name)
         ]
-        for name in ("adamw", "soap", "gls-tuned", "gls")
+        for name in ("adamw", "soap", "gls-tuned", "gls", "adam")
     }
-    assert [len(set(pairs)) for pairs in tried.values()] == [5, 5, 5, 0]
+    assert [len(set(pairs)) for pairs in tried.values()] == [5, 5, 5, 0, 3]
+    # A grid of one rate.
+    assert set(tried["adam"]) == {(0.01, decay) for decay in (0.0, 0.01, 0.1)}
     assert {line["seed"] for line in lines if line["phase"] == "search"} == {1000}
     for name in ("adamw", "gls-tuned"):
         (chosen,) = {

@@ -48,8 +48,20 @@ def test_everyone_has_the_same_tries_and_the_grid_grows_where_its_best_is_an_edg
     assert asked[5:7] == [(1e-4, 0.01), (1e-4, 0.1)]
 
 
+@pytest.mark.parametrize("tries", [2, 5])
+def test_a_grid_of_one_rate_leaves_the_decays_to_search(tries):
+    asked = []
+
+    def evaluate(lr, decay):
+        asked.append((lr, decay))
+        return abs(decay - 0.01)
+
+    assert search_settings((0.3,), (0.0, 0.01, 0.1), tries, evaluate) == (0.3, 0.01)
+    assert asked == [(0.3, 0.0), (0.3, 0.01), (0.3, 0.1)][:tries]
+
+
 def test_a_search_goes_on_where_all_diverge():
     asked = []
-    search_settings((1.0,), (0.0, 0.1), 6, lambda *pair: asked.append(pair) or math.inf)
+    search_settings((1.0, 3.0), (0.0, 0.1), 6, lambda *pair: asked.append(pair) or math.inf)
     assert len(set(asked)) == 6
     assert min(lr for lr, _ in asked) < 0.1
