@@ -14,6 +14,7 @@ from benchmarks.convergence.command import add_convergence, add_demo
 from benchmarks.coverage.command import add_coverage
 from benchmarks.epoch.command import add_epoch
 from benchmarks.harness.errors import InputError
+from benchmarks.host.command import add_host
 from benchmarks.kernels.command import add_kernels
 from benchmarks.readme import add_readme
 from benchmarks.roofline.command import add_roofline
@@ -28,6 +29,7 @@ COMMANDS = (
     add_epoch,
     add_time_to_loss,
     add_scaling,
+    add_host,
     add_stability,
     add_coverage,
     add_kernels,

@@ -137,6 +137,33 @@ inline void check_refresh(const at::Tensor& core, const at::Tensor& sketch) {
               core.sizes());
 }
 
+inline void check_blend(at::TensorList bases, at::TensorList cores, at::TensorList traces,
+                        at::TensorList samples, at::TensorList sums) {
+  const size_t layers = bases.size();
+  TORCH_CHECK(cores.size() == layers && traces.size() == layers && samples.size() == layers &&
+                  sums.size() == layers,
+              "blend_subspaces: expected ", layers, " cores, traces, samples and sums, got ",
+              cores.size(), ", ", traces.size(), ", ", samples.size(), " and ", sums.size());
+  for (size_t i = 0; i < layers; ++i) {
+    const at::ScalarType type = bases[i].scalar_type();
+    TORCH_CHECK(type == at::kFloat || type == at::kDouble,
+                "blend_subspaces: expected basis of Float or Double, got ", type);
+    TORCH_CHECK(bases[i].dim() == 2, "blend_subspaces: expected basis [d, r], got ",
+                bases[i].sizes());
+    const int64_t d = bases[i].size(0), r = bases[i].size(1);
+    const auto check = [&](const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) {
+      check_device("blend_subspaces", bases[i], tensor);
+      TORCH_CHECK(tensor.sizes() == sizes && tensor.scalar_type() == type,
+                  "blend_subspaces: expected ", name, " ", sizes, " of ", type, ", got ",
+                  tensor.sizes(), " of ", tensor.scalar_type());
+    };
+    check("core", cores[i], {r, r});
+    check("trace", traces[i], {});
+    check("samples", samples[i], {});
+    check("sums", sums[i], {2 + r * (r + d)});
+  }
+}
+
 inline void check_core(const at::Tensor& core, const at::Tensor& trace, int64_t dim,
                        const std::optional<at::Tensor>& samples) {
   const at::ScalarType type = core.scalar_type();

@@ -68,6 +68,9 @@ TORCH_LIBRARY(gls_fused, m) {
   m.def(
       "invert_core(Tensor core, Tensor trace, int dim, float damping, float power=1,"
       " Tensor? samples=None) -> (Tensor, Tensor)");
+  m.def(
+      "blend_subspaces(Tensor[] bases, Tensor[] cores, Tensor[] traces, Tensor[] samples,"
+      " Tensor[] sums, float beta) -> (Tensor[], Tensor[], Tensor[], Tensor[])");
   m.def("refresh_subspaces(Tensor[] cores, Tensor[] sketches) -> (Tensor[], Tensor[])");
   // `samples` of all layers, or of none.
   m.def(

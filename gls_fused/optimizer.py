@@ -324,7 +324,8 @@ class GLS(torch.optim.Optimizer):
         skip = take_flag(self)
         sums = self._take_sums(groups, skip)
         bits = {id(group): make_bits(group) for group, _ in groups}
-        ready: dict[Tensor, Layer] = {}
+        # By identity, as a tensor's own hash is a call of Python's.
+        ready: set[int] = set()
         for group, layers in groups:
             started = preconditioner.start(layers, self.state, sums, group)
             self._forget_earlier(layers, started)
@@ -332,12 +333,12 @@ class GLS(torch.optim.Optimizer):
                 new = [p for p in layers if p in started or self._is_unmeasured(p)]
                 measure_weights(new, self.state)
             mine = [p for p in layers if p.weight.grad is not None and p.inverse is not None]
-            ready.update((param, layer) for layer in mine for param in layer.params)
+            ready.update(id(param) for layer in mine for param in layer.params)
         draw = self._bits_of(bits)
         for group, layers in groups:
-            stepping = [layer for layer in layers if layer.weight in ready]
+            stepping = [layer for layer in layers if id(layer.weight) in ready]
             step_layers_(stepping, self.state, group, self._owners, draw, skip)
-            others = [p for p in group["params"] if p.grad is not None and p not in ready]
+            others = [p for p in group["params"] if id(p) not in ready and p.grad is not None]
             adam_(others, [self.state[p] for p in others], group, draw, skip)
         for group, layers in groups:
             preconditioner.commit(layers, self.state, sums, group, skip)

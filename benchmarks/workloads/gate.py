@@ -53,8 +53,9 @@ def check_gls(task: Task, dataset: Dataset, batch_size: int, **options: Any) -> 
         GateError: the weights that GLS arrives at are too far from the reference's, or not finite.
     """
     exact_data = in_double(dataset)
-    start, exact = _train(task, exact_data, batch_size, backend="reference", **options)
-    _, reference = _train(task, dataset, batch_size, backend="reference", **options)
+    by_reference = {**options, "backend": "reference"}
+    start, exact = _train(task, exact_data, batch_size, **by_reference)
+    _, reference = _train(task, dataset, batch_size, **by_reference)
     _, double = _train(task, exact_data, batch_size, **options)
     _, single = _train(task, dataset, batch_size, **options)
 

@@ -416,10 +416,13 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
   const size_t layers = layer_sizes.size();
   const at::ScalarType type = params[0].scalar_type(), state_type = at::toOpMathType(type);
   std::vector<double> lrs(layers, lr);
-  for (size_t layer = 0; lr_bounds && layer < layers; ++layer) {
-    // Not std::min: a bound that is not a number must reach the parameters.
-    const double bound = (*lr_bounds)[layer].item<double>();
-    if (!(lr < bound)) lrs[layer] = bound;
+  if (lr_bounds) {
+    const at::Tensor bounds = lr_bounds->to(at::kDouble).contiguous();
+    for (size_t layer = 0; layer < layers; ++layer) {
+      // Not std::min: a bound that is not a number must reach the parameters.
+      const double bound = bounds.const_data_ptr<double>()[layer];
+      if (!(lr < bound)) lrs[layer] = bound;
+    }
   }
 
   std::vector<at::Tensor> unscaled(gradients.begin(), gradients.end());

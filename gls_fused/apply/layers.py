@@ -18,7 +18,6 @@ from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.distributed.factors import update_spectral_shards_
 from gls_fused.distributed.sharding import (
-    everywhere,
     is_sharded,
     rows_here,
     shards_of,
@@ -97,13 +96,19 @@ def _step_together_(
     skip: Tensor | None,
 ) -> None:
     params: list[Tensor] = []
+    owners: list[Mapping[str, Any]] = []
     found: list[State] = []
     firsts: list[State] = []
     inverses: list[Inverse | None] = []
     # Of weight and bias, by layer, and then by matrix.
     sizes: list[int] = []
     for layer in layers:
-        mine = [param for param in layer.params if param.grad is not None and param in groups]
+        mine: list[Tensor] = []
+        for param in layer.params:
+            owner = None if param.grad is None else groups.get(param)
+            if owner is not None:
+                mine.append(param)
+                owners.append(owner)
         own = [states[param] for param in mine]
         fill_layer_states(layer, mine, own, options)
         params += mine
@@ -121,7 +126,7 @@ def _step_together_(
         copies = open_copies(params, found, options)
     pairs = zip(params, copies, strict=True)
     gradients = [p.grad if copy is p else p.grad.float() for p, copy in pairs if p.grad is not None]
-    apart = Apart(params, copies, options, groups)
+    apart = Apart(copies, options, owners)
     averages = [state["exp_avg"] for state in found] if options["momentum"] else []
     gradients, averages, written = (
         by_matrix(layers, sizes, tensors) for tensors in (gradients, averages, apart.written)
@@ -185,10 +190,9 @@ class Apart:
         b <- b (1 - lr_b weight_decay_b) - lr_b update
 
     Args:
-        params: of the layers.
-        copies: what is to be written instead of them, or they themselves.
+        copies: what is to be written, the parameters themselves or what stands for them.
         options: of the weights' group.
-        groups: of each parameter.
+        owners: the group of each parameter.
     Attributes:
         written: what the update is to write to.
         lr: with which rate; not the group's where that is 0 and would hide the update.
@@ -196,18 +200,16 @@ class Apart:
 
     def __init__(
         self,
-        params: Sequence[Tensor],
         copies: Sequence[Tensor],
         options: Mapping[str, Any],
-        groups: Mapping[Tensor, Mapping[str, Any]],
+        owners: Sequence[Mapping[str, Any]],
     ) -> None:
         self.lr = options["lr"]
         self.written = list(copies)
         # Index, group.
         self._biases: list[tuple[int, Mapping[str, Any]]] = []
         self._copies = copies
-        for index, param in enumerate(params):
-            own = groups[param]
+        for index, own in enumerate(owners):
             if own is not options and not all(
                 _equal(own[key], options[key]) for key in ("lr", "weight_decay")
             ):
@@ -243,19 +245,29 @@ def _equal(ours: Any, theirs: Any) -> bool:
     return bool(ours == theirs)
 
 
-def square_shapes(layer: Layer, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def square_shapes(layer: Layer, group: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
     """Of the mean squares that a layer keeps on its weight."""
     normalize = kept_by(layer, group)
+    return _square_shapes(
+        normalize, layer.outputs, layer.dim, layer.blocks, tuple(layer.weight.shape)
+    )
+
+
+@functools.cache
+def _square_shapes(
+    normalize: str, outputs: int, dim: int, blocks: int | None, weight: tuple[int, ...]
+) -> Mapping[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
-        "exp_avg_sq": (layer.outputs,),
-        "exp_avg_sq_columns": (layer.dim,),
+        "exp_avg_sq": (outputs,),
+        "exp_avg_sq_columns": (dim,),
     }
     if normalize == "rms":
         shapes["exp_avg_sq"] = ()
     # Each matrix of a stack has its own.
-    shapes = {key: (*layer.stack, *shape) for key, shape in shapes.items()}
+    stack = () if blocks is None else (blocks,)
+    shapes = {key: (*stack, *shape) for key, shape in shapes.items()}
     if normalize == "adam":
-        shapes["exp_avg_sq"] = tuple(layer.weight.shape)
+        shapes["exp_avg_sq"] = weight
     return {key: shapes[key] for key in SQUARES[normalize]}
 
 
@@ -267,9 +279,13 @@ def bound_rates(
     Of updates with a root mean square of 1, which those that are divided by their mean squares have
     at most, about: a layer's weight then moves by max_change of its root mean square at most.
     """
-    pairs = zip(layers, states, strict=True)
-    sizes = torch.cat([state["weight_rms"].view(-1)[layer.here] for layer, state in pairs])
-    found: Tensor = sizes * options["max_change"]
+    sizes: list[Tensor] = [state["weight_rms"] for state in states]
+    if all(layer.blocks is None for layer in layers):
+        sizes = [torch.stack(sizes)]
+    else:
+        pairs = zip(layers, sizes, strict=True)
+        sizes = [size.view(-1)[layer.here] for layer, size in pairs]
+    found: Tensor = torch.cat(sizes) * options["max_change"]
     return found
 
 
@@ -323,15 +339,23 @@ def measure_weights(
     Args:
         skip: 0-d bool; where it is true those there are stay.
     """
-    for layer in layers:
-        size = layer.weight.numel() // (layer.blocks or 1)
-        rms = (everywhere(norms_of(layer)) / max(1, size) ** 0.5).clamp(min=(3 * layer.dim) ** -0.5)
+    if not layers:
+        return
+    sizes = [max(1, layer.weight.numel() // (layer.blocks or 1)) for layer in layers]
+    found = norms_of(layers)
+    torch._foreach_div_(found, [size**0.5 for size in sizes])
+    torch._foreach_clamp_min_(found, [(3 * layer.dim) ** -0.5 for layer in layers])
+    kept: list[Tensor] = []
+    new: list[Tensor] = []
+    for layer, rms in zip(layers, found, strict=True):
         state = states[layer.weight]
         if "weight_rms" in state:
-            kept = state["weight_rms"]
-            kept.copy_(rms if skip is None else where_flag(skip, kept, rms))
+            kept.append(state["weight_rms"])
+            new.append(rms if skip is None else where_flag(skip, kept[-1], rms))
         else:
             state["weight_rms"] = rms
+    if kept:
+        torch._foreach_copy_(kept, new)
 
 
 def fill_layer_states(
@@ -343,11 +367,10 @@ def fill_layer_states(
     # Somebody may have taken the mean squares away, or chosen another way to normalize.
     if "exp_avg_sq_columns" not in shapes:
         first.pop("exp_avg_sq_columns", None)
-    if "step" in first and any(
-        key not in first or first[key].shape != shape for key, shape in shapes.items()
-    ):
-        for state in states:
-            forget_adam(state)
+    for key, shape in shapes.items():
+        if "step" in first and (key not in first or first[key].shape != shape):
+            for state in states:
+                forget_adam(state)
     if "step" not in first:
         first["step"] = torch.zeros((), dtype=torch.float32, device=device)
         if group["normalize"] != "adam":

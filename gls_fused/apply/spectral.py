@@ -14,6 +14,7 @@ The others take the step of "factored".
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,7 +60,11 @@ def factor_share(layer: Layer, rows: int, split: int) -> float:
     product, for the shorter side s and the longer b; forward and backward take 6 n m k. A stack has
     a factor for each of its matrices, and n is the rows of all.
     """
-    outputs, inputs = layer.outputs // split, layer.size
-    short, long = sorted((outputs, inputs))
-    factor = (layer.blocks or 1) * split * len(POLAR_EXPRESS) * (4 * short**2 * long + 2 * short**3)
-    return factor / max(1, 6 * rows * layer.outputs * inputs)
+    return _factor_share(layer.outputs, layer.size, layer.blocks or 1, rows, split)
+
+
+@functools.cache
+def _factor_share(outputs: int, inputs: int, blocks: int, rows: int, split: int) -> float:
+    short, long = sorted((outputs // split, inputs))
+    factor = blocks * split * len(POLAR_EXPRESS) * (4 * short**2 * long + 2 * short**3)
+    return factor / max(1, 6 * rows * outputs * inputs)

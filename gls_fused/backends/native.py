@@ -30,7 +30,6 @@ from gls_fused.reference import (
     Inverse,
     Normalize,
     blend_subspace,
-    blend_subspaces,
     invert_gram,
     sketch_images,
     sum_gram,
@@ -144,6 +143,21 @@ def sketch_rows(rows: Tensor, basis: Tensor, *, ones: bool) -> tuple[Tensor, Ten
 def add_sketch_(rows: Tensor, basis: Tensor, ones: bool, sums: Tensor) -> None:
     """Add n, ||A||_F^2 and `sketch_rows` to sums as `gls_fused.reference.split_sums` has them."""
     _ops.add_sketch_(rows, basis, ones, sums)
+
+
+def blend_subspaces(
+    bases: Sequence[Tensor],
+    cores: Sequence[Tensor],
+    traces: Sequence[Tensor],
+    samples: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    beta: float,
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """See `gls_fused.reference.blend_subspaces`; with kernels on the CPU, Z is kept by columns."""
+    estimates = (bases, cores, traces, samples, sums)
+    if not all(basis.is_cpu for basis in bases):
+        return reference.blend_subspaces(*estimates, beta)
+    return list(zip(*_ops.blend_subspaces(*estimates, beta), strict=True))
 
 
 def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
@@ -312,6 +326,22 @@ def _(rows: Tensor, basis: Tensor, ones: bool) -> tuple[Tensor, Tensor, Tensor]:
     _check_device("sketch_rows", rows, basis)
     dim, rank = basis.shape
     return basis.new_empty(rank, rank), basis.new_empty(rank, dim).T, basis.new_empty(())
+
+
+@torch.library.register_fake("gls_fused::blend_subspaces")
+def _(
+    bases: list[Tensor],
+    cores: list[Tensor],
+    traces: list[Tensor],
+    samples: list[Tensor],
+    sums: list[Tensor],
+    beta: float,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    _check_device("blend_subspaces", *bases, *cores, *traces, *samples, *sums)
+    sketches = [basis.new_empty(basis.shape[::-1]).T for basis in bases]
+    moved = [core.new_empty(core.shape) for core in cores]
+    means, rows = ([trace.new_empty(()) for trace in traces] for _ in range(2))
+    return sketches, moved, means, rows
 
 
 @torch.library.register_fake("gls_fused::refresh_subspace")

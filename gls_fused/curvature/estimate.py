@@ -324,8 +324,8 @@ def settle(
         sketches, cores, traces, samples = zip(*moments, strict=True)
         backend, dims = kinds[0].backend, [kind.dim for kind in kinds]
         bases, cores = zip(*backend.refresh_subspaces(cores, sketches), strict=True)
-        for core, trace, dim in zip(cores, traces, dims, strict=True):
-            core.diagonal().sub_(sketch_shift(trace, dim))
+        added = [sketch_shift(trace, dim) for trace, dim in zip(traces, dims, strict=True)]
+        torch._foreach_sub_([core.diagonal() for core in cores], added)
         inverses = backend.invert_cores(cores, traces, dims, damping, power, samples)
         core_inverses, shifts = zip(*inverses, strict=True)
         _store(

@@ -134,17 +134,22 @@ def test_refresh_and_inverse(name, dtype, dim, rank, scale):
 
 
 def draw_estimates(dtype):
-    """Arguments of blend_subspaces for three layers, the second of which got no rows."""
-    shapes = [(1, 3), (5, 70), (32, 33)]
+    """Arguments of blend_subspaces for four layers, the second of which got no rows.
+
+    The last estimate is zero, and so are its rows.
+    """
+    shapes = [(1, 3), (5, 70), (32, 600), (2, 6)]
     bases = [make_inverse(dim, rank, dtype).basis for rank, dim in shapes]
     cores = [draw(rank, rank, dtype=dtype) for rank, _ in shapes]
     traces = [draw(1, dtype=dtype)[0] for _ in shapes]
     sums = [draw(2 + rank * (rank + dim), dtype=dtype) for rank, dim in shapes]
-    for mine, count in zip(sums, (9, 0, 200), strict=True):
+    for mine, count in zip(sums, (9, 0, 200, 4), strict=True):
         mine[0] = count
         if not count:
             mine.zero_()
-    samples = [torch.tensor(count, dtype=dtype) for count in (8.0, 90.0, 3.0)]
+    cores[3].zero_()
+    sums[3][2:].zero_()
+    samples = [torch.tensor(count, dtype=dtype) for count in (8.0, 90.0, 3.0, 1.0)]
     return bases, cores, traces, samples, sums
 
 
@@ -163,6 +168,8 @@ def test_sums_blend_in(name, dtype):
     assert torch.equal(found[1][1], cores[1] + shift)
     assert torch.equal(found[1][2], traces[1])
     assert torch.equal(found[1][3], samples[1])
+    # U of what no row has shown is not mixed in.
+    assert not found[3][0].any()
 
 
 @each_backend
@@ -338,6 +345,8 @@ def test_native_ops_are_proper_torch_ops():
     check(ops.invert_core.default, (core, trace, 8, 0.3), test_utils=tests)
     check(ops.refresh_subspaces.default, ([core], [sketch]), test_utils=tests)
     check(ops.invert_cores.default, ([core], [trace], [8], 0.3, 0.5, [trace]), test_utils=tests)
+    estimate = [[x] for x in (basis, core, trace, trace, torch.zeros(2 + 9 + 24))]
+    check(ops.blend_subspaces.default, (*estimate, 0.9), test_utils=tests)
     check(ops.add_sketch_.default, (rows, basis, True, torch.zeros(2 + 9 + 24)), test_utils=tests)
     *tensors, inverses = (update.pop(key) for key in LISTS)
     parts = zip(*(inverse or (None,) * 3 for inverse in inverses), strict=True)

@@ -1,0 +1,1 @@
+"""Seconds of the host in `step()`, over the number of layers."""
