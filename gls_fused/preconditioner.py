@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gls_fused.apply.spectral import factor_share, normalize_of
+from gls_fused.backends.dispatch import describe_backend
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State, blend, check_device, recast, settle
 from gls_fused.distributed.ranks import Ranks
@@ -399,7 +400,7 @@ def describe_layers(
         stack = "" if layer.blocks is None else f"{layer.blocks} x "
         lines.append(
             f"{name}: GLS ({layer.kind} {stack}{layer.dim} -> {layer.outputs}, {started}, "
-            f"site {preconditioner.site_of(layer)}, backend {layer.backend_name}"
+            f"site {preconditioner.site_of(layer)}, backend {describe_backend(layer.backend_name)}"
             f"{'' if layer.table is None else f', tied to {layer.table}'}"
             f"{_describe_scale(layer, state, (groups or {}).get(layer.weight))})"
         )

@@ -40,13 +40,15 @@ COMMIT_LAUNCHES = 8
 @dataclass(frozen=True)
 class Target:
     """A GPU's data-sheet figures: bytes per second, flops per second of float32 without tensor
-    cores, and of dense bfloat16 products with them.
+    cores, of dense bfloat16 products with them, and of float64 without, and multiprocessors.
     """
 
     name: str
     bandwidth: float
     flops: float
     products: float
+    doubles: float
+    processors: int
     source: str
 
 
@@ -56,16 +58,20 @@ TARGETS = (
         2.039e12,
         19.5e12,
         312e12,
+        9.7e12,
+        108,
         "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/"
         "nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf",
     ),
-    Target("H100 SXM", 3.35e12, 67e12, 989e12, "NVIDIA H100 data sheet, 2023"),
+    Target("H100 SXM", 3.35e12, 67e12, 989e12, 34e12, 132, "NVIDIA H100 data sheet, 2023"),
     # 7,680 bits at 3,996 MHz, as the driver says; data sheets round 7.67 TB/s to 7.7 or to 8.
     Target(
         "B200 (of HGX B200)",
         7.672e12,
         75e12,
         2250e12,
+        37e12,
+        148,
         "NVIDIA HGX B200 data sheet, 2025; bandwidth: https://github.com/pytorch/ao/pull/4002",
     ),
 )

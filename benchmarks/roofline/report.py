@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from benchmarks.harness.tables import Table
+from benchmarks.roofline.choice import LAUNCH, Decision, count_launches, decide
 from benchmarks.roofline.model import (
     MODELS,
     RANK,
@@ -64,9 +66,10 @@ def describe() -> dict[str, Any]:
     }
 
 
-def make_tables() -> list[Table]:
-    """Data sheets, operations, whole steps and orthogonal steps."""
-    return [_target_table(), _operation_table(), _step_table(), _orthogonal_table()]
+def make_tables(decisions: Sequence[Decision] | None = None) -> list[Table]:
+    """Data sheets, operations, whole steps, the choice of backends and orthogonal steps."""
+    choice = _choice_table(decide() if decisions is None else decisions)
+    return [_target_table(), _operation_table(), _step_table(), choice, _orthogonal_table()]
 
 
 def _floors(cost: Cost) -> tuple[str, ...]:
@@ -125,6 +128,31 @@ def _step_table() -> Table:
     names = tuple(f"{target.name}, µs" for target in TARGETS)
     header = ("model", "step", "MB", "Mflop", "launches", "bytes to Adam's", *names)
     return Table("Steps", note, header, tuple(rows))
+
+
+def _choice_table(decisions: Sequence[Decision]) -> Table:
+    rows = []
+    for decision in decisions:
+        triton, native = count_launches(decision.op, MODELS[-1])
+        rows.append(
+            (
+                decision.op,
+                decision.backend,
+                f"{decision.ratio:.2f}",
+                str(triton),
+                str(native),
+                decision.why,
+            )
+        )
+    modelled = all(decision.why.startswith("modelled") for decision in decisions)
+    note = (
+        f"{MODELLED if modelled else 'A model, where it does not say that it was measured.'} The "
+        "time of an op by the C++ kernels to that by Triton's: the geometric mean over the models "
+        "and GPUs above, float32 and bfloat16, all layers that it is for, statistics in float32, "
+        f"{LAUNCH * 1e6:g} µs a launch. The launches are those of a 124M transformer."
+    )
+    header = ("op", "backend", "native / triton", "Triton's launches", "native's", "why")
+    return Table("Choice of backends", note, header, tuple(rows))
 
 
 def _orthogonal_table() -> Table:

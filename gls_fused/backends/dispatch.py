@@ -10,6 +10,8 @@ from types import ModuleType
 
 import torch
 
+from gls_fused.backends.choices import CHOICES
+
 # In the order in which `auto` prefers them.
 _MODULES = {
     "triton": "gls_fused.backends.triton",
@@ -20,6 +22,8 @@ _MODULES = {
 # those for CUDA where they were built. Triton's interpreter also takes tensors on the CPU, but only
 # who asks for it by name gets that.
 _DEVICES = {"triton": {"cuda"}, "native": {"cpu", "cuda"}}
+# What `auto` is on CUDA devices where both of these can be used; not a name for users.
+_MIXED, _MIXED_OF = "mixed", ("triton", "native")
 
 
 def available_backends() -> dict[str, str | None]:
@@ -31,6 +35,8 @@ def available_backends() -> dict[str, str | None]:
 def resolve_backend(name: str, devices: Iterable[str]) -> ModuleType:
     """The module behind a backend's name; `auto` is the first that can be used.
 
+    On CUDA devices where both "triton" and "native" can be, it is `mixed`, whose ops are of either.
+
     Args:
         devices: types of the devices that the parameters are on.
     Raises:
@@ -38,18 +44,19 @@ def resolve_backend(name: str, devices: Iterable[str]) -> ModuleType:
         RuntimeError: the backend is not available, with the build's or import's error as its cause,
             or has no kernels for one of the devices; says what to install where that would help.
     """
-    if name != "auto" and name not in _MODULES:
+    if name not in ("auto", _MIXED, *_MODULES):
         raise ValueError(f"backend: expected auto, {', '.join(_MODULES)}, got {name!r}")
     needed = set(devices)
+    if name == _MIXED:
+        for part in _MIXED_OF:
+            resolve_backend(part, needed)
+        return importlib.import_module("gls_fused.backends.mixed")
     if name == "auto":
+        if needed == {"cuda"} and all(_is_usable(part, needed) for part in _MIXED_OF):
+            return resolve_backend(_MIXED, needed)
         # Without a layer there is nothing to be fast at.
         known = [name for name in _MODULES if needed or name != "triton"]
-        loaded = ((name, _load(name)[0]) for name in known)
-        return next(
-            module
-            for name, module in loaded
-            if module is not None and not _missing(name, module, needed)
-        )
+        name = next(name for name in known if _is_usable(name, needed))
     module, error = _load(name)
     if module is None:
         raise RuntimeError(f"backend {name!r} is not available: {error}") from error
@@ -95,6 +102,25 @@ def build_info() -> dict[str, object]:
 def backend_name(backend: ModuleType) -> str:
     """The name under which `resolve_backend` gives this module."""
     return backend.__name__.rpartition(".")[2]
+
+
+def describe_backend(name: str) -> str:
+    """As users read the name of a layer's backend: of `mixed`, which ops are whose.
+
+    Such as "triton, native for sketch_rows and invert_cores".
+    """
+    if name != _MIXED:
+        return name
+    ops: dict[str, list[str]] = {part: [] for part in _MIXED_OF}
+    for op, (part, _) in CHOICES.items():
+        ops[part].append(op)
+    more, fewer = sorted(_MIXED_OF, key=lambda part: -len(ops[part]))
+    return f"{more}, {fewer} for {' and '.join(ops[fewer])}" if ops[fewer] else more
+
+
+def _is_usable(name: str, needed: set[str]) -> bool:
+    module = _load(name)[0]
+    return module is not None and not _missing(name, module, needed)
 
 
 def _missing(name: str, module: ModuleType, needed: set[str]) -> set[str]:

@@ -382,6 +382,79 @@ def test_cuda_kernels_that_were_not_built_raise_with_the_reason(monkeypatch):
         assert resolve_backend("auto", ["cuda"]) is native
 
 
+@pytest.fixture
+def mixed(monkeypatch):
+    """What auto is where both of its backends could run on a CUDA device."""
+    from gls_fused.backends import dispatch
+
+    if "native" not in BACKENDS:
+        pytest.skip(available_backends()["native"])
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(resolve_backend("native", ["cpu"]), "cuda_failure", None)
+    dispatch._load.cache_clear()
+    yield resolve_backend("auto", ["cuda"])
+    dispatch._load.cache_clear()
+
+
+def test_auto_on_cuda_takes_each_op_from_the_faster_backend(mixed, monkeypatch):
+    from gls_fused.backends import native, triton
+    from gls_fused.backends.choices import CHOICES
+    from gls_fused.backends.dispatch import backend_name, describe_backend
+
+    assert resolve_backend(backend_name(mixed), ()) is mixed
+    modules = {"triton": triton, "native": native}
+    split = {"refresh_subspaces", "invert_cores"}
+    for op in CHOICES.keys() - split:
+        assert getattr(mixed, op) is getattr(modules[CHOICES[op][0]], op)
+    # All that a backend has.
+    assert set(triton.__all__) <= set(mixed.__all__)
+    described = describe_backend("mixed")
+    for op, (name, _) in CHOICES.items():
+        assert (op in described) == (name != described.split(",")[0])
+    assert describe_backend("native") == "native"
+    # Not on other devices, nor where one is missing.
+    assert resolve_backend("auto", ["cpu"]) is native
+    assert resolve_backend("auto", ["cuda", "cpu"]) is native
+    monkeypatch.setattr(native, "cuda_failure", "no nvcc")
+    assert resolve_backend("auto", ["cuda"]) is triton
+    with pytest.raises(RuntimeError, match="'native' has no kernels for cuda"):
+        resolve_backend("mixed", ["cuda"])
+
+
+@pytest.mark.parametrize("first", ["triton", "native"])
+def test_layers_whose_rank_only_one_backend_has_kernels_for(mixed, monkeypatch, first):
+    from gls_fused.backends import native, triton
+
+    calls = []
+
+    def record(name):
+        def op(cores, *parts):
+            calls.append((name, [len(core) for core in cores]))
+            return [(core, name) for core in cores]
+
+        return op
+
+    for module, name in ((triton, "triton"), (native, "native")):
+        monkeypatch.setattr(module, "refresh_subspaces", record(name))
+        monkeypatch.setattr(module, "invert_cores", record(name))
+    monkeypatch.setattr(mixed, "CHOICES", dict.fromkeys(mixed.CHOICES, (first, "")))
+    # Kernels reach to 32 and to 64; what is beyond both is the first one's.
+    cores = [torch.eye(rank) for rank in (8, 48, 70, 32)]
+    found = mixed.refresh_subspaces(cores, cores)
+    assert all(core is result[0] for core, result in zip(cores, found, strict=True))
+    assert [result[1] for result in found] == [first, "native", first, first]
+    # To 128 both, but in float64 to 64 and to 88, and where the power is not 1 to 32 and to 88.
+    assert mixed.invert_cores(cores, [None] * 4, [9] * 4, 0.3) == [(x, first) for x in cores]
+    wide = [torch.eye(rank, dtype=torch.float64) for rank in (8, 70)]
+    found = mixed.invert_cores(wide, [None] * 2, [9] * 2, 0.3, 1, [None] * 2)
+    assert [result[1] for result in found] == [first, "native"]
+    assert mixed.invert_core(cores[1], None, 9, 0.3, 0.5) == (cores[1], "native")
+    # All layers of a backend in one call.
+    together = [("triton", [8, 70, 32]), ("native", [48])]
+    assert calls[:2] == together if first == "triton" else calls[0] == ("native", [8, 48, 70, 32])
+
+
 def test_triton_without_a_gpu_raises_with_the_reason(monkeypatch):
     from gls_fused.backends import dispatch
 

@@ -44,6 +44,22 @@ def test_both_sites(site):
     assert relative_error(found, train("mlp", "reference", site=site)) <= 1e-4
 
 
+@pytest.mark.parametrize(
+    ("kind", "site"),
+    [
+        ("mlp", "step"),
+        pytest.param("mlp", "backward", marks=pytest.mark.slow),
+        pytest.param("cnn", "auto", marks=pytest.mark.slow),
+    ],
+)
+def test_each_backend_reads_what_the_other_wrote(kind, site):
+    """Mixed, ops of one run are of both."""
+    if (why := available_backends()["native"]) is not None:
+        pytest.skip(why)
+    found = train(kind, "mixed", site=site)
+    assert relative_error(found, train(kind, "reference", site=site)) <= 1e-4
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("site", ["step", "backward"])
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
@@ -60,3 +76,10 @@ def test_interpreted_backend_is_for_who_asks():
         assert resolve_backend("auto", devices).__name__ != "gls_fused.backends.triton"
     assert resolve_backend("auto", ["cuda"]).__name__ == "gls_fused.backends.triton"
     assert resolve_backend("auto", ["meta"]) is reference
+
+
+def test_report_says_whose_ops_are_whose():
+    if (why := available_backends()["native"]) is not None:
+        pytest.skip(why)
+    optimizer = GLS(make_net("mlp"), backend="mixed")
+    assert "backend triton, native for " in optimizer.report()

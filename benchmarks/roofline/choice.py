@@ -1,0 +1,361 @@
+"""Whose kernels an op takes on CUDA devices: the launches of both backends, timed by a model.
+
+A launch takes LAUNCH and the longer of its bytes over the memory's bandwidth and its flops over the
+peak of its arithmetic; one of fewer blocks than the GPU has multiprocessors reaches their share of
+both. What a device has measured stands in the place of that.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.roofline.model import MODELS, SKETCH_OPS, TARGETS, Target
+from benchmarks.workloads.sizes import FLOAT, Layer, Model
+from gls_fused.reference import POLAR_EXPRESS
+
+BACKENDS = ("triton", "native")
+# Seconds from the end of a launch to the next one's first block, which reads what it wrote. The
+# table is the same from 1 to 5 microseconds, which a test holds.
+LAUNCH = 2.5e-6
+# Ops of torch's that `reference.blend_subspace` is, on the device; a test counts them.
+BLEND_OPS = 35
+# Triton's configs.py: rows of a program that walks d, its tiles of the update, columns of a
+# program's sketch and, of a basis, of d. A test compares them.
+WALK_ROWS, UPDATE_ROWS, UPDATE_COLUMNS, SKETCH_COLUMNS, BASIS_ROWS = 16, 32, 64, 32, 32
+# csrc/cuda: rows of a block of project_kernel, a tile of the update, columns of a block that moves
+# a basis, the most parts of a sketch's rows, and layers to a table.
+PROJECT_ROWS, TILE_ROWS, TILE_COLUMNS, MOVE_COLUMNS, GRAM_PARTS = 32, 64, 128, 128, 128
+MOVES, CORES, PRODUCTS, AXES, BLENDS, LAYERS = 32, 64, 28, 24, 56, 80
+# Steps of Newton's method for the core's root, each of four products.
+ROOT_STEPS, ROOT_PRODUCTS = 20, 4
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch; `products` are flops of bfloat16 products, `wide` of float64 ones."""
+
+    bytes: float = 0
+    flops: float = 0
+    blocks: float = math.inf
+    products: float = 0
+    wide: float = 0
+
+    def seconds(self, target: Target, launch: float = LAUNCH) -> float:
+        """Its own and what it takes to start."""
+        return launch + self.work(target)
+
+    def work(self, target: Target) -> float:
+        """Its own."""
+        computing = self.flops / target.flops + self.products / target.products
+        computing += self.wide / target.doubles
+        share = min(1.0, self.blocks / target.processors)
+        return max(self.bytes / target.bandwidth, computing) / share
+
+
+Launches = list[Launch]
+# Of all layers of a model, whose parameters and rows have elements of so many bytes.
+Op = Callable[[Model, int], Launches]
+
+
+def _rows(layer: Layer) -> tuple[int, int]:
+    return layer.sketched, layer.inputs
+
+
+def _weight(layer: Layer) -> tuple[int, int]:
+    return layer.outputs, layer.inputs
+
+
+def _product(sizes: Callable[[Layer], tuple[int, int]]) -> tuple[Op, Op]:
+    """X P of a matrix for each layer; the same with either backend."""
+
+    def triton(model: Model, width: int) -> Launches:
+        found = []
+        for layer in _by_rows(model):
+            (n, k), r = sizes(layer), layer.rank
+            flops = 4 * n * k * r + 2 * n * r**2
+            found.append(Launch(3 * width * n * k, flops, math.ceil(n / WALK_ROWS)))
+        return found
+
+    def native(model: Model, width: int) -> Launches:
+        found = []
+        for layer in _by_rows(model):
+            (n, k), r = sizes(layer), layer.rank
+            tiles = math.ceil(n / TILE_ROWS) * math.ceil(k / TILE_COLUMNS)
+            found += [*_project(n, k, r, width), Launch(2 * width * n * k, 2 * n * k * r, tiles)]
+        return found
+
+    return triton, native
+
+
+def _project(n: int, k: int, r: int, width: int) -> Launches:
+    """X U in parts of the columns, and their sum times C."""
+    rows = math.ceil(n / PROJECT_ROWS)
+    parts = min(64, max(1, math.ceil(k / (512 if rows < 512 else 4096))))
+    moved = FLOAT * parts * n * r
+    return [
+        Launch(width * n * k + moved, 2 * n * k * r, rows * parts),
+        Launch(moved + FLOAT * n * r, 2 * n * r**2, rows),
+    ]
+
+
+def _sketch_triton(model: Model, width: int) -> Launches:
+    found = []
+    for layer in _by_rows(model):
+        n, k, r = layer.sketched, layer.inputs, layer.rank
+        blocks, parts = math.ceil(n / WALK_ROWS), min(64, max(1, n // 512))
+        found += [
+            Launch(width * n * k + FLOAT * n * r, 2 * n * k * r + 2 * n * r**2, blocks),
+            Launch(FLOAT * blocks * r**2),
+            Launch(width * n * k, 2 * n * k * r, math.ceil(k / SKETCH_COLUMNS) * parts),
+            *[Launch(FLOAT * parts * k * r)] * (parts > 1),
+            *[Launch()] * SKETCH_OPS,
+        ]
+    return found
+
+
+def _sketch_native(model: Model, width: int) -> Launches:
+    """Into the sums, with add_sketch_: sums of zeros, a flag and an addition more."""
+    found = []
+    for layer in _by_rows(model):
+        n, k, r = layer.sketched, layer.inputs, layer.rank
+        parts = min(GRAM_PARTS, math.ceil(n / PROJECT_ROWS))
+        found += [
+            *_project(n, k, r, width),
+            Launch(FLOAT * n * r, 2 * n * r**2, parts),
+            Launch(FLOAT * parts * r**2),
+            *[Launch((width + FLOAT) * n * k)] * (width < FLOAT),
+            Launch(FLOAT * n * k, 2 * n * k * r),
+            *[Launch(FLOAT * k * r)] * 4,
+        ]
+    return found
+
+
+def _blend_triton(model: Model, width: int) -> Launches:
+    return [Launch(3 * FLOAT * _basis_size(model))] * _padded_ranks(model)
+
+
+def _blend_native(model: Model, width: int) -> Launches:
+    return [Launch(FLOAT * layer.dim * layer.rank) for layer in model.layers] * BLEND_OPS
+
+
+def _refresh(model: Model, columns: int, calls: int, passes: int, factors: int) -> Launches:
+    """Passes over d, and launches of a block to a layer between them."""
+    blocks = sum(math.ceil(layer.dim / columns) for layer in model.layers)
+    squares = sum(layer.dim * layer.rank**2 for layer in model.layers)
+    cubes = sum(layer.rank**3 for layer in model.layers)
+    pass_ = Launch(8 * _basis_size(model) / calls, 0, blocks / calls, wide=2 * squares / calls)
+    factor = Launch(0, 0, len(model.layers) / calls, wide=2 * cubes / calls)
+    return [*[pass_] * passes, *[factor] * factors] * calls
+
+
+def _refresh_triton(model: Model, width: int) -> Launches:
+    return _refresh(model, BASIS_ROWS, _padded_ranks(model), 3, 2)
+
+
+def _refresh_native(model: Model, width: int) -> Launches:
+    return _refresh(model, MOVE_COLUMNS, _tables(model, MOVES), 4, 3)
+
+
+def _invert_triton(model: Model, width: int) -> Launches:
+    calls = _padded_ranks(model)
+    work, blocks = _roots(model) / calls, len(model.layers) / calls
+    return [Launch(blocks=blocks, wide=work)] * calls
+
+
+def _invert_native(model: Model, width: int) -> Launches:
+    """Halves of symmetric products, in float32."""
+    calls = _tables(model, CORES)
+    work, blocks = _roots(model) / 2 / calls, len(model.layers) / calls
+    return [Launch(flops=work, blocks=blocks)] * calls
+
+
+def _roots(model: Model) -> float:
+    return sum(ROOT_STEPS * ROOT_PRODUCTS * 2 * layer.rank**3 for layer in model.layers)
+
+
+def _update(model: Model, width: int, rows: int, columns: int, passes: Iterable[float]) -> Launches:
+    """Of "factored" with momentum, D formed: a launch moves so many bytes of a parameter."""
+    count = sum(layer.parameters for layer in model.layers)
+    tiles = sum(
+        math.ceil(layer.outputs / rows) * math.ceil(layer.inputs / columns)
+        for layer in model.layers
+    )
+    flops = sum(2 * layer.parameters * layer.rank for layer in model.layers)
+    return [Launch(moved * count, flops if moved else 0, tiles) for moved in passes]
+
+
+def _update_triton(model: Model, width: int) -> Launches:
+    passes = [width, width, 0, 3 * width + 2 * FLOAT]
+    found = _update(model, width, UPDATE_ROWS, UPDATE_COLUMNS, passes)
+    return _split(found, _padded_ranks(model))
+
+
+def _update_native(model: Model, width: int) -> Launches:
+    """T in two launches, and one that finishes the layers; rows that are no multiple of 16 bytes
+    have launches of their own.
+    """
+    last = 3 * width + 2 * FLOAT
+    kinds = {layer.inputs * width % 16 == 0 for layer in model.layers}
+    tables = {PRODUCTS: [width, 0], AXES: [width, last], BLENDS: [0], LAYERS: [0]}
+    found: Launches = []
+    for size, passes in tables.items():
+        calls = _tables(model, size)
+        if size in (PRODUCTS, AXES):
+            calls = max(calls, len(kinds))
+        found += _split(_update(model, width, TILE_ROWS, TILE_COLUMNS, passes), calls)
+    return found
+
+
+def _orthogonal(model: Model, symmetric: float) -> Launches:
+    """Five steps of three products for all weights of a shape; a share of two of them is needed."""
+    shapes = {tuple(sorted(_weight(layer))) for layer in model.layers}
+    found = []
+    for short, long in shapes:
+        count = sum(tuple(sorted(_weight(layer))) == (short, long) for layer in model.layers)
+        products = [symmetric * 2 * short**2 * long, symmetric * 2 * short**3, 2 * short**2 * long]
+        moved = [2 * short * long, 4 * short**2, 4 * short * long]
+        found += [
+            Launch(count * a, products=count * b) for a, b in zip(moved, products, strict=True)
+        ]
+    return found * len(POLAR_EXPRESS)
+
+
+def _orthogonal_triton(model: Model, width: int) -> Launches:
+    return _orthogonal(model, 0.5)
+
+
+def _orthogonal_native(model: Model, width: int) -> Launches:
+    return _orthogonal(model, 1)
+
+
+def _basis_size(model: Model) -> int:
+    return sum(layer.dim * layer.rank for layer in model.layers)
+
+
+def _padded_ranks(model: Model) -> int:
+    """Triton's launches are of layers whose ranks are padded to 16 or to 32."""
+    return len({layer.rank > 16 for layer in model.layers})
+
+
+def _tables(model: Model, size: int) -> int:
+    return math.ceil(len(model.layers) / size)
+
+
+def _split(launches: Launches, calls: int) -> Launches:
+    """Each as so many launches that share its work."""
+    return [
+        Launch(x.bytes / calls, x.flops / calls, x.blocks / calls, x.products / calls)
+        for x in launches
+        for _ in range(calls)
+    ]
+
+
+def _by_rows(model: Model) -> list[Layer]:
+    """Whose sketch, and product with rows, is not torch's own convolution."""
+    return [layer for layer in model.layers if not layer.convolution]
+
+
+# Of Triton, and of the C++ kernels.
+OPS: Mapping[str, tuple[Op, Op]] = {
+    "precondition_rows": _product(_rows),
+    "precondition_gradient": _product(_weight),
+    "sketch_rows": (_sketch_triton, _sketch_native),
+    "blend_subspaces": (_blend_triton, _blend_native),
+    "refresh_subspaces": (_refresh_triton, _refresh_native),
+    "invert_cores": (_invert_triton, _invert_native),
+    "update_layers_": (_update_triton, _update_native),
+    "orthogonal_updates": (_orthogonal_triton, _orthogonal_native),
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whose kernels an op takes.
+
+    Attributes:
+        ratio: the time of the native backend to Triton's.
+        why: where the ratio is from.
+    """
+
+    op: str
+    ratio: float
+    why: str
+
+    @property
+    def backend(self) -> str:
+        return "native" if self.ratio < 1 else "triton"
+
+
+def decide(measured: Mapping[str, Any] | None = None, launch: float = LAUNCH) -> list[Decision]:
+    """For every op: by what was measured of both backends, or else by the model.
+
+    Args:
+        measured: device.json of benchmarks/device: "gpu", and "seconds" by "backend: op, what".
+    """
+    found = []
+    for op in OPS:
+        ratio = _measured_ratio(op, measured or {})
+        if ratio is not None:
+            assert measured is not None
+            found.append(Decision(op, ratio, f"measured on {measured['gpu']}"))
+            continue
+        ratio = model_ratio(op, launch)
+        found.append(Decision(op, ratio, f"modelled: {_reason(op, ratio < 1)}"))
+    return found
+
+
+def model_ratio(op: str, launch: float = LAUNCH, widths: Iterable[int] = (4, 2)) -> float:
+    """The native backend's time to Triton's: the geometric mean over models, GPUs and dtypes."""
+    ratios = []
+    for model, target, width in itertools.product(MODELS, TARGETS, widths):
+        triton, native = (
+            sum(x.seconds(target, launch) for x in make(model, width)) for make in OPS[op]
+        )
+        if triton:
+            ratios.append(native / triton)
+    return statistics.geometric_mean(ratios)
+
+
+def count_launches(op: str, model: Model) -> tuple[int, int]:
+    """Of Triton's, and of the C++ kernels."""
+    triton, native = (len(make(model, FLOAT)) for make in OPS[op])
+    return triton, native
+
+
+def _reason(op: str, native: bool) -> str:
+    """What of the choice is better: the number of launches, or what a launch takes."""
+    counts = (count_launches(op, model) for model in MODELS)
+    triton, cpp = map(sum, zip(*counts, strict=True))
+    chosen, other = (cpp, triton) if native else (triton, cpp)
+    return "fewer launches" if chosen < other else "launches that take less time"
+
+
+def _measured_ratio(op: str, measured: Mapping[str, Any]) -> float | None:
+    """Over the cases that were measured of both; None where there is none."""
+    cases: dict[str, dict[str, float]] = {}
+    for name, seconds in measured.get("seconds", {}).items():
+        match = re.fullmatch(rf"(triton|native): {op}\b(.*)", name)
+        if match:
+            cases.setdefault(match[2], {})[match[1]] = seconds
+    ratios = [found["native"] / found["triton"] for found in cases.values() if len(found) == 2]
+    return statistics.geometric_mean(ratios) if ratios else None
+
+
+def render(decisions: Iterable[Decision]) -> str:
+    """gls_fused/backends/choices.py."""
+    lines = "".join(f'    "{x.op}": ("{x.backend}", {json.dumps(x.why)}),\n' for x in decisions)
+    return f'''"""Whose kernels an op takes on CUDA devices that both have kernels for, and why.
+
+Written by `python -m benchmarks roofline --choose`; docs/backends.md says from what.
+"""
+
+CHOICES: dict[str, tuple[str, str]] = {{
+{lines}}}
+'''

@@ -1,0 +1,100 @@
+"""Whose kernels an op takes on CUDA devices: the table of the package is what the model gives."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.__main__ import main
+from benchmarks.roofline import choice, command
+from benchmarks.roofline.choice import BLEND_OPS, OPS, Launch, decide, render
+from benchmarks.roofline.model import TARGETS
+from gls_fused import reference
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_table_is_what_the_model_gives():
+    """`python -m benchmarks roofline --choose` writes it anew."""
+    assert command.CHOICES.read_text() == render(decide())
+
+
+def test_choice_does_not_hang_on_what_a_launch_takes():
+    by_launch = [{x.op: x.backend for x in decide(launch=cost)} for cost in (1e-6, 2.5e-6, 5e-6)]
+    assert by_launch[0] == by_launch[1] == by_launch[2]
+    assert set(by_launch[0].values()) == {"triton", "native"}
+
+
+def test_few_blocks_reach_their_share_of_a_gpu():
+    target = TARGETS[0]
+    assert Launch(target.bandwidth, target.flops / 2).seconds(target, 3) == 3 + 1
+    assert Launch(0, target.flops, blocks=target.processors / 4).work(target) == 4
+    assert Launch(0, wide=target.doubles, products=target.products).work(target) == 2
+
+
+def test_what_was_measured_of_both_stands_in_the_models_place(tmp_path, monkeypatch, capsys):
+    modelled = {x.op: x for x in decide()}
+    assert modelled["invert_cores"].backend == "native"
+    assert modelled["refresh_subspaces"].backend == "triton"
+    seconds = {
+        "triton: invert_cores [32, 32]": 1e-5, "native: invert_cores [32, 32]": 2e-5,
+        "triton: invert_cores_of_others [32, 32]": 1.0, "native: invert_cores": 1e-9,
+        "native: refresh_subspaces [3072, 32]": 1e-9, "device copy of 256 MiB": 1e-4,
+    }  # fmt: skip
+    measured = tmp_path / "device.json"
+    measured.write_text(json.dumps({"gpu": 'NVIDIA "H100"', "seconds": seconds}))
+    monkeypatch.setattr(command, "CHOICES", tmp_path / "choices.py")
+    given = ["roofline", "--out", str(tmp_path / "out"), "--choose", "--measured", str(measured)]
+    assert main(given) == 0
+    found = {}
+    exec((tmp_path / "choices.py").read_text(), found)
+    assert found["CHOICES"]["invert_cores"] == ("triton", 'measured on NVIDIA "H100"')
+    for op in OPS.keys() - {"invert_cores"}:
+        assert found["CHOICES"][op] == (modelled[op].backend, modelled[op].why)
+    measured.write_text("{}")
+    assert main(given) == 2
+    assert f"--measured {measured}: expected a device.json" in capsys.readouterr().err
+
+
+class _OpCounter(TorchDispatchMode):
+    """Ops that are launches on a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += not op.is_view
+        return op(*args, **(kwargs or {}))
+
+
+def test_ops_of_a_layers_blending():
+    sums, one = torch.ones(2 + 9 + 24), torch.ones(())
+    basis, core = torch.eye(8)[:, :3], torch.eye(3)
+    # Poison is an op too.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        with _OpCounter() as counter:
+            reference.blend_subspace(basis, core, one, one, sums, 0.9)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    assert counter.count == BLEND_OPS
+
+
+def test_sizes_are_those_of_the_kernels():
+    headers = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.h"))
+    named = {
+        "kProjectRows": choice.PROJECT_ROWS, "kMoveColumns": choice.MOVE_COLUMNS,
+        "kMaxMoves": choice.MOVES, "kMaxCores": choice.CORES, "kMaxProducts": choice.PRODUCTS,
+        "kMaxAxes": choice.AXES, "kMaxBlends": choice.BLENDS, "kMaxLayers": choice.LAYERS,
+    }  # fmt: skip
+    for name, value in named.items():
+        assert re.search(rf"{name} = (\d+);", headers)[1] == str(value), name
+    pytest.importorskip("triton")
+    from gls_fused.backends.triton import configs
+
+    assert configs.row_tile(32).rows == choice.WALK_ROWS
+    assert configs.update_tile(32)[:2] == (choice.UPDATE_ROWS, choice.UPDATE_COLUMNS)
+    assert configs.sketch_tile().columns == choice.SKETCH_COLUMNS
+    assert configs.basis_tile(32).rows == choice.BASIS_ROWS
