@@ -5,9 +5,9 @@
 //   W <- W (1 - lr weight_decay) - rate m^ / (sqrt(v^_i c_j / mean(v)) + eps)
 //
 //   square_axes_kernel   sums of D^2 over the rows and the columns of a tile, a tile to a block
-//   blend_axes_kernel    v and c take in the sums of their tiles, in the order of the tiles
-//   (finish_layers_kernel: mean(v))
-//   update_axes_kernel   the step, a tile to a block
+//   blend_axes_kernel    v and c take in the sums of their tiles, in the order of the tiles; the
+//                        layer counts its step
+//   update_axes_kernel   the step, a tile to a block; mean(v) from the sums of the blocks before
 //
 // Bytes per float32 parameter: with D given 16 without momentum, 24 with it; with D formed (as in
 // tile_update.cuh, and twice) 20 and 28. A tile of 64 rows and 128 columns writes as many sums, which
@@ -17,14 +17,25 @@
 // its 8192 elements.
 #pragma once
 
+#include <cfloat>
+
 #include "axis_update.h"
 #include "tile_update.cuh"
 
 namespace gls_fused::cuda {
 
+// What forming D takes, and nothing where it is given.
+template <typename T, bool kFormed>
+struct AxisMemory {
+  TileMemory<T> tile;
+};
+template <typename T>
+struct AxisMemory<T, false> {};
+
 // The thread's part of D; zeros beyond the edge. All threads of the block must come here.
 template <typename T, bool kWide, bool kFormed>
 __device__ inline void load_directions(const AxisLayer& x, const Place<T, kWide>& place,
+                                       AxisMemory<T, kFormed>& memory,
                                        Wide<T> (&d)[kTileThreadRows<T>][kWidth<T>]) {
 #pragma unroll
   for (int r = 0; r < kTileThreadRows<T>; ++r) {
@@ -37,7 +48,7 @@ __device__ inline void load_directions(const AxisLayer& x, const Place<T, kWide>
 #pragma unroll
       for (int k = 0; k < kWidth<T>; ++k) d[r][k] *= scale;
     }
-    form_tile(place, x.turned, x.basis, x.basis_row, x.rank, d);
+    form_tile(place, x.turned, x.basis, x.basis_row, memory.tile, d);
   }
 }
 
@@ -51,19 +62,25 @@ __device__ inline Wide<T> load_bias_direction(const AxisLayer& x, int64_t i) {
   }
 }
 
+// The sums of a tile on their way from the warps.
+template <typename T, bool kFormed>
+struct SquareMemory {
+  AxisMemory<T, kFormed> axis;
+  Wide<T> by_row[kTileRows<T>];
+  Wide<T> by_column[kProductThreads / 32][kTileColumns<T>];
+};
+
 template <typename T, bool kWide, bool kFormed>
-__global__ void __launch_bounds__(kProductThreads, 2)
-    square_axes_kernel(const __grid_constant__ AxisTable table, Wide<T>* sums) {
+__device__ inline void square_axes(const AxisLayer& x, uint32_t block, Wide<T>* sums,
+                                   SquareMemory<T, kFormed>& memory) {
   using W = Wide<T>;
   constexpr int kWarps = kProductThreads / 32, kRows = kTileThreadRows<T>;
-  __shared__ W by_row[kTileRows<T>];
-  __shared__ W by_column[kWarps][kTileColumns<T>];
-  const AxisLayer& x = table.entries[find_entry(table, blockIdx.x)];
-  const uint32_t block = blockIdx.x - x.first;
+  auto& by_row = memory.by_row;
+  auto& by_column = memory.by_column;
   const auto place = find_place<T, kWide>(block, x.across, x.n, x.size);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   W d[kRows][kWidth<T>];
-  load_directions<T, kWide, kFormed>(x, place, d);
+  load_directions<T, kWide, kFormed>(x, place, memory.axis, d);
   W columns[kWidth<T>] = {};
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -109,43 +126,84 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   if (threadIdx.x == 0) to[x.size] = W(sum);
 }
 
-// An element of v or c to a thread.
+template <typename T, bool kFormed>
+__global__ void __launch_bounds__(kProductThreads, 2)
+    square_axes_kernel(const __grid_constant__ AxisTable table, Wide<T>* sums) {
+  __shared__ __align__(16) SquareMemory<T, kFormed> memory;
+  const AxisLayer& x = table.entries[find_entry(table, blockIdx.x)];
+  const uint32_t block = blockIdx.x - x.first;
+  if (x.wide) {
+    square_axes<T, true, kFormed>(x, block, sums, memory);
+  } else {
+    square_axes<T, false, kFormed>(x, block, sums, memory);
+  }
+}
+
+// An element of v or c to a thread; a layer's blocks are those of v, those of c, and one that counts
+// its step.
 template <typename W>
 __global__ void __launch_bounds__(kBlendThreads)
     blend_axes_kernel(const __grid_constant__ BlendTable table, const FinishOptions options,
-                      const W* sums) {
-  if (!is_taken(options)) return;
+                      W* sums, LayerStep* steps) {
   const AxisBlend& x = table.entries[find_entry(table, blockIdx.x)];
   const uint32_t block = blockIdx.x - x.first;
   const uint32_t row_blocks = uint32_t((x.n + kBlendThreads - 1) / kBlendThreads);
+  const uint32_t column_blocks =
+      x.columns ? uint32_t((x.dim + kBlendThreads - 1) / kBlendThreads) : 0;
+  if (block == row_blocks + column_blocks) {
+    if (threadIdx.x == 0) start_step(x.step, x.lr_bound, options, steps[x.layer]);
+    return;
+  }
+  if (!is_taken(options)) return;
   const bool is_row = block < row_blocks;
   const int64_t count = is_row ? x.n : x.dim, terms = is_row ? x.dim : x.n;
-  const int64_t i = int64_t(is_row ? block : block - row_blocks) * kBlendThreads + threadIdx.x;
-  if (i >= count) return;
-  const W* from = sums + (is_row ? x.row_sums : x.column_sums) + i;
-  const uint32_t parts = is_row ? x.across : x.down;
+  const int64_t first = int64_t(is_row ? block : block - row_blocks) * kBlendThreads;
+  const int64_t i = first + threadIdx.x;
+  W blended = 0;
+  if (i < count) {
+    const W* from = sums + (is_row ? x.row_sums : x.column_sums) + i;
+    const uint32_t parts = is_row ? x.across : x.down;
+    double sum = 0;
+    for (uint32_t part = 0; part < parts; ++part) sum += from[part * count];
+    const double scale = gradient_scale(options);
+    const double mean = terms > 0 ? sum * scale * scale / terms : 0;
+    W& average = static_cast<W*>(is_row ? x.rows : x.columns)[i];
+    blended = W(average + (mean - average) * (1 - options.decays.beta2));
+    average = blended;
+  }
+  if (!is_row || !x.columns) return;
+  // Its barriers stand between the reading of the first sum and the writing in its place.
+  const double total = sum_block<kBlendThreads>(double(blended));
+  if (threadIdx.x == 0) sums[x.row_sums + first] = W(total);
+}
+
+// mean(v), at least the smallest normal number: of the sums that blend_axes_kernel has left, by each
+// warp for itself.
+template <typename W>
+__device__ inline W mean_of_rows(const AxisLayer& x, const W* sums) {
   double sum = 0;
-  for (uint32_t part = 0; part < parts; ++part) sum += from[part * count];
-  const double scale = gradient_scale(options);
-  const double mean = terms > 0 ? sum * scale * scale / terms : 0;
-  W& average = static_cast<W*>(is_row ? x.rows : x.columns)[i];
-  average = W(average + (mean - average) * (1 - options.decays.beta2));
+  for (int64_t first = int64_t(threadIdx.x % 32) * kBlendThreads; first < x.n;
+       first += 32 * kBlendThreads) {
+    sum += sums[x.row_sums + first];
+  }
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  const double mean = sum / x.n, tiny = sizeof(W) == 8 ? DBL_MIN : double(FLT_MIN);
+  // As clamp does, a NaN stays one.
+  return W(mean < tiny ? tiny : mean);
 }
 
 template <typename T, bool kWide, bool kFormed, bool kMomentum>
-__global__ void __launch_bounds__(kProductThreads, 2)
-    update_axes_kernel(const __grid_constant__ AxisTable table, const LayerStep* steps,
-                       const Decays decays) {
+__device__ inline void update_axes(const AxisLayer& x, uint32_t block, const Wide<T>* sums,
+                                   const LayerStep& step, const Decays& decays,
+                                   AxisMemory<T, kFormed>& memory) {
   using W = Wide<T>;
-  const AxisLayer& x = table.entries[find_entry(table, blockIdx.x)];
-  const LayerStep& step = steps[x.layer];
-  if (step.taken == 0) return;
-  const auto place = find_place<T, kWide>(blockIdx.x - x.first, x.across, x.n, x.size);
+  const auto place = find_place<T, kWide>(block, x.across, x.n, x.size);
   W formed[kTileThreadRows<T>][kWidth<T>];
-  if constexpr (kFormed) load_directions<T, kWide, true>(x, place, formed);
+  if constexpr (kFormed) load_directions<T, kWide, true>(x, place, memory, formed);
 
   const Rates<W> rates = make_rates<W>(step, decays);
-  const W mean = W(step.mean);
+  const W mean = x.columns ? mean_of_rows(x, sums) : W(1);
   const W* rows = static_cast<const W*>(x.rows);
   const W* c = static_cast<const W*>(x.columns);
   W columns[kWidth<T>];
@@ -198,6 +256,22 @@ __global__ void __launch_bounds__(kProductThreads, 2)
                                 rates),
          bias);
   if constexpr (kMomentum) static_cast<W*>(x.bias.exp_avg)[i] = m;
+}
+
+template <typename T, bool kFormed, bool kMomentum>
+__global__ void __launch_bounds__(kProductThreads, 2)
+    update_axes_kernel(const __grid_constant__ AxisTable table, const Wide<T>* sums,
+                       const LayerStep* steps, const Decays decays) {
+  __shared__ __align__(16) AxisMemory<T, kFormed> memory;
+  const AxisLayer& x = table.entries[find_entry(table, blockIdx.x)];
+  const LayerStep& step = steps[x.layer];
+  if (step.taken == 0) return;
+  const uint32_t block = blockIdx.x - x.first;
+  if (x.wide) {
+    update_axes<T, true, kFormed, kMomentum>(x, block, sums, step, decays, memory);
+  } else {
+    update_axes<T, false, kFormed, kMomentum>(x, block, sums, step, decays, memory);
+  }
 }
 
 }  // namespace gls_fused::cuda

@@ -6,12 +6,11 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "product.h"
 #include "update.h"
 
 namespace gls_fused::cuda {
 
-constexpr int kMaxAxes = 24;
-constexpr int kMaxBlends = 56;
 constexpr int kBlendThreads = 256;
 
 struct AxisArrays {
@@ -26,29 +25,28 @@ struct AxisLayer {
   void* rows;           // v [n], of the state's dtype
   void* columns;        // c [size (+ 1)], of the state's dtype; null for "row"
   const float* basis;   // U' [rank, size (+ 1)], a row's elements adjacent; null where D is given
-  const float* turned;  // T [n, rank]
   const float* shift;
+  Turned turned;
   int64_t row_sums;     // where among the sums those of rows begin, [across, n]
   int64_t column_sums;  // and those of columns, [tiles in a column of them, size (+ 1)]
   int64_t n;
   int64_t size;
   int64_t basis_row;
-  int32_t rank;
   uint32_t across;  // tiles in a row of them
   uint32_t layer;
   uint32_t first;  // its first block in this launch
+  bool wide;       // whether every row of the weight's arrays begins at 16 bytes and ends there
 };
 
-struct AxisTable {
-  AxisLayer entries[kMaxAxes];
-  int32_t count;
-  uint32_t blocks;
-  bool wide;    // whether every row of every weight's arrays begins at 16 bytes and ends there
-  bool formed;  // whether D is formed here
+struct AxisTable : Table<AxisLayer> {
+  bool formed = false;  // whether D is formed here
 };
 
-// Sums of squares on their way to a layer's v and c.
+// A layer's step, and its sums of squares on their way to v and c. The sum of the v that a block
+// has blended takes the place of the first sum of its rows, for the mean over all.
 struct AxisBlend {
+  void* step;            // float or double, 0-d
+  const void* lr_bound;  // 0-d; null where there is none
   void* rows;
   void* columns;
   int64_t row_sums;
@@ -57,20 +55,17 @@ struct AxisBlend {
   int64_t dim;  // columns, the bias's among them
   uint32_t across;
   uint32_t down;
-  uint32_t first;
+  uint32_t layer;
+  uint32_t first;  // its first block in this launch; the last of a layer's counts its step
 };
 
-struct BlendTable {
-  AxisBlend entries[kMaxBlends];
-  int32_t count;
-  uint32_t blocks;
-};
+using BlendTable = Table<AxisBlend>;
 
 // `sums`: of the state's dtype.
 void launch_square_axes(const AxisTable& table, Dtype dtype, void* sums, cudaStream_t stream);
-void launch_blend_axes(const BlendTable& table, const FinishOptions& options, const void* sums,
-                       cudaStream_t stream);
-void launch_update_axes(const AxisTable& table, Dtype dtype, const LayerStep* steps,
-                        const Decays& decays, cudaStream_t stream);
+void launch_blend_axes(const BlendTable& table, const FinishOptions& options, void* sums,
+                       LayerStep* steps, cudaStream_t stream);
+void launch_update_axes(const AxisTable& table, Dtype dtype, const void* sums,
+                        const LayerStep* steps, const Decays& decays, cudaStream_t stream);
 
 }  // namespace gls_fused::cuda

@@ -15,14 +15,10 @@ namespace {
 // What D is formed of is float32; where D is given, every dtype has a kernel.
 template <typename T, typename Function>
 void visit_kind(const AxisTable& table, const Function& function) {
-  using True = std::true_type;
-  using False = std::false_type;
   if constexpr (sizeof(T) < 8) {
-    if (table.formed) {
-      return table.wide ? function(True(), True()) : function(False(), True());
-    }
+    if (table.formed) return function(std::true_type());
   }
-  return table.wide ? function(True(), False()) : function(False(), False());
+  return function(std::false_type());
 }
 
 }  // namespace
@@ -30,33 +26,34 @@ void visit_kind(const AxisTable& table, const Function& function) {
 void launch_square_axes(const AxisTable& table, Dtype dtype, void* sums, cudaStream_t stream) {
   visit(dtype, [&](auto element) {
     using T = decltype(element);
-    visit_kind<T>(table, [&](auto wide, auto formed) {
-      const auto kernel = square_axes_kernel<T, wide(), formed()>;
+    visit_kind<T>(table, [&](auto formed) {
+      const auto kernel = square_axes_kernel<T, formed()>;
       kernel<<<table.blocks, kProductThreads, 0, stream>>>(table, static_cast<Wide<T>*>(sums));
     });
   });
 }
 
-void launch_blend_axes(const BlendTable& table, const FinishOptions& options, const void* sums,
-                       cudaStream_t stream) {
+void launch_blend_axes(const BlendTable& table, const FinishOptions& options, void* sums,
+                       LayerStep* steps, cudaStream_t stream) {
   if (options.double_state) {
-    const double* from = static_cast<const double*>(sums);
-    blend_axes_kernel<double><<<table.blocks, kBlendThreads, 0, stream>>>(table, options, from);
+    double* own = static_cast<double*>(sums);
+    blend_axes_kernel<double><<<table.blocks, kBlendThreads, 0, stream>>>(table, options, own, steps);
   } else {
-    const float* from = static_cast<const float*>(sums);
-    blend_axes_kernel<float><<<table.blocks, kBlendThreads, 0, stream>>>(table, options, from);
+    float* own = static_cast<float*>(sums);
+    blend_axes_kernel<float><<<table.blocks, kBlendThreads, 0, stream>>>(table, options, own, steps);
   }
 }
 
-void launch_update_axes(const AxisTable& table, Dtype dtype, const LayerStep* steps,
-                        const Decays& decays, cudaStream_t stream) {
+void launch_update_axes(const AxisTable& table, Dtype dtype, const void* sums,
+                        const LayerStep* steps, const Decays& decays, cudaStream_t stream) {
   const bool momentum = table.entries[0].weight.exp_avg;
   visit(dtype, [&](auto element) {
     using T = decltype(element);
-    visit_kind<T>(table, [&](auto wide, auto formed) {
-      const auto kernel = momentum ? update_axes_kernel<T, wide(), formed(), true>
-                                   : update_axes_kernel<T, wide(), formed(), false>;
-      kernel<<<table.blocks, kProductThreads, 0, stream>>>(table, steps, decays);
+    visit_kind<T>(table, [&](auto formed) {
+      const auto kernel = momentum ? update_axes_kernel<T, formed(), true>
+                                   : update_axes_kernel<T, formed(), false>;
+      kernel<<<table.blocks, kProductThreads, 0, stream>>>(
+          table, static_cast<const Wide<T>*>(sums), steps, decays);
     });
   });
 }

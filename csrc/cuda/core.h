@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "table.h"
+
 namespace gls_fused::cuda {
 
 constexpr int kCoreThreads = 256;
@@ -15,7 +17,6 @@ constexpr int kMaxDoubleCoreRank = 88;
 // smallest device; and a 4 by 4 tile of a half to each thread, which holds a product in registers.
 constexpr int kMaxRootRank = 88;
 constexpr int kMaxDoubleRootRank = 60;
-constexpr int kMaxCores = 64;
 
 struct CoreLayer {
   const void* core;    // M [rank, rank], contiguous
@@ -27,11 +28,9 @@ struct CoreLayer {
   int32_t rank;
 };
 
-struct CoreTable {
-  CoreLayer entries[kMaxCores];
-  int32_t count;
-  int32_t most_rank;
-  double damping;
+struct CoreTable : Table<CoreLayer> {
+  int32_t most_rank = 0;
+  double damping = 0;
 };
 
 // Bytes of shared memory for a matrix of this rank, its pivot row and column, and a flag.

@@ -4,8 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <iterator>
-#include <vector>
+#include <deque>
 
 #include "axis_update.h"
 #include "core.h"
@@ -27,10 +26,8 @@ inline bool is_aligned16(const void* address) {
 
 // To the last table, or to a new one where that is full.
 template <typename Table, typename Entry>
-Table& append(std::vector<Table>& tables, const Entry& entry) {
-  if (tables.empty() || tables.back().count == int32_t(std::size(tables.back().entries))) {
-    tables.emplace_back();
-  }
+Table& append(std::deque<Table>& tables, const Entry& entry) {
+  if (tables.empty() || tables.back().count == Table::kMost) tables.emplace_back();
   Table& table = tables.back();
   table.entries[table.count++] = entry;
   return table;
@@ -38,7 +35,7 @@ Table& append(std::vector<Table>& tables, const Entry& entry) {
 
 // The same, where the entry has `blocks` of the launch to itself.
 template <typename Table, typename Entry>
-Table& append(std::vector<Table>& tables, Entry entry, int64_t blocks) {
+Table& append(std::deque<Table>& tables, Entry entry, int64_t blocks) {
   Table& table = append(tables, entry);
   table.entries[table.count - 1].first = table.blocks;
   table.blocks += uint32_t(blocks);
@@ -48,9 +45,11 @@ Table& append(std::vector<Table>& tables, Entry entry, int64_t blocks) {
 // ---- products -----------------------------------------------------------------------------------
 
 // Parts of the columns; a function of the shape alone, so that sums repeat to the last bit. 132 SMs
-// want some hundreds of blocks, and a part writes 4 rank bytes per row, 6% of 512 columns.
+// want some hundred blocks. A part of 512 columns writes 4 rank bytes per row, 6% of what it reads, but
+// each tile of 128 columns reads all parts of its rows of T.
 inline void split_columns(Product& p) {
-  const int64_t wanted = divide_up(p.size, divide_up(p.n, kProjectRows) < 512 ? 512 : 4096);
+  const int64_t rows = std::max<int64_t>(divide_up(p.n, kProjectRows), 1);
+  const int64_t wanted = std::min(divide_up(p.size, 512), divide_up(128, rows));
   p.splits = int32_t(std::clamp<int64_t>(wanted, 1, 64));
   p.columns = divide_up(divide_up(p.size, p.splits), kProjectColumns) * kProjectColumns;
 }
@@ -68,27 +67,19 @@ class ProductPlan {
  public:
   explicit ProductPlan(Dtype dtype) : dtype_(dtype) {}
 
-  void add(const Product& p) {
+  void add(Product p) {
     if (p.n == 0) return;
-    const bool wide = is_wide(p, dtype_);
-    ProductTable& table = append(tables_[wide], p, project_blocks(p));
-    table.wide = wide;
-    table.most_rows = std::max(table.most_rows, uint32_t(divide_up(p.n, kProjectRows)));
+    p.wide = is_wide(p, dtype_);
+    append(tables_, p, project_blocks(p));
   }
 
   void launch(cudaStream_t stream) const {
-    for (const auto& tables : tables_) {
-      for (const ProductTable& table : tables) {
-        launch_project(table, dtype_, stream);
-        launch_turn(table, dtype_, stream);
-      }
-    }
+    for (const ProductTable& table : tables_) launch_project(table, dtype_, stream);
   }
 
  private:
   Dtype dtype_;
-  // Entries that are not wide, and those that are.
-  std::vector<ProductTable> tables_[2];
+  std::deque<ProductTable> tables_;
 };
 
 // X P.
@@ -101,10 +92,10 @@ inline void launch_combination(Combination x, Dtype dtype, cudaStream_t stream) 
   launch_combine(x, dtype, stream);
 }
 
-// Of Y and the squares of X; where its sums go is left to the caller.
+// Of Y and the squares of X; where its sums, and Y, go is left to the caller.
 inline Gram make_gram(const Product& p) {
   Gram gram{};
-  gram.projected = p.turned;
+  gram.turned = turned_of(p);
   gram.squares = p.squares;
   gram.blocks = project_blocks(p);
   gram.n = p.n;
@@ -147,11 +138,11 @@ class UpdatePlan {
     const int bytes = element_bytes(dtype_);
     const int64_t down = divide_up(p.n, tile_rows(bytes));
     const int64_t across = divide_up(p.size, tile_columns(bytes));
-    const TileLayer tile{weight, bias,        p.basis, p.turned,         shift,      p.n,
-                         p.size, p.basis_row, p.rank,  uint32_t(across), count_ - 1, 0};
     const bool wide = is_wide(p, dtype_) && is_aligned16(weight.param) &&
                       is_aligned16(weight.exp_avg) && is_aligned16(weight.exp_avg_sq);
-    append(tiled_[wide], tile, down * across).wide = wide;
+    const TileLayer tile{weight, bias,        p.basis,          shift,      turned_of(p), p.n,
+                         p.size, p.basis_row, uint32_t(across), count_ - 1, 0,            wide};
+    append(tiled_, tile, down * across);
     sums_of(count_ - 1).numel += p.n * (p.size + (bias.param ? 1 : 0));
   }
 
@@ -168,37 +159,33 @@ class UpdatePlan {
     x.row_sums = axis_sums_;
     x.column_sums = x.row_sums + across * x.n;
     axis_sums_ = x.column_sums + (x.columns ? down * dim : 0);
-    sums_of(count_ - 1).exp_avg_sq = x.rows;
-    sums_of(count_ - 1).numel = x.n;
+    const LayerSums& layer = sums_of(count_ - 1);
+    // And one block that counts the step.
     const int64_t blends =
-        divide_up(x.n, kBlendThreads) + (x.columns ? divide_up(dim, kBlendThreads) : 0);
-    const AxisBlend blend{x.rows, x.columns, x.row_sums,     x.column_sums,  x.n,
-                          dim,    x.across,  uint32_t(down), 0};
-    if (blends > 0) append(blends_, blend, blends);
+        divide_up(x.n, kBlendThreads) + (x.columns ? divide_up(dim, kBlendThreads) : 0) + 1;
+    const AxisBlend blend{layer.step,    layer.lr_bound, x.rows, x.columns,      x.row_sums,
+                          x.column_sums, x.n,            dim,    x.across,       uint32_t(down),
+                          x.layer,       0};
+    append(blends_, blend, blends);
     if (x.n == 0) return;
     if (product) {
       products_.add(*product);
       x.basis = product->basis;
-      x.turned = product->turned;
+      x.turned = turned_of(*product);
       x.shift = shift;
       x.basis_row = product->basis_row;
-      x.rank = product->rank;
     }
-    const bool wide = x.size % (16 / bytes) == 0 && is_aligned16(x.weight.gradient) &&
+    x.wide = x.size % (16 / bytes) == 0 && is_aligned16(x.weight.gradient) &&
                       is_aligned16(x.weight.param) && is_aligned16(x.weight.exp_avg) &&
                       is_aligned16(x.columns);
-    AxisTable& table = append(axes_[product != nullptr][wide], x, down * across);
-    table.formed = product != nullptr;
-    table.wide = wide;
+    append(axes_[product != nullptr], x, down * across).formed = product != nullptr;
   }
 
   // Pairs of sums that `launch` wants room for.
   int64_t count_squares() const {
     int64_t total = 0;
     for (const FlatTable& table : flat_) total += table.blocks;
-    for (const auto& tables : tiled_) {
-      for (const TileTable& table : tables) total += table.blocks;
-    }
+    for (const TileTable& table : tiled_) total += table.blocks;
     return total;
   }
 
@@ -217,46 +204,43 @@ class UpdatePlan {
       if (norms) launch_square_flat(table, dtype_, both, squares + first, stream);
       first = give_sums(table, first);
     }
-    for (const auto& tables : tiled_) {
-      for (const TileTable& table : tables) {
-        if (norms) launch_square_tiles(table, dtype_, squares + first, stream);
-        first = give_sums(table, first);
-      }
+    for (const TileTable& table : tiled_) {
+      if (norms) launch_square_tiles(table, dtype_, squares + first, stream);
+      first = give_sums(table, first);
     }
     for_axes([&](const AxisTable& table) {
       launch_square_axes(table, dtype_, axis_sums, stream);
     });
-    for (const BlendTable& table : blends_) launch_blend_axes(table, options, axis_sums, stream);
+    for (const BlendTable& table : blends_) {
+      launch_blend_axes(table, options, axis_sums, steps, stream);
+    }
+    // The blending has counted its layers' steps.
     LayerStep* next = steps;
     for (const LayerTable& table : layers_) {
-      launch_finish_layers(table, options, squares, next, stream);
+      if (blends_.empty()) launch_finish_layers(table, options, squares, next, stream);
       next += table.count;
     }
     for (const FlatTable& table : flat_) {
       launch_update_flat(table, dtype_, steps, options.decays, stream);
     }
-    for (const auto& tables : tiled_) {
-      for (const TileTable& table : tables) {
-        launch_update_tiles(table, dtype_, steps, options.decays, stream);
-      }
+    for (const TileTable& table : tiled_) {
+      launch_update_tiles(table, dtype_, steps, options.decays, stream);
     }
     for_axes([&](const AxisTable& table) {
-      launch_update_axes(table, dtype_, steps, options.decays, stream);
+      launch_update_axes(table, dtype_, axis_sums, steps, options.decays, stream);
     });
   }
 
  private:
   template <typename Function>
   void for_axes(const Function& function) const {
-    for (const auto& kinds : axes_) {
-      for (const auto& tables : kinds) {
-        for (const AxisTable& table : tables) function(table);
-      }
+    for (const auto& tables : axes_) {
+      for (const AxisTable& table : tables) function(table);
     }
   }
 
   LayerSums& sums_of(uint32_t layer) {
-    return layers_[layer / kMaxLayers].entries[layer % kMaxLayers];
+    return layers_[layer / LayerTable::kMost].entries[layer % LayerTable::kMost];
   }
 
   // Tells the layers of a table, whose sums begin at `first`, which are theirs; where its end.
@@ -274,14 +258,13 @@ class UpdatePlan {
 
   Dtype dtype_;
   uint32_t count_ = 0;
-  std::vector<LayerTable> layers_;
+  std::deque<LayerTable> layers_;
   ProductPlan products_;
-  std::vector<FlatTable> flat_;
-  // Entries that are not wide, and those that are.
-  std::vector<TileTable> tiled_[2];
-  // Those whose D is given, and those that form it; of each the same two.
-  std::vector<AxisTable> axes_[2][2];
-  std::vector<BlendTable> blends_;
+  std::deque<FlatTable> flat_;
+  std::deque<TileTable> tiled_;
+  // Those whose D is given, and those that form it.
+  std::deque<AxisTable> axes_[2];
+  std::deque<BlendTable> blends_;
   int64_t axis_sums_ = 0;
 };
 
@@ -307,7 +290,7 @@ class CorePlan {
   }
 
  private:
-  std::vector<CoreTable> tables_;
+  std::deque<CoreTable> tables_;
   double damping_;
 };
 
@@ -325,7 +308,7 @@ class MovePlan {
   }
 
  private:
-  std::vector<MoveTable> tables_;
+  std::deque<MoveTable> tables_;
 };
 
 }  // namespace gls_fused::cuda

@@ -1,10 +1,11 @@
 // X U of some matrices, a step on the way to X P = X / lambda' + T U' with T = (X U) C:
 //
-//   project_kernel   parts of X U, a block of rows and a part of the columns to a block
-//   turn_kernel      Y = their sum, in order, and the last column's share; T = Y C
+//   project_kernel   T over a part of the columns, a block of rows and such a part to a block
 //   form_tile        a tile of X / lambda' + T U', for whoever needs it
 //
-// The column of ones, or the bias's gradient, is added in the turn and never stands beside X.
+// As T is linear in X, each part is multiplied by C where it is made, which is 2 r flop to the 2 x 512
+// or more of a row of it, and who reads T adds the parts up in their order: no launch between. The
+// column of ones, or the bias's gradient, is the first part's and never stands beside X.
 //
 // Tensor cores are not used. At rank 32 the products are 64 flop per element and pass: forming D
 // for the update is 64 flop per 16 to 24 bytes of float32 traffic, 2.7 to 4 flop per byte, where an
@@ -87,13 +88,15 @@ __device__ inline void fetch_columns(const Product& p, const T* x, const float* 
   }
 }
 
+// The i-th number of the column beyond `size`.
+template <typename T>
+__device__ inline float last_element(const Product& p, int64_t i) {
+  if (p.kind == Last::kColumn) return widen(static_cast<const T*>(p.last)[i * p.last_stride]);
+  return 1.0f;
+}
+
 template <typename T, bool kWide>
-__global__ void __launch_bounds__(kProductThreads, 2)
-    project_kernel(const __grid_constant__ ProductTable table) {
-  __shared__ __align__(16) float xs[kProjectRows * kProjectPitch];
-  __shared__ __align__(16) float us[kMaxRank * kProjectPitch];
-  const Product& p = table.entries[find_entry(table, blockIdx.x)];
-  const uint32_t block = blockIdx.x - p.first;
+__device__ inline void project_part(const Product& p, uint32_t block, float* xs, float* us) {
   const int64_t row = int64_t(block / p.splits) * kProjectRows;
   const int split = block % p.splits;
   const int rows = p.n - row < kProjectRows ? int(p.n - row) : kProjectRows;
@@ -165,10 +168,23 @@ __global__ void __launch_bounds__(kProductThreads, 2)
     }
     __syncthreads();
   }
-  float* part = p.parts + split * p.n * p.rank;
-  for (int at = threadIdx.x; at < kProjectRows * p.rank; at += kProductThreads) {
-    const int i = at / p.rank, c = at % p.rank;
-    if (row + i < p.n) part[(row + i) * p.rank + c] = sums[i * kMaxRank + c];
+  if (split == 0 && p.kind != Last::kAbsent) {
+    for (int at = threadIdx.x; at < rows * p.rank; at += kProductThreads) {
+      const int i = at / p.rank, c = at % p.rank;
+      sums[i * kMaxRank + c] += last_element<T>(p, row + i) * p.basis[c * p.basis_row + p.size];
+    }
+    __syncthreads();
+  }
+  float* part = p.parts + (split * p.n + row) * p.rank;
+  for (int at = threadIdx.x; at < rows * p.rank; at += kProductThreads) {
+    const float* y = sums + at / p.rank * kMaxRank;
+    const int c = at % p.rank;
+    float t = y[c];
+    if (p.core_inverse) {
+      t = 0;
+      for (int k = 0; k < p.rank; ++k) t += y[k] * p.core_inverse[k * p.rank + c];
+    }
+    part[at] = t;
   }
   if (p.squares) {
     const double sum = sum_block<kProductThreads>(double(squares));
@@ -176,41 +192,17 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   }
 }
 
-// The i-th number of the column beyond `size`.
 template <typename T>
-__device__ inline float last_element(const Product& p, int64_t i) {
-  if (p.kind == Last::kColumn) return widen(static_cast<const T*>(p.last)[i * p.last_stride]);
-  return 1.0f;
-}
-
-// A block of rows of one matrix to a block, matrices along the grid's y.
-template <typename T>
-__global__ void __launch_bounds__(kProductThreads)
-    turn_kernel(const __grid_constant__ ProductTable table) {
-  __shared__ float ys[kProjectRows * kMaxRank];
-  __shared__ float cs[kMaxRank * kMaxRank];
-  const Product& p = table.entries[blockIdx.y];
-  const int64_t row = int64_t(blockIdx.x) * kProjectRows;
-  if (row >= p.n) return;
-  const int rank = p.rank;
-  const int rows = p.n - row < kProjectRows ? int(p.n - row) : kProjectRows;
-  for (int at = threadIdx.x; at < rows * rank; at += kProductThreads) {
-    const int64_t i = row + at / rank;
-    const int c = at % rank;
-    float y = 0;
-    for (int split = 0; split < p.splits; ++split) y += p.parts[(split * p.n + i) * rank + c];
-    if (p.kind != Last::kAbsent) y += last_element<T>(p, i) * p.basis[c * p.basis_row + p.size];
-    ys[at] = y;
-    if (!p.core_inverse) p.turned[i * rank + c] = y;
-  }
-  if (!p.core_inverse) return;
-  for (int at = threadIdx.x; at < rank * rank; at += kProductThreads) cs[at] = p.core_inverse[at];
-  __syncthreads();
-  for (int at = threadIdx.x; at < rows * rank; at += kProductThreads) {
-    const int i = at / rank, c = at % rank;
-    float t = 0;
-    for (int k = 0; k < rank; ++k) t += ys[i * rank + k] * cs[k * rank + c];
-    p.turned[(row + i) * rank + c] = t;
+__global__ void __launch_bounds__(kProductThreads, 2)
+    project_kernel(const __grid_constant__ ProductTable table) {
+  __shared__ __align__(16) float xs[kProjectRows * kProjectPitch];
+  __shared__ __align__(16) float us[kMaxRank * kProjectPitch];
+  const Product& p = table.entries[find_entry(table, blockIdx.x)];
+  const uint32_t block = blockIdx.x - p.first;
+  if (p.wide) {
+    project_part<T, true>(p, block, xs, us);
+  } else {
+    project_part<T, false>(p, block, xs, us);
   }
 }
 
@@ -285,15 +277,28 @@ struct alignas(4 * N) Floats {
   float values[N];
 };
 
+// An element of T, of whose parts the first is at `at`.
+__device__ inline float sum_parts(const Turned& turned, const float* at) {
+  float sum = *at;
+  for (int split = 1; split < turned.splits; ++split) sum += at[split * turned.pitch];
+  return sum;
+}
+
+// What form_tile keeps of U' and T. A thread's elements 4 h to 4 h + 3 are at h * 128 + lane * 4,
+// which no two lanes share banks for.
+template <typename T>
+struct TileMemory {
+  float us[kTileRanks * kTileColumns<T>];
+  float ts[kTileRows<T> * kTileRanks];
+};
+
 // d += T U' on the thread's part of the tile. All threads of the block must come here.
 template <typename T, bool kWide>
-__device__ inline void form_tile(const Place<T, kWide>& place, const float* turned,
-                                 const float* basis, int64_t basis_row, int rank,
+__device__ inline void form_tile(const Place<T, kWide>& place, const Turned& turned,
+                                 const float* basis, int64_t basis_row, TileMemory<T>& memory,
                                  float (&d)[kTileThreadRows<T>][kWidth<T>]) {
-  // The thread's elements 4 h to 4 h + 3 are at h * 128 + lane * 4, which no two lanes share banks
-  // for.
-  __shared__ __align__(16) float us[kTileRanks * kTileColumns<T>];
-  __shared__ __align__(16) float ts[kTileRows<T> * kTileRanks];
+  float *us = memory.us, *ts = memory.ts;
+  const int rank = turned.rank;
   // Columns of U' in a thread's registers at a time, 16 numbers.
   constexpr int kAtOnce = 16 / kWidth<T>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -309,7 +314,7 @@ __device__ inline void form_tile(const Place<T, kWide>& place, const float* turn
   const int t_rank = threadIdx.x % kTileRanks, t_row = threadIdx.x / kTileRanks;
   const int64_t tile_row = place.row - warp * kTileThreadRows<T>;
   const int rows = place.n - tile_row < kTileRows<T> ? int(place.n - tile_row) : kTileRows<T>;
-  turned += (tile_row + t_row) * rank + t_rank;
+  const float* parts = turned.parts + (tile_row + t_row) * rank + t_rank;
   for (int begin = 0; begin < rank; begin += kTileRanks) {
 #pragma unroll
     for (int c = 0; c < kTileRanks; c += kRankStep) {
@@ -317,11 +322,22 @@ __device__ inline void form_tile(const Place<T, kWide>& place, const float* turn
       basis += kRankStep * basis_row;
     }
     const int t_rows = begin + t_rank < rank ? rows : 0;
+    float t[kTileRows<T> / kRowStep] = {};
+    const float* part = parts;
+    // Not unrolled, which would take the registers of the tile.
+#pragma unroll 1
+    for (int split = 0; split < turned.splits; ++split) {
+#pragma unroll
+      for (int i = 0; i < kTileRows<T>; i += kRowStep) {
+        if (t_row + i < t_rows) t[i / kRowStep] += part[i * rank];
+      }
+      part += turned.pitch;
+    }
 #pragma unroll
     for (int i = 0; i < kTileRows<T>; i += kRowStep) {
-      ts[(t_row + i) * kTileRanks + t_rank] = t_row + i < t_rows ? turned[int64_t(i) * rank] : 0.0f;
+      ts[(t_row + i) * kTileRanks + t_rank] = t[i / kRowStep];
     }
-    turned += kTileRanks;
+    parts += kTileRanks;
     __syncthreads();
     for (int c = 0; c < kTileRanks; c += kAtOnce) {
       float u[kAtOnce][kWidth<T>];
@@ -352,10 +368,12 @@ __device__ inline void form_tile(const Place<T, kWide>& place, const float* turn
 }
 
 // Row i of T times U's last row.
-__device__ inline float turn_last(const float* turned, const float* basis, int64_t basis_row,
-                                  int64_t size, int rank, int64_t i) {
+__device__ inline float turn_last(const Turned& turned, const float* basis, int64_t basis_row,
+                                  int64_t size, int64_t i) {
   float sum = 0;
-  for (int c = 0; c < rank; ++c) sum += turned[i * rank + c] * basis[c * basis_row + size];
+  for (int c = 0; c < turned.rank; ++c) {
+    sum += sum_parts(turned, turned.parts + i * turned.rank + c) * basis[c * basis_row + size];
+  }
   return sum;
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "table.h"
 
 namespace gls_fused::cuda {
 
@@ -17,7 +18,6 @@ constexpr int kProductThreads = 256;
 // Of X U: rows and columns of X that a block holds at a time.
 constexpr int kProjectRows = 32;
 constexpr int kProjectColumns = 64;
-constexpr int kMaxProducts = 28;
 
 // What stands in the column of X beyond `size`.
 enum class Last { kAbsent, kOnes, kColumn };
@@ -26,9 +26,8 @@ struct Product {
   const void* x;              // [n, size], a row's elements adjacent
   const void* last;           // [n], where the last column is given
   const float* basis;         // U' [rank, size (+ 1)], a row's elements adjacent
-  const float* core_inverse;  // C [rank, rank], contiguous
-  float* parts;               // [splits, n, rank]: X U over a part of the columns
-  float* turned;              // T [n, rank]; Y, where core_inverse is null
+  const float* core_inverse;  // C [rank, rank], contiguous; null where Y = X U is wanted, not T
+  float* parts;               // [splits, n, rank]: T, or Y, over a part of the columns
   double* squares;            // of X, one number per block of the projection; or null
   int64_t n;
   int64_t size;
@@ -39,16 +38,21 @@ struct Product {
   int32_t rank;
   int32_t splits;
   Last kind;
+  bool wide;       // whether every row of X begins at 16 bytes and ends there
   uint32_t first;  // its first block in this launch
 };
 
-struct ProductTable {
-  Product entries[kMaxProducts];
-  int32_t count;
-  uint32_t blocks;
-  uint32_t most_rows;  // blocks of kProjectRows rows in the largest entry
-  bool wide;           // whether every row of every X begins at 16 bytes and ends there
+using ProductTable = Table<Product>;
+
+// T, or Y, [n, rank]: the sum of its parts, in their order.
+struct Turned {
+  const float* parts;
+  int64_t pitch;  // from one part to the next
+  int32_t rank;
+  int32_t splits;
 };
+
+inline Turned turned_of(const Product& p) { return {p.parts, p.n * p.rank, p.rank, p.splits}; }
 
 // Where P is applied to a matrix by itself.
 struct Combination {
@@ -60,7 +64,6 @@ struct Combination {
 };
 
 void launch_project(const ProductTable& table, Dtype dtype, cudaStream_t stream);
-void launch_turn(const ProductTable& table, Dtype dtype, cudaStream_t stream);
 void launch_combine(const Combination& combination, Dtype dtype, cudaStream_t stream);
 
 }  // namespace gls_fused::cuda

@@ -78,11 +78,9 @@ Projection make_projection(const Tensor& x, const std::optional<Tensor>& last, c
   p.kind = !extended ? Last::kAbsent : last ? Last::kColumn : Last::kOnes;
   p.last = last ? last->const_data_ptr() : nullptr;
   p.last_stride = last ? last->stride(0) : 0;
-  const Tensor parts = at::empty({p.splits, n, rank}, basis.options());
-  p.parts = parts.mutable_data_ptr<float>();
-  result.turned = at::empty({n, rank}, basis.options());
-  p.turned = result.turned.mutable_data_ptr<float>();
-  result.kept = {inputs, transposed, parts};
+  result.parts = at::empty({p.splits, n, rank}, basis.options());
+  p.parts = result.parts.mutable_data_ptr<float>();
+  result.kept = {inputs, transposed};
   if (last) result.kept.push_back(*last);
   if (core_inverse) {
     result.kept.push_back(core_inverse->contiguous());

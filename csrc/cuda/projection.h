@@ -24,7 +24,7 @@ at::ScalarType dense_type(const at::Tensor& basis);
 struct Projection {
   Product product;
   std::vector<at::Tensor> kept;
-  at::Tensor turned;   // T, or Y without a core
+  at::Tensor parts;    // [splits, n, r] of T, or of Y without a core
   at::Tensor squares;  // of X, a number to a block; undefined where not asked for
 };
 

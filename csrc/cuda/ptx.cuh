@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 namespace gls_fused::cuda {
 
 // 16 bytes to global memory, in one instruction: nvcc 13.0 splits an assignment of a uint4 in four
@@ -16,6 +18,15 @@ __device__ inline void store_16(void* to, uint4 bits) {
                : "l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
                : "memory");
 #endif
+}
+
+// x, of which the compiler does not know that it is x: what follows from it is computed anew where it
+// would have been kept in registers.
+__device__ inline int64_t forget(int64_t x) {
+#ifndef GLS_FUSED_EMULATED
+  asm volatile("" : "+l"(x));
+#endif
+  return x;
 }
 
 }  // namespace gls_fused::cuda

@@ -9,15 +9,7 @@ namespace gls_fused::cuda {
 void launch_project(const ProductTable& table, Dtype dtype, cudaStream_t stream) {
   visit_single(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto kernel = table.wide ? project_kernel<T, true> : project_kernel<T, false>;
-    kernel<<<table.blocks, kProductThreads, 0, stream>>>(table);
-  });
-}
-
-void launch_turn(const ProductTable& table, Dtype dtype, cudaStream_t stream) {
-  const dim3 grid(table.most_rows, table.count);
-  visit_single(dtype, [&](auto element) {
-    turn_kernel<decltype(element)><<<grid, kProductThreads, 0, stream>>>(table);
+    project_kernel<T><<<table.blocks, kProductThreads, 0, stream>>>(table);
   });
 }
 

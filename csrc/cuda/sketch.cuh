@@ -1,10 +1,11 @@
-// Y'Y, 1'Y and ||A||_F^2 for Y = A U, in two stages: a part of the rows to a block, then the parts
+// Y, Y'Y, 1'Y and ||A||_F^2 for Y = A U, in two stages: a part of the rows to a block, then the parts
 // in order. No float atomics, so the same rows give the same bits. Y is product.cuh's; A'Y is a
 // plain dense product without anything to fuse, of at most about a thousand rows, and cuBLAS's.
 #pragma once
 
-#include "elements.cuh"
-#include "product.h"
+#include <cfloat>
+
+#include "product.cuh"
 #include "sketch.h"
 
 namespace gls_fused::cuda {
@@ -23,7 +24,12 @@ __global__ void __launch_bounds__(kSketchThreads) gram_kernel(const __grid_const
     for (int at = threadIdx.x; at < kGramRows * kMaxRank; at += kSketchThreads) {
       const int64_t row = first + at / kMaxRank;
       const int c = at % kMaxRank;
-      ys[at] = row < end && c < x.rank ? x.projected[row * x.rank + c] : 0.0f;
+      float y = 0;
+      if (row < end && c < x.rank) {
+        y = sum_parts(x.turned, x.turned.parts + row * x.rank + c);
+        if (x.projected) x.projected[row * x.rank + c] = y;
+      }
+      ys[at] = y;
     }
     __syncthreads();
     for (int row = 0; row < kGramRows; ++row) {
@@ -45,52 +51,61 @@ __global__ void __launch_bounds__(kSketchThreads) gram_kernel(const __grid_const
   if (i == 0) part[x.rank * x.rank + j] = sum;
 }
 
-__global__ void __launch_bounds__(kSketchThreads)
-    finish_gram_kernel(const __grid_constant__ Gram x) {
-  const int square = x.rank * x.rank, width = square + x.rank;
-  const int at = blockIdx.x * kSketchThreads + threadIdx.x;
-  if (at < width) {
-    double sum = 0;
-    for (int split = 0; split < x.splits; ++split) sum += x.parts[int64_t(split) * width + at];
-    if (at < square) {
-      x.core[at] = float(sum);
-    } else if (x.last) {
-      x.last[(at - square) * x.last_stride] = float(sum);
-    }
-  }
-  if (blockIdx.x != 0) return;
+// ||A||_F^2, the column of ones included; valid in thread 0.
+__device__ inline double sum_squares(const Gram& x) {
   double squares = 0;
   for (int64_t i = threadIdx.x; i < x.blocks; i += kSketchThreads) squares += x.squares[i];
-  squares = sum_block<kSketchThreads>(squares);
-  if (threadIdx.x == 0) *x.trace = float(squares + (x.last ? double(x.n) : 0));
+  return sum_block<kSketchThreads>(squares) + (x.ones ? double(x.n) : 0);
 }
 
-// flags[block] = 1 where the block's part of `fresh` has a number that is not finite.
+// An element of Y'Y, or, beyond its rank rank, of 1'Y.
+__device__ inline float sum_gram(const Gram& x, int at) {
+  const int width = x.rank * x.rank + x.rank;
+  double sum = 0;
+  for (int split = 0; split < x.splits; ++split) sum += x.parts[int64_t(split) * width + at];
+  return float(sum);
+}
+
 __global__ void __launch_bounds__(kSketchThreads)
-    flag_kernel(const float* fresh, int64_t numel, int32_t* flags) {
-  double bad = 0;
-  for (int64_t at = blockIdx.x * int64_t(kSketchThreads) + threadIdx.x; at < numel;
-       at += kAddBlocks * int64_t(kSketchThreads)) {
-    // Neither for a NaN nor for an infinity.
-    if (!(fresh[at] - fresh[at] == 0)) bad = 1;
+    finish_gram_kernel(const __grid_constant__ Gram x, float* core, float* last, float* trace) {
+  const int square = x.rank * x.rank, width = square + x.rank;
+  const int at = blockIdx.x * kSketchThreads + threadIdx.x;
+  if (at < square) {
+    core[at] = sum_gram(x, at);
+  } else if (at < width && last) {
+    last[(at - square) * x.dim] = sum_gram(x, at);
   }
-  bad = sum_block<kSketchThreads>(bad);
-  if (threadIdx.x == 0) flags[blockIdx.x] = bad != 0;
+  if (blockIdx.x != 0) return;
+  const double squares = sum_squares(x);
+  if (threadIdx.x == 0) *trace = float(squares);
 }
 
+// An element to a thread. The trace tells whether the sums are usable: as U is orthonormal, no
+// number of the others is larger.
 __global__ void __launch_bounds__(kSketchThreads)
-    add_usable_kernel(const float* fresh, float* sums, int64_t numel, const int32_t* flags) {
-  __shared__ bool usable;
-  const double bad = sum_block<kSketchThreads>(double(flags[threadIdx.x]));
-  if (threadIdx.x == 0) usable = bad == 0 && fresh[1] > 0;
+    add_sketch_kernel(const __grid_constant__ Gram x, const float* transposed, float* sums) {
+  __shared__ float trace;
+  const double squares = sum_squares(x);
+  if (threadIdx.x == 0) trace = float(squares);
   __syncthreads();
-  if (!usable) return;
-  for (int64_t at = blockIdx.x * int64_t(kSketchThreads) + threadIdx.x; at < numel;
-       at += kAddBlocks * int64_t(kSketchThreads)) {
-    sums[at] += fresh[at];
+  // Neither for a NaN nor for an infinity.
+  if (!(trace > 0 && trace < FLT_MAX / 4)) return;
+  const int square = x.rank * x.rank;
+  int64_t at = blockIdx.x * int64_t(kSketchThreads) + threadIdx.x;
+  if (at < 2) {
+    sums[at] += at == 0 ? float(x.n) : trace;
+    return;
   }
+  sums += at;
+  at -= 2;
+  if (at < square) {
+    *sums += sum_gram(x, int(at));
+    return;
+  }
+  at -= square;
+  if (at >= x.rank * x.dim) return;
+  const bool is_last = x.ones && at % x.dim == x.dim - 1;
+  *sums += is_last ? sum_gram(x, int(square + at / x.dim)) : transposed[at];
 }
-
-static_assert(kAddBlocks == kSketchThreads, "a flag to a thread");
 
 }  // namespace gls_fused::cuda

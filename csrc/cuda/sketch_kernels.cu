@@ -5,16 +5,22 @@
 namespace gls_fused::cuda {
 
 void launch_gram(const Gram& gram, cudaStream_t stream) {
-  const int width = gram.rank * gram.rank + gram.rank;
-  const int blocks = (width + kSketchThreads - 1) / kSketchThreads;
   if (gram.splits > 0) gram_kernel<<<gram.splits, kSketchThreads, 0, stream>>>(gram);
-  finish_gram_kernel<<<blocks < 1 ? 1 : blocks, kSketchThreads, 0, stream>>>(gram);
 }
 
-void launch_add_usable(const float* fresh, float* sums, int64_t numel, int32_t* flags,
+void launch_finish_gram(const Gram& gram, float* core, float* last, float* trace,
+                        cudaStream_t stream) {
+  const int width = gram.rank * gram.rank + gram.rank;
+  const int blocks = (width + kSketchThreads - 1) / kSketchThreads;
+  finish_gram_kernel<<<blocks < 1 ? 1 : blocks, kSketchThreads, 0, stream>>>(gram, core, last,
+                                                                            trace);
+}
+
+void launch_add_sketch(const Gram& gram, const float* transposed, float* sums,
                        cudaStream_t stream) {
-  flag_kernel<<<kAddBlocks, kSketchThreads, 0, stream>>>(fresh, numel, flags);
-  add_usable_kernel<<<kAddBlocks, kSketchThreads, 0, stream>>>(fresh, sums, numel, flags);
+  const int64_t numel = 2 + gram.rank * (gram.rank + gram.dim);
+  const auto blocks = uint32_t((numel + kSketchThreads - 1) / kSketchThreads);
+  add_sketch_kernel<<<blocks, kSketchThreads, 0, stream>>>(gram, transposed, sums);
 }
 
 }  // namespace gls_fused::cuda

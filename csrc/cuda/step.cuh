@@ -73,4 +73,27 @@ __device__ inline double gradient_scale(const FinishOptions& options) {
   return options.grad_scale ? 1 / load_number(options.grad_scale, options.double_grad_scale) : 1;
 }
 
+// A layer counts its step and gets its numbers, `rate` before its scale. One thread comes here;
+// false where the step is not taken.
+__device__ inline bool start_step(void* step, const void* lr_bound, const FinishOptions& options,
+                                  LayerStep& out) {
+  out.taken = is_taken(options) ? 1 : 0;
+  if (out.taken == 0) return false;
+  const double lr =
+      options.lr_address ? load_number(options.lr_address, options.double_lr) : options.lr;
+  const double count = load_number(step, options.double_steps) + 1;
+  store_number(step, options.double_steps, count);
+  out.decayed = 1 - lr * options.weight_decay;
+  out.scale = gradient_scale(options);
+  out.correction = 1 / (1 - pow(options.decays.beta2, count));
+  double bounded = lr;
+  if (lr_bound) {
+    const double bound = load_number(lr_bound, options.double_lr_bounds);
+    // A bound that is not a number must reach the parameters.
+    if (!(bound >= lr)) bounded = bound;
+  }
+  out.rate = bounded / (1 - pow(options.decays.momentum, count));
+  return true;
+}
+
 }  // namespace gls_fused::cuda

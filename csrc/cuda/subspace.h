@@ -5,12 +5,13 @@
 
 #include <cstdint>
 
+#include "table.h"
+
 namespace gls_fused::cuda {
 
 constexpr int kMoveThreads = 256;
 // Columns of Z' to a block: d = 3072 makes 24 of them.
 constexpr int kMoveColumns = 128;
-constexpr int kMaxMoves = 32;
 
 struct Move {
   const float* sketch;  // Z' [rank, dim], contiguous
@@ -19,20 +20,16 @@ struct Move {
   float* basis;         // U+' [rank, dim]
   float* core_out;      // M+ [rank, rank]
   double* parts;        // [blocks, rank, rank] of Z'Z, then of Q'Q
-  double* triangles;    // [3, rank, rank]: R of the first round, R of the second, R^-1 of either
+  double* triangles;    // [3, rank, rank]: R of the first round, R^-1 of either, T
   int64_t dim;
   int32_t rank;
   uint32_t blocks;
   uint32_t first;  // its first block in the launches over dim
 };
 
-struct MoveTable {
-  Move entries[kMaxMoves];
-  int32_t count;
-  uint32_t blocks;
-};
+using MoveTable = Table<Move>;
 
-// All seven launches.
+// All five launches.
 void launch_moves(const MoveTable& table, cudaStream_t stream);
 
 }  // namespace gls_fused::cuda

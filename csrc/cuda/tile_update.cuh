@@ -28,16 +28,12 @@ __device__ inline int64_t bias_row(const Layer& x, const Place<T, kWide>& place)
 template <typename T, typename Layer>
 __device__ inline float bias_direction(const Layer& x, int64_t i, float scale, float& gradient) {
   gradient = widen(static_cast<const T*>(x.bias.gradient)[i]);
-  return gradient * scale + turn_last(x.turned, x.basis, x.basis_row, x.size, x.rank, i);
+  return gradient * scale + turn_last(x.turned, x.basis, x.basis_row, x.size, i);
 }
 
 template <typename T, bool kWide, bool kMomentum, bool kElementwise>
-__global__ void __launch_bounds__(kProductThreads, 2)
-    update_tiles_kernel(const __grid_constant__ TileTable table, const LayerStep* steps,
-                        const Decays decays) {
-  const TileLayer& x = table.entries[find_entry(table, blockIdx.x)];
-  const LayerStep& step = steps[x.layer];
-  if (step.taken == 0) return;
+__device__ inline void update_tile(const TileLayer& x, const LayerStep& step, const Decays& decays,
+                                   TileMemory<T>& memory) {
   const auto place = find_place<T, kWide>(blockIdx.x - x.first, x.across, x.n, x.size);
   const float scale = 1.0f / *x.shift;
   float d[kTileThreadRows<T>][kWidth<T>];
@@ -47,12 +43,13 @@ __global__ void __launch_bounds__(kProductThreads, 2)
 #pragma unroll
     for (int k = 0; k < kWidth<T>; ++k) d[r][k] *= scale;
   }
-  form_tile(place, x.turned, x.basis, x.basis_row, x.rank, d);
+  form_tile(place, x.turned, x.basis, x.basis_row, memory, d);
 
   const Rates<float> rates = make_rates<float>(step, decays);
   T* param = static_cast<T*>(x.weight.param);
   float* exp_avg = static_cast<float*>(x.weight.exp_avg);
   float* exp_avg_sq = static_cast<float*>(x.weight.exp_avg_sq);
+  const int64_t first = forget(place.row);
   // Some rows at a time, as loads cannot pass the stores of the rows before: 64 bytes of accesses
   // to a thread. More would spill.
   constexpr int kRows = kElementwise || sizeof(T) < 4 ? 1 : 2;
@@ -61,14 +58,14 @@ __global__ void __launch_bounds__(kProductThreads, 2)
     float w[kRows][kWidth<T>], m[kRows][kWidth<T>], v[kRows][kWidth<T>];
 #pragma unroll
     for (int q = 0; q < kRows; ++q) {
-      const int64_t row = place.row + r + q;
+      const int64_t row = first + r + q;
       load_row(place, param, row, x.size, w[q]);
       if constexpr (kMomentum) load_row(place, exp_avg, row, x.size, m[q]);
       if constexpr (kElementwise) load_row(place, exp_avg_sq, row, x.size, v[q]);
     }
 #pragma unroll
     for (int q = 0; q < kRows; ++q) {
-      const int64_t row = place.row + r + q;
+      const int64_t row = first + r + q;
 #pragma unroll
       for (int k = 0; k < kWidth<T>; ++k) {
         w[q][k] =
@@ -92,11 +89,24 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   if constexpr (kElementwise) static_cast<float*>(x.bias.exp_avg_sq)[i] = v;
 }
 
-// squares[block] = the sums of D^2 and of D0^2 of the block's tile.
-template <typename T, bool kWide>
+template <typename T, bool kMomentum, bool kElementwise>
 __global__ void __launch_bounds__(kProductThreads, 2)
-    square_tiles_kernel(const __grid_constant__ TileTable table, double2* squares) {
+    update_tiles_kernel(const __grid_constant__ TileTable table, const LayerStep* steps,
+                        const Decays decays) {
+  __shared__ __align__(16) TileMemory<T> memory;
   const TileLayer& x = table.entries[find_entry(table, blockIdx.x)];
+  const LayerStep& step = steps[x.layer];
+  if (step.taken == 0) return;
+  if (x.wide) {
+    update_tile<T, true, kMomentum, kElementwise>(x, step, decays, memory);
+  } else {
+    update_tile<T, false, kMomentum, kElementwise>(x, step, decays, memory);
+  }
+}
+
+// The sums of D^2 and of D0^2 of the block's tile; valid in thread 0.
+template <typename T, bool kWide>
+__device__ inline double2 square_tile(const TileLayer& x, TileMemory<T>& memory) {
   const auto place = find_place<T, kWide>(blockIdx.x - x.first, x.across, x.n, x.size);
   const float scale = 1.0f / *x.shift;
   float d[kTileThreadRows<T>][kWidth<T>];
@@ -111,7 +121,7 @@ __global__ void __launch_bounds__(kProductThreads, 2)
     }
   }
   // Beyond the edge T and U' are zero, and so is D.
-  form_tile(place, x.turned, x.basis, x.basis_row, x.rank, d);
+  form_tile(place, x.turned, x.basis, x.basis_row, memory, d);
 #pragma unroll
   for (int r = 0; r < kTileThreadRows<T>; ++r) {
 #pragma unroll
@@ -126,7 +136,16 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   }
   const double direction = sum_block<kProductThreads>(double(directions));
   const double gradient = sum_block<kProductThreads>(double(gradients));
-  if (threadIdx.x == 0) squares[blockIdx.x] = make_double2(direction, gradient);
+  return make_double2(direction, gradient);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kProductThreads, 2)
+    square_tiles_kernel(const __grid_constant__ TileTable table, double2* squares) {
+  __shared__ __align__(16) TileMemory<T> memory;
+  const TileLayer& x = table.entries[find_entry(table, blockIdx.x)];
+  const double2 sums = x.wide ? square_tile<T, true>(x, memory) : square_tile<T, false>(x, memory);
+  if (threadIdx.x == 0) squares[blockIdx.x] = sums;
 }
 
 }  // namespace gls_fused::cuda

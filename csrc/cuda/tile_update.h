@@ -6,11 +6,10 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "product.h"
 #include "update.h"
 
 namespace gls_fused::cuda {
-
-constexpr int kMaxTiled = 28;
 
 struct TileArrays {
   void* param;
@@ -23,23 +22,18 @@ struct TileLayer {
   TileArrays weight;    // [n, size], contiguous
   TileArrays bias;      // [n]; param is null where there is none
   const float* basis;   // U' [rank, size (+ 1)], a row's elements adjacent
-  const float* turned;  // T [n, rank]
   const float* shift;
+  Turned turned;
   int64_t n;
   int64_t size;
   int64_t basis_row;
-  int32_t rank;
   uint32_t across;  // tiles in a row of them
   uint32_t layer;
   uint32_t first;  // its first block in this launch
+  bool wide;       // whether every row of the weight's arrays begins at 16 bytes and ends there
 };
 
-struct TileTable {
-  TileLayer entries[kMaxTiled];
-  int32_t count;
-  uint32_t blocks;
-  bool wide;  // whether every row of every weight's arrays begins at 16 bytes and ends there
-};
+using TileTable = Table<TileLayer>;
 
 // Rows and columns of a tile of elements of this many bytes: 32 elements to a thread.
 constexpr int64_t tile_rows(int bytes) { return 16 * bytes; }

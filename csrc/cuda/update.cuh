@@ -9,8 +9,6 @@
 // and added up in the order of the chunks, so the same step gives the same bits.
 #pragma once
 
-#include <cfloat>
-
 #include "step.cuh"
 
 namespace gls_fused::cuda {
@@ -122,13 +120,7 @@ __global__ void __launch_bounds__(kFinishThreads)
                          const double2* squares, LayerStep* steps) {
   const LayerSums& layer = table.entries[blockIdx.x];
   double direction = 0, gradient = 0;
-  if (options.scale == Scale::kFactored) {
-    for (int64_t i = threadIdx.x; i < layer.numel; i += kFinishThreads) {
-      direction += options.double_state ? static_cast<const double*>(layer.exp_avg_sq)[i]
-                                        : static_cast<const float*>(layer.exp_avg_sq)[i];
-    }
-    direction = sum_block<kFinishThreads>(direction);
-  } else if (options.scale != Scale::kNone && options.scale != Scale::kRow) {
+  if (options.scale != Scale::kNone) {
     for (int64_t i = threadIdx.x; i < layer.count; i += kFinishThreads) {
       direction += squares[layer.first + i].x;
       gradient += squares[layer.first + i].y;
@@ -138,39 +130,17 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
   if (threadIdx.x != 0) return;
   LayerStep& out = steps[blockIdx.x];
-  out.taken = is_taken(options) ? 1 : 0;
-  if (out.taken == 0) return;
-  const double lr =
-      options.lr_address ? load_number(options.lr_address, options.double_lr) : options.lr;
-  const double count = load_number(layer.step, options.double_steps) + 1;
-  store_number(layer.step, options.double_steps, count);
-  out.decayed = 1 - lr * options.weight_decay;
-  out.scale = gradient_scale(options);
-  out.mean = 1;
-  out.correction = 1 / (1 - pow(options.decays.beta2, count));
-  double bounded = lr;
-  if (layer.lr_bound) {
-    const double bound = load_number(layer.lr_bound, options.double_lr_bounds);
-    // A bound that is not a number must reach the parameters.
-    if (!(bound >= lr)) bounded = bound;
-  }
-  double rate = bounded / (1 - pow(options.decays.momentum, count));
+  if (!start_step(layer.step, layer.lr_bound, options, out)) return;
   if (options.scale == Scale::kRootMeanSquare) {
     const double mean = layer.numel > 0 ? direction * out.scale * out.scale / layer.numel : 0;
     double v = load_number(layer.exp_avg_sq, options.double_state);
     v = store_number(layer.exp_avg_sq, options.double_state,
                      v + (mean - v) * (1 - options.decays.beta2));
-    rate /= sqrt(v * out.correction) + options.decays.eps;
+    out.rate /= sqrt(v * out.correction) + options.decays.eps;
   } else if (options.scale == Scale::kGradientNorm) {
     // Not `> 0`: a norm that is not a number must reach the parameters.
-    if (direction != 0) rate *= sqrt(gradient / direction);
-  } else if (options.scale == Scale::kFactored) {
-    const double tiny = options.double_state ? DBL_MIN : double(FLT_MIN);
-    out.mean = layer.numel > 0 ? direction / layer.numel : 0;
-    // As clamp does, a NaN stays one.
-    if (out.mean < tiny) out.mean = tiny;
+    if (direction != 0) out.rate *= sqrt(gradient / direction);
   }
-  out.rate = rate;
 }
 
 }  // namespace gls_fused::cuda

@@ -1,8 +1,4 @@
-// What the update's kernels are told: tables that travel as kernel arguments, at most 4 KiB each.
-//
-// A launch serves every parameter of its table, one chunk of one of them to a block. Tables have no
-// list of chunks: a block finds its parameter by bisection in `first`, so that only the number of
-// parameters, never their size, makes another launch.
+// What the update's kernels are told.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,6 +6,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "table.h"
 
 namespace gls_fused::cuda {
 
@@ -19,15 +16,12 @@ constexpr int kChunkBytes = kUpdateThreads * 64;
 // Elements of a chunk, of this many bytes each; the state beside 16-bit parameters has 4 bytes. Of
 // float64 one access to a thread: its square roots and quotients are calls, which spill the rest.
 constexpr int chunk_elements(int bytes) { return bytes > 4 ? kChunkBytes / 32 : kChunkBytes / 4; }
-constexpr int kMaxTensors = 64;
-constexpr int kMaxLayers = 80;
 
-// Of one layer, in device memory, by finish_layers_kernel.
+// Of one layer, in device memory, by finish_layers_kernel or blend_axes_kernel.
 struct LayerStep {
   double decayed;     // 1 - lr weight_decay
   double rate;        // lr, as bounded, times the layer's scale over the bias correction
   double correction;  // 1 / (1 - beta2^step)
-  double mean;        // of v, for "factored"; 1 for the others
   double scale;       // of the gradients: 1 / grad_scale
   double taken;       // 0 where found_inf says that the step is not taken
 };
@@ -50,25 +44,18 @@ struct FlatTensor {
   uint32_t first;  // its first block in this launch
 };
 
-struct FlatTable {
-  FlatTensor entries[kMaxTensors];
-  int32_t count;
-  uint32_t blocks;
-};
+using FlatTable = Table<FlatTensor>;
 
 struct LayerSums {
   void* step;            // float or double, 0-d
-  void* exp_avg_sq;      // of the state's dtype: for "rms", 0-d; for "factored" v [numel]
+  void* exp_avg_sq;      // of the state's dtype, 0-d, for "rms"
   const void* lr_bound;  // 0-d; null where there is none
   int64_t first;         // of its sums of squares
   int64_t count;
   int64_t numel;
 };
 
-struct LayerTable {
-  LayerSums entries[kMaxLayers];
-  int32_t count;
-};
+using LayerTable = Table<LayerSums>;
 
 // What a layer's step is scaled with; of each row, or row and column, for the last two.
 enum class Scale { kNone, kRootMeanSquare, kGradientNorm, kRow, kFactored };

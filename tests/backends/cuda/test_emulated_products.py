@@ -60,8 +60,7 @@ def precondition(emulator, kind, x, last, inverse, *, pitch=None, misaligned=Non
             memory.copy("last", last) if last is not None else None,
             memory.copy("basis", inverse.basis.T), memory.copy("core", inverse.core_inverse),
             memory.copy("shift", inverse.shift),
-            memory.poison("parts", (64, n, rank), torch.float32),
-            memory.poison("turned", (n, rank), torch.float32), output, output_last, n, size,
+            memory.poison("parts", (64, n, rank), torch.float32), output, output_last, n, size,
             spaced.shape[1], rank,
         )  # fmt: skip
         return (output,) if kind == ABSENT else (output, output_last)
@@ -140,27 +139,44 @@ def test_sketch(emulator, dtype, shape, with_ones):
         assert_near(found, expected_sketch[-1], PRODUCT[torch.float32])
 
 
-@pytest.mark.parametrize(
-    ("place", "value", "usable"),
-    [
-        (0, 1.0, True),
-        (0, torch.nan, False),
-        (299, torch.inf, False),
-        (7, -torch.inf, False),
-        (1, 0.0, False),
-    ],
-)
-def test_sums_are_added_where_they_are_usable(emulator, place, value, usable):
-    fresh, sums = draw(300, dtype=torch.float32).abs(), draw(300, dtype=torch.float32, seed=1)
-    fresh[place] = value
+@pytest.mark.parametrize("with_ones", [False, True])
+@pytest.mark.parametrize("value", [0.5, torch.nan, torch.inf, 1e20, 0.0])
+def test_sums_are_added_where_they_are_usable(emulator, value, with_ones):
+    """Not of rows that hold a NaN or an infinity, overflow, or are all zero."""
+    rank = 9
+    for n, size in ((40, 33), (3, 1100)):
+        rows = draw(n, size, dtype=torch.float32)
+        rows[2, 1] = value
+        if value == 0:
+            rows.zero_()
+        basis = make_inverse(size + with_ones, rank).basis
+        core, sketch, trace = reference.sketch_rows(rows.double(), basis.double(), ones=with_ones)
+        fresh = [torch.tensor([n, trace]), core.flatten(), sketch.T.flatten()]
+        sums = draw(2 + rank * (rank + size + with_ones), dtype=torch.float32, seed=1)
+        transposed = sketch.T.float()
+        if with_ones:
+            # Nobody has written it.
+            transposed[:, -1] = torch.nan
 
-    def run(memory):
-        result = memory.copy("sums", sums, writable=True)
-        flags = memory.poison("flags", (256,), torch.int32)
-        emulator.call("add_usable", memory.copy("fresh", fresh), result, len(fresh), flags)
-        return (result,)
+        def run(memory, n=n, size=size, rows=rows, basis=basis, sums=sums, transposed=transposed):
+            result = memory.copy("sums", sums, writable=True)
+            emulator.call(
+                "add_sketch", memory.copy("rows", rows), with_ones, memory.copy("basis", basis.T),
+                memory.copy("transposed", transposed),
+                memory.poison("parts", (64, n, rank), torch.float32),
+                memory.poison("projected", (n, rank), torch.float32),
+                memory.poison("squares", (64 * (n // 32 + 1),), torch.float64),
+                memory.poison("gram_parts", (128, rank * rank + rank), torch.float32), result, n,
+                size, rank,
+            )  # fmt: skip
+            return (result,)
 
-    assert torch.equal(*emulator.run_in_every_order(run), sums + fresh if usable else sums)
+        (found,) = emulator.run_in_every_order(run)
+        # The column of ones makes the zeros' sums those of other rows.
+        if value == 0.5 or (value == 0 and with_ones):
+            assert_near(found, sums.double() + torch.cat(fresh), PRODUCT[torch.float32])
+        else:
+            assert torch.equal(found, sums)
 
 
 @pytest.mark.skipif(VARIANT != "traced", reason="the sanitized build traces nothing")

@@ -159,7 +159,7 @@ def update_in(emulator, memory, layers, normalize, momentum, *, misaligned=None,
                 emulator.call("add_flat", param, gradient, gradient, average, square, p.numel())
         else:
             n, size = layer.params[0].shape
-            rank, inverse, scratch = 0, [None] * 3, [None] * 2
+            rank, inverse, scratch = 0, [None] * 3, [None]
             if layer.inverse is not None:
                 rank = layer.inverse.basis.shape[1]
                 inverse = [
@@ -167,10 +167,7 @@ def update_in(emulator, memory, layers, normalize, momentum, *, misaligned=None,
                     memory.copy("core_inverse", layer.inverse.core_inverse),
                     memory.copy("shift", layer.inverse.shift),
                 ]
-                scratch = [
-                    memory.poison("parts", (64, n, rank), torch.float32),
-                    memory.poison("turned", (n, rank), torch.float32),
-                ]
+                scratch = [memory.poison("parts", (64, n, rank), torch.float32)]
             arrays += [(None,) * 4] * (2 - len(arrays))
             if normalize in AXIS:
                 arrays = [array[:3] for array in arrays]
@@ -193,7 +190,7 @@ def update_in(emulator, memory, layers, normalize, momentum, *, misaligned=None,
         OPTIONS["beta2"], OPTIONS["eps"], OPTIONS["weight_decay"],
         memory.poison("squares", (squares_count.value, 2), torch.float64),
         memory.poison("axis_sums", (axis_count.value,), torch.promote_types(dtype, torch.float32)),
-        memory.poison("layer_steps", (len(layers), 6), torch.float64),
+        memory.poison("layer_steps", (len(layers), 5), torch.float64),
     )  # fmt: skip
     return params, averages, squares, steps
 
@@ -305,8 +302,8 @@ def test_a_step_that_is_not_taken(emulator, normalize):
         assert all(step.read() == 3 for step in found[3])
 
 
-# ---- more than tables hold: 64 parameters, 80 layers, 28 with tiles of a kind; 24 with scales of
-# rows and columns of a kind, 56 of them to be blended
+# ---- more than tables hold, in 4 KiB: 69 parameters, 80 layers, 26 with tiles; 24 with scales of
+# rows and columns, 48 of them to be blended
 
 # The first has no bias, so that the last of a table is a weight whose bias is in the next.
 PARAMETERS = [((70, 64), False, None), *(((i % 3 + 5, i % 7 + 1), True, None) for i in range(35))]
@@ -326,6 +323,18 @@ TILED += [((70, 136), True, 3), ((67, 133), True, 3)]
 )
 def test_many_layers(emulator, layers, normalize):
     check(emulator, make_layers(layers, torch.float32, normalize, 0.8), normalize, 0.8)
+
+
+def test_entries_that_a_table_holds(emulator):
+    """docs/cuda.md has how many, in 32,400 bytes; here it is 3,880."""
+    sizes = (ctypes.c_int64 * 8)()
+    emulator.call("entry_bytes", sizes)
+    tensors, layers, *others = [32400 // size for size in sizes]
+    text = (build.ROOT / "docs" / "cuda.md").read_text()
+    held = f"A table holds {tensors} parameters whose D is given, and at least "
+    assert held + f"{min(layers, *others)} layers" in " ".join(text.split())
+    header = (build.ROOT / "csrc" / "cuda" / "table.h").read_text()
+    assert "kTableBytes = CUDART_VERSION >= 13000 ? 32400 : 3880;" in header
 
 
 # ---- bytes of global memory ---------------------------------------------------------------------

@@ -6,15 +6,14 @@
 namespace gls_fused::cuda {
 
 inline Product make_product(const void* x, Last kind, const void* last, const float* basis,
-                            const float* core_inverse, float* parts, float* turned, double* squares,
-                            int64_t n, int64_t size, int64_t x_row, int rank) {
+                            const float* core_inverse, float* parts, double* squares, int64_t n,
+                            int64_t size, int64_t x_row, int rank) {
   Product p{};
   p.x = x;
   p.last = last;
   p.basis = basis;
   p.core_inverse = core_inverse;
   p.parts = parts;
-  p.turned = turned;
   p.squares = squares;
   p.n = n;
   p.size = size;

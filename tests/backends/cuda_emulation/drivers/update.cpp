@@ -3,6 +3,9 @@
 
 #include <emulation/driver.h>
 
+#include <algorithm>
+#include <iterator>
+
 #include "products.h"
 
 using namespace gls_fused::cuda;
@@ -13,6 +16,16 @@ namespace {
 UpdatePlan plan(Dtype::kFloat);
 
 }  // namespace
+
+// Bytes of an entry of each table.
+EMULATED entry_bytes(int64_t* bytes) {
+  return guarded([&] {
+    const int64_t found[] = {sizeof(FlatTensor), sizeof(LayerSums), sizeof(Product),
+                             sizeof(TileLayer),  sizeof(AxisLayer), sizeof(AxisBlend),
+                             sizeof(Move),       sizeof(CoreLayer)};
+    std::copy(std::begin(found), std::end(found), bytes);
+  });
+}
 
 EMULATED start_update(Dtype dtype) {
   return guarded([&] { plan = UpdatePlan(dtype); });
@@ -33,12 +46,12 @@ EMULATED add_flat(void* param, const void* direction, const void* gradient, void
 EMULATED add_tiles(void* weight, const void* weight_gradient, void* weight_exp_avg,
                    void* weight_exp_avg_sq, void* bias, const void* bias_gradient,
                    void* bias_exp_avg, void* bias_exp_avg_sq, const float* basis,
-                   const float* core_inverse, const float* shift, float* parts, float* turned,
-                   int64_t n, int64_t size, int rank) {
+                   const float* core_inverse, const float* shift, float* parts, int64_t n,
+                   int64_t size, int rank) {
   return guarded([&] {
     const Last kind = bias ? Last::kColumn : Last::kAbsent;
     plan.add_tiles(make_product(weight_gradient, kind, bias_gradient, basis, core_inverse, parts,
-                                turned, nullptr, n, size, size, rank),
+                                nullptr, n, size, size, rank),
                    {weight, weight_gradient, weight_exp_avg, weight_exp_avg_sq},
                    {bias, bias_gradient, bias_exp_avg, bias_exp_avg_sq}, shift);
   });
@@ -48,7 +61,7 @@ EMULATED add_tiles(void* weight, const void* weight_gradient, void* weight_exp_a
 EMULATED add_axes(void* weight, const void* weight_gradient, void* weight_exp_avg, void* bias,
                   const void* bias_gradient, void* bias_exp_avg, void* rows, void* columns,
                   const float* basis, const float* core_inverse, const float* shift, float* parts,
-                  float* turned, int64_t n, int64_t size, int rank) {
+                  int64_t n, int64_t size, int rank) {
   return guarded([&] {
     AxisLayer x{};
     x.weight = {weight, weight_gradient, weight_exp_avg};
@@ -63,7 +76,7 @@ EMULATED add_axes(void* weight, const void* weight_gradient, void* weight_exp_av
     }
     const Last kind = bias ? Last::kColumn : Last::kAbsent;
     const Product product = make_product(weight_gradient, kind, bias_gradient, basis, core_inverse,
-                                         parts, turned, nullptr, n, size, size, rank);
+                                         parts, nullptr, n, size, size, rank);
     plan.add_axes(x, &product, shift);
   });
 }

@@ -6,6 +6,9 @@
 
 #include "emulation/vector_types.h"
 
+// One whose kernels have 4 KiB of arguments, which the tests can fill.
+#define CUDART_VERSION 12000
+
 using cudaStream_t = struct CUstream_st*;
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
