@@ -30,9 +30,8 @@ BLEND_OPS = 35
 # program's sketch and, of a basis, of d. A test compares them.
 WALK_ROWS, UPDATE_ROWS, UPDATE_COLUMNS, SKETCH_COLUMNS, BASIS_ROWS = 16, 32, 64, 32, 32
 # csrc/cuda: rows of a block of project_kernel, a tile of the update, columns of a block that moves
-# a basis, the most parts of a sketch's rows, and layers to a table.
+# a basis, and the most parts of a sketch's rows. Its tables hold all layers of these models.
 PROJECT_ROWS, TILE_ROWS, TILE_COLUMNS, MOVE_COLUMNS, GRAM_PARTS = 32, 64, 128, 128, 128
-MOVES, CORES, PRODUCTS, AXES, BLENDS, LAYERS = 32, 64, 28, 24, 56, 80
 # Steps of Newton's method for the core's root, each of four products.
 ROOT_STEPS, ROOT_PRODUCTS = 20, 4
 
@@ -88,21 +87,18 @@ def _product(sizes: Callable[[Layer], tuple[int, int]]) -> tuple[Op, Op]:
         for layer in _by_rows(model):
             (n, k), r = sizes(layer), layer.rank
             tiles = math.ceil(n / TILE_ROWS) * math.ceil(k / TILE_COLUMNS)
-            found += [*_project(n, k, r, width), Launch(2 * width * n * k, 2 * n * k * r, tiles)]
+            found += [_project(n, k, r, width), Launch(2 * width * n * k, 2 * n * k * r, tiles)]
         return found
 
     return triton, native
 
 
-def _project(n: int, k: int, r: int, width: int) -> Launches:
-    """X U in parts of the columns, and their sum times C."""
+def _project(n: int, k: int, r: int, width: int) -> Launch:
+    """X U in parts of the columns, each times C."""
     rows = math.ceil(n / PROJECT_ROWS)
-    parts = min(64, max(1, math.ceil(k / (512 if rows < 512 else 4096))))
-    moved = FLOAT * parts * n * r
-    return [
-        Launch(width * n * k + moved, 2 * n * k * r, rows * parts),
-        Launch(moved + FLOAT * n * r, 2 * n * r**2, rows),
-    ]
+    parts = min(64, math.ceil(k / 512), math.ceil(128 / rows))
+    flops = 2 * n * k * r + 2 * parts * n * r**2
+    return Launch(width * n * k + FLOAT * parts * n * r, flops, rows * parts)
 
 
 def _sketch_triton(model: Model, width: int) -> Launches:
@@ -121,18 +117,18 @@ def _sketch_triton(model: Model, width: int) -> Launches:
 
 
 def _sketch_native(model: Model, width: int) -> Launches:
-    """Into the sums, with add_sketch_: sums of zeros, a flag and an addition more."""
+    """Into the sums, with add_sketch_, which begin as zeros."""
     found = []
     for layer in _by_rows(model):
         n, k, r = layer.sketched, layer.inputs, layer.rank
         parts = min(GRAM_PARTS, math.ceil(n / PROJECT_ROWS))
         found += [
-            *_project(n, k, r, width),
+            _project(n, k, r, width),
             Launch(FLOAT * n * r, 2 * n * r**2, parts),
-            Launch(FLOAT * parts * r**2),
             *[Launch((width + FLOAT) * n * k)] * (width < FLOAT),
             Launch(FLOAT * n * k, 2 * n * k * r),
-            *[Launch(FLOAT * k * r)] * 4,
+            Launch(FLOAT * k * r),
+            Launch(FLOAT * (2 * k * r + parts * r**2)),
         ]
     return found
 
@@ -145,22 +141,22 @@ def _blend_native(model: Model, width: int) -> Launches:
     return [Launch(FLOAT * layer.dim * layer.rank) for layer in model.layers] * BLEND_OPS
 
 
-def _refresh(model: Model, columns: int, calls: int, passes: int, factors: int) -> Launches:
-    """Passes over d, and launches of a block to a layer between them."""
+def _refresh(model: Model, columns: int, calls: int) -> Launches:
+    """Three passes over d, and two launches of a block to a layer between them."""
     blocks = sum(math.ceil(layer.dim / columns) for layer in model.layers)
     squares = sum(layer.dim * layer.rank**2 for layer in model.layers)
     cubes = sum(layer.rank**3 for layer in model.layers)
     pass_ = Launch(8 * _basis_size(model) / calls, 0, blocks / calls, wide=2 * squares / calls)
     factor = Launch(0, 0, len(model.layers) / calls, wide=2 * cubes / calls)
-    return [*[pass_] * passes, *[factor] * factors] * calls
+    return [pass_, factor, pass_, factor, pass_] * calls
 
 
 def _refresh_triton(model: Model, width: int) -> Launches:
-    return _refresh(model, BASIS_ROWS, _padded_ranks(model), 3, 2)
+    return _refresh(model, BASIS_ROWS, _padded_ranks(model))
 
 
 def _refresh_native(model: Model, width: int) -> Launches:
-    return _refresh(model, MOVE_COLUMNS, _tables(model, MOVES), 4, 3)
+    return _refresh(model, MOVE_COLUMNS, 1)
 
 
 def _invert_triton(model: Model, width: int) -> Launches:
@@ -171,46 +167,34 @@ def _invert_triton(model: Model, width: int) -> Launches:
 
 def _invert_native(model: Model, width: int) -> Launches:
     """Halves of symmetric products, in float32."""
-    calls = _tables(model, CORES)
-    work, blocks = _roots(model) / 2 / calls, len(model.layers) / calls
-    return [Launch(flops=work, blocks=blocks)] * calls
+    return [Launch(flops=_roots(model) / 2, blocks=len(model.layers))]
 
 
 def _roots(model: Model) -> float:
     return sum(ROOT_STEPS * ROOT_PRODUCTS * 2 * layer.rank**3 for layer in model.layers)
 
 
-def _update(model: Model, width: int, rows: int, columns: int, passes: Iterable[float]) -> Launches:
-    """Of "factored" with momentum, D formed: a launch moves so many bytes of a parameter."""
+def _update(model: Model, width: int, rows: int, columns: int) -> Launches:
+    """Of "factored" with momentum, D formed: T, squares, their blending, the step."""
     count = sum(layer.parameters for layer in model.layers)
     tiles = sum(
         math.ceil(layer.outputs / rows) * math.ceil(layer.inputs / columns)
         for layer in model.layers
     )
     flops = sum(2 * layer.parameters * layer.rank for layer in model.layers)
-    return [Launch(moved * count, flops if moved else 0, tiles) for moved in passes]
+    moved = [width * count, width * count, (3 * width + 2 * FLOAT) * count]
+    project, square, step = (Launch(x, flops, tiles) for x in moved)
+    return [project, square, Launch(), step]
 
 
 def _update_triton(model: Model, width: int) -> Launches:
-    passes = [width, width, 0, 3 * width + 2 * FLOAT]
-    found = _update(model, width, UPDATE_ROWS, UPDATE_COLUMNS, passes)
-    return _split(found, _padded_ranks(model))
+    found = _update(model, width, UPDATE_ROWS, UPDATE_COLUMNS)
+    calls = _padded_ranks(model)
+    return [Launch(x.bytes / calls, x.flops / calls, x.blocks / calls) for x in found * calls]
 
 
 def _update_native(model: Model, width: int) -> Launches:
-    """T in two launches, and one that finishes the layers; rows that are no multiple of 16 bytes
-    have launches of their own.
-    """
-    last = 3 * width + 2 * FLOAT
-    kinds = {layer.inputs * width % 16 == 0 for layer in model.layers}
-    tables = {PRODUCTS: [width, 0], AXES: [width, last], BLENDS: [0], LAYERS: [0]}
-    found: Launches = []
-    for size, passes in tables.items():
-        calls = _tables(model, size)
-        if size in (PRODUCTS, AXES):
-            calls = max(calls, len(kinds))
-        found += _split(_update(model, width, TILE_ROWS, TILE_COLUMNS, passes), calls)
-    return found
+    return _update(model, width, TILE_ROWS, TILE_COLUMNS)
 
 
 def _orthogonal(model: Model, symmetric: float) -> Launches:
@@ -242,19 +226,6 @@ def _basis_size(model: Model) -> int:
 def _padded_ranks(model: Model) -> int:
     """Triton's launches are of layers whose ranks are padded to 16 or to 32."""
     return len({layer.rank > 16 for layer in model.layers})
-
-
-def _tables(model: Model, size: int) -> int:
-    return math.ceil(len(model.layers) / size)
-
-
-def _split(launches: Launches, calls: int) -> Launches:
-    """Each as so many launches that share its work."""
-    return [
-        Launch(x.bytes / calls, x.flops / calls, x.blocks / calls, x.products / calls)
-        for x in launches
-        for _ in range(calls)
-    ]
 
 
 def _by_rows(model: Model) -> list[Layer]:

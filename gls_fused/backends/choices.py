@@ -8,8 +8,8 @@ CHOICES: dict[str, tuple[str, str]] = {
     "precondition_gradient": ("triton", "modelled: fewer launches"),
     "sketch_rows": ("native", "modelled: fewer launches"),
     "blend_subspaces": ("triton", "modelled: fewer launches"),
-    "refresh_subspaces": ("triton", "modelled: fewer launches"),
+    "refresh_subspaces": ("native", "modelled: fewer launches"),
     "invert_cores": ("native", "modelled: fewer launches"),
-    "update_layers_": ("triton", "modelled: fewer launches"),
+    "update_layers_": ("native", "modelled: fewer launches"),
     "orthogonal_updates": ("triton", "modelled: launches that take less time"),
 }

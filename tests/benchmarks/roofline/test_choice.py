@@ -84,13 +84,15 @@ def test_ops_of_a_layers_blending():
 
 def test_sizes_are_those_of_the_kernels():
     headers = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.h"))
-    named = {
-        "kProjectRows": choice.PROJECT_ROWS, "kMoveColumns": choice.MOVE_COLUMNS,
-        "kMaxMoves": choice.MOVES, "kMaxCores": choice.CORES, "kMaxProducts": choice.PRODUCTS,
-        "kMaxAxes": choice.AXES, "kMaxBlends": choice.BLENDS, "kMaxLayers": choice.LAYERS,
-    }  # fmt: skip
-    for name, value in named.items():
+    for name, value in (
+        ("kProjectRows", choice.PROJECT_ROWS),
+        ("kMoveColumns", choice.MOVE_COLUMNS),
+    ):
         assert re.search(rf"{name} = (\d+);", headers)[1] == str(value), name
+    # By bytes of an element.
+    assert "tile_rows(int bytes) { return 16 * bytes; }" in headers
+    assert "tile_columns(int bytes) { return 512 / bytes; }" in headers
+    assert (choice.TILE_ROWS, choice.TILE_COLUMNS) == (16 * 4, 512 // 4)
     pytest.importorskip("triton")
     from gls_fused.backends.triton import configs
 
