@@ -13,7 +13,14 @@ from torch.nn import functional as F
 from gls_fused.apply.spectral import factor_share, normalize_of
 from gls_fused.backends.dispatch import describe_backend
 from gls_fused.capture.layer import Layer
-from gls_fused.curvature.estimate import State, blend, check_device, recast, settle
+from gls_fused.curvature.estimate import (
+    State,
+    check_device,
+    commit,
+    commits_at_once,
+    recast,
+    settle,
+)
 from gls_fused.distributed.ranks import Ranks
 from gls_fused.reference import Inverse
 from gls_fused.scaling import where_flag
@@ -196,16 +203,23 @@ class Preconditioner:
         """Blend the sums of a step into the statistics, and make the inverses anew.
 
         Args:
-            sums: of `take_sums`, which count no row where `skip` is true.
+            sums: of `take_sums`.
             skip: 0-d bool; where it is true the states stay as they are.
         """
-        own = [
-            (layer.curvature, states[layer.weight], sums[layer])
-            for layer in layers
-            if layer in sums
-        ]
+        own = []
+        for layer in layers:
+            if layer not in sums:
+                continue
+            kind, state, found = layer.curvature, states[layer.weight], sums[layer]
+            gradients: list[Tensor] = []
+            if self.ranks.size == 1:
+                if commits_at_once(kind, state):
+                    gradients = layer.led_to()
+                else:
+                    found = _counting(layer, found, skip)
+            own.append((kind, state, found, gradients))
         if own:
-            settle(blend(own, options["beta"]), options["damping"], options["power"], skip)
+            commit(own, options["beta"], options["damping"], options["power"], skip)
 
     def expect(
         self, layers: Sequence[Layer], states: States, step: int, options: Mapping[str, Any]
@@ -312,7 +326,7 @@ def take_sums(
     Those of layers without statistics end with one more number: on how many ranks rows were seen.
     With several ranks, a layer that gathers takes part whether or not it saw rows on this one. Of
     idle layers there is that number alone, once they have been called; with several ranks, where
-    others take part.
+    others take part. Of a single rank's layers with statistics `commit` decides which count.
 
     Args:
         skip: 0-d bool; where it is true no row counts, without the host knowing.
@@ -331,9 +345,8 @@ def take_sums(
             if layer.weight.grad is not None and not layer.called:
                 layer.seek_uses()
             continue
-        sums = layer.counted(sums)
-        if skip is not None:
-            sums = where_flag(skip, torch.zeros_like(sums), sums)
+        if layer.inverse is None or ranks.size > 1:
+            sums = _counting(layer, sums, skip)
         # Rows that count for nothing, all zero or not finite, have been seen nevertheless.
         own[layer] = torch.cat([sums, sums.new_ones(1)]) if layer.inverse is None else sums
     for layer in idle:
@@ -349,6 +362,12 @@ def take_sums(
             empty = layer.no_sums()
             own[layer] = F.pad(empty, (0, 1)) if layer.inverse is None else empty
     return dict(zip(taking, ranks.sum([own[layer] for layer in taking]), strict=True))
+
+
+def _counting(layer: Layer, sums: Tensor, skip: Tensor | None) -> Tensor:
+    """The sums, over no row where `skip` is true or the gradients that rows led to are zero."""
+    sums = layer.counted(sums)
+    return sums if skip is None else where_flag(skip, torch.zeros_like(sums), sums)
 
 
 def _inverse(layer: Layer, state: State) -> Inverse | None:

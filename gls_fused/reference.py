@@ -797,6 +797,26 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return x.mT if matrix.shape[-2] > matrix.shape[-1] else x
 
 
+def measure_weights_(
+    weights: Sequence[Tensor],
+    results: Sequence[Tensor],
+    least: Sequence[float],
+    skip: Tensor | None = None,
+) -> None:
+    """The root mean square of each weight, or `least` where that is more, into `results`.
+
+    Args:
+        weights: all on one device, of any shapes.
+        results: 0-d, in whose dtype the squares are added.
+        least: more than 0.
+        skip: 0-d bool; where it is true nothing changes.
+    """
+    for weight, result, floor in zip(weights, results, least, strict=True):
+        norm = torch.linalg.vector_norm(weight, dtype=result.dtype)
+        found = (norm / max(1, weight.numel()) ** 0.5).clamp(min=floor)
+        result.copy_(found if skip is None else torch.where(skip, result, found))
+
+
 def layer_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Frobenius norm of a layer's weight and bias taken together, 0-d."""
     norms = torch.stack([torch.linalg.vector_norm(x) for x in tensors])

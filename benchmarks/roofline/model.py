@@ -30,9 +30,6 @@ MODELS = (*(model(BATCH) for model in TASK_MODELS.values()), transformer())
 # torch's fused Adam: launches of at most 320 blocks of 65,536 elements
 # (ATen/native/cuda/MultiTensorApply.cuh), and one for the step counters.
 ADAM_ELEMENTS_PER_LAUNCH = 320 * 65536
-# torch's ops around a layer's sketch, of which 10 add the sums up, and those of a convolution's,
-# whose sketch is torch's own. Of as many rows A'Y is made in parts, one launch more.
-SKETCH_OPS, IMAGE_OPS, ROWS_IN_PARTS = 12, 22, 1024
 # Of all layers at a commit: the blending, the bases in five, C, and the copies into the state.
 COMMIT_LAUNCHES = 8
 
@@ -112,11 +109,10 @@ def precondition(rows: int, inputs: int, rank: int = RANK) -> Cost:
     return Cost(12 * rows * inputs, 4 * rows * inputs * rank + 2 * rows * rank**2, 1)
 
 
-def sketch(rows: int, inputs: int, rank: int = RANK, *, convolution: bool = False) -> Cost:
-    """Y'Y, A'Y, ||A||^2: A read twice, Y written and read, A'Y written; a sum of the parts."""
+def sketch(rows: int, inputs: int, rank: int = RANK) -> Cost:
+    """Y'Y, A'Y, ||A||^2: A read twice, Y written and read, A'Y written."""
     moved = 2 * rows * inputs + 2 * rows * rank + inputs * rank
-    launches = IMAGE_OPS if convolution else SKETCH_OPS + 3 + (rows >= ROWS_IN_PARTS)
-    return Cost(FLOAT * moved, 4 * rows * inputs * rank + 2 * rows * rank**2, launches)
+    return Cost(FLOAT * moved, 4 * rows * inputs * rank + 2 * rows * rank**2, 2)
 
 
 def refresh(inputs: int, rank: int = RANK) -> Cost:
@@ -172,7 +168,7 @@ def gls_step(model: Model, *, momentum: bool = True) -> dict[str, Cost]:
         rank = layer.rank
         if layer.at_backward:
             pieces["rows"] += precondition(layer.rows, layer.inputs, rank)
-        gathered = sketch(layer.sketched, layer.inputs, rank, convolution=layer.convolution)
+        gathered = sketch(layer.sketched, layer.inputs, rank)
         gathered += refresh(layer.inputs, rank)
         pieces["statistics"] += gathered * (1 / GATHER_EVERY)
     # For ranks padded to 16 and to 32, but for the copies.

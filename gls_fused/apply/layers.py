@@ -18,6 +18,7 @@ from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.distributed.factors import update_spectral_shards_
 from gls_fused.distributed.sharding import (
+    everywhere,
     is_sharded,
     rows_here,
     shards_of,
@@ -339,23 +340,29 @@ def measure_weights(
     Args:
         skip: 0-d bool; where it is true those there are stay.
     """
-    if not layers:
-        return
-    sizes = [max(1, layer.weight.numel() // (layer.blocks or 1)) for layer in layers]
-    found = norms_of(layers)
-    torch._foreach_div_(found, [size**0.5 for size in sizes])
-    torch._foreach_clamp_min_(found, [(3 * layer.dim) ** -0.5 for layer in layers])
-    kept: list[Tensor] = []
-    new: list[Tensor] = []
-    for layer, rms in zip(layers, found, strict=True):
-        state = states[layer.weight]
-        if "weight_rms" in state:
-            kept.append(state["weight_rms"])
-            new.append(rms if skip is None else where_flag(skip, kept[-1], rms))
-        else:
-            state["weight_rms"] = rms
-    if kept:
-        torch._foreach_copy_(kept, new)
+    together: dict[Any, list[tuple[Tensor, Tensor, float]]] = {}
+    for layer in layers:
+        state, weight = states[layer.weight], layer.weight.detach()
+        least = (3 * layer.dim) ** -0.5
+        # Where there is none yet, nothing can stay.
+        unless = skip if "weight_rms" in state else None
+        if "weight_rms" not in state:
+            state["weight_rms"] = torch.zeros(
+                layer.stack, dtype=layer.statistics_dtype, device=weight.device
+            )
+        kept = state["weight_rms"]
+        if is_sharded(weight):
+            size = max(1, weight.numel() // (layer.blocks or 1))
+            rms = (everywhere(norms_of(layer)) / size**0.5).clamp(min=least)
+            kept.copy_(rms if unless is None else where_flag(unless, kept, rms))
+            continue
+        weights = [weight] if layer.blocks is None else weight.unbind()
+        own = [(*pair, least) for pair in zip(weights, kept.view(-1).unbind(), strict=True)]
+        together.setdefault((layer.backend, weight.device, unless is None), []).extend(own)
+    for (backend, device, always), found in together.items():
+        measured, results, floors = zip(*found, strict=True)
+        flag = None if always or skip is None else skip.to(device, non_blocking=True)
+        backend.measure_weights_(measured, results, floors, flag)
 
 
 def fill_layer_states(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gls_fused.capture.layer import Layer
-from gls_fused.distributed.sharding import everywhere, rows_here
+from gls_fused.distributed.sharding import rows_here
 
 
 def by_matrix(
@@ -67,18 +67,8 @@ def _matrices_here(layer: Layer, tensor: Tensor) -> list[Tensor]:
     return layer.matrices(rows_here(tensor) if layer.stacked else tensor)
 
 
-def norms_of(layers: Sequence[Layer]) -> list[Tensor]:
-    """Of the weights, 0-d; of each matrix of a stack, [blocks]; of sharded ones over all ranks."""
-    found: dict[Layer, Tensor] = {}
-    plain: dict[torch.dtype, list[Layer]] = {}
-    for layer in layers:
-        dtype, axes = layer.statistics_dtype, None if layer.blocks is None else (1, 2)
-        if axes is None and layer.shards is None:
-            plain.setdefault(dtype, []).append(layer)
-        else:
-            norms = torch.linalg.vector_norm(layer.weight, dim=axes, dtype=dtype)
-            found[layer] = everywhere(norms)
-    for dtype, alike in plain.items():
-        weights: list[Tensor] = [layer.weight for layer in alike]
-        found |= zip(alike, torch._foreach_norm(weights, 2, dtype), strict=True)
-    return [found[layer] for layer in layers]
+def norms_of(layer: Layer) -> Tensor:
+    """Of the weight, 0-d; of each matrix of a stack, [blocks]; of a sharded one, sharded."""
+    axes = None if layer.blocks is None else (1, 2)
+    norms: Tensor = torch.linalg.vector_norm(layer.weight, dim=axes, dtype=layer.statistics_dtype)
+    return norms

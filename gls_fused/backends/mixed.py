@@ -31,6 +31,7 @@ __all__ = [
     "invert_core",
     "invert_cores",
     "invert_gram",
+    "measure_weights_",
     "orthogonal_updates",
     "precondition_gradient",
     "precondition_rows",
@@ -55,6 +56,8 @@ sketch_rows = _chosen("sketch_rows").sketch_rows
 blend_subspace = _chosen("blend_subspaces").blend_subspace
 blend_subspaces = _chosen("blend_subspaces").blend_subspaces
 update_layers_ = _chosen("update_layers_").update_layers_
+# The C++ kernels have none: there it is a few of torch's ops.
+measure_weights_ = triton.measure_weights_
 orthogonal_updates = _chosen("orthogonal_updates").orthogonal_updates
 update_spectral_layers_ = functools.partial(
     factors.update_spectral_layers_, precondition_gradient, orthogonal_updates

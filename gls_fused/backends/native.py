@@ -45,6 +45,7 @@ __all__ = [
     "invert_core",
     "invert_cores",
     "invert_gram",
+    "measure_weights_",
     "orthogonal_updates",
     "precondition_gradient",
     "precondition_rows",
@@ -256,6 +257,26 @@ def update_layers_(
         lr_bounds,
     )
     increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
+
+
+def measure_weights_(
+    weights: Sequence[Tensor],
+    results: Sequence[Tensor],
+    least: Sequence[float],
+    skip: Tensor | None = None,
+) -> None:
+    """See `gls_fused.reference.measure_weights_`; a few of torch's ops for all of a dtype."""
+    alike: dict[torch.dtype, list[int]] = {}
+    for index, result in enumerate(results):
+        alike.setdefault(result.dtype, []).append(index)
+    for dtype, mine in alike.items():
+        found = list(torch._foreach_norm([weights[i] for i in mine], 2, dtype))
+        kept = [results[i] for i in mine]
+        torch._foreach_div_(found, [max(1, weights[i].numel()) ** 0.5 for i in mine])
+        torch._foreach_clamp_min_(found, [least[i] for i in mine])
+        if skip is not None:
+            found = [torch.where(skip, *pair) for pair in zip(kept, found, strict=True)]
+        torch._foreach_copy_(kept, found)
 
 
 update_spectral_layers_ = functools.partial(

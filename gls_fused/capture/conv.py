@@ -43,16 +43,31 @@ class ImageRows(Rows):
     groups: int = 1
 
     def sample(self, inputs: Tensor) -> tuple[Tensor, float]:
-        groups = self.groups
+        groups, most = self.groups, self._most
         if groups == 1:
-            return take_sample(inputs, SKETCH_IMAGES, self.draw)
+            return take_sample(inputs, most, self.draw)
         n, channels, *size = inputs.shape
         images, count = inputs.view(n, groups, channels // groups, *size), n * groups
-        most = min(SKETCH_IMAGES * groups, SKETCH_GROUPS)
         if count <= most:
             return images.flatten(0, 1), 1.0
         places = sample_places(count, most, self.draw, inputs.device)
         return images[places // groups, places % groups], count / most
+
+    @property
+    def _most(self) -> int:
+        """How many images, each of one group, count."""
+        groups = self.groups
+        return SKETCH_IMAGES if groups == 1 else min(SKETCH_IMAGES * groups, SKETCH_GROUPS)
+
+    def sum_at_once(self, sums: Tensor | None, inputs: Tensor, basis: Tensor) -> Tensor | None:
+        sum_images: Any = getattr(self.backend, "sum_images", None)
+        if sum_images is None:
+            return None
+        found: Tensor | None = sum_images(
+            inputs, basis, sums, self.window,
+            groups=self.groups, ones=self.ones, most=self._most, draw=self.draw,
+        )  # fmt: skip
+        return found
 
     def sum_gram(self, inputs: Tensor) -> tuple[int, Tensor, Tensor]:
         rows = self.backend.unfold_images(inputs, self.window)

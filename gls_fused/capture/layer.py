@@ -496,13 +496,19 @@ class Layer(Rows):
             self._watch = None
         return sums
 
+    def led_to(self) -> list[Tensor]:
+        """The gradients that the rows led to; none where it is not known here whether all are zero.
+
+        Others' part of a sharded gradient is not. Of rows that are zero the bias alone has one.
+        """
+        if self.shards is not None or self.weight.grad is None:
+            return []
+        return [param.grad for param in self.params if param.grad is not None]
+
     def counted(self, sums: Tensor) -> Tensor:
         """The sums, over no row where the gradients that the rows led to have been set to zero."""
-        # Whether others' part of a sharded gradient is zero is not known here.
-        if self.shards is not None or self.weight.grad is None:
-            return sums
-        # Of rows that are zero the bias alone has one.
-        return _where_nonzero([p.grad for p in self.params if p.grad is not None], sums)
+        gradients = self.led_to()
+        return _where_nonzero(gradients, sums) if gradients else sums
 
     def count_rows(self, sums: Tensor) -> Tensor:
         """Over how many rows the sums are, 0-d; of a stack, of all its matrices."""

@@ -29,6 +29,16 @@ class LinearRows(Rows):
     def sample(self, inputs: Tensor) -> tuple[Tensor, float]:
         return take_sample(inputs.reshape(-1, inputs.shape[-1]), SKETCH_ROWS, self.draw)
 
+    def sum_at_once(self, sums: Tensor | None, inputs: Tensor, basis: Tensor) -> Tensor | None:
+        sum_rows: Any = getattr(self.backend, "sum_rows", None)
+        if sum_rows is None:
+            return None
+        rows, most = inputs.reshape(-1, inputs.shape[-1]), SKETCH_ROWS
+        found: Tensor | None = sum_rows(
+            rows, basis, sums, ones=self.ones, most=most, draw=self.draw
+        )
+        return found
+
     def sum_gram(self, rows: Tensor) -> tuple[int, Tensor, Tensor]:
         gram, trace = self.backend.sum_gram(rows, dtype=self.statistics_dtype, ones=self.ones)
         return rows.shape[0], trace, gram

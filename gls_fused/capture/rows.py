@@ -92,6 +92,10 @@ class Rows(abc.ABC):
 
     def add_rows(self, sums: Tensor | None, inputs: Tensor, basis: Tensor | None) -> Tensor | None:
         """The sums, with the rows of these inputs added."""
+        if basis is not None and inputs.numel():
+            found = self.sum_at_once(sums, inputs, basis)
+            if found is not None:
+                return found
         inputs, weight = self.sample(inputs)
         if not inputs.numel():
             return sums
@@ -146,6 +150,10 @@ class Rows(abc.ABC):
             return [inverse]
         kind: Any = type(inverse)
         return [kind(*parts) for parts in zip(*(part.unbind() for part in inverse), strict=True)]
+
+    def sum_at_once(self, sums: Tensor | None, inputs: Tensor, basis: Tensor) -> Tensor | None:
+        """`add_rows` where the backend samples, sketches and adds by itself; None where not."""
+        return None
 
     @abc.abstractmethod
     def sample(self, inputs: Tensor) -> tuple[Tensor, float]:

@@ -45,6 +45,9 @@ AUTO_RANK = 32
 # What `blend` takes of a subspace's state.
 ESTIMATE = ("basis", "core", "trace", "samples")
 
+# And of which a commit makes P.
+COMMITTED = (*ESTIMATE, "core_inverse", "shift")
+
 
 class Moments(NamedTuple):
     """An estimate before its basis moves, of Sigma + mu S; see `reference.blend_subspace`."""
@@ -274,6 +277,52 @@ def recast(state: State, dtype: torch.dtype, keys: Iterable[str]) -> None:
         value = state.get(key)
         if isinstance(value, Tensor) and value.dtype != dtype:
             state[key] = value.to(dtype)
+
+
+def commits_at_once(kind: Curvature, state: Mapping[str, Any]) -> bool:
+    """Whether the backend commits this estimate in a call of its own, and looks at gradients."""
+    commits = getattr(kind.backend, "commits", None)
+    if commits is None or not isinstance(kind, Subspace):
+        return False
+    found: bool = commits([state[name] for name in COMMITTED])
+    return found
+
+
+def commit(
+    layers: Sequence[tuple[Curvature, State, Tensor, Sequence[Tensor]]],
+    beta: float,
+    damping: float,
+    power: float,
+    skip: Tensor | None = None,
+) -> None:
+    """`blend`, then `settle`, with one call of the backend where it has one.
+
+    Args:
+        layers: with their sums and, where `commits_at_once`, the gradients that the rows led to,
+            which count only where one of these is not zero; else none.
+        skip: 0-d bool; where it is true the states stay as they are.
+    """
+    rest: list[tuple[Curvature, State, Tensor]] = []
+    together: dict[Any, list[tuple[State, Tensor, Sequence[Tensor]]]] = {}
+    for kind, state, sums, gradients in layers:
+        if commits_at_once(kind, state):
+            place = (kind.backend, sums.device)
+            together.setdefault(place, []).append((state, sums, gradients))
+        else:
+            rest.append((kind, state, sums))
+    for (backend, device), found in together.items():
+        states, all_sums, gradients = zip(*found, strict=True)
+        backend.commit_subspaces_(
+            [[state[name] for name in COMMITTED] for state in states],
+            all_sums,
+            gradients,
+            beta=beta,
+            damping=damping,
+            power=power,
+            skip=None if skip is None else skip.to(device, non_blocking=True),
+        )
+    if rest:
+        settle(blend(rest, beta), damping, power, skip)
 
 
 @without_tf32()

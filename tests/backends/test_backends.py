@@ -173,6 +173,23 @@ def test_sums_blend_in(name, dtype):
 
 
 @each_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_weights_are_measured(name, dtype):
+    """One that is not contiguous, one below its least, an empty one; none where `skip` is true."""
+    backend, wide = resolve_backend(name, ["cpu"]), torch.promote_types(dtype, torch.float32)
+    weights = [draw(*shape, dtype=dtype) for shape in [(130, 70), (3, 2), (0, 4)]]
+    weights[0] = weights[0].T
+    results = [torch.full((), 7.0, dtype=wide) for _ in weights]
+    backend.measure_weights_(weights, results, [0.1, 50.0, 0.2], torch.tensor(True))
+    assert results == [7] * 3
+    backend.measure_weights_(weights, results, [0.1, 50.0, 0.2], torch.tensor(False))
+    expected = [weights[0].double().square().mean().sqrt(), 50.0, 0.2]
+    assert_same(results, [torch.as_tensor(x, dtype=wide) for x in expected], PRODUCT, wide)
+    backend.measure_weights_([weights[1]], results[:1], [0.0])
+    assert_same(results[:1], [weights[1].double().square().mean().sqrt().to(wide)], PRODUCT, wide)
+
+
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_some_layers_at_once(name, dtype):
     backend, dims = resolve_backend(name, ["cpu"]), [3, 40, 32]

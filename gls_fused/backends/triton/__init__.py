@@ -1,12 +1,14 @@
 """Backend `triton`: the ops of gls_fused.reference as Triton kernels, for CUDA devices.
 
     rows.py            X P for rows and gradients, in one kernel
-    sketch.py          Y'Y, A'Y and ||A||_F^2, added up in a fixed order
+    sketch.py          the sums over a layer's rows, added up in a fixed order; sample.py says which
     core.py            C and lambda', all layers in one launch
     blend.py           a step's sums enter the estimates, all layers in one launch
+    commit.py          the end of a gathering step, all layers in three launches
     subspace.py        the bases move: Cholesky QR, twice, all layers in five launches
     update.py          the update of all layers at once; its tables are made in update_plan.py, its
                        kernels are in update_kernels.py and, of tiles of weights, tile_kernels.py
+    measure.py         root mean squares of the weights, all layers in one launch
     symmetric.py       orthogonal steps: symmetric products of all weights of one shape
     configs.py         block sizes, a table
     launch.py          launches, and tables of addresses
@@ -19,9 +21,11 @@ import functools
 
 from gls_fused.backends import factors
 from gls_fused.backends.triton.blend import blend_subspace, blend_subspaces
+from gls_fused.backends.triton.commit import commit_subspaces_, commits
 from gls_fused.backends.triton.core import invert_core, invert_cores
+from gls_fused.backends.triton.measure import measure_weights_
 from gls_fused.backends.triton.rows import precondition_gradient, precondition_rows
-from gls_fused.backends.triton.sketch import sketch_rows
+from gls_fused.backends.triton.sketch import sketch_rows, sum_images, sum_rows
 from gls_fused.backends.triton.subspace import refresh_subspace, refresh_subspaces
 from gls_fused.backends.triton.symmetric import orthogonal_updates
 from gls_fused.backends.triton.update import update_layers_
@@ -30,9 +34,12 @@ from gls_fused.reference import invert_gram, sketch_images, sum_gram, unfold_ima
 __all__ = [
     "blend_subspace",
     "blend_subspaces",
+    "commit_subspaces_",
+    "commits",
     "invert_core",
     "invert_cores",
     "invert_gram",
+    "measure_weights_",
     "orthogonal_updates",
     "precondition_gradient",
     "precondition_rows",
@@ -41,6 +48,8 @@ __all__ = [
     "sketch_images",
     "sketch_rows",
     "sum_gram",
+    "sum_images",
+    "sum_rows",
     "unfold_images",
     "update_layers_",
     "update_spectral_layers_",

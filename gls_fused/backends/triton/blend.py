@@ -29,6 +29,28 @@ LINE = 11
 
 
 @triton.jit
+def blend_samples(s, w, n):
+    """See `gls_fused.reference.blend_samples`."""
+    return 1.0 / ((1.0 - w) * (1.0 - w) / s + w * w / n)
+
+
+@triton.jit
+def blend_tile(basis, m, sums, i, dim, rank, n, w, mu, PRECISION: tl.constexpr):
+    """Rows i of Z + mu S U, the addresses of these elements by columns, and which there are."""
+    RANK: tl.constexpr = m.shape[0]
+    c = tl.arange(0, RANK)
+    mask = (i < dim)[:, None] & (c < rank)[None, :]
+    at = i[:, None] + c[None, :] * dim
+    u = tl.load(basis + at, mask=mask, other=0.0)
+    earlier = tl.dot(u, tl.trans(m), input_precision=PRECISION)
+    fresh = tl.load(sums + 2 + rank * rank + at, mask=mask, other=0.0) / n
+    z = earlier + (fresh - earlier) * w
+    # Where all of a row is 0 it stays 0.
+    z += tl.where(tl.max(tl.abs(z), axis=1)[:, None] > 0.0, mu, 0.0) * u
+    return z, at, mask
+
+
+@triton.jit
 def _blend_kernel(
     table,  # int64 [layers, 11]: U, M, t, s, sums, Z, M+, t+, s+ (addresses), d, r
     blocks,  # int64 [programs, 2]: layer, block of its d
@@ -53,19 +75,11 @@ def _blend_kernel(
 
     i = part * BLOCK_D + tl.arange(0, BLOCK_D)
     c = tl.arange(0, RANK)
-    in_rank = c < rank
-    mask = (i < dim)[:, None] & in_rank[None, :]
-    at = i[:, None] + c[None, :] * dim
-    square = in_rank[:, None] & in_rank[None, :]
+    square = (c < rank)[:, None] & (c < rank)[None, :]
     inside = c[:, None] * rank + c[None, :]
     m = tl.load(core + inside, mask=square, other=0.0)
-    u = tl.load(basis + at, mask=mask, other=0.0)
-    earlier = tl.dot(u, tl.trans(m), input_precision=PRECISION)
-    fresh = tl.load(sums + 2 + rank * rank + at, mask=mask, other=0.0) / n
+    z, at, mask = blend_tile(basis, m, sums, i, dim, rank, n, w, mu, PRECISION)
     sketch = tl.load(line + 5).to(tl.pointer_type(tl.float32))
-    z = earlier + (fresh - earlier) * w
-    # Where all of a row is 0 it stays 0.
-    z += tl.where(tl.max(tl.abs(z), axis=1)[:, None] > 0.0, mu, 0.0) * u
     tl.store(sketch + at, z, mask=mask)
     if part == 0:
         gram = tl.load(sums + 2 + inside, mask=square, other=0.0) / n
@@ -73,8 +87,7 @@ def _blend_kernel(
         tl.store(tl.load(line + 6).to(tl.pointer_type(tl.float32)) + inside, m, mask=square)
         tl.store(tl.load(line + 7).to(tl.pointer_type(tl.float32)), t)
         s = tl.load(tl.load(line + 3).to(tl.pointer_type(tl.float32)))
-        s = 1.0 / ((1.0 - w) * (1.0 - w) / s + w * w / n)
-        tl.store(tl.load(line + 8).to(tl.pointer_type(tl.float32)), s)
+        tl.store(tl.load(line + 8).to(tl.pointer_type(tl.float32)), blend_samples(s, w, n))
 
 
 def blend_subspaces(

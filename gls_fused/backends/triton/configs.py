@@ -127,6 +127,18 @@ def symmetric_tile(size: int, dtype: torch.dtype) -> Tile:
     return Tile(128, 64, 8, 3) if size > 512 else Tile(64, 64, 4, 3)
 
 
+def row_blocks(n: int, rows: int) -> int:
+    """Blocks of so many rows that one program of Y = A U walks: parts of Y'Y are at most 256."""
+    return max(1, -(-n // (256 * rows)))
+
+
 def sketch_splits(n: int) -> int:
     """Parts into which the rows are cut for A'Y; a function of n alone, so sums repeat exactly."""
     return min(64, max(1, n // ROWS_PER_SPLIT))
+
+
+def commit_tile(padded_rank: int) -> Tile:
+    """Of a step's end, whose last program factors and inverts a core in float64: `basis_tile` with
+    the warps of `root_warps`.
+    """
+    return Tile(32, padded_rank, max(4, root_warps(padded_rank)), 1)

@@ -119,16 +119,9 @@ def _power(x, QUARTERS: tl.constexpr):
 
 
 @triton.jit
-def _dampings(line, core_trace, trace, rank, QUARTERS: tl.constexpr):
-    """Lambda and lambda'^p."""
-    dim = tl.load(line + 5)
-    rows = dim.to(trace.dtype)
-    samples = tl.load(line + 10)
-    # No address: no fewer than dim.
-    known = samples != 0
-    samples = tl.load(samples.to(tl.pointer_type(trace.dtype)), mask=known, other=0.0)
-    rows = tl.where(known, tl.minimum(rows, samples), rows)
-    share = tl.load(line + 6).to(tl.float64, bitcast=True).to(trace.dtype) / rows
+def damp_core(trace, core_trace, dim, rank, rows, damping, QUARTERS: tl.constexpr):
+    """Lambda and lambda'^p, of Sigma that stands for so many rows."""
+    share = damping.to(trace.dtype) / tl.minimum(dim.to(trace.dtype), rows)
     # 32 units of rounding.
     LEAST: tl.constexpr = 2.0**-47 if trace.dtype == tl.float64 else 2.0**-18
     damp = trace * tl.maximum(share, LEAST)
@@ -140,10 +133,49 @@ def _dampings(line, core_trace, trace, rank, QUARTERS: tl.constexpr):
 
 
 @triton.jit
+def _dampings(line, core_trace, trace, rank, QUARTERS: tl.constexpr):
+    """`damp_core` of a line of the table."""
+    dim = tl.load(line + 5)
+    rows = dim.to(trace.dtype)
+    samples = tl.load(line + 10)
+    # No address: no fewer than dim.
+    known = samples != 0
+    samples = tl.load(samples.to(tl.pointer_type(trace.dtype)), mask=known, other=0.0)
+    rows = tl.where(known, samples, rows)
+    damping = tl.load(line + 6).to(tl.float64, bitcast=True)
+    return damp_core(trace, core_trace, dim, rank, rows, damping, QUARTERS)
+
+
+@triton.jit
 def _finish(inverse, eye, fine, damp, shift, core_trace, rank, QUARTERS: tl.constexpr):
     """C from (M + lambda I)^-p."""
     fallback = eye / _power(damp + core_trace / rank.to(damp.dtype), QUARTERS)
     return tl.where(fine, inverse, fallback) - eye / shift
+
+
+@triton.jit
+def invert_core_tile(
+    m, core_trace, damp, shift, rank,
+    QUARTERS: tl.constexpr, NEAR: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """C of the tile m, which holds M [rank, rank] and is zero beyond."""
+    RANK: tl.constexpr = m.shape[0]
+    i, j = tl.arange(0, RANK)[:, None], tl.arange(0, RANK)[None, :]
+    inside = (i < rank) & (j < rank)
+    eye = tl.where(i == j, 1.0, 0.0).to(m.dtype)
+    if QUARTERS == 4:
+        inverse, fine = invert_tile(m / damp + eye, damp * 0.0, rank, RANK)
+        inverse = inverse / damp
+    else:
+        wide = m.to(tl.float64)
+        bound = tl.sum(tl.where(i == j, wide, 0.0)) + rank * damp.to(tl.float64)
+        wide = ((wide + tl.trans(wide)) * 0.5 + eye * damp.to(tl.float64)) / bound
+        # The rest of the tile has converged.
+        wide = tl.where(inside, wide, eye.to(tl.float64))
+        inverse, fine = _power_of_inverse_root(wide, NEAR, STEPS, QUARTERS)
+        # NaN, as the fallback, for a negative multiple of what is positive definite.
+        inverse = (inverse / _power(bound, QUARTERS)).to(m.dtype)
+    return _finish(inverse, eye, fine, damp, shift, core_trace, rank, QUARTERS)
 
 
 @triton.jit
@@ -167,20 +199,7 @@ def _invert_core_kernel(
     m = tl.load(core + i * tl.load(line + 7) + j * tl.load(line + 8), mask=inside, other=0.0)
     core_trace = tl.sum(tl.where(i == j, m, 0.0))
     damp, shift = _dampings(line, core_trace, trace, rank, QUARTERS)
-    eye = tl.where(i == j, 1.0, 0.0).to(DTYPE)
-    if QUARTERS == 4:
-        inverse, fine = invert_tile(m / damp + eye, damp * 0.0, rank, RANK)
-        inverse = inverse / damp
-    else:
-        wide = m.to(tl.float64)
-        bound = tl.sum(tl.where(i == j, wide, 0.0)) + rank * damp.to(tl.float64)
-        wide = ((wide + tl.trans(wide)) * 0.5 + eye * damp.to(tl.float64)) / bound
-        # The rest of the tile has converged.
-        wide = tl.where(inside, wide, eye.to(tl.float64))
-        inverse, fine = _power_of_inverse_root(wide, NEAR, STEPS, QUARTERS)
-        # NaN, as the fallback, for a negative multiple of what is positive definite.
-        inverse = (inverse / _power(bound, QUARTERS)).to(DTYPE)
-    inverse = _finish(inverse, eye, fine, damp, shift, core_trace, rank, QUARTERS)
+    inverse = invert_core_tile(m, core_trace, damp, shift, rank, QUARTERS, NEAR, STEPS)
     tl.store(core_inverse + i * rank + j, inverse, mask=inside)
     tl.store(tl.load(line + 3).to(tl.pointer_type(DTYPE)), shift)
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Tables that are kept: a step's gradients come back to a few addresses once training is under way.
-KEPT_TABLES = 64
+KEPT_TABLES = 256
 
 ELEMENTS = {
     torch.float64: tl.float64,

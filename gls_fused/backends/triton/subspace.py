@@ -65,6 +65,63 @@ def _gram_kernel(
 
 
 @triton.jit
+def eliminate(g, rank, DEPENDENT: tl.constexpr):
+    """R with R'R = G, and the transpose of R^-1, of the tile G [RANK, RANK] in float64.
+
+    Gaussian elimination on [G, I]: R in the upper triangle, and L^-1, whose transpose is R^-1. A
+    column that depends on those before it gets a row of zeros.
+    """
+    RANK: tl.constexpr = g.shape[0]
+    c = tl.arange(0, RANK)
+    i, j = c[:, None], c[None, :]
+    norms = tl.sum(tl.where(i == j, g, 0.0), axis=0)
+    factor = tl.zeros([RANK, RANK], dtype=tl.float64)
+    eliminated = tl.where(i == j, 1.0, 0.0).to(tl.float64)
+    for k in range(rank):
+        row = tl.sum(tl.where(i == k, g, 0.0), axis=0)
+        column = tl.sum(tl.where(j == k, g, 0.0), axis=1)
+        pivot = tl.sum(tl.where(c == k, row, 0.0))
+        norm = tl.sum(tl.where(c == k, norms, 0.0))
+        sound = pivot > DEPENDENT * norm
+        root = tl.where(sound, 1.0 / tl.sqrt(tl.where(sound, pivot, 1.0)), 0.0)
+        row = tl.where(c >= k, row * root, 0.0)
+        column = tl.where(c > k, column * root, 0.0)
+        unit = tl.sum(tl.where(i == k, eliminated, 0.0), axis=0) * root
+        g -= column[:, None] * row[None, :]
+        factor = tl.where(i == k, row[None, :], factor)
+        eliminated = tl.where(i == k, unit[None, :], eliminated - column[:, None] * unit[None, :])
+    return factor, eliminated
+
+
+@triton.jit
+def move_core(m, t, rank, EPS: tl.constexpr):
+    """M+ = T (M + nu I)^-1 T', of tiles in float64."""
+    RANK: tl.constexpr = m.shape[0]
+    i, j = tl.arange(0, RANK)[:, None], tl.arange(0, RANK)[None, :]
+    nu = tl.sum(tl.where(i == j, m, 0.0)) * rank * EPS
+    nu = tl.maximum(nu, 1e-300)
+    unit_core = (m + tl.trans(m)) * 0.5 / nu + tl.where(i == j, 1.0, 0.0)
+    middle, _ = invert_tile(unit_core, 0.0 * nu, rank, RANK)
+    moved = tl.dot(t, middle, out_dtype=tl.float64)
+    moved = tl.dot(moved, tl.trans(t), out_dtype=tl.float64) / nu
+    return (moved + tl.trans(moved)) * 0.5
+
+
+@triton.jit
+def rotate_tile(z, turn, i, dim, mask, SEED: tl.constexpr):
+    """Rows i of Z R^-1 in float32, with random columns in place of dependent ones."""
+    RANK: tl.constexpr = turn.shape[0]
+    c = tl.arange(0, RANK)
+    q = tl.dot(z, turn, out_dtype=tl.float64)
+    diagonal = tl.sum(tl.where(c[:, None] == c[None, :], turn, 0.0), axis=0)
+    # Entries of variance 1 / dim: about as long as the columns beside them.
+    noise = tl.rand(SEED, (i[:, None] * RANK + c[None, :]).to(tl.int32)).to(tl.float64)
+    noise = (2.0 * noise - 1.0) * tl.sqrt(3.0 / dim.to(tl.float64))
+    q = tl.where(diagonal[None, :] == 0.0, noise, q)
+    return tl.where(mask, q, 0.0).to(tl.float32)
+
+
+@triton.jit
 def _factor_kernel(
     table,
     parts,
@@ -86,23 +143,7 @@ def _factor_kernel(
     for part in range(first, first + count):
         g += tl.load(parts + part * RANK * RANK + at)
 
-    # Gaussian elimination on [G, I]: R in the upper triangle, and L^-1, whose transpose is R^-1.
-    norms = tl.sum(tl.where(i == j, g, 0.0), axis=0)
-    factor = tl.zeros([RANK, RANK], dtype=tl.float64)
-    eliminated = tl.where(i == j, 1.0, 0.0).to(tl.float64)
-    for k in range(rank):
-        row = tl.sum(tl.where(i == k, g, 0.0), axis=0)
-        column = tl.sum(tl.where(j == k, g, 0.0), axis=1)
-        pivot = tl.sum(tl.where(c == k, row, 0.0))
-        norm = tl.sum(tl.where(c == k, norms, 0.0))
-        sound = pivot > DEPENDENT * norm
-        root = tl.where(sound, 1.0 / tl.sqrt(tl.where(sound, pivot, 1.0)), 0.0)
-        row = tl.where(c >= k, row * root, 0.0)
-        column = tl.where(c > k, column * root, 0.0)
-        unit = tl.sum(tl.where(i == k, eliminated, 0.0), axis=0) * root
-        g -= column[:, None] * row[None, :]
-        factor = tl.where(i == k, row[None, :], factor)
-        eliminated = tl.where(i == k, unit[None, :], eliminated - column[:, None] * unit[None, :])
+    factor, eliminated = eliminate(g, rank, DEPENDENT)
     tl.store(inverses + layer * RANK * RANK + j * RANK + i, eliminated)
 
     triangle = triangles + layer * RANK * RANK + at
@@ -111,14 +152,7 @@ def _factor_kernel(
         core_out = tl.load(line + 4).to(tl.pointer_type(tl.float32))
         inside = (i < rank) & (j < rank)
         m = tl.load(core + i * rank + j, mask=inside, other=0.0).to(tl.float64)
-        nu = tl.sum(tl.where(i == j, m, 0.0)) * rank * EPS
-        nu = tl.maximum(nu, 1e-300)
-        unit_core = (m + tl.trans(m)) * 0.5 / nu + tl.where(i == j, 1.0, 0.0)
-        middle, _ = invert_tile(unit_core, 0.0 * nu, rank, RANK)
-        t = tl.dot(factor, tl.load(triangle), out_dtype=tl.float64)
-        moved = tl.dot(t, middle, out_dtype=tl.float64)
-        moved = tl.dot(moved, tl.trans(t), out_dtype=tl.float64) / nu
-        moved = (moved + tl.trans(moved)) * 0.5
+        moved = move_core(m, tl.dot(factor, tl.load(triangle), out_dtype=tl.float64), rank, EPS)
         tl.store(core_out + i * rank + j, moved.to(tl.float32), mask=inside)
     else:
         tl.store(triangle, factor)
@@ -146,13 +180,7 @@ def _rotate_kernel(
     target, _, _ = _tile(line + SECOND + 1, block, dim, rank, RANK, BLOCK_D)
     z = tl.load(source, mask=mask, other=0.0).to(tl.float64)
     turn = tl.load(inverses + layer * RANK * RANK + c[:, None] * RANK + c[None, :])
-    q = tl.dot(z, turn, out_dtype=tl.float64)
-    diagonal = tl.sum(tl.where(c[:, None] == c[None, :], turn, 0.0), axis=0)
-    # Entries of variance 1 / dim: about as long as the columns beside them.
-    noise = tl.rand(SEED, (i[:, None] * RANK + c[None, :]).to(tl.int32)).to(tl.float64)
-    noise = (2.0 * noise - 1.0) * tl.sqrt(3.0 / dim.to(tl.float64))
-    q = tl.where(diagonal[None, :] == 0.0, noise, q)
-    q = tl.where(mask, q, 0.0).to(tl.float32)
+    q = rotate_tile(z, turn, i, dim, mask, SEED)
     tl.store(target, q, mask=mask)
     if not SECOND:
         wide = q.to(tl.float64)

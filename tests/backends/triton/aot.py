@@ -17,7 +17,9 @@ from triton.compiler import ASTSource, make_backend
 
 from gls_fused.backends.triton import (
     blend,
+    commit,
     core,
+    measure,
     rows,
     sketch,
     subspace,
@@ -25,7 +27,7 @@ from gls_fused.backends.triton import (
     update_plan,
 )
 
-MODULES = (rows, sketch, blend, core, subspace, symmetric, update_plan)
+MODULES = (rows, sketch, blend, commit, core, measure, subspace, symmetric, update_plan)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),

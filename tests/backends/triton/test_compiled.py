@@ -13,22 +13,22 @@ from gls_fused.backends import triton as backend
 from gls_fused.backends.triton import configs, symmetric
 from gls_fused.capture.conv import ImageRows
 from gls_fused.capture.linear import LinearRows
-from gls_fused.curvature.estimate import auto_rank
 from gls_fused.reference import SubspaceInverse, Window
 
 RANK = 32
 # Sizes are multiples of 16, so that contiguous data is aligned. 8192 rows are cut in parts.
 FEW, MANY, SIZE = 128, 8192, 1024
 # 32-bit or narrower accesses that are not of a stream: (loads, stores) at most.
-#   rows: lambda'.  sketch: 1'Y and ||A||_F^2 of a block; a sum over parts has a lane per column.
+#   rows: lambda'.  sums over rows: of a block of them Y'Y, 1'Y and ||A||_F^2; those are added with
+#   a lane for each element.
 #   updates: the step's counter and v, by the layer's last program.
 #   tiles: the bias, its averages and U's last row, for which stores alone are counted; sums of rows
 #   and columns have a lane each.
 NARROW = {
     "_precondition_kernel": (1, 0),
-    "_project_rows_kernel": (0, 2),
-    "_sketch_kernel": (0, 0),
-    "_sum_parts_kernel": (0, 1),
+    "_project_rows_kernel": (0, 9),
+    "_sum_rows_kernel": (None, 2),
+    "_measure_kernel": (0, 1),
     "_flat_update_kernel": (2, 2),
     "_tile_update_kernel": (None, 4),
     "_blend_axes_kernel": (None, 4),
@@ -45,7 +45,8 @@ def launch_products(dtype, rank, ones, by_columns=False):
     for n in (FEW, MANY):
         rows = torch.zeros(n, SIZE, dtype=dtype)
         backend.precondition_rows(rows, inverse, ones=ones)
-        backend.sketch_rows(rows, inverse.basis, ones=ones)
+        draw = torch.zeros((), dtype=torch.int64)
+        backend.sum_rows(rows, inverse.basis, None, ones=ones, most=2048, draw=draw)
     if ones:
         backend.precondition_gradient(rows, rows[:, 0].clone(), inverse)
 
@@ -59,6 +60,24 @@ def launch_statistics(rank):
         torch.zeros(rank, SIZE).T, core, torch.ones(()), torch.ones(()), sums, 0.9
     )
     backend.refresh_subspace(core, torch.zeros(SIZE, rank))
+    estimate = [
+        torch.zeros(rank, SIZE).T,
+        core,
+        torch.ones(()),
+        torch.ones(()),
+        core,
+        torch.ones(()),
+    ]
+    if backend.commits(estimate):
+        for power, skip in zip(POWERS, (None, torch.tensor(False)) * 2, strict=True):
+            options = {"beta": 0.9, "damping": 0.3, "power": power, "skip": skip}
+            backend.commit_subspaces_([estimate], [sums], [[core]], **options)
+
+
+def launch_measures():
+    for dtype in (torch.float32, torch.bfloat16):
+        weight, result = torch.zeros(SIZE, SIZE, dtype=dtype), torch.ones(())
+        backend.measure_weights_([weight, weight], [result, result], [0.1, 0.2])
 
 
 def launch_updates(
@@ -145,6 +164,7 @@ def test_streams_are_16_bytes_wide(launches, target, dtype, tmp_path):
     """Layers without a bias, whose rows are contiguous and aligned throughout."""
     launch_products(dtype, RANK, ones=False)
     launch_updates(dtype, RANK)
+    launch_measures()
     names = {launch.name for launch in launches}
     assert names >= NARROW.keys()
     check(launches, target, tmp_path, streams=True)
@@ -173,7 +193,7 @@ def test_products_follow_the_precision_of_torch(launches, precision, target, tmp
     }
     chosen = {"high": "tf32x3", "medium": "tf32"}[precision]
     followers = ("_precondition_kernel", "_project_gradients_kernel", "_tile_update_kernel")
-    curvature = ("_project_rows_kernel", "_sketch_kernel")
+    curvature = ("_project_rows_kernel", "_sum_rows_kernel")
     assert found == {(name, chosen) for name in followers} | {(name, "ieee") for name in curvature}
     chosen = [launch for launch in launches if "PRECISION" in launch.constants]
     check(chosen, target, tmp_path, streams=True)
@@ -308,26 +328,45 @@ class CountedOps(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("outputs", [10, 64])
-@pytest.mark.parametrize("n", [128, 1024])
-def test_roofline_counts_what_a_gathering_step_launches(launches, n, outputs):
-    rank = auto_rank(outputs)
-    rows = LinearRows()
+def count_of_gathering(launches, rows, inputs):
     rows.backend, rows.ones, rows.statistics_dtype = backend, True, torch.float32
-    rows.test_matrix = torch.zeros(rank, SIZE + 1).T
-    inputs = torch.zeros(n, SIZE)
+    rows.draw = torch.zeros((), dtype=torch.int64)
+    # Which uploads the geometry of a convolution, for good.
+    rows.gather(inputs)
+    launches.clear()
     with CountedOps() as ops:
         rows.gather(inputs)
-    assert len(launches) + ops.count == roofline.sketch(n, SIZE, rank).launches
+    return len(launches) + ops.count
 
 
-def test_roofline_counts_what_a_convolution_launches(launches):
+@pytest.mark.parametrize("n", [128, 8192])
+def test_roofline_counts_what_a_gathering_layer_launches(launches, n):
+    rows = LinearRows()
+    rows.test_matrix = torch.zeros(RANK, SIZE + 1).T
+    count = count_of_gathering(launches, rows, torch.zeros(n, SIZE))
+    assert count == roofline.sketch(n, SIZE).launches
+
+
+def test_roofline_counts_what_a_gathering_convolution_launches(launches):
     images = ImageRows()
-    images.backend, images.ones, images.statistics_dtype = backend, True, torch.float32
     images.window = Window((3, 3), (1, 1), (1, 1), (1, 1))
     images.test_matrix = torch.zeros(8, 4 * 9 + 1).T
-    inputs = torch.zeros(16, 4, 8, 8)
-    with CountedOps() as ops:
-        images.gather(inputs)
-    assert not launches
-    assert ops.count == roofline.sketch(16 * 64, 4 * 9, 8, convolution=True).launches
+    count = count_of_gathering(launches, images, torch.zeros(128, 4, 8, 8))
+    assert count == roofline.sketch(16 * 64, 4 * 9, 8).launches
+
+
+@cuda
+def test_sums_over_images(launches, target, tmp_path):
+    """Of a line, too, and of sizes of 1, which Triton takes for constants."""
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1))
+    options = {"ones": True, "most": 16, "draw": torch.zeros((), dtype=torch.int64)}
+    images = torch.zeros(128, 16, 32, 32)
+    for rank in (16, 32, 64):
+        basis = torch.zeros(rank, 16 * 9 + 1).T
+        backend.sum_images(images, basis, None, window, groups=1, **options)
+    images = images.to(memory_format=torch.channels_last)
+    backend.sum_images(images, basis[:, :1], None, window, groups=1, **{**options, "most": 1})
+    window = Window((1,), (1,), (0,), (1,))
+    backend.sum_images(torch.zeros(1, 1, 1), torch.zeros(2, 1), None, window, groups=1, **options)
+    backend.sum_rows(torch.zeros(3, 1), torch.zeros(2, 1), None, **{**options, "most": 1})
+    check(launches, target, tmp_path)

@@ -1,5 +1,7 @@
 """Every kernel against the reference, in Triton's interpreter."""
 
+import math
+
 import pytest
 import torch
 import triton
@@ -22,7 +24,10 @@ from tolerances import ITERATION, PRODUCT, SOLVE, assert_near
 from gls_fused import reference
 from gls_fused.backends import triton as backend
 from gls_fused.backends.triton import configs, launch, symmetric
-from gls_fused.reference import DenseInverse, SubspaceInverse
+from gls_fused.capture.conv import ImageRows
+from gls_fused.capture.linear import LinearRows
+from gls_fused.curvature.estimate import Subspace, add_sums, blend, commit, settle
+from gls_fused.reference import DenseInverse, SubspaceInverse, Window
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 shapes = st.tuples(
@@ -89,7 +94,11 @@ def test_ops_are_what_torch_asks_of_an_op(rank, ones):
     ops, tests = torch.ops.gls_fused_triton, ("test_schema", "test_faketensor")
     rows, inverse = draw(9, 20, dtype=torch.float32), make_inverse(20 + ones, rank, torch.float32)
     last = draw(9, dtype=torch.float32) if ones else None
-    torch.library.opcheck(ops.sketch_rows.default, (rows, inverse.basis, ones), test_utils=tests)
+    number, earlier = torch.tensor(3), torch.zeros(2 + rank * (rank + 20 + ones))
+    for arguments in ((None, None, ones, 9, False), (earlier, number, ones, 4, True)):
+        torch.library.opcheck(
+            ops.sum_rows.default, (rows, inverse.basis, *arguments), test_utils=tests
+        )
     for arguments in ((rows, None, *inverse, ones), (rows, last, *inverse, False)):
         torch.library.opcheck(ops.precondition.default, arguments, test_utils=tests)
 
@@ -104,6 +113,72 @@ def test_sketch_of_many_rows_is_cut_in_parts(ones):
     assert_same(actual, [x.float() for x in exact], PRODUCT, torch.float32)
     for one, two in zip(actual, backend.sketch_rows(rows, basis, ones=ones), strict=True):
         assert torch.equal(one, two)
+
+
+def lines_of(ones):
+    rows = LinearRows()
+    rows.ones = ones
+    return rows
+
+
+def images_of(ones, window, groups=1):
+    rows = ImageRows()
+    rows.ones, rows.window, rows.groups = ones, Window(*window), groups
+    return rows
+
+
+SAMPLES = {
+    "rows": (lines_of, (3, 20, 9)),
+    "many rows": (lines_of, (40, 30, 9)),
+    "images": (lambda ones: images_of(ones, ((3, 2), (2, 1), (1, 0), (1, 2))), (5, 3, 9, 8)),
+    "many images": (lambda ones: images_of(ones, ((1, 3), (1, 2), (0, 1), (1, 1))), (20, 2, 3, 8)),
+    "groups": (lambda ones: images_of(ones, ((3,), (2,), (1,), (2,)), 40), (5, 80, 7)),
+    "volumes": (lambda ones: images_of(ones, ((1, 1, 2), *[(1,) * 3] * 3)), (2, 2, 2, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("ones", [False, True])
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_sums_of_a_sample(monkeypatch, kind, ones):
+    """Over two passes, the same rows as in the reference, in two launches each."""
+    monkeypatch.setattr("gls_fused.capture.linear.SKETCH_ROWS", 1024 if kind == "rows" else 600)
+    launches = record_launches(monkeypatch, backend.sketch)
+    make, shape = SAMPLES[kind]
+    inputs = draw(*shape, dtype=torch.float32)
+    if kind == "many images":
+        inputs = inputs.to(memory_format=torch.channels_last)
+    elif kind == "many rows":
+        inputs = inputs.transpose(0, 1)
+    found = []
+    for ops in (backend, reference):
+        rows = make(ones)
+        rows.backend, rows.statistics_dtype = ops, torch.float32
+        rows.draw = torch.tensor(5)
+        dim = shape[-1] if "rows" in kind else shape[1] // rows.groups
+        dim *= 1 if "rows" in kind else math.prod(rows.window.kernel_size)
+        rows.test_matrix = make_inverse(dim + ones, 3, torch.float32).basis
+        rows.gather(inputs)
+        rows.gather(2 * inputs)
+        found.append(rows.sums)
+    assert found[0][0] == found[1][0]
+    assert_near(found[0], found[1], PRODUCT[torch.float32])
+    assert len(launches) == (0 if kind == "volumes" else 4)
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, 1e19])
+def test_rows_that_say_nothing_add_nothing(value):
+    """All zero, not finite, or with squares that overflow."""
+    rows = lines_of(True)
+    rows.backend, rows.statistics_dtype = backend, torch.float32
+    rows.ones, rows.test_matrix = value != 0, make_inverse(4 + (value != 0), 2, torch.float32).basis
+    rows.gather(torch.full((3, 4), value))
+    assert not rows.sums.any()
+    rows.gather(torch.ones(3, 4))
+    before = rows.sums.clone()
+    assert before[0] == 3
+    rows.gather(torch.full((3, 4), value))
+    assert torch.equal(rows.sums, before)
 
 
 # The interpreter computes with numpy, which warns of what a GPU does silently.
@@ -196,6 +271,75 @@ def test_sums_of_all_layers_at_once(monkeypatch):
     assert len(launches) == 2
     for *layer, actual in zip(*estimates, found, strict=True):
         assert_same(actual, reference.blend_subspace(*layer, 0.9), PRODUCT, torch.float32)
+
+
+def start_estimates(ops, power, shapes=((40, 3), (33, 17))):
+    """States of some layers, and the sums of a step."""
+    layers = []
+    for dim, rank in shapes:
+        kind = Subspace(dim, rank, ops)
+        matrix, state = kind.test_matrix(torch.float32, torch.device("cpu")), {}
+        sums = []
+        for basis, n in ((matrix, 50), (None, 60)):
+            basis = state["basis"] if basis is None else basis
+            rows = draw(n, dim, dtype=torch.float32, seed=n + dim)
+            core, sketch, trace = reference.sketch_rows(rows, basis, ones=False)
+            sums.append(add_sums(None, n, trace, (core, sketch), weight=1.0))
+            if len(sums) == 1:
+                settle([(kind, state, kind.start(state, matrix, sums[0]))], 0.3, power)
+        layers.append((kind, state, sums[1]))
+    return layers
+
+
+@pytest.mark.parametrize(("power", "counts"), [(1, True), (0.5, True), (0.5, False)])
+def test_commit_of_all_layers_at_once(monkeypatch, counts, power):
+    """Three launches for all ranks; rows whose gradients are all zero, and a frozen bias's, do not
+    count."""
+    launches = record_launches(monkeypatch, backend.commit)
+    zeros = torch.zeros(3, 7, 2, 3).to(memory_format=torch.channels_last)
+    last = torch.zeros(2049, dtype=torch.bfloat16)
+    last[-1] = 1e-30 if counts else -0.0
+    led_to = [[zeros, last], [last, zeros[:, :3]]]
+    found = [start_estimates(ops, power) for ops in (backend, reference)]
+    given = [(*layer, own) for layer, own in zip(found[0], led_to, strict=True)]
+    commit(given, 0.9, 0.3, power)
+    assert len(launches) == 3
+    expected = [(kind, state, sums * counts) for kind, state, sums in found[1]]
+    settle(blend(expected, 0.9), 0.3, power)
+    for (_, state, _), (_, sought, _) in zip(*found, strict=True):
+        pairs = [(each["basis"], each["core"]) for each in (state, sought)]
+        assert_same_estimate(*pairs)
+        basis = state["basis"]
+        assert_near(basis.T @ basis, torch.eye(basis.shape[1]), PRODUCT[torch.float32])
+        inverses = [
+            each["basis"] @ each["core_inverse"] @ each["basis"].T for each in (state, sought)
+        ]
+        assert_near(*inverses, SOLVE[torch.float32])
+        for key in ("trace", "samples", "shift"):
+            assert_near(state[key], sought[key], SOLVE[torch.float32])
+
+
+def test_weights_are_measured_at_once(monkeypatch):
+    """One launch for several blocks and an empty one; where the flag says so none is written."""
+    launches = record_launches(monkeypatch, backend.measure)
+    weights = [draw(*shape, dtype=torch.float32) for shape in [(130, 70), (3, 2), (0, 4)]]
+    results, least = [torch.zeros(()) for _ in weights], [0.1, 50.0, 0.2]
+    backend.measure_weights_(weights, results, least, torch.tensor(True))
+    assert not any(results)
+    backend.measure_weights_(weights, results, least, torch.tensor(False))
+    assert len(launches) == 2
+    assert_near(results[0], weights[0].square().mean().sqrt(), PRODUCT[torch.float32])
+    assert_near(torch.stack(results[1:]), torch.tensor([50.0, 0.2]), PRODUCT[torch.float32])
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_commit_that_is_skipped_changes_nothing(skip):
+    layers = start_estimates(backend, 0.5)
+    before = [{key: value.clone() for key, value in state.items()} for _, state, _ in layers]
+    commit([(*layer, []) for layer in layers], 0.9, 0.3, 0.5, torch.tensor(skip))
+    for (_, state, _), old in zip(layers, before, strict=True):
+        for key, value in state.items():
+            assert torch.equal(value, old[key]) == skip, key
 
 
 def check_refresh(core, sketch, scale):
