@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.roofline.model import MODELS, SKETCH_OPS, TARGETS, Target
+from benchmarks.roofline.model import MODELS, TARGETS, Target
 from benchmarks.workloads.sizes import FLOAT, Layer, Model
 from gls_fused.reference import POLAR_EXPRESS
 
@@ -24,8 +24,9 @@ BACKENDS = ("triton", "native")
 # Seconds from the end of a launch to the next one's first block, which reads what it wrote. The
 # table is the same from 1 to 5 microseconds, which a test holds.
 LAUNCH = 2.5e-6
-# Ops of torch's that `reference.blend_subspace` is, on the device; a test counts them.
-BLEND_OPS = 35
+# Ops of torch's on the device that `reference.blend_subspace` is, and those that choose the rows of
+# a sample; a test counts them.
+BLEND_OPS, SAMPLE_OPS = 35, 20
 # Triton's configs.py: rows of a program that walks d, its tiles of the update, columns of a
 # program's sketch and, of a basis, of d. A test compares them.
 WALK_ROWS, UPDATE_ROWS, UPDATE_COLUMNS, SKETCH_COLUMNS, BASIS_ROWS = 16, 32, 64, 32, 32
@@ -102,26 +103,26 @@ def _project(n: int, k: int, r: int, width: int) -> Launch:
 
 
 def _sketch_triton(model: Model, width: int) -> Launches:
+    """`sum_rows`, which samples and adds, too."""
     found = []
     for layer in _by_rows(model):
         n, k, r = layer.sketched, layer.inputs, layer.rank
         blocks, parts = math.ceil(n / WALK_ROWS), min(64, max(1, n // 512))
         found += [
             Launch(width * n * k + FLOAT * n * r, 2 * n * k * r + 2 * n * r**2, blocks),
-            Launch(FLOAT * blocks * r**2),
             Launch(width * n * k, 2 * n * k * r, math.ceil(k / SKETCH_COLUMNS) * parts),
-            *[Launch(FLOAT * parts * k * r)] * (parts > 1),
-            *[Launch()] * SKETCH_OPS,
         ]
     return found
 
 
 def _sketch_native(model: Model, width: int) -> Launches:
-    """Into the sums, with add_sketch_, which begin as zeros."""
+    """`add_sketch_`, into sums that begin as zeros, of a sample that torch's ops make."""
     found = []
     for layer in _by_rows(model):
         n, k, r = layer.sketched, layer.inputs, layer.rank
         parts = min(GRAM_PARTS, math.ceil(n / PROJECT_ROWS))
+        if layer.rows > layer.sketched:
+            found += [*[Launch()] * SAMPLE_OPS, Launch(2 * width * n * k), Launch(8 * k * r)]
         found += [
             _project(n, k, r, width),
             Launch(FLOAT * n * r, 2 * n * r**2, parts),
@@ -139,6 +140,22 @@ def _blend_triton(model: Model, width: int) -> Launches:
 
 def _blend_native(model: Model, width: int) -> Launches:
     return [Launch(FLOAT * layer.dim * layer.rank) for layer in model.layers] * BLEND_OPS
+
+
+def _commit_triton(model: Model, width: int) -> Launches:
+    """Three passes over d; in the second a layer's last program does what is the layer's."""
+    blocks = sum(math.ceil(layer.dim / BASIS_ROWS) for layer in model.layers)
+    squares = 2 * sum(layer.dim * layer.rank**2 for layer in model.layers)
+    moved = 8 * _basis_size(model)
+    second = Launch(moved, blocks=len(model.layers), wide=squares + _roots(model))
+    return [Launch(moved, blocks=blocks, wide=squares), second, Launch(moved, blocks=blocks)]
+
+
+def _commit_native(model: Model, width: int) -> Launches:
+    """Blended by torch's ops; mu taken off, and results copied into the states."""
+    rest = [Launch()] * (2 * len(model.layers)) + [Launch(8 * _basis_size(model))]
+    parts = (_blend_native, _refresh_native, _invert_native)
+    return [*(launch for part in parts for launch in part(model, width)), *rest]
 
 
 def _refresh(model: Model, columns: int, calls: int) -> Launches:
@@ -239,6 +256,7 @@ OPS: Mapping[str, tuple[Op, Op]] = {
     "precondition_gradient": _product(_weight),
     "sketch_rows": (_sketch_triton, _sketch_native),
     "blend_subspaces": (_blend_triton, _blend_native),
+    "commit_subspaces_": (_commit_triton, _commit_native),
     "refresh_subspaces": (_refresh_triton, _refresh_native),
     "invert_cores": (_invert_triton, _invert_native),
     "update_layers_": (_update_triton, _update_native),

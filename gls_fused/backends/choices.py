@@ -6,8 +6,9 @@ Written by `python -m benchmarks roofline --choose`; docs/backends.md says from 
 CHOICES: dict[str, tuple[str, str]] = {
     "precondition_rows": ("triton", "modelled: fewer launches"),
     "precondition_gradient": ("triton", "modelled: fewer launches"),
-    "sketch_rows": ("native", "modelled: fewer launches"),
+    "sketch_rows": ("triton", "modelled: fewer launches"),
     "blend_subspaces": ("triton", "modelled: fewer launches"),
+    "commit_subspaces_": ("triton", "modelled: fewer launches"),
     "refresh_subspaces": ("native", "modelled: fewer launches"),
     "invert_cores": ("native", "modelled: fewer launches"),
     "update_layers_": ("native", "modelled: fewer launches"),

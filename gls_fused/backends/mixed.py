@@ -63,8 +63,14 @@ update_spectral_layers_ = functools.partial(
     factors.update_spectral_layers_, precondition_gradient, orthogonal_updates
 )
 
-if hasattr(_chosen("sketch_rows"), "add_sketch_"):
-    add_sketch_ = _chosen("sketch_rows").add_sketch_
+# Ops that only one of them has, beyond those of gls_fused.reference.
+measure_weights_, sum_images = triton.measure_weights_, triton.sum_images
+if _chosen("sketch_rows") is native:
+    add_sketch_ = native.add_sketch_
+else:
+    sum_rows = triton.sum_rows
+if _chosen("commit_subspaces_") is triton:
+    commits, commit_subspaces_ = triton.commits, triton.commit_subspaces_
 if _chosen("precondition_rows") is native and _chosen("precondition_gradient") is native:
     # An autograd function in C++, which calls these two.
     LinearCapture, captured_linear = native.LinearCapture, native.captured_linear

@@ -423,9 +423,13 @@ def test_auto_on_cuda_takes_each_op_from_the_faster_backend(mixed, monkeypatch):
     modules = {"triton": triton, "native": native}
     split = {"refresh_subspaces", "invert_cores"}
     for op in CHOICES.keys() - split:
-        assert getattr(mixed, op) is getattr(modules[CHOICES[op][0]], op)
-    # All that a backend has.
-    assert set(triton.__all__) <= set(mixed.__all__)
+        assert getattr(mixed, op, None) is getattr(modules[CHOICES[op][0]], op, None)
+    # All that every backend has, and of what one of them has more, what belongs to the choice.
+    assert all(hasattr(mixed, op) for op in mixed.__all__)
+    assert set(native.__all__) & set(triton.__all__) == set(mixed.__all__)
+    summed = CHOICES["sketch_rows"][0] == "native"
+    assert (hasattr(mixed, "add_sketch_"), hasattr(mixed, "sum_rows")) == (summed, not summed)
+    assert hasattr(mixed, "commits") == (CHOICES["commit_subspaces_"][0] == "triton")
     described = describe_backend("mixed")
     for op, (name, _) in CHOICES.items():
         assert (op in described) == (name != described.split(",")[0])

@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.__main__ import main
 from benchmarks.roofline import choice, command
-from benchmarks.roofline.choice import BLEND_OPS, OPS, Launch, decide, render
+from benchmarks.roofline.choice import BLEND_OPS, OPS, SAMPLE_OPS, Launch, decide, render
 from benchmarks.roofline.model import TARGETS
 from gls_fused import reference
+from gls_fused.capture.rows import take_sample
 
 ROOT = Path(__file__).parents[3]
 
@@ -37,13 +38,16 @@ def test_few_blocks_reach_their_share_of_a_gpu():
 
 def test_what_was_measured_of_both_stands_in_the_models_place(tmp_path, monkeypatch, capsys):
     modelled = {x.op: x for x in decide()}
-    assert modelled["invert_cores"].backend == "native"
-    assert modelled["refresh_subspaces"].backend == "triton"
+    other = {"triton": "native", "native": "triton"}
+    mine, its = modelled["invert_cores"].backend, other[modelled["invert_cores"].backend]
     seconds = {
-        "triton: invert_cores [32, 32]": 1e-5, "native: invert_cores [32, 32]": 2e-5,
-        "triton: invert_cores_of_others [32, 32]": 1.0, "native: invert_cores": 1e-9,
-        "native: refresh_subspaces [3072, 32]": 1e-9, "device copy of 256 MiB": 1e-4,
+        f"{mine}: invert_cores [32, 32]": 2e-5, f"{its}: invert_cores [32, 32]": 1e-5,
+        f"{its}: invert_cores_of_others [32, 32]": 1.0, f"{mine}: invert_cores": 1e-9,
+        f"{mine}: invert_cores_of_others [32, 32]": 1e-9, "device copy of 256 MiB": 1e-4,
     }  # fmt: skip
+    # Of one backend alone.
+    for op in OPS.keys() - {"invert_cores"}:
+        seconds[f"{other[modelled[op].backend]}: {op} [3072, 32]"] = 1e-9
     measured = tmp_path / "device.json"
     measured.write_text(json.dumps({"gpu": 'NVIDIA "H100"', "seconds": seconds}))
     monkeypatch.setattr(command, "CHOICES", tmp_path / "choices.py")
@@ -51,7 +55,7 @@ def test_what_was_measured_of_both_stands_in_the_models_place(tmp_path, monkeypa
     assert main(given) == 0
     found = {}
     exec((tmp_path / "choices.py").read_text(), found)
-    assert found["CHOICES"]["invert_cores"] == ("triton", 'measured on NVIDIA "H100"')
+    assert found["CHOICES"]["invert_cores"] == (its, 'measured on NVIDIA "H100"')
     for op in OPS.keys() - {"invert_cores"}:
         assert found["CHOICES"][op] == (modelled[op].backend, modelled[op].why)
     measured.write_text("{}")
@@ -69,17 +73,22 @@ class _OpCounter(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def test_ops_of_a_layers_blending():
+def test_ops_of_torchs_are_counted():
     sums, one = torch.ones(2 + 9 + 24), torch.ones(())
-    basis, core = torch.eye(8)[:, :3], torch.eye(3)
+    basis, core, rows = torch.eye(8)[:, :3], torch.eye(3), torch.ones(9, 8)
+    draw = torch.zeros((), dtype=torch.int64)
     # Poison is an op too.
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
-        with _OpCounter() as counter:
+        with _OpCounter() as blending:
             reference.blend_subspace(basis, core, one, one, sums, 0.9)
+        with _OpCounter() as sampling:
+            take_sample(rows, 4, draw)
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = True
-    assert counter.count == BLEND_OPS
+    assert blending.count == BLEND_OPS
+    # Less the one that reads the rows.
+    assert sampling.count - 1 == SAMPLE_OPS
 
 
 def test_sizes_are_those_of_the_kernels():
