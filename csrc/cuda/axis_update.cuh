@@ -213,6 +213,7 @@ __device__ inline void update_axes(const AxisLayer& x, uint32_t block, const Wid
   const T* gradient = static_cast<const T*>(x.weight.gradient);
   T* param = static_cast<T*>(x.weight.param);
   W* exp_avg = static_cast<W*>(x.weight.exp_avg);
+  const int64_t first = forget(place.row);
   // Some rows at a time, as in update_tiles_kernel; of float64, whose square roots and quotients
   // are calls, one, and not unrolled.
   constexpr int kRows = sizeof(T) == 4 ? 2 : 1;
@@ -222,7 +223,7 @@ __device__ inline void update_axes(const AxisLayer& x, uint32_t block, const Wid
     W d[kRows][kWidth<T>], w[kRows][kWidth<T>], m[kRows][kWidth<T>], shares[kRows];
 #pragma unroll
     for (int q = 0; q < kRows; ++q) {
-      const int64_t row = place.row + r + q;
+      const int64_t row = first + r + q;
       if constexpr (kFormed) {
 #pragma unroll
         for (int k = 0; k < kWidth<T>; ++k) d[q][k] = formed[r + q][k];
@@ -235,7 +236,7 @@ __device__ inline void update_axes(const AxisLayer& x, uint32_t block, const Wid
     }
 #pragma unroll
     for (int q = 0; q < kRows; ++q) {
-      const int64_t row = place.row + r + q;
+      const int64_t row = first + r + q;
 #pragma unroll
       for (int k = 0; k < kWidth<T>; ++k) {
         w[q][k] =

@@ -2,11 +2,11 @@
 // layers: see update.cuh and tile_update.cuh for what each moves, plan.h for the tables.
 //
 //   D given      (square_flat_kernel,) finish_layers_kernel, update_flat_kernel
-//   D formed     project_kernel, turn_kernel, (square_tiles_kernel,) finish, update_tiles_kernel
+//   D formed     project_kernel, (square_tiles_kernel,) finish_layers_kernel, update_tiles_kernel
 //
 // Those in brackets for "rms" and "sgd" only. "row" and "factored" have kernels of their own, whether
-// D is given or formed: square_axes_kernel, blend_axes_kernel, finish, update_axes_kernel. No host
-// synchronisation.
+// D is given or formed: (project_kernel,) square_axes_kernel, blend_axes_kernel, update_axes_kernel.
+// No host synchronisation.
 
 #include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>

@@ -25,7 +25,7 @@ SLOW_DOUBLE, SLOW_BFLOAT16 = (
 )
 OPTIONS = {"lr": 0.3, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.2}
 # Weight, whether there is a bias, rank of the inverse (None: the direction is given; these come
-# first). 16-byte rows and others, several chunks and tiles, one element, none.
+# first). 16-byte rows and others, several chunks and tiles, several parts of T, one element, none.
 LAYERS = [
     ((3, 5), True, None),
     ((70, 64), False, None),
@@ -34,9 +34,10 @@ LAYERS = [
     ((67, 136), True, 9),
     ((5, 33), True, 3),
     ((1, 8), False, 1),
+    ((3, 1032), True, 2),
 ]
-# Rows and columns alone, none of either, several tiles of both, a bias that takes no step (None),
-# an inverse of rank 0.
+# Rows and columns alone, none of either, several tiles of both, several blocks of v and parts of T,
+# a bias that takes no step (None), an inverse of rank 0.
 AXES = [
     ((1, 7), True, None),
     ((9, 1), True, None),
@@ -47,6 +48,8 @@ AXES = [
     ((5, 6), True, 0),
     ((1, 1), True, 2),
     ((67, 264), None, 3),
+    ((300, 3), True, 2),
+    ((2, 1030), False, 2),
 ]
 
 
