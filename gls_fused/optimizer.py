@@ -339,7 +339,8 @@ class GLS(torch.optim.Optimizer):
             stepping = [layer for layer in layers if id(layer.weight) in ready]
             step_layers_(stepping, self.state, group, self._owners, draw, skip)
             others = [p for p in group["params"] if id(p) not in ready and p.grad is not None]
-            adam_(others, [self.state[p] for p in others], group, draw, skip)
+            own = [self.state[p] for p in others]
+            adam_(others, own, group, draw, skip, preconditioner.backend_for(others))
         for group, layers in groups:
             preconditioner.commit(layers, self.state, sums, group, skip)
             if group["max_change"] is not None:

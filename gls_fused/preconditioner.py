@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import torch
@@ -86,6 +87,15 @@ class Preconditioner:
         # What the layers' sites and gathering were decided from last.
         self._told: dict[Layer, tuple[Any, ...]] = {}
         self._draws: dict[torch.device, Tensor] = {}
+
+    def backend_for(self, params: Sequence[Tensor]) -> ModuleType | None:
+        """The backend of all layers, where it has kernels for the parameters' devices; or None."""
+        backends = {layer.backend for layer in self.layers}
+        devices = {layer.device.type for layer in self.layers}
+        alike = len(backends) == 1 and all(
+            param.device.type in devices and param.is_floating_point() for param in params
+        )
+        return backends.pop() if alike else None
 
     def add(self, layers: Sequence[Layer], options: Mapping[str, Any]) -> None:
         """Capture layers, which share these options."""

@@ -1,8 +1,9 @@
-"""Parameters that no layer owns take Adam's update, through torch's own fused functional."""
+"""Parameters that no layer owns take Adam's update, by torch's own fused op or the backend's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ def adam_(
     options: Mapping[str, Any],
     bits: Bits,
     skip: Tensor | None = None,
+    backend: ModuleType | None = None,
 ) -> None:
     """One Adam step with decoupled weight decay, in place, for parameters that have a gradient.
 
@@ -48,6 +50,8 @@ def adam_(
         options: lr, momentum (Adam's beta1), beta2, eps, weight_decay, low_precision.
         bits: what rounds stochastically.
         skip: 0-d bool; where it is true nothing changes.
+        backend: of the layers. Where it says so it takes these parameters in a single launch, of
+            which torch's op makes one for the counts of steps and more for many elements.
     """
     if not params:
         return
@@ -56,23 +60,62 @@ def adam_(
     copies = open_copies(params, states, options)
     pairs = zip(params, copies, strict=True)
     # Element by element, so a rank's parts are enough; torch refuses a mix of shards and the rest.
-    adamw(
-        [rows_here(copy) for copy in copies],
-        [gradient_here(p).to(copy.dtype) for p, copy in pairs],
-        [rows_here(state["exp_avg"]) for state in states],
-        [rows_here(state["exp_avg_sq"]) for state in states],
-        [],
-        [state["step"] for state in states],
-        fused=True,
-        found_inf=None if skip is None else skip.float(),
-        amsgrad=False,
-        beta1=options["momentum"],
-        beta2=options["beta2"],
-        lr=options["lr"],
-        weight_decay=options["weight_decay"],
-        eps=options["eps"],
-        maximize=False,
+    mine = [rows_here(copy) for copy in copies]
+    gradients = [gradient_here(p).to(copy.dtype) for p, copy in pairs]
+    averages, squares = (
+        [rows_here(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq")
     )
+    steps = [state["step"] for state in states]
+    if getattr(backend, "TAKES_OTHERS", False) and options["momentum"]:
+        _update_by_(backend, mine, gradients, averages, squares, steps, options, skip)
+    else:
+        adamw(
+            mine,
+            gradients,
+            averages,
+            squares,
+            [],
+            steps,
+            fused=True,
+            found_inf=None if skip is None else skip.float(),
+            amsgrad=False,
+            beta1=options["momentum"],
+            beta2=options["beta2"],
+            lr=options["lr"],
+            weight_decay=options["weight_decay"],
+            eps=options["eps"],
+            maximize=False,
+        )
     # torch's fused kernel does not tell autograd.
     torch.autograd.graph.increment_version(params)
     close_copies(params, copies, options, bits)
+
+
+def _update_by_(
+    backend: Any,
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    options: Mapping[str, Any],
+    skip: Tensor | None,
+) -> None:
+    """Each parameter as a layer of its own that is scaled by element, those of a device at once."""
+    places: dict[torch.device, list[int]] = {}
+    for index, param in enumerate(params):
+        places.setdefault(param.device, []).append(index)
+    for device, mine in places.items():
+        lists = (params, gradients, averages, squares, steps)
+        backend.update_layers_(
+            *([tensors[index] for index in mine] for tensors in lists),
+            [None] * len(mine),
+            layer_sizes=[1] * len(mine),
+            normalize="adam",
+            lr=options["lr"],
+            momentum=options["momentum"],
+            beta2=options["beta2"],
+            eps=options["eps"],
+            weight_decay=options["weight_decay"],
+            skip=None if skip is None else skip.to(device, non_blocking=True),
+        )

@@ -32,6 +32,7 @@ from gls_fused.backends.triton.update import update_layers_
 from gls_fused.reference import invert_gram, sketch_images, sum_gram, unfold_images
 
 __all__ = [
+    "TAKES_OTHERS",
     "blend_subspace",
     "blend_subspaces",
     "commit_subspaces_",
@@ -54,6 +55,9 @@ __all__ = [
     "update_layers_",
     "update_spectral_layers_",
 ]
+
+# Whether `update_layers_` also takes the parameters that no layer owns.
+TAKES_OTHERS = True
 
 update_spectral_layers_ = functools.partial(
     factors.update_spectral_layers_, precondition_gradient, orthogonal_updates

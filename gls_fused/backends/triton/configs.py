@@ -75,6 +75,17 @@ def row_tile(padded_rank: int) -> Tile:
     return Tile(16, 64, 8, 1) if padded_rank > 32 else Tile(16, 64, 4, 2)
 
 
+def walks_twice(blocks: int, columns: int) -> bool:
+    """Whether one kernel of so many programs walks rows of D0 twice, for T and for the norms of D.
+
+    It spares a launch and reads D0 from memory once. But a program is all that walks its rows: 64
+    columns take it about half a microsecond, so a few programs with long rows are slower than
+    another launch, which cuts the rows. Modelled, not measured: 128 programs are about as many as
+    there are multiprocessors (108 to 148), and 2,048 columns 16 microseconds.
+    """
+    return blocks >= 128 or columns <= 2048
+
+
 def sketch_tile() -> Tile:
     """Of A'Y: 32 columns of A to a program, so that d = 3072 gives 96 of them."""
     return Tile(32, 32, 4, 2)

@@ -30,39 +30,38 @@ SUM_PARTS = tl.constexpr(16)
 
 
 @triton.jit
-def _project_gradients_kernel(
-    table,  # int64 [layers, 24], see `update_plan.Plan._add_tiles`
-    blocks,
-    projections,  # [rows of all layers, RANK]
-    GRADIENT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    EVEN: tl.constexpr,
-    BASIS: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    LINE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """T = D0 U C of every layer's gradients."""
-    block = blocks + tl.program_id(0).to(tl.int64) * 3
-    line = table + tl.load(block) * LINE
-    i = tl.load(block + 1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    c = tl.arange(0, RANK)
-    gradient = _address(line + 1, GRADIENT, ALIGNED)
-    basis = _address(line + 8, tl.float32, ALIGNED)
-    n, size, rank = tl.load(line + 11), tl.load(line + 12), tl.load(line + 13)
+def _lie(line, BASIS: tl.constexpr, EVEN: tl.constexpr):
+    """The basis' rank and strides, of which contiguity must be known when this is compiled for
+    neighbours to share an access. A hint at an argument would not reach the caller.
+    """
+    rank = tl.load(line + 13)
     if EVEN:
-        size, rank = tl.multiple_of(size, 16), tl.multiple_of(rank, 16)
+        rank = tl.multiple_of(rank, 16)
     down, across = tl.load(line + 14), tl.load(line + 15)
-    # Contiguity must be known when this is compiled for neighbours to share an access.
     if BASIS == 1:
         down, across = tl.multiple_of(down, 16), tl.full([], 1, dtype=tl.int64)
     elif BASIS == 2:
         down = tl.full([], 1, dtype=tl.int64)
+    return rank, down, across
+
+
+@triton.jit
+def _project(
+    line, i, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, BASIS: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows i of T = D0 U C; zeros where D is given."""
+    c = tl.arange(0, RANK)
+    gradient = _address(line + 1, GRADIENT, ALIGNED)
+    basis = _address(line + 8, tl.float32, ALIGNED)
+    n, size = tl.load(line + 11), tl.load(line + 12)
+    if EVEN:
+        size = tl.multiple_of(size, 16)
+    rank, down, across = _lie(line, BASIS, EVEN)
     in_rows, in_rank = i < n, c < rank
     y = tl.zeros([BLOCK_N, RANK], dtype=tl.float32)
-    for start in range(0, size.to(tl.int32), BLOCK_D):
+    end = tl.where(rank > 0, size, 0).to(tl.int32)
+    for start in range(0, end, BLOCK_D):
         j = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         g = tl.load(
             gradient + i[:, None] * size + j[None, :],
@@ -87,9 +86,132 @@ def _project_gradients_kernel(
         mask=in_rank[:, None] & in_rank[None, :],
         other=0.0,
     )
-    t = tl.dot(y, core, input_precision=PRECISION)
+    return tl.dot(y, core, input_precision=PRECISION)
+
+
+@triton.jit
+def _project_gradients_kernel(
+    table,  # int64 [layers, 24], see `update_plan.Plan._add_tiles`
+    blocks,
+    projections,  # [rows of all layers, RANK]
+    GRADIENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BASIS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LINE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """T = D0 U C of every layer's gradients."""
+    block = blocks + tl.program_id(0).to(tl.int64) * 3
+    line = table + tl.load(block) * LINE
+    i = tl.load(block + 1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = _project(line, i, GRADIENT, ALIGNED, EVEN, BASIS, RANK, BLOCK_N, BLOCK_D, PRECISION)
+    row, c = tl.load(line + 19) + i, tl.arange(0, RANK)
+    in_rows = i < tl.load(line + 11)
+    tl.store(projections + row[:, None] * RANK + c[None, :], t, mask=in_rows[:, None])
+
+
+@triton.jit
+def _walk_gradients_kernel(
+    table,
+    blocks,
+    projections,
+    layers,
+    options,
+    lr,
+    squares,
+    skip,
+    SKIPS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    STEP: tl.constexpr,
+    SQUARE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    LR_TENSOR: tl.constexpr,
+    BOUND: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BASIS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LINE: tl.constexpr,
+    LAYER_LINE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """T of a block of rows, and then the sums of squares of their D, for which D0 comes from L2."""
+    if SKIPS:  # noqa: SIM102  # `and` would not leave the load out
+        if tl.load(skip):
+            return
+    block = blocks + tl.program_id(0).to(tl.int64) * 3
+    line = table + tl.load(block) * LINE
+    part = tl.load(block + 1)
+    i, c = part * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, RANK)
+    t = _project(line, i, GRADIENT, ALIGNED, EVEN, BASIS, RANK, BLOCK_N, BLOCK_D, PRECISION)
+    n, size, with_bias = tl.load(line + 11), tl.load(line + 12), tl.load(line + 20) != 0
+    if EVEN:
+        size = tl.multiple_of(size, 16)
+    in_rows = i < n
     row = tl.load(line + 19) + i
     tl.store(projections + row[:, None] * RANK + c[None, :], t, mask=in_rows[:, None])
+
+    AXES: tl.constexpr = NORMALIZE == "row" or NORMALIZE == "factored"
+    gradient = _address(line + 1, GRADIENT, ALIGNED)
+    basis = _address(line + 8, tl.float32, ALIGNED)
+    rank, down, across = _lie(line, BASIS, EVEN)
+    in_rank = c < rank
+    scale = _scale(line, rank)
+    of_columns = squares
+    if NORMALIZE == "factored":
+        of_columns += tl.load(line + 23) + part * (size + with_bias)
+    sums = tl.zeros([BLOCK_N], dtype=tl.float32)
+    given = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for start in range(0, size.to(tl.int32), BLOCK_D):
+        j = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
+        mask = in_rows[:, None] & (j < size)[None, :]
+        g = tl.load(gradient + i[:, None] * size + j[None, :], mask=mask, other=0.0)
+        g = g.to(tl.float32)
+        u = tl.load(
+            basis + j[:, None] * down + c[None, :] * across,
+            mask=(j < size)[:, None] & in_rank[None, :],
+            other=0.0,
+        )
+        if not AXES:
+            given += tl.sum(g * g, axis=1)
+        d = tl.dot(t, tl.trans(u), acc=g * scale, input_precision=PRECISION)
+        # Beyond the edge D is not zero by itself: T U' has rows of its own.
+        d = tl.where(mask, d, 0.0)
+        sums += tl.sum(d * d, axis=1)
+        if NORMALIZE == "factored":
+            tl.store(of_columns + j, tl.sum(d * d, axis=0), mask=j < size)
+    bias = tl.load(line + 5).to(tl.pointer_type(GRADIENT))
+    b = tl.load(bias + i, mask=in_rows & with_bias, other=0.0).to(tl.float32)
+    u_last = tl.load(basis + size * down + c * across, mask=in_rank & with_bias, other=0.0)
+    e = b * scale + tl.sum(t * u_last[None, :], axis=1)
+    e = tl.where(in_rows & with_bias, e, 0.0)
+    sums += e * e
+    if AXES:
+        tl.store(squares + tl.load(line + 22) + i, sums, mask=in_rows)
+        if NORMALIZE == "factored":
+            tl.store(of_columns + size, tl.sum(e * e, axis=0), mask=with_bias)
+    else:
+        out = squares + tl.load(block + 2) * 2
+        tl.store(out, tl.sum(sums.to(tl.float64), axis=0))
+        tl.store(out + 1, tl.sum((given + b * b).to(tl.float64), axis=0))
+        layer = layers + tl.load(line + 18) * LAYER_LINE
+        _finish_norm(
+            layer, options, lr, squares, STEP, SQUARE, NORMALIZE, MOMENTUM, LR_TENSOR, BOUND
+        )
+
+
+@triton.jit
+def _scale(line, rank):
+    """1 / lambda', or 1 where D is given."""
+    shift = tl.load(line + 10).to(tl.pointer_type(tl.float32))
+    return 1.0 / tl.load(shift, mask=rank > 0, other=1.0)
 
 
 @triton.jit
@@ -175,21 +297,15 @@ def _tile_update_kernel(
         out = squares + tl.load(block + 2) * 2
         tl.store(out + 1, tl.sum(tl.sum(g * g, axis=1) + b * b, axis=0))
     if FORMED:
-        rank, c = tl.load(line + 13), tl.arange(0, RANK)
-        if EVEN:
-            rank = tl.multiple_of(rank, 16)
-        down, across = tl.load(line + 14), tl.load(line + 15)
-        # Contiguity must be known when this is compiled for neighbours to share an access.
-        if BASIS == 1:
-            down, across = tl.multiple_of(down, 16), tl.full([], 1, dtype=tl.int64)
-        elif BASIS == 2:
-            down = tl.full([], 1, dtype=tl.int64)
+        c = tl.arange(0, RANK)
+        rank, down, across = _lie(line, BASIS, EVEN)
         in_rank = c < rank
         basis = _address(line + 8, tl.float32, ALIGNED)
-        scale = 1.0 / tl.load(tl.load(line + 10).to(tl.pointer_type(tl.float32)))
+        scale = _scale(line, rank)
         t = tl.load(
             projections + (tl.load(line + 19) + i)[:, None] * RANK + c[None, :],
-            mask=in_rows[:, None],
+            # Of a D that is given, whose rank is 0, nobody has made T.
+            mask=in_rows[:, None] & in_rank[None, :],
             other=0.0,
         )
         u = tl.load(
@@ -260,6 +376,7 @@ def _blend_axes_kernel(
     LR_TENSOR: tl.constexpr,
     BOUND: tl.constexpr,
     TINY: tl.constexpr,
+    WALKED: tl.constexpr,  # whether a row's sum is whole
     BLOCK_N: tl.constexpr,  # of the tiles that the sums are of
     BLOCK: tl.constexpr,
     LINE: tl.constexpr,
@@ -280,7 +397,8 @@ def _blend_axes_kernel(
     row_blocks = tl.maximum(tl.cdiv(n, BLOCK), 1)
     is_row = part < row_blocks
     length, others = tl.where(is_row, n, dim), tl.where(is_row, dim, n)
-    parts = tl.where(is_row, tl.load(line + 21), tl.cdiv(n, BLOCK_N)).to(tl.int32)
+    of_row = 1 if WALKED else tl.load(line + 21)
+    parts = tl.where(is_row, of_row, tl.cdiv(n, BLOCK_N)).to(tl.int32)
     first = squares + tl.where(is_row, tl.load(line + 22), tl.load(line + 23))
     average = tl.where(is_row, rows, tl.load(line + 7)).to(tl.pointer_type(SQUARE))
     k = tl.where(is_row, part, part - row_blocks) * BLOCK + tl.arange(0, BLOCK)

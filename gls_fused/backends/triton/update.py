@@ -27,6 +27,7 @@ with stands in the layer's line, so the update reads v and c and no sum.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -36,7 +37,7 @@ from torch.autograd.graph import increment_version
 
 from gls_fused.backends.triton.launch import ELEMENTS, bits, upload
 from gls_fused.backends.triton.update_kernels import LAYER_LINE
-from gls_fused.backends.triton.update_plan import Plan
+from gls_fused.backends.triton.update_plan import Plan, formed_shape
 from gls_fused.reference import Inverse, Normalize
 
 # How many of `exp_avg_sqs` a layer has, where it is not one per parameter.
@@ -80,7 +81,13 @@ def update_layers_(
         raise ValueError(f"exp_avgs: expected exactly with momentum, got momentum {momentum}")
     device = params[0].device
     bounds = None if lr_bounds is None else lr_bounds.contiguous()
-    plan, each = Plan(normalize), SQUARES_EACH.get(normalize)
+    firsts = itertools.accumulate(layer_sizes, initial=0)
+    found = [
+        formed_shape(params[first : first + 1], inverse)
+        for first, inverse in zip(firsts, inverses, strict=False)
+    ]
+    plan = Plan(normalize, [shape for shape in found if shape is not None])
+    each = SQUARES_EACH.get(normalize)
     layer_lines: list[int] = []
     first = 0
     for layer, (size, inverse) in enumerate(zip(layer_sizes, inverses, strict=True)):
@@ -128,6 +135,8 @@ def update_layers_(
         "LAYER_LINE": LAYER_LINE,
     }
     plan.project(device)
+    if plan.walks:
+        plan.walk(device, **shared)
     if normalize not in ("none", "adam"):
         plan.launch_flat(device, SUMS=True, **shared)
         plan.launch_tiles(device, SUMS=True, **shared)

@@ -26,6 +26,7 @@ from gls_fused.backends.triton.configs import (
     product_precision,
     row_tile,
     update_tile,
+    walks_twice,
 )
 from gls_fused.backends.triton.launch import ELEMENTS, launch, needs_reference, upload
 from gls_fused.backends.triton.rows import precondition_gradient
@@ -37,6 +38,7 @@ from gls_fused.backends.triton.tile_kernels import (
     _blend_axes_kernel,
     _project_gradients_kernel,
     _tile_update_kernel,
+    _walk_gradients_kernel,
 )
 from gls_fused.backends.triton.update_kernels import FLAT_LINE, _flat_update_kernel
 from gls_fused.reference import Inverse, Normalize, SubspaceInverse
@@ -71,8 +73,20 @@ class _Group:
 class Plan:
     """The launches of one update: its layers in groups, and what must outlive them."""
 
-    def __init__(self, normalize: Normalize) -> None:
+    def __init__(self, normalize: Normalize, shapes: Sequence[tuple[int, int, int]]) -> None:
+        """Begin a plan.
+
+        Args:
+            shapes: outputs, inputs and rank of the layers whose D may be formed here.
+        """
         self.normalize = normalize
+        self.padded = max((pad_rank(rank) for _, _, rank in shapes), default=0)
+        # Whether one kernel makes T and the sums of squares of those layers.
+        self.walks = normalize not in ("none", "adam") and bool(shapes)
+        if self.walks:
+            rows = row_tile(self.padded).rows
+            blocks = sum(triton.cdiv(outputs, rows) for outputs, _, _ in shapes)
+            self.walks = walks_twice(blocks, max(inputs for _, inputs, _ in shapes))
         # Whether mean squares are of rows, which the flat kernel does not know.
         self.by_axes = normalize in ("row", "factored")
         self.slots = 0
@@ -102,6 +116,9 @@ class Plan:
         streams = [params, gradients, exp_avgs, exp_avg_sqs]
         if isinstance(inverse, SubspaceInverse) and _is_tiled(streams, inverse):
             return self._add_tiles(layer, streams, inverse)
+        if inverse is None and self.padded and _is_contiguous(streams):
+            # With the layers whose D is formed.
+            return self._add_tiles(layer, streams, None)
         directions: Sequence[Tensor] = gradients
         if inverse is not None:
             weight, *bias = gradients
@@ -173,7 +190,8 @@ class Plan:
         """A line, int64 [24]: of the weight W, D0 or D, m, v and of the bias (addresses; v of rows
         and c of columns where the mean squares are theirs), U, C, lambda', n, size, r, strides of U
         and C, layer, first row of T, whether there is a bias, tiles across, first slot of the sums
-        of rows [tiles across, n] and of columns [tiles down, d].
+        of rows [tiles across, n] and of columns [tiles down, d], or where rows are walked [n] and
+        [blocks of rows, d].
         """
         params, gradients, exp_avgs, exp_avg_sqs = streams
         weight, dim_bias = params[0], len(params) - 1
@@ -182,7 +200,8 @@ class Plan:
             (states[0].dtype for states in (exp_avgs, exp_avg_sqs) if states), torch.float32
         )
         dtypes = (weight.dtype, gradients[0].dtype, state)
-        padded = 0 if inverse is None else pad_rank(inverse.basis.shape[1])
+        # A given D has rank 0 among those that are formed.
+        padded = self.padded if inverse is not None or _is_contiguous(streams) else 0
         group = self.tiled.setdefault((dtypes, padded), _Group())
         tile = update_tile(padded)
         # One at least, for the bias of a weight without columns.
@@ -190,8 +209,15 @@ class Plan:
         down: int = triton.cdiv(n, tile.rows)
         entry = len(group.parts)
         group.parts.append((entry, down * across, self.slots))
-        group.row_parts.append((entry, triton.cdiv(n, row_tile(padded).rows), 0))
-        programs, of_rows, of_columns = down * across, self.slots, self.slots + across * n
+        programs, walked = down * across, self.walks and padded > 0
+        row_blocks = triton.cdiv(n, row_tile(padded).rows)
+        if walked or inverse is not None:
+            group.row_parts.append((entry, row_blocks, self.slots))
+        if walked:
+            # A row's sum is whole; one at least, so that a layer without rows counts its steps too.
+            programs, down = row_blocks, row_blocks
+        of_rows = self.slots
+        of_columns = of_rows + (n if walked else across * n)
         self.slots += programs
         if self.by_axes:
             # One at least, so that a layer without elements counts its steps too.
@@ -237,7 +263,7 @@ class Plan:
             self.projections[key] = torch.empty(
                 group.rows, padded, dtype=torch.float32, device=device
             )
-            if not padded:
+            if not padded or self.walks:
                 continue
             launch(
                 _project_gradients_kernel,
@@ -248,6 +274,22 @@ class Plan:
                 GRADIENT=ELEMENTS[gradient],
                 **self._tile_arguments(key, row_tile(padded)),
             )
+
+    def walk(self, device: torch.device, **shared: Any) -> None:
+        """T and the sums of squares of the layers whose D is formed here."""
+        for key, group in self.tiled.items():
+            (_, gradient, _), padded = key
+            if padded:
+                launch(
+                    _walk_gradients_kernel,
+                    (_count(group.row_parts),),
+                    device,
+                    table=upload(group.lines, device),
+                    blocks=upload(group.row_parts, device, _block_table),
+                    GRADIENT=ELEMENTS[gradient],
+                    **self._tile_arguments(key, row_tile(padded)),
+                    **shared,
+                )
 
     def launch_flat(self, device: torch.device, **shared: Any) -> None:
         """A pass over the layers whose D is given."""
@@ -271,10 +313,12 @@ class Plan:
                 **shared,
             )
 
-    def launch_tiles(self, device: torch.device, **shared: Any) -> None:
-        """A pass over the layers in tiles."""
+    def launch_tiles(self, device: torch.device, *, SUMS: bool, **shared: Any) -> None:
+        """A pass over the layers in tiles; for sums over those that are not walked."""
         for key, group in self.tiled.items():
             (param, gradient, state), padded = key
+            if SUMS and self.walks and padded:
+                continue
             launch(
                 _tile_update_kernel,
                 (_count(group.parts),),
@@ -285,6 +329,7 @@ class Plan:
                 GRADIENT=ELEMENTS[gradient],
                 STATE=ELEMENTS[state],
                 COMPUTE=ELEMENTS[_compute_dtype(*key)],
+                SUMS=SUMS,
                 FORMED=padded > 0,
                 **self._tile_arguments(key, update_tile(padded)),
                 **shared,
@@ -303,7 +348,8 @@ class Plan:
                 table=upload(group.lines, device),
                 blocks=upload(group.axis_parts, device, _block_table),
                 TINY=tiny,
-                BLOCK_N=update_tile(padded).rows,
+                WALKED=self.walks and padded > 0,
+                BLOCK_N=(row_tile if self.walks and padded else update_tile)(padded).rows,
                 BLOCK=AXIS_BLOCK,
                 LINE=TILE_LINE,
                 SQUARE=SQUARE,
@@ -327,17 +373,30 @@ class Plan:
         }
 
 
+def formed_shape(params: Sequence[Tensor], inverse: Inverse | None) -> tuple[int, int, int] | None:
+    """Outputs, inputs and rank of a layer whose D the update may form; None where it does not."""
+    if not isinstance(inverse, SubspaceInverse):
+        return None
+    rank = inverse.basis.shape[1]
+    if needs_reference(inverse.basis.dtype, rank, MAX_RANK):
+        return None
+    return params[0].shape[0], params[0].shape[1:].numel(), rank
+
+
 def _is_tiled(streams: Sequence[Sequence[Tensor]], inverse: SubspaceInverse) -> bool:
     """Whether the update can form D itself: contiguous, alike in dtype, in float32 arithmetic."""
-    if needs_reference(inverse.basis.dtype, inverse.basis.shape[1], MAX_RANK):
-        return False
+    return formed_shape(streams[0], inverse) is not None and _is_contiguous(streams)
+
+
+def _is_contiguous(streams: Sequence[Sequence[Tensor]]) -> bool:
     for tensors in streams:
         if not all(tensor.is_contiguous() and tensor.numel() for tensor in tensors):
             return False
         if any(tensor.dtype != tensors[0].dtype for tensor in tensors):
             return False
     states = {tensors[0].dtype for tensors in streams[2:] if tensors}
-    return torch.float64 not in states | {streams[0][0].dtype} and len(states) < 2
+    dtypes = {*states, streams[0][0].dtype, streams[1][0].dtype}
+    return torch.float64 not in dtypes and len(states) < 2
 
 
 def _compute_dtype(dtypes: Dtypes, padded_rank: int = 0) -> torch.dtype:

@@ -1,6 +1,8 @@
 """Every kernel, dtype and configuration compiled for GPUs that need not be there."""
 
 import collections
+import itertools
+from unittest import mock
 
 import aot
 import pytest
@@ -30,6 +32,7 @@ NARROW = {
     "_sum_rows_kernel": (None, 2),
     "_measure_kernel": (0, 1),
     "_flat_update_kernel": (2, 2),
+    "_walk_gradients_kernel": (None, 4),
     "_tile_update_kernel": (None, 4),
     "_blend_axes_kernel": (None, 4),
 }
@@ -85,29 +88,30 @@ def launch_updates(
 ):
     state = torch.promote_types(dtype, torch.float32)
     shapes = [(SIZE, SIZE - odd), (SIZE,)]
-    for normalize in NORMALIZE:
+    for normalize, walks in itertools.product(NORMALIZE, (True, False)):
         params = [torch.zeros(shape, dtype=dtype) for shape in shapes]
         averages = [torch.zeros(shape, dtype=state) for shape in shapes]
         lengths = {"rms": [()], "row": [SIZE], "factored": [SIZE, SIZE - odd + 1]}
         squares = [torch.zeros(length, dtype=state) for length in lengths.get(normalize, [])]
         for inverse in (None, make_inverse(SIZE - odd + 1, rank, by_columns)):
-            backend.update_layers_(
-                params,
-                params,
-                averages if momentum else [],
-                averages if normalize == "adam" else squares,
-                [torch.zeros(())],
-                [inverse],
-                layer_sizes=[2],
-                normalize=normalize,
-                lr=0.1,
-                momentum=momentum,
-                beta2=0.9,
-                eps=1e-8,
-                weight_decay=0.1,
-                skip=skip,
-                lr_bounds=None if lr_bound is None else lr_bound.reshape(1),
-            )
+            with mock.patch.object(backend.update_plan, "walks_twice", return_value=walks):
+                backend.update_layers_(
+                    params,
+                    params,
+                    averages if momentum else [],
+                    averages if normalize == "adam" else squares,
+                    [torch.zeros(())],
+                    [inverse],
+                    layer_sizes=[2],
+                    normalize=normalize,
+                    lr=0.1,
+                    momentum=momentum,
+                    beta2=0.9,
+                    eps=1e-8,
+                    weight_decay=0.1,
+                    skip=skip,
+                    lr_bounds=None if lr_bound is None else lr_bound.reshape(1),
+                )
 
 
 @pytest.fixture
@@ -192,7 +196,12 @@ def test_products_follow_the_precision_of_torch(launches, precision, target, tmp
         if "PRECISION" in launch.constants and launch.constants.get("FORMED", True)
     }
     chosen = {"high": "tf32x3", "medium": "tf32"}[precision]
-    followers = ("_precondition_kernel", "_project_gradients_kernel", "_tile_update_kernel")
+    followers = (
+        "_precondition_kernel",
+        "_project_gradients_kernel",
+        "_walk_gradients_kernel",
+        "_tile_update_kernel",
+    )
     curvature = ("_project_rows_kernel", "_sum_rows_kernel")
     assert found == {(name, chosen) for name in followers} | {(name, "ieee") for name in curvature}
     chosen = [launch for launch in launches if "PRECISION" in launch.constants]
@@ -253,6 +262,8 @@ def test_the_last_program_of_a_layer_sees_what_the_others_wrote(launches):
     summing = [launch for launch in launches if launch.constants.get("SUMS")]
     summing = [each for each in summing if each.constants["NORMALIZE"] in ("rms", "sgd")]
     assert {launch.name for launch in summing} == {"_flat_update_kernel", "_tile_update_kernel"}
+    walking = [launch for launch in launches if launch.name == "_walk_gradients_kernel"]
+    summing += [each for each in walking if each.constants["NORMALIZE"] in ("rms", "sgd")]
     counting = summing + blending
     assert blending
     for launch in counting:

@@ -22,6 +22,7 @@ from test_backends import (
 from tolerances import ITERATION, PRODUCT, SOLVE, assert_near
 
 from gls_fused import reference
+from gls_fused.apply.fallback import adam_
 from gls_fused.backends import triton as backend
 from gls_fused.backends.triton import configs, launch, symmetric
 from gls_fused.capture.conv import ImageRows
@@ -526,33 +527,81 @@ def compare_updates(found, sought, dtype):
             assert_near(actual, expected, PRODUCT[dtype])
 
 
+# Of a D that is given, that is formed in two passes, and by walking rows twice.
 LAUNCHES = {
-    "none": (1, 2),
-    "adam": (1, 2),
-    "rms": (2, 3),
-    "sgd": (2, 3),
-    "row": (3, 4),
-    "factored": (3, 4),
+    "none": (1, 2, 2),
+    "adam": (1, 2, 2),
+    "rms": (2, 3, 2),
+    "sgd": (2, 3, 2),
+    "row": (3, 4, 3),
+    "factored": (3, 4, 3),
 }
+
+
+@pytest.mark.parametrize("skip", [None, False, True])
+def test_others_take_adams_update_in_one_launch(monkeypatch, skip):
+    """As torch's fused op makes it, of any shapes; with a rate on the device."""
+    launches = record_launches(monkeypatch, backend.update_plan)
+    group = {"lr": torch.tensor(0.1), "momentum": 0.9, "beta2": 0.95, "eps": 1e-8}
+    group |= {"weight_decay": 0.2, "low_precision": "nearest"}
+    flag = None if skip is None else torch.tensor(skip)
+    found = []
+    for ops in (None, backend):
+        params = [draw(*shape, dtype=torch.float32) for shape in [(3, 50, 50), (7,), (1,)]]
+        states = [{} for _ in params]
+        for seed in (1, 2):
+            for param in params:
+                param.grad = draw(*param.shape, dtype=torch.float32, seed=seed)
+            adam_(params, states, group, None, flag, ops)
+        found.append((params, states))
+    assert len(launches) == 2
+    for one, other in zip(*(params for params, _ in found), strict=True):
+        assert_near(other, one, PRODUCT[torch.float32])
+    for one, other in zip(*(states for _, states in found), strict=True):
+        assert other["step"] == one["step"] == (0 if skip else 2)
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert_near(other[key], one[key], PRODUCT[torch.float32])
+
+
 # Of exp_avg_sqs: the layer's own, not the bias's.
 OWN = ("rms", "row", "factored")
 
 
-@pytest.mark.parametrize("formed", [False, True])
+@pytest.mark.parametrize("way", ["given", "formed", "walked"])
 @pytest.mark.parametrize("normalize", LAUNCHES)
-def test_launches_of_an_update(monkeypatch, normalize, formed):
+def test_launches_of_an_update(monkeypatch, normalize, way):
     """As the table at the top of update.py says."""
+    monkeypatch.setattr(backend.update_plan, "walks_twice", lambda *_: way == "walked")
     launches = record_launches(monkeypatch, backend.update_plan)
     option = make_update(torch.float32, normalize, 0.9, strided=False)
     option["inverses"] = [None] * 3
-    if formed:
+    if way != "given":
         for key, count in (("params", 2), ("gradients", 2), ("exp_avgs", 2), ("steps", 1)):
             option[key] = option[key][:count]
         squares = 1 if normalize in ("rms", "row") else 2
         option["exp_avg_sqs"] = option["exp_avg_sqs"][:squares]
         option["layer_sizes"], option["inverses"] = [2], [make_inverse(1002, 7, torch.float32)]
     run_update(backend, option)
-    assert len(launches) == LAUNCHES[normalize][formed]
+    place = ["given", "formed", "walked"].index(way)
+    assert len(launches) == LAUNCHES[normalize][place]
+
+
+@pytest.mark.parametrize("normalize", ["none", "rms", "factored"])
+def test_layers_of_all_ranks_and_a_given_direction_share_launches(monkeypatch, normalize):
+    """The reference runs last, and launches nothing."""
+    launches = record_launches(monkeypatch, backend.update_plan)
+    options = [make_update(torch.float32, normalize, 0.9, strided=False) for _ in range(2)]
+    for option, ops in zip(options, (backend, reference), strict=True):
+        ranks = [make_inverse(dim, r, torch.float32) for dim, r in ((1002, 20), (3, 2))]
+        option["inverses"] = [*ranks, None]
+        # In the place of an empty layer, which is no tile.
+        for key in ("params", "gradients", "exp_avgs"):
+            option[key][3:] = [draw(*shape, dtype=torch.float32) for shape in ((6, 4), (6,))]
+        if normalize == "factored":
+            option["exp_avg_sqs"][4:] = [torch.ones(6), torch.ones(5)]
+        run_update(ops, option)
+    assert len(launches) == LAUNCHES[normalize][2]
+    compare_updates(*options, torch.float32)
 
 
 @not_finite  # of elements beyond the end, which are undefined
@@ -584,10 +633,12 @@ def test_any_program_may_be_the_last_of_its_layer(monkeypatch, normalize, bias):
         assert all(map(torch.equal, results[0][key], results[1][key]))
 
 
+@pytest.mark.parametrize("walks", [False, True])
 @pytest.mark.parametrize("layout", ["rows", "columns", "mixed"])
 @pytest.mark.parametrize("normalize", ["rms", "sgd", "row", "factored"])
-def test_update_that_forms_its_directions(normalize, layout):
+def test_update_that_forms_its_directions(monkeypatch, normalize, layout, walks):
     """Several layers of different sizes and ranks, with and without a bias, in one launch."""
+    monkeypatch.setattr(backend.update_plan, "walks_twice", lambda *_: walks)
     options = [make_update(torch.float32, normalize, 0.9, strided=False) for _ in range(2)]
     for option in options:
         found = [make_inverse(1002, 16, torch.float32), make_inverse(3, 2, torch.float32)]
