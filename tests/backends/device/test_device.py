@@ -1,9 +1,11 @@
 """The kernels on a GPU, against the reference on the same GPU; see benchmarks/device_check.sh.
 
-Where there is none the native backend runs on the CPU, which tests these tests.
+Where there is none the native backend runs on the CPU, which tests these tests, and under
+TRITON_INTERPRET=1 Triton's interpreter, which takes minutes for all of them.
 """
 
 import copy
+import os
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ TOLERANCE = {
     torch.bfloat16: 2e-2,
     torch.float16: 2e-3,
 }
-BACKENDS = ["triton", "native"] if DEVICE == "cuda" else ["native"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ["triton", "native"] if DEVICE == "cuda" or INTERPRETED else ["native"]
 
 
 def load(name):
