@@ -6,6 +6,7 @@ Exit status: 0 all parts ended well, 1 one did not, 143 told to end.
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib
 import shlex
 import sys
@@ -68,17 +69,13 @@ def _read(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run_all(options: argparse.Namespace) -> int:
-    from benchmarks.harness.environment import git_commit
-    from benchmarks.harness.runs import now
-
     # A dry run is to show what fails, however slow and busy the machine is.
     budget = options.budget * (DRY_PATIENCE if options.dry_run else 1)
     script = "device_more.sh" if options.more else "device_check.sh"
     about = {
         "title": "On a GPU: the rest" if options.more else "On a GPU",
         "command": shlex.join(["bash", f"benchmarks/{script}", *sys.argv[1:]]),
-        "started": now(),
-        "git_commit": git_commit(),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "dry_run": options.dry_run,
     }
     out, parts = options.out.resolve(), options.parts.resolve()

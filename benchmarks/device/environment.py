@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.device.machine import Machine
 from benchmarks.device.record import Record
-from benchmarks.harness.environment import describe_environment
+from benchmarks.harness.environment import describe_environment, git_commit
 from gls_fused import available_backends
 
 # What a part does without, or with less, where it is missing.
@@ -40,7 +40,7 @@ QUERY = "name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.
 
 def describe(machine: Machine, record: Record) -> bool:
     """Always true: what is missing is for the parts to miss."""
-    facts = dict(describe_environment(machine.device))
+    facts = {"commit": git_commit() or "unknown", **describe_environment(machine.device)}
     facts["backends"] = ", ".join(facts["backends"])
     for name, why in available_backends().items():
         if why is not None:

@@ -18,7 +18,7 @@ BUDGET = 525.0
 DRY_PATIENCE = 10
 DEVICE_TESTS = "tests/backends/device"
 # Of a dry run: a few tests that the interpreter is through with in seconds.
-DRY_TESTS = "dependent_columns or (ten_steps and rms and step)"
+DRY_TESTS = "dependent_columns or (refresh_and_core and shape2)"
 # Their warnings are the libraries' of that machine, which are not what is tested.
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default")
 SANITIZER_FOUND = 9

@@ -31,7 +31,7 @@ def write_report(
     """Replace both files.
 
     Args:
-        about: "title", "command", "started", "git_commit" and "dry_run".
+        about: "title", "command", "started" and "dry_run".
     """
     results = {outcome.part.name: result_of(parts, outcome.part.name) for outcome in outcomes}
     write_json(
@@ -70,9 +70,7 @@ def _render(
             "**A dry run: on a CPU, Triton's kernels in its interpreter, sizes cut. It shows that "
             "the parts run; no figure in it is of a GPU, and none means anything.**"
         )
-    sections.append(
-        f"`{about['command']}` (commit {about['git_commit'] or 'unknown'}, {about['started']})"
-    )
+    sections.append(f"`{about['command']}`, begun at {about['started']}")
     rows = [
         {
             "part": outcome.part.title,

@@ -1,10 +1,16 @@
 """The gate before any figure: that it passes, and refuses a wrong op."""
 
-import pytest
-from tiny import TINY
+import copy
 
-from benchmarks.workloads.gate import GateError, check_gls
+import pytest
+import torch
+from tiny import TINY
+from torch import nn
+
+from benchmarks.workloads.gate import LEAST_ALLOWED, GateError, check_gls
 from benchmarks.workloads.shapes import synthesise
+from benchmarks.workloads.tasks import Task
+from gls_fused.backends import factors
 from gls_fused.backends.dispatch import resolve_backend
 
 
@@ -31,3 +37,18 @@ def test_the_gate_passes_and_refuses_a_corrupted_op(monkeypatch):
             patch.setattr(backend, op, corrupt(getattr(backend, op)))
             with pytest.raises(GateError, match="nothing is reported"):
                 check_gls(TINY, data, 32)
+
+
+def test_orthogonal_factors_may_be_as_coarse_as_they_are_on_a_gpu(monkeypatch):
+    """Emulated on the CPU: both sides' products in bfloat16."""
+    monkeypatch.setattr(
+        factors,
+        "factor_dtype",
+        lambda x: x.dtype if x.dtype == torch.float64 else torch.bfloat16,
+    )
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 10))
+    task = Task("square", "Square", True, lambda _: copy.deepcopy(layers))
+    # So many rows that a hidden layer of width 16 takes orthogonal steps.
+    verdict = check_gls(task, synthesise((1, 4, 4), 1024), 256)
+    assert verdict.allowed > LEAST_ALLOWED
+    assert verdict.double < 1e-12
