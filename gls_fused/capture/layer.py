@@ -654,5 +654,5 @@ def _has_level() -> bool:
 
 
 def _is_exporting() -> bool:
-    # Since torch 2.7.
-    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+    # Of torch.compiler.is_exporting, which torch 2.11 takes for true in every graph that it traces.
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))

@@ -357,7 +357,9 @@ def test_vmap_in_a_graph_is_refused():
     model = make_net("mlp")
     optimizer = GLS(model)
     mapped = torch.compile(torch.func.vmap(model), backend="aot_eager")
-    with pytest.raises(RuntimeError, match=r"layer 'stem': torch\.func's"):
+    # By torch 2.11 before the layer can say so itself.
+    refusal = r"layer 'stem': torch\.func's|Batching rule not implemented for gls_fused::traced_lin"
+    with pytest.raises(RuntimeError, match=refusal):
         mapped(make_batch("mlp", 5, 0)[0][:, None])
     optimizer.detach()
 
