@@ -91,7 +91,7 @@ class Late:
 
     def __init__(self, layer: RecurrentLayer) -> None:
         self.layer = layer
-        self._kept: Any = None
+        self._kept: Tensor | None = None
         self._reverse = False
 
     def keep(
@@ -110,13 +110,14 @@ class Late:
             return
         self._reverse = reverse
         outputs, first = without_tangent(outputs), without_tangent(first)
-        self._kept = _Kept.apply(weight, outputs.detach(), first.detach(), sizes).grad_fn
+        # The output, not its node, which torch 2.11 empties when the output goes.
+        self._kept = _Kept.apply(weight, outputs.detach(), first.detach(), sizes)
 
     def enter(self, ctx: Any, weight: int) -> tuple[bool, bool]:
         """See `Rows.enter`; the rows are added to the sums where they count."""
         counts, applies = self.layer.enter(ctx, weight)
         if counts and self._kept is not None:
-            outputs, first, sizes = self._kept.saved_tensors
+            outputs, first, sizes = self._kept.grad_fn.saved_tensors  # type: ignore[union-attr]
             self.layer.gather(states_before(outputs, first, sizes, reverse=self._reverse))
         return counts, applies
 
