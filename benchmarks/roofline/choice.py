@@ -205,9 +205,12 @@ def _update(model: Model, width: int, rows: int, columns: int) -> Launches:
 
 
 def _update_triton(model: Model, width: int) -> Launches:
-    found = _update(model, width, UPDATE_ROWS, UPDATE_COLUMNS)
-    calls = _padded_ranks(model)
-    return [Launch(x.bytes / calls, x.flops / calls, x.blocks / calls) for x in found * calls]
+    """T in a launch of WALK_ROWS to a program; the squares too where that is `walks_twice`."""
+    project, square, *rest = _update(model, width, UPDATE_ROWS, UPDATE_COLUMNS)
+    blocks = sum(math.ceil(layer.outputs / WALK_ROWS) for layer in model.layers)
+    if blocks >= 128 or max(layer.inputs for layer in model.layers) <= 2048:
+        return [Launch(project.bytes, project.flops + square.flops, blocks), *rest]
+    return [Launch(project.bytes, project.flops, blocks), square, *rest]
 
 
 def _update_native(model: Model, width: int) -> Launches:

@@ -11,6 +11,6 @@ CHOICES: dict[str, tuple[str, str]] = {
     "commit_subspaces_": ("triton", "modelled: fewer launches"),
     "refresh_subspaces": ("native", "modelled: fewer launches"),
     "invert_cores": ("native", "modelled: fewer launches"),
-    "update_layers_": ("native", "modelled: fewer launches"),
+    "update_layers_": ("triton", "modelled: fewer launches"),
     "orthogonal_updates": ("triton", "modelled: launches that take less time"),
 }

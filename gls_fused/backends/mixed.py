@@ -69,6 +69,8 @@ if _chosen("sketch_rows") is native:
     add_sketch_ = native.add_sketch_
 else:
     sum_rows = triton.sum_rows
+if _chosen("update_layers_") is triton:
+    TAKES_OTHERS = triton.TAKES_OTHERS
 if _chosen("commit_subspaces_") is triton:
     commits, commit_subspaces_ = triton.commits, triton.commit_subspaces_
 if _chosen("precondition_rows") is native and _chosen("precondition_gradient") is native:

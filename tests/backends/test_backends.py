@@ -429,6 +429,7 @@ def test_auto_on_cuda_takes_each_op_from_the_faster_backend(mixed, monkeypatch):
     assert set(native.__all__) & set(triton.__all__) == set(mixed.__all__)
     summed = CHOICES["sketch_rows"][0] == "native"
     assert (hasattr(mixed, "add_sketch_"), hasattr(mixed, "sum_rows")) == (summed, not summed)
+    assert hasattr(mixed, "TAKES_OTHERS") == (CHOICES["update_layers_"][0] == "triton")
     assert hasattr(mixed, "commits") == (CHOICES["commit_subspaces_"][0] == "triton")
     described = describe_backend("mixed")
     for op, (name, _) in CHOICES.items():

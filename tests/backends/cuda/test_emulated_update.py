@@ -34,7 +34,7 @@ LAYERS = [
     ((67, 136), True, 9),
     ((5, 33), True, 3),
     ((1, 8), False, 1),
-    ((3, 1032), True, 2),
+    ((3, 520), True, 2),
 ]
 # Rows and columns alone, none of either, several tiles of both, several blocks of v and parts of T,
 # a bias that takes no step (None), an inverse of rank 0.
@@ -48,8 +48,8 @@ AXES = [
     ((5, 6), True, 0),
     ((1, 1), True, 2),
     ((67, 264), None, 3),
-    ((300, 3), True, 2),
-    ((2, 1030), False, 2),
+    ((257, 3), True, 2),
+    ((2, 518), False, 2),
 ]
 
 

@@ -106,6 +106,9 @@ def test_sizes_are_those_of_the_kernels():
     from gls_fused.backends.triton import configs
 
     assert configs.row_tile(32).rows == choice.WALK_ROWS
+    assert configs.walks_twice(128, 2049)
+    assert configs.walks_twice(127, 2048)
+    assert not configs.walks_twice(127, 2049)
     assert configs.update_tile(32)[:2] == (choice.UPDATE_ROWS, choice.UPDATE_COLUMNS)
     assert configs.sketch_tile().columns == choice.SKETCH_COLUMNS
     assert configs.basis_tile(32).rows == choice.BASIS_ROWS
