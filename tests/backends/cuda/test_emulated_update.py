@@ -374,3 +374,16 @@ def test_bytes_and_launches_are_those_of_the_docs(emulator, momentum, formed, no
     assert total == (averaged if momentum else plain) * shape[0] * shape[1]
     # Each launch is of a kernel of its own.
     assert len(moved) == launches
+
+
+@pytest.mark.skipif(VARIANT != "traced", reason="the sanitized build traces nothing")
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_launches_where_some_layers_form_their_direction(emulator, normalize):
+    """As the docs say; ranks and alignments share them."""
+    layers = [((4, 8), True, None), ((3, 5), False, None), ((4, 8), True, 2), ((3, 7), False, 1)]
+    layers = make_layers(layers, torch.float32, normalize, 0.8)
+    with emulator.memory() as memory, emulator.traffic() as moved:
+        update_in(emulator, memory, layers, normalize, 0.8)
+    text = " ".join((build.ROOT / "docs" / "cuda.md").read_text().split())
+    few, many = re.search(r"(\d+) with \"none\" and \"adam\", (\d+) with the others", text).groups()
+    assert len(moved) == int(few if normalize in ("none", "adam") else many)
