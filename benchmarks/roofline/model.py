@@ -30,8 +30,14 @@ MODELS = (*(model(BATCH) for model in TASK_MODELS.values()), transformer())
 # torch's fused Adam: launches of at most 320 blocks of 65,536 elements
 # (ATen/native/cuda/MultiTensorApply.cuh), and one for the step counters.
 ADAM_ELEMENTS_PER_LAUNCH = 320 * 65536
-# Of all layers at a commit: the blending, the bases in five, C, and the copies into the state.
-COMMIT_LAUNCHES = 8
+# Of all layers at the end of a gathering step: the estimates in three, the weights' measures.
+COMMIT_LAUNCHES = 4
+# torch's ops that make the bounds of all layers' rates, and the one that fills in the number of the
+# next sample.
+BOUND_OPS, SAMPLE_OPS = 2, 1
+# Rows of D0 that a program of the update walks, and when it does so twice: `walks_twice` of
+# gls_fused.backends.triton.configs, which is not imported as it needs Triton.
+WALKED_ROWS, LEAST_WALKS, MOST_COLUMNS = 16, 128, 2048
 
 
 @dataclass(frozen=True)
@@ -109,26 +115,50 @@ def precondition(rows: int, inputs: int, rank: int = RANK) -> Cost:
     return Cost(12 * rows * inputs, 4 * rows * inputs * rank + 2 * rows * rank**2, 1)
 
 
-def sketch(rows: int, inputs: int, rank: int = RANK) -> Cost:
-    """Y'Y, A'Y, ||A||^2: A read twice, Y written and read, A'Y written."""
-    moved = 2 * rows * inputs + 2 * rows * rank + inputs * rank
+def sketch(rows: int, inputs: int, rank: int = RANK, *, pixels: int = 0) -> Cost:
+    """Y'Y, A'Y, ||A||^2: A read twice, Y written and read, A'Y written; parts of both, too.
+
+    Args:
+        pixels: of images, whose patches are not built, all elements.
+    """
+    splits, heads = min(64, max(1, rows // 512)), min(256, math.ceil(rows / 16))
+    moved = 2 * (pixels or rows * inputs) + 2 * rows * rank + inputs * rank
+    moved += 2 * heads * rank * (rank + 1) + 2 * splits * inputs * rank * (splits > 1)
     return Cost(FLOAT * moved, 4 * rows * inputs * rank + 2 * rows * rank**2, 2)
 
 
 def refresh(inputs: int, rank: int = RANK) -> Cost:
-    """Over Z, in float64 between; the launches are those of all layers, counted once."""
-    return Cost(FLOAT * 5 * inputs * rank, 8 * inputs * rank**2, 0)
+    """Over Z, in float64 between, by the op alone."""
+    return Cost(FLOAT * 5 * inputs * rank, 8 * inputs * rank**2, 5)
 
 
-def update(parameters: int, *, formed: bool, momentum: bool = True) -> Cost:
-    """normalize="factored": a pass for the squares, their blending, then the update.
-
-    T first where D is formed there. Sums of squares are written and read once each, one for 64
-    elements of a row and one for 32 of a column.
+def commit(layer: Layer) -> Cost:
+    """U and the sums read, Z and Q written and read, U written; parts of Z'Z and Q'Q in float64,
+    one for 32 of d; W read for its root mean square. The launches are those of all layers.
     """
-    words = 4 + 2 / 64 + 2 / 32 + (2 if momentum else 0) + (1 if formed else 0)
-    flops = 14 * parameters + (6 * parameters * RANK if formed else 0)
-    return Cost(FLOAT * words * parameters, flops, 4 if formed else 3)
+    basis = layer.dim * layer.rank
+    parts = 2 * 2 * 8 * layer.rank**2 * layer.dim / 32
+    moved = FLOAT * (7 * basis + layer.parameters) + parts
+    return Cost(moved, 10 * basis * layer.rank, 0)
+
+
+def update(parameters: int, *, walks: bool, momentum: bool = True) -> Cost:
+    """normalize="factored" of D formed at the step: D's squares, their blending, then the update.
+
+    T first, but where rows are walked twice: there D0 comes from L2 for the squares. Sums of
+    squares are written and read once each, one for 64 elements of a row and for 32 of a column;
+    where rows are walked one for 16 of a column.
+    """
+    sums = 2 / 16 if walks else 2 / 64 + 2 / 32
+    words = 4 + sums + (2 if momentum else 0) + (not walks)
+    flops = 14 * parameters + 6 * parameters * RANK
+    return Cost(FLOAT * words * parameters, flops, 3 if walks else 4)
+
+
+def walks_twice(layers: Sequence[Layer]) -> bool:
+    """Whether the update of the layers walks rows twice."""
+    programs = sum(math.ceil(layer.outputs / WALKED_ROWS) for layer in layers)
+    return programs >= LEAST_WALKS or max(layer.inputs for layer in layers) <= MOST_COLUMNS
 
 
 def orthogonal_step(layer: Layer) -> Cost:
@@ -162,26 +192,23 @@ def adam(parameters: int) -> Cost:
 
 
 def gls_step(model: Model, *, momentum: bool = True) -> dict[str, Cost]:
-    """The pieces of GLS's step with its defaults, statistics spread over the steps between."""
-    pieces = dict.fromkeys(("rows", "statistics", "update", "others"), NOTHING)
+    """The pieces of GLS's step with its defaults, statistics spread over the steps between.
+
+    On a GPU P acts at the step.
+    """
+    share = 1 / GATHER_EVERY
+    pieces = dict.fromkeys(("statistics", "update", "others"), NOTHING)
     for layer in model.layers:
-        rank = layer.rank
-        if layer.at_backward:
-            pieces["rows"] += precondition(layer.rows, layer.inputs, rank)
-        gathered = sketch(layer.sketched, layer.inputs, rank)
-        gathered += refresh(layer.inputs, rank)
-        pieces["statistics"] += gathered * (1 / GATHER_EVERY)
-    # For ranks padded to 16 and to 32, but for the copies.
-    padded = {layer.rank > 16 for layer in model.layers}
-    launches = (COMMIT_LAUNCHES - 1) * len(padded) + 1
-    pieces["statistics"] += Cost(0, 0, launches) * (1 / GATHER_EVERY)
-    for formed in (False, True):
-        chosen = [layer for layer in model.layers if layer.at_backward != formed]
-        if chosen:
-            count = sum(layer.parameters for layer in chosen)
-            pieces["update"] += update(count, formed=formed, momentum=momentum)
+        gathered = sketch(layer.sketched, layer.inputs, layer.rank, pixels=layer.pixels)
+        pieces["statistics"] += (gathered + commit(layer)) * share
+    pieces["statistics"] += Cost(0, 0, COMMIT_LAUNCHES + SAMPLE_OPS) * share
+    count = sum(layer.parameters for layer in model.layers)
+    pieces["update"] = update(count, walks=walks_twice(model.layers), momentum=momentum)
+    pieces["update"] += Cost(0, 0, BOUND_OPS)
     if model.others:
-        pieces["others"] = adam(model.others)
+        # By a kernel of ours, in one launch.
+        moved = adam(model.others)
+        pieces["others"] = Cost(moved.bytes, moved.flops, 1)
     return pieces
 
 

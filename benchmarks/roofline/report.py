@@ -39,9 +39,9 @@ def operations() -> list[tuple[str, str, Cost]]:
             ("precondition_rows", f"[{n}, {k}]", precondition(n, k)),
             ("precondition_gradient", f"[{m}, {k}]", precondition(m, k)),
             ("sketch_rows", f"[{n}, {k}]", sketch(n, k)),
-            ("refresh_subspace", f"[{k}, {RANK}]", refresh(k) + Cost(0, 0, 5)),
-            ("update_layers_, D given", f"[{m}, {k}]", update(count, formed=False)),
-            ("update_layers_, D formed", f"[{m}, {k}]", update(count, formed=True)),
+            ("refresh_subspace", f"[{k}, {RANK}]", refresh(k)),
+            ("update_layers_, two passes", f"[{m}, {k}]", update(count, walks=False)),
+            ("update_layers_, walked twice", f"[{m}, {k}]", update(count, walks=True)),
             ("torch's fused Adam", f"[{m}, {k}]", adam(count)),
         ]
     return found

@@ -22,7 +22,11 @@ ADAM_BYTES = 28
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight [outputs, inputs], its rows, and those that the sketch takes."""
+    """A weight [outputs, inputs], its rows, and those that the sketch takes.
+
+    Attributes:
+        pixels: of a convolution, all elements of the images that the sketch takes.
+    """
 
     outputs: int
     inputs: int
@@ -30,6 +34,7 @@ class Layer:
     sketched: int
     convolution: bool = False
     bias: bool = True
+    pixels: int = 0
 
     @property
     def dim(self) -> int:
@@ -76,8 +81,8 @@ def _cnn(batch: int) -> Model:
     return Model(
         "CNN, 2 convolutions and 2 linear layers",
         (
-            Layer(16, 75, batch * 1024, few * 1024, convolution=True),
-            Layer(32, 400, batch * 256, few * 256, convolution=True),
+            Layer(16, 75, batch * 1024, few * 1024, convolution=True, pixels=few * 3 * 1024),
+            Layer(32, 400, batch * 256, few * 256, convolution=True, pixels=few * 16 * 256),
             Layer(128, 2048, batch, batch),
             Layer(10, 128, batch, batch),
         ),
@@ -88,21 +93,25 @@ def _resnet(batch: int) -> Model:
     """3x32x32 images; batch norm takes Adam's update."""
     width, few = 40, min(batch, SKETCH_IMAGES)
 
-    def convolution(outputs: int, channels: int, window: int, side: int) -> Layer:
+    def convolution(outputs: int, channels: int, window: int, side: int, stride: int = 1) -> Layer:
         positions = side * side
         return Layer(
             outputs, channels * window**2, batch * positions, few * positions,
-            convolution=True, bias=False,
+            convolution=True, bias=False, pixels=few * channels * positions * stride**2,
         )  # fmt: skip
 
     layers, norms, before = [convolution(width, 3, 3, 32)], width, width
     for stage in range(3):
         after, side = width * 2**stage, 32 // 2**stage
         for _ in range(2):
-            layers += [convolution(after, before, 3, side), convolution(after, after, 3, side)]
+            stride = 1 + (before != after)
+            layers += [
+                convolution(after, before, 3, side, stride),
+                convolution(after, after, 3, side),
+            ]
             norms += 2 * after
             if before != after:
-                layers.append(convolution(after, before, 1, side))
+                layers.append(convolution(after, before, 1, side, stride))
                 norms += after
             before = after
     layers.append(Layer(CLASSES, before, batch, min(batch, SKETCH_ROWS)))

@@ -10,12 +10,15 @@ Bytes per float32 parameter, and launches:
     D = D0 P formed, "none"        1 + 1        16 / 24     T = D0 U C reads D0: 4
     D = D0 P formed, "rms", "sgd"  1 + 1 + 1    20 / 28     both
     D formed, "row", "factored"    1 + 1 + 1 + 1    20 / 28     and .1, .4 for the sums
+      where rows are walked twice one launch and 4 bytes less; .5 for the sums of "factored"
 
-The launches are T, the norm pass, the blending of rows and columns, and the update; layers with and
-without P, of several dtypes or of several padded ranks have launches of their own. The norm must be
-known before the first weight is written, so D's tile is formed twice: 4 bytes and 2 r flops per
-parameter, against 8 bytes if D were stored and read again. ||D||^2 also follows from D0 U and T
-alone, without a second pass, but as a difference of nearly equal numbers where P damps most of D0.
+The launches are T, the norm pass, the blending of rows and columns, and the update. Layers of all
+ranks, and where some D is formed those whose D is given too, share them; layers of several dtypes
+have launches of their own. The norm must be known before the first weight is written, so D's tile
+is formed twice: 4 bytes and 2 r flops per parameter, against 8 bytes if D were stored and read
+again. Where `walks_twice` says so, T and the norms are one kernel, a program of which has a block
+of whole rows and finds them in L2 the second time. ||D||^2 also follows from D0 U and T alone,
+without a second pass, but as a difference of nearly equal numbers where P damps most of D0.
 Sums of squares go into a slot per program; the layer's last program adds them in order, so the same
 step gives the same bits.
 

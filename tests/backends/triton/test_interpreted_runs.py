@@ -1,9 +1,15 @@
 """A whole run of GLS in the interpreter, against the reference, and who gets the backend."""
 
+import functools
+import itertools
+
 import pytest
 import torch
+from aot import MODULES
 from nets import loss_of, make_batch, make_net, snapshot
 from tolerances import relative_error
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from gls_fused import GLS, available_backends, reference
 from gls_fused.backends.dispatch import resolve_backend
@@ -83,3 +89,53 @@ def test_report_says_whose_ops_are_whose():
         pytest.skip(why)
     optimizer = GLS(make_net("mlp"), backend="mixed")
     assert "backend triton, native for " in optimizer.report()
+
+
+class CountedOps(TorchDispatchMode):
+    """Names of torch's ops that are launches on a GPU, but for tables that are uploaded."""
+
+    # The tests fill new memory with NaN; the number of the next sample is filled in, too.
+    others = ("empty", "new_empty", "lift_fresh", "detach", "profiler", "promote_types", "fill_")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op._schema.name.removeprefix("aten::")
+        if not (op.is_view or name.startswith(self.others)):
+            self.names.append(name)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_launches_of_a_step(monkeypatch, layers):
+    """Of layers of two ranks and a norm: four, and two a layer and four more where it gathers."""
+    launches = []
+
+    def record(kernel, *arguments, do, **named):
+        launches.append(kernel)
+        # What the interpreter does is no launch.
+        with _disable_current_modes():
+            do(kernel, *arguments, **named)
+
+    for module in MODULES:
+        monkeypatch.setattr(module, "launch", functools.partial(record, do=module.launch))
+    widths = [4, 17, 5, 6, 4][: layers + 1]
+    parts = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
+    model = nn.Sequential(*parts, nn.LayerNorm(widths[-1]))
+    options = {"site": "step", "curvature_every": 2, "normalize": "factored"}
+    optimizer = GLS(model, backend="triton", **options)
+    counts = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = model(torch.randn(6, 4)).square().mean()
+        launches.clear()
+        loss.backward()
+        gathered = len(launches)
+        with CountedOps() as ops:
+            optimizer.step()
+        counts.append((gathered, len(launches) - gathered, ops.names))
+    # Torch's two make the bounds of the layers' rates.
+    assert counts[3] == (0, 4, ["cat", "mul"])
+    assert counts[4] == (2 * layers, 8, ["cat", "mul"])
