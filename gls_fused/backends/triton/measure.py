@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gls_fused.backends.triton.configs import UPDATE_BLOCK, UPDATE_WARPS
 from gls_fused.backends.triton.launch import ELEMENTS, bits, block_table, launch, upload
+from gls_fused.backends.triton.update_kernels import _address
 
 # Words of a weight's line in the table.
 LINE = 7
@@ -33,6 +34,8 @@ def _measure_kernel(
     SKIPS: tl.constexpr,
     DTYPE: tl.constexpr,
     RESULT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS_EACH: tl.constexpr,
     LINE: tl.constexpr,
@@ -42,8 +45,11 @@ def _measure_kernel(
             return
     program = tl.program_id(0).to(tl.int64)
     line = table + tl.load(blocks + program * 2) * LINE
-    weight = tl.load(line).to(tl.pointer_type(DTYPE))
+    weight = _address(line, DTYPE, ALIGNED)
     count = tl.load(line + 2)
+    if EVEN:
+        # Then the mask is the same for every 16 elements, and accesses stay 16 bytes wide.
+        count = tl.multiple_of(count, 16)
     total = tl.zeros([BLOCK], dtype=RESULT)
     for block in range(BLOCKS_EACH):
         at = (tl.load(blocks + program * 2 + 1) * BLOCKS_EACH + block) * BLOCK
@@ -99,6 +105,8 @@ def measure_weights_(
             SKIPS=skip is not None,
             DTYPE=ELEMENTS[dtype],
             RESULT=ELEMENTS[kind],
+            ALIGNED=all(weights[i].data_ptr() % 16 == 0 for i in mine),
+            EVEN=all(weights[i].numel() % 16 == 0 for i in mine),
             BLOCK=UPDATE_BLOCK,
             BLOCKS_EACH=BLOCKS_EACH,
             LINE=LINE,
