@@ -4,4 +4,4 @@
 # It needs torch with CUDA and pytest, and no network; docs/device.md says what it leaves, and where.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHONPATH=. exec "${PYTHON:-python3}" -m benchmarks.device "$@"
+PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" -m benchmarks.device "$@"

@@ -3,4 +3,4 @@
 # Options as there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHONPATH=. exec "${PYTHON:-python3}" -m benchmarks.device --more --out results/device_more "$@"
+PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" -m benchmarks.device --more --out results/device_more "$@"
