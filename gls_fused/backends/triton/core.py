@@ -270,7 +270,7 @@ def invert_cores(
     traces: Sequence[Tensor],
     dims: Sequence[int],
     damping: float,
-    power: float,
+    power: float = 1,
     samples: Sequence[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """See `gls_fused.reference.invert_cores`: one launch for those of one dtype and padded rank.
@@ -330,7 +330,7 @@ def invert_core(
     trace: Tensor,
     dim: int,
     damping: float,
-    power: float,
+    power: float = 1,
     samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `gls_fused.reference.invert_core`; numerics as `invert_cores`."""

@@ -1,6 +1,7 @@
 """A whole run of GLS in the interpreter, against the reference, and who gets the backend."""
 
 import functools
+import inspect
 import itertools
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from gls_fused import GLS, available_backends, reference
+from gls_fused.backends import triton
 from gls_fused.backends.dispatch import resolve_backend
 
 STEPS = 10
@@ -139,3 +141,9 @@ def test_launches_of_a_step(monkeypatch, layers):
     # Torch's two make the bounds of the layers' rates.
     assert counts[3] == (0, 4, ["cat", "mul"])
     assert counts[4] == (2 * layers, 8, ["cat", "mul"])
+
+
+def test_ops_have_the_reference_signatures():
+    for name in set(triton.__all__) - {"update_spectral_layers_"}:
+        found, expected = (inspect.signature(getattr(m, name)) for m in (triton, reference))
+        assert found.parameters == expected.parameters, name
