@@ -5,16 +5,17 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
-BIN := .venv/bin
-STAMP := .venv/.stamp
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
 # What the demonstration needs, which is there in a third of the time; the whole, once that is there.
-BENCH_STAMP := .venv/.stamp-bench
+BENCH_STAMP := $(VENV)/.stamp-bench
 DEMO_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),$(BENCH_STAMP))
 # -qq keeps errors, and drops pip's notes about the caller's own configuration.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: help setup data demo test test-models test-slow sanitize lint format docs bench-kernels readme clean
+.PHONY: help setup data demo test test-quick test-torch test-models test-slow wheel sanitize lint format docs bench-kernels readme clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 14
@@ -44,7 +45,7 @@ $(BENCH_STAMP): $(SOURCES)
 	@touch $@
 
 define venv
-	@[ -x $(BIN)/pip ] || { echo "setup: creating .venv, which takes minutes"; $(PYTHON) -m venv .venv; }
+	@[ -x $(BIN)/pip ] || { echo "setup: creating $(VENV), which takes minutes"; $(PYTHON) -m venv $(VENV); }
 	@$(PIP) -r requirements-build.txt
 endef
 
@@ -59,9 +60,30 @@ data: ## Install Fashion-MNIST, as Debian's package, where apt-get can
 demo: $(DEMO_STAMP) data ## Run the demonstration; its last line is the report's path
 	@$(BIN)/python -m benchmarks demo
 
-test: lint ## Lint, then run the quick tests
+test: lint test-quick ## Lint, then run the quick tests
+
+test-quick: setup ## Run the quick tests
 	@$(BIN)/python -m pytest -m "not slow"
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/backends/triton
+
+# Of build/, only what was compiled may be older than the checkout.
+wheel: setup ## Build dist/gls_fused-*.whl, for the torch of .venv, which needs no compiler
+	@rm -rf build/lib.* build/bdist.* dist
+	@GLS_FUSED_NATIVE=1 GLS_FUSED_WHEEL=1 $(BIN)/python -m pip wheel -qq --no-build-isolation --no-deps -w dist .
+	@ls dist/*.whl
+
+# In a copy of the checkout, whose own library is for another torch, with an environment of its own. NumPy
+# as the interpreter of triton 3.6 and earlier takes it; torchvision is pip's choice, as it is tied to torch.
+COPY := build/torch-$(TORCH)
+test-torch: ## Run the quick tests with another torch, as `make test-torch TORCH=2.11`
+	@[ -n "$(TORCH)" ] || { echo "test-torch: name a release of torch, as in TORCH=2.11"; exit 1; }
+	@mkdir -p $(COPY)
+	@find $(COPY) -type f ! -name '*.so' ! -name _build_info.py -delete
+	@tar -c --exclude='./.venv*' --exclude=./build --exclude=./results --exclude=./.git --exclude='.*_cache' \
+	  --exclude=__pycache__ --exclude='*.so' --exclude=_build_info.py . | tar -x -C $(COPY)
+	@sed -i -e 's/^torch==.*/torch==$(TORCH).*\nnumpy<2.3/' -e '/^torchvision==/d' $(COPY)/constraints.txt
+	@touch -r constraints.txt $(COPY)/constraints.txt
+	@$(MAKE) --no-print-directory -C $(COPY) VENV=$(CURDIR)/.venv-torch-$(TORCH) test-quick
 
 test-models: setup ## Run the tests of real models, the slow ones too
 	@$(BIN)/python -m pytest tests/models
@@ -103,7 +125,7 @@ bench-kernels: setup ## Time every op against the machine's ceilings
 readme: setup ## Rewrite the tables of README and docs/ from benchmarks/published
 	@$(BIN)/python -m benchmarks readme
 
-clean: ## Remove what was built and cached; .venv and results/ stay
+clean: ## Remove what was built and cached; environments and results/ stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@rm -f gls_fused/*.so gls_fused/_build_info.py $(STAMP) $(BENCH_STAMP)
 	@find gls_fused tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -6,6 +6,7 @@ GLS_FUSED_NATIVE=1     a failure to build it is an error
 GLS_FUSED_CUDA=auto    the default: build its CUDA kernels too; if that fails, record why
 GLS_FUSED_CUDA=0       leave them out
 GLS_FUSED_CUDA=1       a failure to build them is an error
+GLS_FUSED_WHEEL=1      make a wheel whose version names this release of torch, which it requires
 GLS_FUSED_SANITIZE=1   build it for AddressSanitizer and UndefinedBehaviorSanitizer, without CUDA
 TORCH_CUDA_ARCH_LIST   architectures of the CUDA kernels, "9.0;12.0+PTX"; MAX_JOBS as torch has it
 """
@@ -34,6 +35,7 @@ def read_mode(name: str) -> str:
 
 NATIVE, CUDA = read_mode("GLS_FUSED_NATIVE"), read_mode("GLS_FUSED_CUDA")
 SANITIZE = os.environ.get("GLS_FUSED_SANITIZE") == "1"
+WHEEL = os.environ.get("GLS_FUSED_WHEEL") == "1"
 if NATIVE == "0" and CUDA == "1":
     raise SystemExit("gls_fused: error: GLS_FUSED_CUDA=1 needs GLS_FUSED_NATIVE auto or 1, got '0'")
 
@@ -50,8 +52,10 @@ try:
 except ImportError as error:
     raise SystemExit(
         f"gls_fused: error: building needs torch, which cannot be imported ({error}); "
-        "run `pip install 'torch>=2.6,<3'` first, or install without --no-build-isolation"
+        "run `pip install 'torch>=2.9,<3'` first, or install without --no-build-isolation"
     ) from None
+
+TORCH_RELEASE = torch.__version__.split("+")[0]
 
 # No -std: BuildExtension adds the one that torch's headers need. No debug information: Python's
 # own -g makes the library many times larger. -fopenmp: at::parallel_for is a template in torch's
@@ -222,11 +226,21 @@ class BuildNative(BuildExtension):
         (package / "_build_info.py").write_text(
             '"""Written by setup.py; _build_info.pyi says what is in it."""\n\n'
             f"native_failure = {failure!r}\n"
-            f"torch_version = {torch.__version__.split('+')[0]!r}\n"
+            f"torch_version = {TORCH_RELEASE!r}\n"
             f"cuda_failure = {self.cuda_failure!r}\n"
             f"cuda_version = {None if self.cuda_failure else TOOLKIT.version!r}\n"
             f"cuda_architectures = {self.cuda_architectures!r}\n"
         )
+
+
+class TiedDistribution(setuptools.Distribution):
+    """A distribution whose version names the torch it is built against, and which requires that."""
+
+    def parse_config_files(self, *args: object, **kwargs: object) -> None:
+        super().parse_config_files(*args, **kwargs)
+        # pyproject.toml has just said what holds where pip builds the package for one's own torch.
+        self.metadata.version += f"+torch{TORCH_RELEASE}"
+        self.install_requires = self.metadata.install_requires = [f"torch=={TORCH_RELEASE}"]
 
 
 def cpu_kernels(capability: str, flags: list[str]) -> CppExtension:
@@ -276,4 +290,8 @@ EXTENSIONS = [
     *(cpu_kernels(name, flags) for name, flags in CAPABILITIES.items()),
     *([cuda_kernels(TOOLKIT)] if TOOLKIT else []),
 ]
-setuptools.setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildNative})
+setuptools.setup(
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_ext": BuildNative},
+    distclass=TiedDistribution if WHEEL else setuptools.Distribution,
+)

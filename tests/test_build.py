@@ -2,24 +2,28 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 from runpy import run_path
 
 import pytest
 import torch
+from tolerances import TRAJECTORY, assert_near
 
 ROOT = Path(__file__).parents[1]
 NO_COMPILER = {"CC": "/nonexistent", "CXX": "/nonexistent"}
 
 
-def run_python(*arguments, cwd=ROOT, **environment):
+def run_python(*arguments, cwd=ROOT, python=sys.executable, **environment):
     return subprocess.run(
-        [sys.executable, *arguments],
+        [python, *arguments],
         cwd=cwd,
         env={
             **os.environ,
@@ -87,7 +91,7 @@ def test_missing_torch_is_one_clear_line():
     done = run_python("-c", without_torch)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "run `pip install 'torch>=2.6,<3'` first" in done.stderr
+    assert "run `pip install 'torch>=2.9,<3'` first" in done.stderr
 
 
 def test_source_tree_that_was_never_built_says_so(source):
@@ -131,6 +135,16 @@ def test_build_info_names_the_running_kernels(capability):
         assert running == capability.upper()
 
 
+def test_library_for_another_torch_is_refused(monkeypatch):
+    record = pytest.importorskip("gls_fused._build_info", reason="it was never built")
+    monkeypatch.setattr(record, "native_failure", None)
+    monkeypatch.setattr(record, "torch_version", "1.0.0")
+    running = torch.__version__.split("+")[0]
+    said = f"built against torch 1.0.0, and {running} is running; install gls_fused's wheel for "
+    with pytest.raises(ImportError, match=re.escape(said + f"torch {running}, or")):
+        run_path(str(ROOT / "gls_fused" / "backends" / "native.py"))
+
+
 def test_build_requirements_are_listed_alike():
     tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -169,6 +183,82 @@ def test_wheel_without_extension_works_and_says_why(source, tmp_path, environmen
     )
     assert imported.returncode == 0, imported.stderr
     assert Path(imported.stdout.strip()).is_relative_to(site)
+
+
+TRAINING = """
+import copy, json, sys, torch, gls_fused
+net = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 5)).double()
+batches = torch.randn(10, 64, 20, dtype=torch.float64)
+why = gls_fused.available_backends()["native"]
+report = {"file": gls_fused.__file__, "why": why, "info": gls_fused.build_info() if not why else {}}
+for backend in ("reference", "auto" if why else "native"):
+    model = copy.deepcopy(net)
+    optimizer = gls_fused.GLS(model)
+    for batch in batches:
+        model(batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    report[backend] = torch.cat([p.flatten() for p in model.parameters()]).tolist()
+print(json.dumps(report))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)  # a build of all CPU kernels
+def test_wheel_is_used_without_a_compiler(source, tmp_path):
+    """By an environment of its own, which has this torch and none of this checkout."""
+    if shutil.which("c++") is None or shutil.which("make") is None:
+        pytest.skip("needs make and a C++ compiler")
+    shutil.copy(ROOT / "Makefile", source)
+    made = subprocess.run(
+        ["make", "--old-file=setup", "wheel", f"VENV={sys.prefix}"],
+        cwd=source,
+        env={**os.environ, "GLS_FUSED_CUDA": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+    (wheel,) = (source / "dist").glob("*.whl")
+    assert made.stdout == f"dist/{wheel.name}\n"
+    release = torch.__version__.split("+")[0]
+    assert wheel.name.startswith(f"gls_fused-0.1.0+torch{release}-cp")
+    with zipfile.ZipFile(wheel) as content:
+        metadata = content.read(f"gls_fused-0.1.0+torch{release}.dist-info/METADATA").decode()
+    assert re.findall(r"^Requires-Dist: (torch\b.*)", metadata, re.MULTILINE) == [
+        f"torch=={release}"
+    ]
+
+    venv.create(tmp_path / "fresh")
+    python = tmp_path / "fresh" / "bin" / "python"
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "fresh")}))
+    # In a folder that is named so, editable packages are not found.
+    (site / "torch.pth").write_text(sysconfig.get_path("purelib"))
+    bare = {"PATH": "", **NO_COMPILER}
+
+    def train():
+        done = run_python("-c", TRAINING, cwd=tmp_path, python=python, **bare)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout)
+
+    # Which finds the torch that the wheel requires.
+    installed = run_python("-m", "pip", "--python", python, "install", "--no-index", wheel, **bare)
+    assert installed.returncode == 0, installed.stdout + installed.stderr
+    report = train()
+    assert Path(report["file"]).is_relative_to(site)
+    assert report["why"] is None
+    assert report["info"]["torch"] == release
+    found = {path.name.split(".")[0] for path in (site / "gls_fused").glob("_cpu_*.so")}
+    wanted = {"default", "avx2", "avx512"} if platform.machine() == "x86_64" else {"default"}
+    assert found == {f"_cpu_{name}" for name in wanted}
+    assert_near(*(torch.tensor(report[name]) for name in ("native", "reference")), TRAJECTORY)
+
+    # Another torch than it was built for.
+    record = site / "gls_fused" / "_build_info.py"
+    record.write_text(record.read_text().replace(f"'{release}'", "'1.0.0'"))
+    report = train()
+    assert report["why"].startswith("it was built against torch 1.0.0, and ")
+    assert report["auto"] == report["reference"]
 
 
 @pytest.mark.slow

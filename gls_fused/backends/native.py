@@ -68,7 +68,7 @@ def _load() -> str:
     if running != _build_info.torch_version:
         raise ImportError(
             f"it was built against torch {_build_info.torch_version}, and {running} is running; "
-            "reinstall gls_fused with --no-build-isolation"
+            f"install gls_fused's wheel for torch {running}, or build it with --no-build-isolation"
         )
     from gls_fused import _C
 
