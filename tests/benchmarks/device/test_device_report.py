@@ -45,7 +45,7 @@ def test_the_output_of_a_part_is_shown_where_it_failed(tmp_path, state):
     about = {"title": "T", "command": "c", "started": "s", "dry_run": True}
     write_report([outcome], tmp_path, tmp_path, about)
     report = (tmp_path / "report.md").read_text()
-    assert ("first line" in report) == (state == "failed")
+    assert ("first line" in report) == ("last line" in report) == (state == "failed")
     assert "| x |" in report
     assert "A dry run" in report
     part = json.loads((tmp_path / RESULTS_FILE).read_text())["parts"]["ops"]
