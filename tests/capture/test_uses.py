@@ -588,7 +588,14 @@ def test_autocast(name, site):
 @pytest.mark.parametrize(
     ("site", "parts"),
     [
-        ("backward", ["cross-attention"]),
+        pytest.param(
+            "backward",
+            ["cross-attention"],
+            marks=pytest.mark.skipif(
+                torch.__version__ < "2.12",
+                reason="torch 2.11 traces no Tensor.unflatten where a layer's weight is watched",
+            ),
+        ),
         pytest.param("step", ["self-attention", "products"], marks=pytest.mark.slow),
         pytest.param("backward", ["self-attention", "other sizes"], marks=pytest.mark.slow),
     ],
