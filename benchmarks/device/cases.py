@@ -79,6 +79,7 @@ def make_cases(shapes: Shapes, device: torch.device) -> Iterator[Case]:
         for formed in (False, True):
             yield _update(shapes, draw, normalize, formed=formed)
     yield _spectral(shapes, draw)
+    yield _measured(shapes, draw)
 
 
 class _Draw:
@@ -306,3 +307,21 @@ def _spectral(shapes: Shapes, draw: _Draw) -> Case:
         "update_spectral_layers_", f"{len(hidden.layers)} layers", make, FLOAT * 5 * count, flops,
         ITERATION[dtype], products=dtype == torch.bfloat16,
     )  # fmt: skip
+
+
+def _measured(shapes: Shapes, draw: _Draw) -> Case:
+    """The root mean squares that `max_change` is a share of."""
+    count = sum(m * k for m, k in shapes.layers)
+
+    def make(dtype: torch.dtype) -> Call:
+        weights = [draw.normal(*shape, seed=7).to(dtype) for shape in shapes.layers]
+
+        def call(backend: ModuleType) -> Sequence[Tensor]:
+            results = _ones([()] * len(weights), draw, dtype)
+            backend.measure_weights_(weights, results, [1e-3] * len(weights))
+            return results
+
+        return call
+
+    what = f"{len(shapes.layers)} layers"
+    return Case("measure_weights_", what, make, FLOAT * count, 2 * count, PRODUCT)

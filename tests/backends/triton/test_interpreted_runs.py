@@ -144,6 +144,7 @@ def test_launches_of_a_step(monkeypatch, layers):
 
 
 def test_ops_have_the_reference_signatures():
-    for name in set(triton.__all__) - {"update_spectral_layers_"}:
+    at_once = {"TAKES_OTHERS", "commit_subspaces_", "commits", "sum_images", "sum_rows"}
+    for name in set(triton.__all__) - at_once - {"update_spectral_layers_"}:
         found, expected = (inspect.signature(getattr(m, name)) for m in (triton, reference))
         assert found.parameters == expected.parameters, name
