@@ -159,7 +159,9 @@ def check_widths(code, launch, where):
 
 SYMMETRIC = "_symmetric_product_kernel"
 QUICK = [("high", "sm_90")]
-cuda = pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+# A kernel takes seconds for each.
+OTHERS = [pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_100")]
+cuda = pytest.mark.parametrize("target", ["sm_90", *OTHERS])
 
 
 @cuda
