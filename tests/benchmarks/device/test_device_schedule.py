@@ -131,7 +131,7 @@ def test_spare_time_goes_to_the_next_parts(tmp_path):
 RUN = """
 import sys
 from pathlib import Path
-from test_schedule import ABOUT, part, recording
+from test_device_schedule import ABOUT, part, recording
 from benchmarks.device.report import write_report
 from benchmarks.device.schedule import run_parts
 here = Path.cwd()
