@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -285,18 +284,52 @@ class Decision:
         return "native" if self.ratio < 1 else "triton"
 
 
-def decide(measured: Mapping[str, Any] | None = None, launch: float = LAUNCH) -> list[Decision]:
-    """For every op: by what was measured of both backends, or else by the model.
+@dataclass(frozen=True)
+class Measured:
+    """What a GPU has shown of the ops.
 
-    Args:
-        measured: device.json of benchmarks/device: "gpu", and "seconds" by "backend: op, what".
+    Attributes:
+        seconds: by op, case and backend.
     """
+
+    gpu: str
+    seconds: Mapping[str, Mapping[str, Mapping[str, float]]]
+
+    @classmethod
+    def of(cls, results: Mapping[str, Any]) -> Measured:
+        """Of results.json of device_check.sh.
+
+        Raises:
+            ValueError: they are of a dry run, which measures nothing.
+        """
+        if results["dry_run"]:
+            raise ValueError("a dry run measures nothing")
+        tables = {
+            name: part["result"]["tables"]
+            for name, part in results["parts"].items()
+            if name in ("environment", "kernels")
+        }
+        facts = {row["what"]: row["value"] for row in tables["environment"]["Machine"]}
+        seconds: dict[str, dict[str, dict[str, float]]] = {}
+        for row in tables["kernels"]["Kernels"]:
+            cases = seconds.setdefault(row["op"], {})
+            cases.setdefault(f"{row['layers']}: {row['of']}", {})[row["backend"]] = row["µs"]
+        return cls(facts["device"], seconds)
+
+    def ratio(self, op: str) -> float | None:
+        """The native backend's to Triton's, over the cases of both; None where there is none."""
+        cases = self.seconds.get(op, {}).values()
+        ratios = [case["native"] / case["triton"] for case in cases if len(case) == 2]
+        return statistics.geometric_mean(ratios) if ratios else None
+
+
+def decide(measured: Measured | None = None, launch: float = LAUNCH) -> list[Decision]:
+    """For every op: by what was measured of both backends, or else by the model."""
     found = []
     for op in OPS:
-        ratio = _measured_ratio(op, measured or {})
-        if ratio is not None:
-            assert measured is not None
-            found.append(Decision(op, ratio, f"measured on {measured['gpu']}"))
+        ratio = None if measured is None else measured.ratio(op)
+        if measured is not None and ratio is not None:
+            found.append(Decision(op, ratio, f"measured on {measured.gpu}"))
             continue
         ratio = model_ratio(op, launch)
         found.append(Decision(op, ratio, f"modelled: {_reason(op, ratio < 1)}"))
@@ -327,17 +360,6 @@ def _reason(op: str, native: bool) -> str:
     triton, cpp = map(sum, zip(*counts, strict=True))
     chosen, other = (cpp, triton) if native else (triton, cpp)
     return "fewer launches" if chosen < other else "launches that take less time"
-
-
-def _measured_ratio(op: str, measured: Mapping[str, Any]) -> float | None:
-    """Over the cases that were measured of both; None where there is none."""
-    cases: dict[str, dict[str, float]] = {}
-    for name, seconds in measured.get("seconds", {}).items():
-        match = re.fullmatch(rf"(triton|native): {op}\b(.*)", name)
-        if match:
-            cases.setdefault(match[2], {})[match[1]] = seconds
-    ratios = [found["native"] / found["triton"] for found in cases.values() if len(found) == 2]
-    return statistics.geometric_mean(ratios) if ratios else None
 
 
 def render(decisions: Iterable[Decision]) -> str:

@@ -12,7 +12,7 @@ from benchmarks.harness.environment import command_line, git_commit
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.files import write_atomically, write_json
 from benchmarks.harness.present import publish
-from benchmarks.roofline.choice import Decision, decide, render
+from benchmarks.roofline.choice import Decision, Measured, decide, render
 from benchmarks.roofline.report import MODELLED, describe, make_tables
 
 TABLE_WIDTH = 160
@@ -43,7 +43,7 @@ def add_roofline(subparsers: Any) -> None:
         "--measured",
         type=Path,
         metavar="FILE",
-        help="device.json of benchmarks/device_check.sh, whose figures stand in the model's place",
+        help="results.json of benchmarks/device_check.sh, whose figures stand in the model's place",
     )
     parser.set_defaults(run=run)
 
@@ -68,9 +68,8 @@ def _decide(path: Path | None) -> list[Decision]:
     if path is None:
         return decide()
     try:
-        measured = json.loads(path.read_text())
-        return decide({"gpu": str(measured["gpu"]), "seconds": dict(measured["seconds"])})
+        return decide(Measured.of(json.loads(path.read_text())))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"--measured {path}: expected a device.json with gpu and seconds: {error!r}"
+            f"--measured {path}: expected results.json of device_check.sh: {error!r}"
         ) from error

@@ -40,16 +40,30 @@ def test_what_was_measured_of_both_stands_in_the_models_place(tmp_path, monkeypa
     modelled = {x.op: x for x in decide()}
     other = {"triton": "native", "native": "triton"}
     mine, its = modelled["invert_cores"].backend, other[modelled["invert_cores"].backend]
-    seconds = {
-        f"{mine}: invert_cores [32, 32]": 2e-5, f"{its}: invert_cores [32, 32]": 1e-5,
-        f"{its}: invert_cores_of_others [32, 32]": 1.0, f"{mine}: invert_cores": 1e-9,
-        f"{mine}: invert_cores_of_others [32, 32]": 1e-9, "device copy of 256 MiB": 1e-4,
-    }  # fmt: skip
-    # Of one backend alone.
-    for op in OPS.keys() - {"invert_cores"}:
-        seconds[f"{other[modelled[op].backend]}: {op} [3072, 32]"] = 1e-9
-    measured = tmp_path / "device.json"
-    measured.write_text(json.dumps({"gpu": 'NVIDIA "H100"', "seconds": seconds}))
+
+    def row(backend, op, of, taken):
+        return {"layers": "MLP", "op": op, "of": of, "backend": backend, "µs": taken}
+
+    rows = [
+        row(mine, "invert_cores", "3 layers", 20.0), row(its, "invert_cores", "3 layers", 10.0),
+        row(mine, "invert_cores", "of one alone", 1e-9),
+        row("torch fused", "Adam.step", "all", 1.0),
+    ]  # fmt: skip
+    rows += [
+        row(other[modelled[op].backend], op, "of one alone", 1e-9)
+        for op in OPS.keys() - {"invert_cores"}
+    ]
+    facts = [{"what": "device", "value": 'NVIDIA "H100"'}]
+    results = {
+        "dry_run": False,
+        "parts": {
+            "environment": {"result": {"tables": {"Machine": facts}}},
+            "kernels": {"result": {"tables": {"Kernels": rows}}},
+            "steps": {"result": None},
+        },
+    }
+    measured = tmp_path / "results.json"
+    measured.write_text(json.dumps(results))
     monkeypatch.setattr(command, "CHOICES", tmp_path / "choices.py")
     given = ["roofline", "--out", str(tmp_path / "out"), "--choose", "--measured", str(measured)]
     assert main(given) == 0
@@ -58,9 +72,12 @@ def test_what_was_measured_of_both_stands_in_the_models_place(tmp_path, monkeypa
     assert found["CHOICES"]["invert_cores"] == (its, 'measured on NVIDIA "H100"')
     for op in OPS.keys() - {"invert_cores"}:
         assert found["CHOICES"][op] == (modelled[op].backend, modelled[op].why)
-    measured.write_text("{}")
-    assert main(given) == 2
-    assert f"--measured {measured}: expected a device.json" in capsys.readouterr().err
+    for damaged, why in (({}, "KeyError"), ({**results, "dry_run": True}, "a dry run measures")):
+        measured.write_text(json.dumps(damaged))
+        assert main(given) == 2
+        error = capsys.readouterr().err
+        assert f"--measured {measured}: expected results.json of device_check.sh: " in error
+        assert why in error
 
 
 class _OpCounter(TorchDispatchMode):
