@@ -33,6 +33,8 @@ from benchmarks.harness.environment import hardware_of
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.files import write_atomically
 from benchmarks.harness.tables import NOTHING, Table
+from benchmarks.host import run as host
+from benchmarks.host.report import make_table as make_host_table
 from benchmarks.stability import run as stability
 from benchmarks.stability.report import make_count_table
 
@@ -206,6 +208,14 @@ def _epoch(published: Path) -> str:
     )
 
 
+def _host(published: Path) -> str:
+    results = _read(published / host.JSON_FILE)
+    if results is None:
+        return ""
+    table = make_host_table(results)
+    return _block(table.title, results["command"], results["environment"], table)
+
+
 # Experiments of convergence, in the order of the first table.
 HORIZONS = ("five-tasks", "horizon")
 # By marker.
@@ -214,6 +224,7 @@ BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "first": _first,
     **{name: _horizon(name) for name in HORIZONS},
     "stability": _stability,
+    "host": _host,
     "coverage": _coverage,
     "coverage-reasons": _coverage_part(make_reason_table),
     "coverage-models": _coverage_part(make_model_table),
