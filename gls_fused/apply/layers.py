@@ -282,12 +282,12 @@ def bound_rates(
     """
     sizes: list[Tensor] = [state["weight_rms"] for state in states]
     if all(layer.blocks is None for layer in layers):
-        sizes = [torch.stack(sizes)]
+        found = torch.stack(sizes)
     else:
         pairs = zip(layers, sizes, strict=True)
-        sizes = [size.view(-1)[layer.here] for layer, size in pairs]
-    found: Tensor = torch.cat(sizes) * options["max_change"]
-    return found
+        found = torch.cat([size.view(-1)[layer.here] for layer, size in pairs])
+    bounds: Tensor = found * options["max_change"]
+    return bounds
 
 
 def root_mean_squares(
