@@ -40,7 +40,7 @@ WEIGHT_DECAYS = (0.0, 0.01, 0.1)
 DEFAULT_OPTIMIZERS = ("sgd", "adam", "gls", "gls-sgd")
 # Together about five minutes of one core, so that the demonstration ends in time on a busy machine.
 DEMO_TRAIN_IMAGES = (
-    "mlp=15360", "cnn=4096", "autoencoder=7680", "resnet=1024", "transformer=512"
+    "mlp=10240", "cnn=4096", "autoencoder=5120", "resnet=768", "transformer=512"
 )  # fmt: skip
 DEMO_VALIDATION_IMAGES = ("2000", "resnet=500", "transformer=160")
 DEMO_GRIDS = ("off", "sgd=0.1,0.3,1", "adam=0.0003,0.001,0.003")
