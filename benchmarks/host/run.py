@@ -49,6 +49,11 @@ class HostOptions:
     rounds: int
     stubbed: bool
 
+    @property
+    def gls(self) -> dict[str, Any]:
+        """Options for GLS: stubbed, P applies where it does on a GPU."""
+        return {"backend": "triton", "site": "step"} if self.stubbed else {}
+
 
 class Stepper:
     """A chain of linear layers and its optimizer, of which `step()` alone is timed."""
@@ -58,11 +63,9 @@ class Stepper:
         width = options.width
         self.model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
         self.inputs = torch.randn(options.batch, width)
-        # Where P applies on a GPU.
-        choice = {"backend": "triton", "site": "step"} if options.stubbed else {}
         params = self.model.parameters()
         self.optimizer: Any = (
-            GLS(self.model, lr=RATE, **choice)
+            GLS(self.model, lr=RATE, **options.gls)
             if gls
             else torch.optim.Adam(params, lr=RATE, fused=True)
         )
@@ -142,8 +145,8 @@ def _check(options: HostOptions) -> Any:
         return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(options.width, CLASSES))
 
     dataset = synthesise((1, 1, options.width), 4 * options.batch)
-    choice = {"backend": "triton", "site": "step"} if options.stubbed else {}
-    return check_gls(Task("three layers", "MLP", True, build), dataset, options.batch, **choice)
+    task = Task("three layers", "MLP", True, build)
+    return check_gls(task, dataset, options.batch, **options.gls)
 
 
 def gathering(steps: Mapping[str, list[float]]) -> list[float]:

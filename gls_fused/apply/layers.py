@@ -344,13 +344,12 @@ def measure_weights(
     for layer in layers:
         state, weight = states[layer.weight], layer.weight.detach()
         least = (3 * layer.dim) ** -0.5
+        kept = state.get("weight_rms")
         # Where there is none yet, nothing can stay.
-        unless = skip if "weight_rms" in state else None
-        if "weight_rms" not in state:
-            state["weight_rms"] = torch.zeros(
-                layer.stack, dtype=layer.statistics_dtype, device=weight.device
-            )
-        kept = state["weight_rms"]
+        unless = None if kept is None else skip
+        if kept is None:
+            kept = torch.zeros(layer.stack, dtype=layer.statistics_dtype, device=weight.device)
+            state["weight_rms"] = kept
         if is_sharded(weight):
             size = max(1, weight.numel() // (layer.blocks or 1))
             rms = (everywhere(norms_of(layer)) / size**0.5).clamp(min=least)

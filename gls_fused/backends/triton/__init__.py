@@ -11,6 +11,7 @@
     measure.py         root mean squares of the weights, all layers in one launch
     symmetric.py       orthogonal steps: symmetric products of all weights of one shape
     configs.py         block sizes, a table
+    counting.py        how the last of a layer's programs knows that it is
     launch.py          launches, and tables of addresses
 
 Convolutions' sketches and dense curvature are the reference's: torch's own convolutions and

@@ -31,6 +31,7 @@ from gls_fused.backends.triton.configs import (
     pad_rank,
 )
 from gls_fused.backends.triton.core import damp_core, invert_core_tile, root_steps
+from gls_fused.backends.triton.counting import is_last
 from gls_fused.backends.triton.launch import bits, block_table, launch, needs_reference, upload
 from gls_fused.backends.triton.subspace import (
     DEPENDENT,
@@ -38,6 +39,7 @@ from gls_fused.backends.triton.subspace import (
     eliminate,
     move_core,
     rotate_tile,
+    sum_parts,
 )
 from gls_fused.reference import SHIFT
 
@@ -45,17 +47,6 @@ from gls_fused.reference import SHIFT
 LINE = 20
 # Elements of a gradient that are looked at together.
 SCAN = tl.constexpr(1024)
-
-
-@triton.jit
-def _is_last(counter, count):
-    """Whether the layer's other programs have all been here; what they wrote is then seen."""
-    # The count is one thread's, who must not be ahead of the others.
-    tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
-    if last:
-        tl.store(counter, 0)
-    return last
 
 
 @triton.jit
@@ -76,15 +67,6 @@ def _find_nonzero(word):
         found = tl.max(either, axis=0)
         start += SCAN
     return found != 0
-
-
-@triton.jit
-def _sum_parts(parts, first, count, RANK: tl.constexpr):
-    c = tl.arange(0, RANK)
-    total = tl.zeros([RANK, RANK], dtype=tl.float64)
-    for part in range(first, first + count):
-        total += tl.load(parts + part * RANK * RANK + c[:, None] * RANK + c[None, :])
-    return total
 
 
 @triton.jit
@@ -151,8 +133,8 @@ def _blend_gram_kernel(
     tl.store(parts + program * RANK * RANK + c[:, None] * RANK + c[None, :], own)
 
     count = tl.load(line + 10)
-    if _is_last(line + 12, count):
-        total = _sum_parts(parts, tl.load(line + 9), count, RANK)
+    if is_last(line + 12, count):
+        total = sum_parts(parts, tl.load(line + 9), count, RANK)
         factor, eliminated = eliminate(total, rank, DEPENDENT)
         first = layer * RANK * RANK
         tl.store(triangles + first + c[:, None] * RANK + c[None, :], factor)
@@ -209,8 +191,8 @@ def _turn_kernel(
         gram = tl.dot(tl.trans(wide), wide, out_dtype=tl.float64)
         tl.store(parts + program * RANK * RANK + i * RANK + j, gram)
         count = tl.load(line + 10)
-        if _is_last(line + 12, count):
-            total = _sum_parts(parts, tl.load(line + 9), count, RANK)
+        if is_last(line + 12, count):
+            total = sum_parts(parts, tl.load(line + 9), count, RANK)
             factor, eliminated = eliminate(total, rank, DEPENDENT)
             tl.store(turned + layer * RANK * RANK + j * RANK + i, eliminated)
             rest = own + 2 * rank * dim

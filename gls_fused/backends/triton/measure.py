@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gls_fused.backends.triton.configs import UPDATE_BLOCK, UPDATE_WARPS
+from gls_fused.backends.triton.counting import is_last
 from gls_fused.backends.triton.launch import ELEMENTS, bits, block_table, launch, upload
 from gls_fused.backends.triton.update_kernels import _address
 
@@ -57,11 +58,8 @@ def _measure_kernel(
         w = tl.load(weight + at, mask=at < count, other=0.0).to(RESULT)
         total += w * w
     tl.store(parts + program, tl.sum(total.to(tl.float64), axis=0))
-    # The count is one thread's, who must not be ahead of the others.
-    tl.debug_barrier()
     programs = tl.load(line + 4)
-    if tl.atomic_add(line + 5, 1, sem="acq_rel", scope="gpu") == programs - 1:
-        tl.store(line + 5, 0)
+    if is_last(line + 5, programs):
         first = tl.load(line + 3)
         whole = tl.zeros([BLOCK], dtype=tl.float64)
         for start in range(0, programs, BLOCK):

@@ -65,6 +65,16 @@ def _gram_kernel(
 
 
 @triton.jit
+def sum_parts(parts, first, count, RANK: tl.constexpr):
+    """The Gram matrix [RANK, RANK], of so many parts in their order."""
+    c = tl.arange(0, RANK)
+    total = tl.zeros([RANK, RANK], dtype=tl.float64)
+    for part in range(first, first + count):
+        total += tl.load(parts + part * RANK * RANK + c[:, None] * RANK + c[None, :])
+    return total
+
+
+@triton.jit
 def eliminate(g, rank, DEPENDENT: tl.constexpr):
     """R with R'R = G, and the transpose of R^-1, of the tile G [RANK, RANK] in float64.
 
@@ -139,11 +149,7 @@ def _factor_kernel(
     c = tl.arange(0, RANK)
     i, j = c[:, None], c[None, :]
     at = i * RANK + j
-    g = tl.zeros([RANK, RANK], dtype=tl.float64)
-    for part in range(first, first + count):
-        g += tl.load(parts + part * RANK * RANK + at)
-
-    factor, eliminated = eliminate(g, rank, DEPENDENT)
+    factor, eliminated = eliminate(sum_parts(parts, first, count, RANK), rank, DEPENDENT)
     tl.store(inverses + layer * RANK * RANK + j * RANK + i, eliminated)
 
     triangle = triangles + layer * RANK * RANK + at

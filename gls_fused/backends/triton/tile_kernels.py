@@ -9,12 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gls_fused.backends.triton.counting import is_last
 from gls_fused.backends.triton.update_kernels import (
     SUM_SLOTS,
     _address,
     _count_step,
     _finish_norm,
-    _is_last,
     _next_step,
     _option,
     _scales,
@@ -355,7 +355,7 @@ def _tile_update_kernel(
         exp_avg_sq = tl.load(line + 7).to(tl.pointer_type(STATE))
         _step_elements(param, exp_avg, exp_avg_sq, e, i, in_bias, bias_scales, MOMENTUM, ADAM)
         if NORMALIZE == "none" or ADAM:  # noqa: SIM102
-            if _is_last(layer):
+            if is_last(layer + 5, tl.load(layer + 3)):
                 _count_step(layer, step, STEP)
 
 
@@ -415,7 +415,7 @@ def _blend_axes_kernel(
     tl.store(average + k, v.to(SQUARE), mask=inside)
 
     layer = layers + tl.load(line + 18) * LAYER_LINE
-    if _is_last(layer):
+    if is_last(layer + 5, tl.load(layer + 3)):
         step, rate = _next_step(layer, options, lr, STEP, MOMENTUM, LR_TENSOR, BOUND)
         correction = 1.0 / (1.0 - tl.exp(step * _option(options, 5)))
         if NORMALIZE == "factored":

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gls_fused.backends.triton.counting import is_last
+
 # Words per line of the tables.
 FLAT_LINE, LAYER_LINE = 7, 9
 # Slots that are added at a time: two rounds for the 1,536 of a weight [1024, 3072].
@@ -54,23 +56,12 @@ def _count_step(layer, step, STEP: tl.constexpr):
 
 
 @triton.jit
-def _is_last(layer):
-    """Whether the layer's other programs have all been here; what they wrote is then seen."""
-    # The count is one thread's, who must not be ahead of the others.
-    tl.debug_barrier()
-    last = tl.atomic_add(layer + 5, 1, sem="acq_rel", scope="gpu") == tl.load(layer + 3) - 1
-    if last:
-        tl.store(layer + 5, 0)
-    return last
-
-
-@triton.jit
 def _finish_norm(
     layer, options, lr, squares, STEP: tl.constexpr, SQUARE: tl.constexpr,
     NORMALIZE: tl.constexpr, MOMENTUM: tl.constexpr, LR_TENSOR: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """The layer's last program adds the slots, blends v, leaves the rate and counts the step."""
-    if _is_last(layer):
+    if is_last(layer + 5, tl.load(layer + 3)):
         first, count = tl.load(layer + 2), tl.load(layer + 3)
         direction = tl.zeros([SUM_SLOTS], dtype=tl.float64)
         gradient = tl.zeros([SUM_SLOTS], dtype=tl.float64)
@@ -211,5 +202,5 @@ def _flat_update_kernel(
             d = tl.load(gradient + at, mask=mask, other=0.0).to(COMPUTE)
             _step_elements(param, exp_avg, exp_avg_sq, d, at, mask, scales, MOMENTUM, ADAM)
         if NORMALIZE == "none" or ADAM:  # noqa: SIM102
-            if _is_last(layer):
+            if is_last(layer + 5, tl.load(layer + 3)):
                 _count_step(layer, step, STEP)
