@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from gls_fused import GLS, available_backends, reference
 from gls_fused.backends import triton
-from gls_fused.backends.dispatch import resolve_backend
+from gls_fused.backends.dispatch import build_info, resolve_backend
 
 STEPS = 10
 
@@ -94,7 +94,10 @@ def test_interpreted_backend_is_for_who_asks():
     assert resolve_backend("triton", ["cpu"]).__name__ == "gls_fused.backends.triton"
     for devices in (["cpu"], []):
         assert resolve_backend("auto", devices).__name__ != "gls_fused.backends.triton"
-    assert resolve_backend("auto", ["cuda"]).__name__ == "gls_fused.backends.triton"
+    # With the C++ kernels built for CUDA there is a choice for every op.
+    has_native = available_backends()["native"] is None and build_info()["cuda"]
+    name = "mixed" if has_native else "triton"
+    assert resolve_backend("auto", ["cuda"]).__name__ == f"gls_fused.backends.{name}"
     assert resolve_backend("auto", ["meta"]) is reference
 
 
