@@ -230,7 +230,7 @@ def _check_layer(layer: Layer, param: Tensor, state: Mapping[str, Any]) -> None:
     outputs = state.get("outputs", layer.outputs)
     if outputs != layer.outputs:
         found = list(layer.weight.shape)
-        found[layer.turned + layer.stacked] = outputs
+        found[layer.turned + layer.stacked] = outputs // (layer.groups if layer.turned else 1)
         raise ValueError(
             f"layer {layer.name!r}: expected a state of a weight {list(layer.weight.shape)}, "
             f"got one of {found}"

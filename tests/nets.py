@@ -104,7 +104,7 @@ class Net(nn.Module):
             if kind == "transposed":
                 conv = nn.ConvTranspose2d
                 self.stem = conv(2, WIDTH, 3, stride=2, padding=5, output_padding=1, bias=bias)
-            groups = WIDTH // 2 if kind == "grouped" else 1
+            groups = {"grouped": WIDTH // 2, "transposed": 2}.get(kind, 1)
             self.first = conv(WIDTH, WIDTH, 3, padding=1, groups=groups, bias=bias)
             self.second = conv(WIDTH, WIDTH, 3, padding=1, groups=groups, bias=bias)
         side = 4 if kind == "transposed" else 2

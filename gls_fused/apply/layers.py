@@ -12,7 +12,14 @@ from torch import Tensor
 
 from gls_fused.apply.fallback import forget_adam
 from gls_fused.apply.low_precision import Bits, close_copies, is_low, open_copies
-from gls_fused.apply.matrices import Steps, by_matrix, norms_of, of_each_matrix
+from gls_fused.apply.matrices import (
+    Copied,
+    Steps,
+    by_matrix,
+    norms_of,
+    of_each_matrix,
+    write_back_,
+)
 from gls_fused.apply.spectral import kept_by, normalize_of
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
@@ -129,13 +136,15 @@ def _step_together_(
     gradients = [p.grad if copy is p else p.grad.float() for p, copy in pairs if p.grad is not None]
     apart = Apart(copies, options, owners)
     averages = [state["exp_avg"] for state in found] if options["momentum"] else []
-    gradients, averages, written = (
-        by_matrix(layers, sizes, tensors) for tensors in (gradients, averages, apart.written)
+    copied: list[Copied] = []
+    gradients = by_matrix(layers, sizes, gradients)
+    averages, written = (
+        by_matrix(layers, sizes, tensors, copied) for tensors in (averages, apart.written)
     )
     keys = SQUARES[normalize]
     kept = found if normalize == "adam" else firsts
     counts = sizes if normalize == "adam" else [len(keys)] * len(layers)
-    squares = by_matrix(layers, counts, [state[key] for state in kept for key in keys])
+    squares = by_matrix(layers, counts, [state[key] for state in kept for key in keys], copied)
     steps = Steps(layers, [state["step"] for state in firsts])
     sizes = of_each_matrix(layers, sizes)
     skip = None if skip is None else skip.to(params[0].device, non_blocking=True)
@@ -178,6 +187,7 @@ def _step_together_(
         skip=skip,
         lr_bounds=lr_bounds,
     )
+    write_back_(copied)
     apart.close_(skip)
     close_copies(params, copies, options, bits)
 

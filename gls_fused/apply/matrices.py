@@ -6,6 +6,7 @@ Of a stack that is spread over ranks, each has its own matrices, whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,23 +15,45 @@ from gls_fused.capture.layer import Layer
 from gls_fused.distributed.sharding import rows_here
 
 
+class Copied(NamedTuple):
+    """A tensor of a layer, and a copy of it with its outputs first."""
+
+    layer: Layer
+    tensor: Tensor
+    matrix: Tensor
+
+
 def by_matrix(
-    layers: Sequence[Layer], counts: Sequence[int], tensors: Sequence[Tensor]
+    layers: Sequence[Layer],
+    counts: Sequence[int],
+    tensors: Sequence[Tensor],
+    copies: list[Copied] | None = None,
 ) -> list[Tensor]:
     """Views of the tensors, outputs first, those of one matrix after those of the other.
 
     Args:
         counts: how many of the tensors each layer has: weight and bias, or what is kept on them.
         tensors: of all layers, or none.
+        copies: where they are to be written to: takes what `write_back_` then needs.
     """
     if not any(layer.stacked or layer.turned for layer in layers):
         return list(tensors)
     found: list[Tensor] = []
     remaining = iter(tensors)
     for layer, count in zip(layers, counts if tensors else (), strict=bool(tensors)):
-        own = [_matrices_here(layer, next(remaining)) for _ in range(count)]
+        whole = [next(remaining) for _ in range(count)]
+        own = [_matrices_here(layer, tensor) for tensor in whole]
         found += [each for matrix in zip(*own, strict=True) for each in matrix]
+        if copies is not None and layer.turns_by_copy:
+            pairs = zip(whole, found[-count:], strict=True)
+            copies += [Copied(layer, *pair) for pair in pairs if pair[0] is not pair[1]]
     return found
+
+
+def write_back_(copies: Sequence[Copied]) -> None:
+    """What has been written to copies, into the tensors that they are of."""
+    for layer, tensor, matrix in copies:
+        tensor.copy_(layer.turn(matrix))
 
 
 class Steps:

@@ -40,7 +40,6 @@ class ImageRows(Rows):
     """Of a convolution: every output position is a row for each group, the group's im2col patch."""
 
     window: Window
-    groups: int = 1
 
     def sample(self, inputs: Tensor) -> tuple[Tensor, float]:
         groups, most = self.groups, self._most
@@ -128,12 +127,13 @@ class ConvLayer(ImageRows, Layer):
     def __init__(
         self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None
     ) -> None:
-        super().__init__(name, modules, bias, table)
         module = modules[0]
         assert isinstance(module, _ConvNd)
+        # Of which the weight's shape tells nothing where it is turned.
+        self.groups = module.groups
+        super().__init__(name, modules, bias, table)
         self.window, self.padding_before = window_of(module)
         self.kind = f"Conv{'Transpose' * self.turned}{len(module.kernel_size)}d"
-        self.groups = module.groups
 
     def gather(self, inputs: Tensor) -> None:
         super().gather(self._pad(inputs))
@@ -168,9 +168,9 @@ class ConvLayer(ImageRows, Layer):
 
 
 class ConvTransposeLayer(ConvLayer):
-    """A transposed convolution of one group: a row is the patch of the images with zeros between.
+    """A transposed convolution: a row is the patch of a group's images with zeros between.
 
-    Its weight is [c, m, kh, kw].
+    Its weight is [g c, m / g, kh, kw].
     """
 
     turned = True
@@ -180,7 +180,7 @@ class ConvTransposeLayer(ConvLayer):
     ) -> Tensor:
         op = next(op for kind, op in TRANSPOSED.items() if isinstance(module, kind))
         _, stride, padding, dilation, more = self.window
-        return op(inputs, weight, bias, stride, padding, more, 1, dilation)
+        return op(inputs, weight, bias, stride, padding, more, self.groups, dilation)
 
 
 def why_not_conv(modules: Sequence[nn.Module]) -> str | None:
@@ -194,8 +194,7 @@ def why_not_conv(modules: Sequence[nn.Module]) -> str | None:
         problem = why_not_own(module, own.forward)
         if problem is not None:
             return problem
-        same = window_of(module) == window_of(modules[0])  # type: ignore[arg-type]
-        if not same or module.groups != modules[0].groups:
+        if not _compute_alike(module, modules[0]):
             return "its modules differ in stride, padding, dilation or groups"
     return None
 
@@ -205,14 +204,16 @@ def why_not_transposed(modules: Sequence[nn.Module]) -> str | None:
     own: Any = next(kind for kind in TRANSPOSED if isinstance(modules[0], kind))
     for module in modules:
         assert isinstance(module, own)
-        if module.groups > 1:
-            return f"it has {module.groups} groups"
         problem = why_not_own(module, own.forward)
         if problem is not None:
             return problem
-        if window_of(module) != window_of(modules[0]):  # type: ignore[arg-type]
-            return "its modules differ in stride, padding or dilation"
+        if not _compute_alike(module, modules[0]):
+            return "its modules differ in stride, padding, dilation or groups"
     return None
+
+
+def _compute_alike(module: Any, other: Any) -> bool:
+    return module.groups == other.groups and window_of(module) == window_of(other)
 
 
 def window_of(module: _ConvNd) -> tuple[Window, tuple[str, list[int]]]:

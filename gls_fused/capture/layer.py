@@ -52,7 +52,6 @@ class Layer(Rows):
         places: where each module has the weight, see gls_fused.capture.derived.
         derived: whether the modules compute with what they make of it.
         dim: d, the length of a row with its one.
-        groups: how many matrices of as many outputs the weight is, each with inputs of its own.
         gated: whether the weight is several matrices of the same inputs, as a recurrent layer's.
         curvature: the kind of running estimate, as is the backend set by `assign`.
         promised: whether D in p.grad is what the user asked for, and not this layer's own choice.
@@ -81,7 +80,6 @@ class Layer(Rows):
     # The names of a module's parameters that weight and bias are.
     weight_key: str = "weight"
     bias_key: str | None = "bias"
-    groups: int = 1
     gated: ClassVar[bool] = False
     # Why no rows are seen where nothing else is known.
     missed: ClassVar[str] = "its module is not called, its weight is used elsewhere"
@@ -111,7 +109,8 @@ class Layer(Rows):
         self.here = part_here(weight) if self.stacked else slice(None)
         shape = list(weight.shape[int(self.stacked) :])
         if self.turned:
-            shape[:2] = shape[1::-1]
+            inputs, outputs = shape[:2]
+            shape[:2] = outputs * self.groups, inputs // self.groups
         self.shape = torch.Size(shape)
         self.size = self.shape[1:].numel()
         self.dim = self.size + self.ones

@@ -38,6 +38,7 @@ class Rows(abc.ABC):
         backend: the ops.
         ones: whether a one belongs to every row, as the layer has a bias.
         turned: whether the weight's second axis, not its first, is its outputs.
+        groups: how many matrices of as many outputs the weight is, each with inputs of its own.
         stacked: whether weight and bias are several of them along one more axis, their first.
         here: of a stack that is spread over ranks, which of its matrices are on this one.
         statistics_dtype: that of the sums, at least float32.
@@ -53,6 +54,7 @@ class Rows(abc.ABC):
     backend: ModuleType
     ones: bool
     turned: bool = False
+    groups: int = 1
     stacked: bool = False
     here: slice = slice(None)
     statistics_dtype: torch.dtype
@@ -107,8 +109,19 @@ class Rows(abc.ABC):
         return add_sums(sums, count, trace, tuple(moments), weight=weight)
 
     def turn(self, tensor: Tensor) -> Tensor:
-        """A view of what is shaped as weight or bias with its outputs first, and back."""
-        return tensor.transpose(0, 1) if self.turned and tensor.ndim > 1 else tensor
+        """What is shaped as weight or bias with its outputs first, and back."""
+        if not self.turned or tensor.ndim < 2:
+            return tensor
+        if self.groups == 1:
+            return tensor.transpose(0, 1)
+        # Of each group its own outputs: [g c, m / g, ...] to [m, c, ...], by the same steps back.
+        by_group = tensor.view(self.groups, -1, *tensor.shape[1:])
+        return by_group.transpose(1, 2).flatten(0, 1)
+
+    @property
+    def turns_by_copy(self) -> bool:
+        """Whether `turn` may give a copy, as no view has the outputs of all groups on one axis."""
+        return self.turned and self.groups > 1
 
     def direction(self, gradients: list[Tensor]) -> list[Tensor]:
         """D = D0 P, in the parameters' shapes; of the weight alone where the bias is frozen."""
@@ -140,7 +153,10 @@ class Rows(abc.ABC):
         return self.inverse._replace(basis=self.inverse.basis[..., :-1, :])
 
     def matrices(self, tensor: Tensor) -> list[Tensor]:
-        """Views of what is shaped as weight or bias, a matrix each, outputs first; of a stack."""
+        """What is shaped as weight or bias, a matrix each, outputs first; of a stack, several.
+
+        Views, unless `turns_by_copy`.
+        """
         return [self.turn(each) for each in (tensor.unbind() if self.stacked else [tensor])]
 
     def inverses_for(self, with_bias: bool) -> list[Inverse]:

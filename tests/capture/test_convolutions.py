@@ -4,12 +4,15 @@ import copy
 
 import pytest
 import torch
-from tolerances import PRODUCT, TRAJECTORY, assert_near
+from nets import NORMALIZATIONS
+from tolerances import PRODUCT, TRAJECTORY, assert_near, relative_error
 from torch import nn
 from torch.func import functional_call, jacrev
 
 from gls_fused import GLS
+from gls_fused.capture.conv import window_of
 from gls_fused.capture.rows import take_sample
+from gls_fused.reference import stuff_zeros
 
 # What they are made with beside 4 input and 6 output channels, kernel 3; and the images' size.
 CASES = {
@@ -28,6 +31,13 @@ CASES = {
         (3, 4),
     ),
     "3d, transposed": (nn.ConvTranspose3d, {"padding": (0, 1, 1), "bias": False}, (2, 1, 3)),
+    "1d, transposed, depthwise": (nn.ConvTranspose1d, {"groups": 4, "dilation": 2}, (4,)),
+    "2d, transposed, groups": (
+        nn.ConvTranspose2d,
+        {"groups": 2, "stride": (2, 1), "padding": 1, "output_padding": (1, 0)},
+        (3, 4),
+    ),
+    "3d, transposed, groups": (nn.ConvTranspose3d, {"groups": 2, "bias": False}, (1, 2, 1)),
     "3d": (nn.Conv3d, {"padding": (1, 0, 2), "stride": (2, 1, 2)}, (4, 3, 5)),
     "3d, replicate": (nn.Conv3d, {"padding": "same", "padding_mode": "replicate"}, (2, 3, 2)),
 }
@@ -47,8 +57,7 @@ def rows_of(module, images):
     slopes = jacrev(lambda w: functional_call(plain, {"weight": w}, (images,)))(weight)
     outputs = slopes.shape[1]
     # [N oh ow, m, m, c kh kw]: only an output's own weights move it.
-    if module.transposed:
-        slopes = slopes.transpose(images.ndim, images.ndim + 1)
+    slopes = outputs_first(module, slopes, images.ndim)
     shape = (-1, outputs, outputs, weight.numel() // outputs)
     slopes = slopes.movedim(1, images.ndim - 1).reshape(shape)
     assert torch.equal(slopes, slopes * torch.eye(outputs)[:, :, None])
@@ -57,6 +66,14 @@ def rows_of(module, images):
     assert torch.equal(rows, rows[:, :1].expand_as(rows))
     rows = rows[:, 0].flatten(0, 1)
     return rows if module.bias is None else torch.cat([rows, torch.ones(len(rows), 1)], 1)
+
+
+def outputs_first(module, tensor, axis=0):
+    """Of what is shaped as the weight from an axis on."""
+    if not module.transposed:
+        return tensor
+    parts = tensor.chunk(module.groups, axis)
+    return torch.cat([part.transpose(axis, axis + 1) for part in parts], axis)
 
 
 @pytest.mark.parametrize("options", [{"curvature": "dense"}, {"rank": 200}], ids=str)
@@ -89,7 +106,7 @@ def test_step_is_that_of_the_rows(backend, case, options):
 def matrix_of(model, tensors):
     """[m, d] of a weight and its bias, if any."""
     weight, *bias = (x.detach() for x in tensors)
-    weight = weight.transpose(0, 1) if model.transposed else weight
+    weight = outputs_first(model, weight)
     return torch.cat([weight.flatten(1), *(b[:, None] for b in bias)], 1)
 
 
@@ -159,6 +176,50 @@ def test_transposed_convolution_of_a_size_that_is_asked_for(site):
             model(images, (10, 9))
 
 
-def test_transposed_convolution_with_groups_says_why_it_is_not_covered():
-    optimizer = GLS(nn.ConvTranspose2d(4, 4, 3, groups=2))
-    assert "Adam (it has 2 groups)" in optimizer.report()
+class Stuffed(nn.Module):
+    """The convolution, of images with zeros between, that a transposed one is."""
+
+    def __init__(self, transposed):
+        super().__init__()
+        self.window, _ = window_of(transposed)
+        groups, bias = transposed.groups, transposed.bias
+        self.conv = nn.Conv2d(
+            transposed.in_channels, transposed.out_channels, transposed.kernel_size,
+            dilation=transposed.dilation, groups=groups, bias=bias is not None,
+        ).double()  # fmt: skip
+        mirrored = outputs_first(transposed, transposed.weight.detach()).flip(2, 3)
+        self.conv.weight = nn.Parameter(mirrored.contiguous())
+        if bias is not None:
+            self.conv.bias = nn.Parameter(bias.detach().clone())
+
+    def forward(self, images):
+        return self.conv(stuff_zeros(images, self.window))
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_transposed_convolution_with_groups_takes_the_steps_of_the_plain_one(normalize):
+    """Each output's scale, each input's, and what is kept of them, in the weight's own shape."""
+    model, images = make("2d, transposed, groups")
+    twin = Stuffed(model)
+    options = {"lr": 0.02, "weight_decay": 0.3, **NORMALIZATIONS[normalize]}
+    start = model.weight.detach().clone()
+    for each in (model, twin):
+        optimizer = GLS(each, normalize=normalize, rank=200, curvature_every=2, **options)
+        for step in range(5):
+            optimizer.zero_grad()
+            (torch.tanh(each(images * (1 + step))) - 1).square().mean().backward()
+            optimizer.step()
+    found = outputs_first(model, model.weight.detach()).flip(2, 3)
+    assert_near(found, twin.conv.weight, TRAJECTORY)
+    assert_near(model.bias, twin.conv.bias, TRAJECTORY)
+    assert relative_error(model.weight, start) > 1e-2
+
+
+def test_transposed_convolution_with_groups_refuses_another_number_of_outputs():
+    saved = GLS(model := nn.ConvTranspose2d(4, 6, 3, groups=2))
+    model(torch.randn(3, 4, 2, 2)).sum().backward()
+    saved.step()
+    other = GLS(nn.ConvTranspose2d(4, 4, 3, groups=2))
+    expected = r"expected a state of a weight \[4, 2, 3, 3\], got one of \[4, 3, 3, 3\]"
+    with pytest.raises(ValueError, match=expected):
+        other.load_state_dict(saved.state_dict())
