@@ -103,7 +103,7 @@ class Net(nn.Module):
             self.stem = conv(2, WIDTH, 3, stride=2, bias=bias)
             if kind == "transposed":
                 conv = nn.ConvTranspose2d
-                self.stem = conv(2, WIDTH, 3, stride=2, padding=5, output_padding=1, bias=bias)
+                self.stem = conv(2, WIDTH, 3, stride=2, padding=5, bias=bias)
             groups = {"grouped": WIDTH // 2, "transposed": 2}.get(kind, 1)
             self.first = conv(WIDTH, WIDTH, 3, padding=1, groups=groups, bias=bias)
             self.second = conv(WIDTH, WIDTH, 3, padding=1, groups=groups, bias=bias)
@@ -120,7 +120,9 @@ class Net(nn.Module):
         return hidden if skip else torch.tanh(self.second(hidden))
 
     def forward(self, inputs, skip=False):
-        hidden = torch.tanh(self.stem(inputs))
+        # In its other calls a transposed convolution is asked for no size.
+        asked = {"output_size": (4, 4)} if self.kind == "transposed" else {}
+        hidden = torch.tanh(self.stem(inputs, **asked))
         if self.recompute is None:
             hidden = self.middle(hidden, skip)
         else:

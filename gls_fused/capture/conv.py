@@ -7,6 +7,7 @@ the pixels, of which a row is a patch, and its weight is turned.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -149,12 +150,14 @@ class ConvLayer(ImageRows, Layer):
         assert isinstance(module, _ConvNd)
         return self.traced_product(*autocast_inputs(inputs, module.weight, module.bias))
 
-    def traced_product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def traced_product(
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, window: Window | None = None
+    ) -> Tensor:
         """The output of inputs, weight and bias in a graph that torch.compile traces."""
         images = self._pad(inputs)
         arguments = flatten_rows(self, self.backend_name, self.tally)
         outputs: Tensor = torch.ops.gls_fused.traced_convolution(
-            images, weight, bias, *arguments, *self.window, self.groups
+            images, weight, bias, *arguments, *(window or self.window), self.groups
         )
         return outputs if inputs.ndim == images.ndim else outputs[0]
 
@@ -178,9 +181,50 @@ class ConvTransposeLayer(ConvLayer):
     def compute(
         self, module: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
+        return self.compute_in(self.window, module, inputs, weight, bias)
+
+    def compute_in(
+        self,
+        window: Window,
+        module: nn.Module,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """`compute` with another output padding than the module's own."""
         op = next(op for kind, op in TRANSPOSED.items() if isinstance(module, kind))
-        _, stride, padding, dilation, more = self.window
+        _, stride, padding, dilation, more = window
         return op(inputs, weight, bias, stride, padding, more, self.groups, dilation)
+
+    def gather_in(self, window: Window, inputs: Tensor) -> None:
+        """`gather` with another output padding than the module's own."""
+        self.called = True
+        rows = ImageRows()
+        rows.backend, rows.ones, rows.groups, rows.draw = (
+            self.backend, self.ones, self.groups, self.draw
+        )  # fmt: skip
+        rows.statistics_dtype, rows.window = self.statistics_dtype, window
+        with torch.no_grad():
+            self.sums = rows.add_rows(self.sums, self._pad(inputs), self.sketched_with())
+
+    def forward_more(
+        self,
+        module: Any,
+        input: Tensor,  # noqa: A002  # torch's name
+        output_size: list[int] | None = None,
+    ) -> Tensor:
+        """The output of a size that is asked for, by the output padding that gives it."""
+        more = module._output_padding(
+            input, output_size, module.stride, module.padding, module.kernel_size,
+            len(module.kernel_size), module.dilation,
+        )  # fmt: skip
+        window = self.window._replace(output_padding=tuple(more))
+        if torch.compiler.is_compiling():
+            images, weight, bias = autocast_inputs(input, module.weight, module.bias)
+            return self.traced_product(images, weight, bias, window)
+        self.leave_where_in_use(module)
+        gather = functools.partial(self.gather_in, window)
+        return self.compute_in(window, module, *self.operands(module, input, gather))
 
 
 def why_not_conv(modules: Sequence[nn.Module]) -> str | None:

@@ -12,6 +12,7 @@ import abc
 import functools
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,7 @@ from gls_fused.capture.marks import Marks, choose_places
 from gls_fused.capture.modules import (
     capture_module,
     captured_by,
+    plain_class,
     recapture_module,
     release_module,
 )
@@ -280,42 +282,59 @@ class Layer(Rows):
         """The module's output, its rows seen and P applied in the backward as the step asks."""
         if torch.compiler.is_compiling():
             return self.traced(module, inputs)
-        in_use = self.at_backward and (self._gradient_is_in_use() or not self.owns_bias_of(module))
-        if in_use and not self.promised:
-            self.leave_backward_site()
+        self.leave_where_in_use(module)
         if self.at_backward:
             return self.precondition(module, inputs)
         if not self.gathers:
             return self.plain(module, inputs)
         return self.observed(module, inputs)
 
-    def pass_by(self, reason: str) -> None:
-        """A call of the module that `forward` cannot take is about to compute by itself.
+    def forward_more(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of a call with more than the inputs; that of the module's own forward.
 
         Raises:
             RuntimeError: its gradient would lack the P that the user has asked for.
         """
-        self.unseen = reason
+        self.unseen = reason = "it is called with more than its inputs"
         if self.at_backward and self.promised:
             raise RuntimeError(
                 f'layer {self.name!r}: {reason}, where P cannot be applied; use site="step"'
             )
         if self.at_backward:
             self.leave_backward_site()
+        plain: Any = plain_class(module)
+        outputs: Tensor = plain.forward(module, *args, **kwargs)
+        return outputs
+
+    def leave_where_in_use(self, module: nn.Module) -> None:
+        """Leave a backward site that is not promised, if D would be seen or lack a bias."""
+        in_use = self.at_backward and (self._gradient_is_in_use() or not self.owns_bias_of(module))
+        if in_use and not self.promised:
+            self.leave_backward_site()
 
     def observed(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """The output by torch's own op, of weight and bias that are observed."""
+        return self.compute(module, *self.operands(module, inputs, self.gather))
+
+    def operands(
+        self, module: nn.Module, inputs: Tensor, gather: Callable[[Tensor], None]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Inputs, weight and bias of the module's op, observed where the step asks for it.
+
+        Args:
+            gather: see `gls_fused.capture.observed.observe`.
+        """
         bias = bias_of(module)
         (inputs,) = autocast_inputs(inputs)
         seen = self.gathers and self.sees(inputs)
         if not (seen or self.at_backward):
-            return self.plain(module, inputs)
+            return inputs, self.used_by(module), bias
         # P couples weight and bias; without it the bias need not be observed.
         owned = self.at_backward and self.ones and self.owns_bias_of(module)
         owned = owned and bias is not None and bias.requires_grad
         rows = without_tangent(inputs) if seen else None
-        weight, own = observe(self, rows, self.used_by(module), bias if owned else None)
-        return self.compute(module, inputs, weight, own if owned else bias)
+        weight, own = observe(self, rows, self.used_by(module), bias if owned else None, gather)
+        return inputs, weight, own if owned else bias
 
     def precondition(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """The output where P applies in the backward."""

@@ -143,7 +143,7 @@ def _captured_class(plain: Any) -> type[Any]:
                 more = [*args[1:], *(kwargs[key] for key in kwargs if key != first)]
                 if all(each is None for each in more):
                     return layer.forward(self, args[0] if args else kwargs[first])
-                layer.pass_by("it is called with more than its inputs")
+                return layer.forward_more(self, *args, **kwargs)
         return plain.forward(self, *args, **kwargs)
 
     return make_class(plain, forward)

@@ -9,6 +9,7 @@ backward site, by linearity to whatever this call adds to the gradient, second d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,15 +19,20 @@ from gls_fused.capture.rows import Rows, outside_autocast
 
 
 def observe(
-    rows: Rows, inputs: Tensor | None, weight: Tensor, bias: Tensor | None
+    rows: Rows,
+    inputs: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    gather: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`weight` and `bias`, observed.
 
     Args:
         inputs: whose rows count; None where they do not, or have been counted.
         bias: the layer's own, as P acts on both; None where it has none.
+        gather: adds the rows of these inputs to the sums; None for `Rows.gather`.
     """
-    return Observed.apply(rows, inputs, weight, bias)  # type: ignore[no-any-return]
+    return Observed.apply(rows, gather or rows.gather, inputs, weight, bias)  # type: ignore[no-any-return]
 
 
 class Observed(torch.autograd.Function):
@@ -34,9 +40,14 @@ class Observed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Rows, inputs: Tensor | None, weight: Tensor, bias: Tensor | None
+        ctx: Any,
+        rows: Rows,
+        gather: Callable[[Tensor], None],
+        inputs: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.rows = rows
+        ctx.rows, ctx.gather = rows, gather
         # Which of the tensors the weight is.
         ctx.place = int(inputs is not None)
         ctx.set_materialize_grads(False)
@@ -48,7 +59,12 @@ class Observed(torch.autograd.Function):
 
     @staticmethod
     def jvp(
-        ctx: Any, _rows: None, _inputs: Tensor | None, weight: Tensor | None, bias: Tensor | None
+        ctx: Any,
+        _rows: None,
+        _gather: None,
+        _inputs: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         return weight, bias
 
@@ -59,11 +75,11 @@ class Observed(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         rows: Rows = ctx.rows
         if weight_gradient is None and bias_gradient is None:
-            return None, None, None, None
+            return None, None, None, None, None
         counts, applies = rows.enter(ctx, ctx.place)
         (inputs,) = ctx.saved_tensors
         if counts and inputs is not None:
-            rows.gather(inputs)
+            ctx.gather(inputs)
         if applies:
             # P takes the gradient of one into the direction of the other.
             if weight_gradient is None:
@@ -75,4 +91,4 @@ class Observed(torch.autograd.Function):
             weight_gradient, *rest = rows.direction([g for g in gradients if g is not None])
             bias_gradient = rest[0] if rest else None
             rows.deposit(weight_gradient)
-        return None, None, weight_gradient, bias_gradient
+        return None, None, None, weight_gradient, bias_gradient

@@ -1,5 +1,7 @@
 """Classes that compute what a known kind computes, named by their users or known by their path."""
 
+import copy
+
 import pytest
 import torch
 from nets import snapshot
@@ -130,6 +132,36 @@ def test_subclasses_are_covered_unless_they_compute_otherwise():
     assert "Doubled overrides forward, which may change the weight" in report
     gls_fused.register(Doubled, "linear")
     assert "1: GLS" in GLS(nn.Sequential(Named(3, 4), Doubled(4, 3))).report()
+
+
+@pytest.mark.parametrize("site", ["auto", "backward"])
+def test_rows_of_calls_with_more_than_the_inputs_are_not_seen(site):
+    class Scaled(Product):
+        def forward(self, x, scale=None):
+            return super().forward(x) * (1 if scale is None else scale)
+
+    gls_fused.register(Scaled, "linear")
+    model, inputs = Scaled(6, 5), torch.randn(4, 6)
+    plain = copy.deepcopy(model)
+    optimizer = GLS(model, site=site)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(inputs, scale=2).sum().backward()
+        optimizer.step()
+    assert "Adam (it is called with more than its inputs)" in optimizer.report()
+    for scale in (None, 2):
+        plain.load_state_dict(model.state_dict())
+        assert torch.equal(model(inputs, scale), plain(inputs, scale))
+        optimizer.zero_grad()
+        model(inputs, scale).sum().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    model(inputs).sum().backward()
+    optimizer.step()
+    assert "Linear 7 -> 5" in optimizer.report()
+    if site == "backward":
+        with pytest.raises(RuntimeError, match=r"more than its inputs.*site=\"step\""):
+            model(inputs, 2)
 
 
 def test_weight_that_is_changed_before_use():
