@@ -3,7 +3,7 @@
 Each expert has a P of its own, from the rows that were routed to it. The module's forward runs
 under a mode that is shown where the parameter, or an expert of it, enters a product: the loop over
 experts, torch's grouped product of rows sorted by expert, and the batched product of a matrix for
-each row. Rows that other kernels multiply are not seen.
+each row, or of every matrix with rows of its own. Rows that other kernels multiply are not seen.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class ExpertsLayer(LinearLayer):
     def __init__(
         self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None
     ) -> None:
-        self.turned = bool(modules[0].is_transposed)
+        known = known_experts(modules[0])
+        assert known is not None
+        self.turned = known.turned
         super().__init__(name, modules, bias, table)
         # Its forward is more than this layer's op, and uses the weight by itself.
         self.routed = []
@@ -91,6 +93,15 @@ class ExpertsLayer(LinearLayer):
         ends = torch.bincount(experts, minlength=self.blocks).cumsum(0)
         self.gather_sorted(ends, inputs[experts.argsort(stable=True)])
 
+    def gather_each(self, inputs: Tensor) -> None:
+        """Add rows of which zeros are of inputs that have been routed to other experts.
+
+        Args:
+            inputs: [experts, n, k].
+        """
+        for expert, rows in enumerate(inputs):
+            self.gather_expert(expert, rows[rows.any(1)])
+
 
 class GateUpExperts(ExpertsLayer):
     """Gate and up projection, one above the other or row by row."""
@@ -113,20 +124,55 @@ class DownExperts(ExpertsLayer):
     bias_key: str | None = "down_proj_bias"
 
 
+class SingleExperts(ExpertsLayer):
+    """The projection of a module that has one."""
+
+    bias_key: str | None = None
+
+
 EXPERTS: dict[str, type[ExpertsLayer]] = {
-    layer.weight_key: layer for layer in (GateUpExperts, UpExperts, DownExperts)
+    layer.weight_key: layer for layer in (GateUpExperts, UpExperts, DownExperts, SingleExperts)
 }
 
 
-def has_experts(module: nn.Module) -> bool:
-    """Whether it is of a class that transformers' `use_experts_implementation` has decorated."""
-    return all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias"))
+class Known(NamedTuple):
+    """What is known of the modules of a class.
+
+    Attributes:
+        keys: the names of the parameters that hold a matrix for every expert.
+        turned: whether a matrix is [k, m].
+    """
+
+    keys: tuple[str, ...]
+    turned: bool = False
+
+
+_GATED = ("gate_up_proj", "down_proj")
+# Classes that transformers' `use_experts_implementation` has not decorated, by their path.
+_UNDECORATED = {
+    "transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts": Known(("weight",)),
+    "transformers.models.llama4.modeling_llama4.Llama4TextExperts": Known(_GATED, turned=True),
+    "transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": Known(_GATED),
+    "transformers.models.step3p7.modeling_step3p7.Step3p7Experts": Known(_GATED),
+}
+
+
+def known_experts(module: nn.Module) -> Known | None:
+    """What is known of a module of experts; None of others."""
+    if all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias")):
+        return Known((*_GATED, "up_proj"), bool(module.is_transposed))
+    for base in plain_class(module).__mro__:
+        found = _UNDECORATED.get(f"{base.__module__}.{base.__qualname__}")
+        if found is not None:
+            return found
+    return None
 
 
 def why_not_experts(modules: Sequence[nn.Module]) -> str | None:
     """See `gls_fused.capture.find.Kind`."""
     for module in modules:
-        held = [module._parameters.get(key) for key in EXPERTS]
+        known = known_experts(module)
+        held = [module._parameters.get(key) for key in (known.keys if known else ())]
         if any(weight is not None and weight.ndim != 3 for weight in held):
             return f"{describe_class(plain_class(module))} holds its experts otherwise"
     return None
@@ -259,6 +305,8 @@ class _ExpertsObserver(TorchFunctionMode):
                 return left, _show(part, gather, left), *rest
             if func is torch.bmm and part.turned and isinstance(experts, Tensor):
                 return left, _show_batch(part, left), *rest
+            if func is torch.bmm and part.turned and experts is None:
+                return left, _show(part, layer.gather_each, left), *rest
             ends = kwargs.get("offs", rest[0] if rest else None)
             if _is_grouped(func) and part.turned and experts is None and ends is not None:
                 return left, _show(part, functools.partial(layer.gather_sorted, ends), left), *rest

@@ -21,7 +21,7 @@ from gls_fused.capture.conv import (
 )
 from gls_fused.capture.custom import ObservedLayer, TurnedObservedLayer, why_not_observed
 from gls_fused.capture.derived import Place, source_of
-from gls_fused.capture.experts import EXPERTS, has_experts, why_not_experts
+from gls_fused.capture.experts import EXPERTS, known_experts, why_not_experts
 from gls_fused.capture.layer import Layer
 from gls_fused.capture.lending import Lender
 from gls_fused.capture.linear import LinearLayer, TurnedLinearLayer, why_not_linear
@@ -282,7 +282,8 @@ def _cover(module_class: type[nn.Module], kind: str) -> None:
 
 def kind_of(module: nn.Module, role: str = "weight") -> Kind | None:
     """What covers the parameter of this name in modules of this class."""
-    if role in EXPERTS and has_experts(module):
+    experts = known_experts(module) if role in EXPERTS else None
+    if experts is not None and role in experts.keys:
         return Kind(EXPERTS[role], why_not_experts, EXPERTS[role].bias_key)
     for base in plain_class(module).__mro__:
         if role != "weight":
