@@ -16,6 +16,7 @@ from benchmarks.epoch.command import add_epoch
 from benchmarks.harness.errors import InputError
 from benchmarks.host.command import add_host
 from benchmarks.kernels.command import add_kernels
+from benchmarks.models.command import add_models
 from benchmarks.readme import add_readme
 from benchmarks.roofline.command import add_roofline
 from benchmarks.scaling.command import add_scaling
@@ -32,6 +33,7 @@ COMMANDS = (
     add_host,
     add_stability,
     add_coverage,
+    add_models,
     add_kernels,
     add_roofline,
     add_readme,

@@ -35,6 +35,8 @@ from benchmarks.harness.files import write_atomically
 from benchmarks.harness.tables import NOTHING, Table
 from benchmarks.host import run as host
 from benchmarks.host.report import make_table as make_host_table
+from benchmarks.models import run as models
+from benchmarks.models.report import make_table as make_seconds_table
 from benchmarks.stability import run as stability
 from benchmarks.stability.report import make_count_table
 
@@ -216,6 +218,17 @@ def _host(published: Path) -> str:
     return _block(table.title, results["command"], results["environment"], table)
 
 
+def _models(published: Path) -> str:
+    """A table of each run of the command: batches may differ."""
+    blocks = []
+    for path in (published / models.JSON_FILE, *sorted(published.glob("models-*.json"))):
+        results = _read(path)
+        if results is not None:
+            table = make_seconds_table(results)
+            blocks.append(_block(table.title, results["command"], results["environment"], table))
+    return "\n".join(blocks)
+
+
 # Experiments of convergence, in the order of the first table.
 HORIZONS = ("five-tasks", "horizon")
 # By marker.
@@ -228,6 +241,7 @@ BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "coverage": _coverage,
     "coverage-reasons": _coverage_part(make_reason_table),
     "coverage-models": _coverage_part(make_model_table),
+    "models": _models,
 }
 
 

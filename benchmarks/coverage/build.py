@@ -23,10 +23,10 @@ def version_of(package: str) -> str | None:
     return version(package) if find_spec(package) is not None else None
 
 
-def build_model(package: str, build: Build) -> nn.Module:
-    """The model without memory for its parameters."""
+def build_model(package: str, build: Build, device: str = "meta") -> nn.Module:
+    """The model, on the meta device without memory for its parameters."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with warnings.catch_warnings(), torch.device("cpu" if package in ON_CPU else "meta"):
+    with warnings.catch_warnings(), torch.device("cpu" if package in ON_CPU else device):
         # What packages deprecate is not ours to mend.
         warnings.simplefilter("ignore")
         return build()

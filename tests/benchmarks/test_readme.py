@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -115,6 +115,24 @@ def test_coverage_has_its_command_and_every_model(tmp_path, run_main):
     assert "| embedding, not tied | DLRM 100% | 1 | 100 |" in reasons
     models = filled.split("<!-- BEGIN coverage-models -->")[1]
     assert "| torch | U-Net | " in models
+
+
+def test_seconds_of_models_have_the_command_of_each_run(tmp_path, run_main, monkeypatch):
+    from benchmarks.models import command, run
+    from benchmarks.models.cases import CASES
+
+    # Its package is not installed, so that nothing is timed.
+    case = replace(CASES["U-Net"], package="no_such_package")
+    for module in (command, run):
+        monkeypatch.setattr(module, "CASES", {"U-Net": case})
+    for batch in (1, 3):
+        status, _, errors = run_main("models", "--batch", batch, "--out", tmp_path / f"{batch}")
+        assert (status, "is not installed" in errors) == (1, True)
+    (tmp_path / "1" / "models.json").rename(tmp_path / "models.json")
+    (tmp_path / "3" / "models.json").rename(tmp_path / "models-batch.json")
+    block = fill(EMPTY, tmp_path).split("<!-- BEGIN models -->")[1]
+    assert block.count("\n    python -m benchmarks ") == 2
+    assert block.count("| no_such_package/U-Net | UntimedError: ") == 2
 
 
 def test_timing_tables_have_their_command_and_verdict(tmp_path, run_main):
