@@ -25,13 +25,13 @@ except ImportError as error:
 from gls_fused import reference
 from gls_fused.backends import factors
 from gls_fused.backends.factors import orthogonal_updates
+from gls_fused.backends.patches import sketch_images
 from gls_fused.reference import (
     DenseInverse,
     Inverse,
     Normalize,
     blend_subspace,
     invert_gram,
-    sketch_images,
     sum_gram,
     unfold_images,
 )

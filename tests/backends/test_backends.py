@@ -115,6 +115,27 @@ def test_sketch_rows(name, dtype, strided, shape):
 
 
 @each_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(
+    channels=st.integers(1, 4),
+    rank=st.integers(1, 40),
+    ones=st.booleans(),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    steps=st.tuples(*[st.integers(1, 2)] * 4),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+)
+def test_sketch_images(name, dtype, channels, rank, ones, kernel, steps, padding):
+    window = reference.Window(kernel, steps[:2], padding, steps[2:])
+    images = draw(3, channels, 7, 6, dtype=dtype)
+    dim = channels * math.prod(kernel) + ones
+    basis = make_inverse(dim, min(rank, dim), dtype).basis
+    *actual, count = resolve_backend(name, ["cpu"]).sketch_images(images, basis, window, ones=ones)
+    *exact, number = reference.sketch_images(images, basis.double(), window, ones=ones)
+    assert count == number
+    assert_same(actual, [x.to(basis.dtype) for x in exact], PRODUCT, basis.dtype)
+
+
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @given(dim=st.integers(1, 90), rank=st.integers(1, 40), scale=st.sampled_from([1e-25, 1.0, 1e25]))
 def test_refresh_and_inverse(name, dtype, dim, rank, scale):
