@@ -199,7 +199,7 @@ CASES: Mapping[str, Case] = {
             for name in ("xcit_small_12_p16_224", "coatnet_0_rw_224", "cait_s24_224")
         ),
         _of_images("timm", "convmixer_768_32"),
-        *(_of_tokens(name, _language) for name in ("OPT 125M", "SqueezeBERT", "RoBERTa base")),
+        *(_of_tokens(name, _language) for name in ("OPT 125M", "SqueezeBERT")),
         _of_images("torchvision", "maxvit_t", 224),
         _of_images("timm", "swinv2_tiny_window8_256", 256),
         *(_of_images("timm", name) for name in ("dm_nfnet_f0", "convnext_base")),
@@ -212,11 +212,8 @@ CASES: Mapping[str, Case] = {
             _of_images("timm", name, 224)
             for name in (
                 "mixer_b16_224", "beit_base_patch16_224", "eva02_base_patch14_224",
-                "swin_tiny_patch4_window7_224",
             )
         ),
-        _of_images("timm", "convnextv2_base"),
-        _of_images("transformers", "ViT base", 224),
         _of_images("torchvision", "vgg16"),
         _of_tokens("Qwen2 0.5B", _language),
     )

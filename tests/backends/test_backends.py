@@ -123,8 +123,11 @@ def test_sketch_rows(name, dtype, strided, shape):
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     steps=st.tuples(*[st.integers(1, 2)] * 4),
     padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    pointwise=st.booleans(),
 )
-def test_sketch_images(name, dtype, channels, rank, ones, kernel, steps, padding):
+def test_sketch_images(name, dtype, channels, rank, ones, kernel, steps, padding, pointwise):
+    if pointwise:
+        kernel, padding = (1, 1), (0, 0)
     window = reference.Window(kernel, steps[:2], padding, steps[2:])
     images = draw(3, channels, 7, 6, dtype=dtype)
     dim = channels * math.prod(kernel) + ones

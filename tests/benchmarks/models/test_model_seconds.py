@@ -95,6 +95,16 @@ def test_both_start_from_the_same_weights_and_the_update_is_part_of_the_step(mon
             assert 0 < update < whole
 
 
+def test_a_layer_without_a_gradient_need_not_have_statistics():
+    class Unused(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 3)
+            self.pooler = nn.Linear(3, 3)
+
+    case = Case("torch", "unused", Unused, "3 numbers", vectors, 8)
+    assert measure_model(case, ModelOptions(("unused",), 1, None))["covered"] == 0.5
+
+
 def test_shares_are_of_layers_with_statistics():
     model = convolutions()
     stepper = Stepper(model, TINY["images"].loss(2), GLS(model))
