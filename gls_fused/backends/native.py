@@ -237,10 +237,12 @@ def update_layers_(
         )  # fmt: skip
         return
     parts = zip(*(inverse or (None, None, None) for inverse in inverses), strict=True)
+    written = [_turned_back(param) for param in params]
+    averages = [_turned_back(average) for average in exp_avgs]
     _ops.update_layers_(
-        params,
-        gradients,
-        exp_avgs,
+        written,
+        [_turned_back(gradient) for gradient in gradients],
+        averages,
         exp_avg_sqs,
         steps,
         *(list(part) for part in parts),
@@ -256,7 +258,20 @@ def update_layers_(
         None if skip is None else skip.float(),
         lr_bounds,
     )
+    for kept, copy in zip([*params, *exp_avgs], [*written, *averages], strict=True):
+        if copy is not kept:
+            kept.T.copy_(copy.T)
     increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
+
+
+def _turned_back(tensor: Tensor) -> Tensor:
+    """A contiguous copy of the transpose of a matrix on a CPU, and anything else as it is.
+
+    torch transposes in blocks where the target is contiguous, element by element where the source
+    is: the op would copy what it has written back at half the speed.
+    """
+    turned = tensor.is_cpu and tensor.dim() == 2 and not tensor.is_contiguous()
+    return tensor.contiguous() if turned and tensor.T.is_contiguous() else tensor
 
 
 def measure_weights_(
