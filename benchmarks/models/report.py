@@ -53,7 +53,8 @@ def make_table(results: Mapping[str, Any]) -> Table:
         "of fused AdamW, of GLS where it does not gather statistics, and where it does. GLS / "
         "AdamW is of ordinary + (gathering - ordinary) / 10, as one step in ten gathers by "
         "default: median [quartiles] over rounds. With a P, and orthogonal: shares of the "
-        "parameters, in layers that GLS covers and in those that take orthogonal steps.",
+        "parameters, in layers that GLS covers and in those that take orthogonal steps."
+        f"{_cut_off(results)}",
         HEADER,
         tuple(rows),
         labels=3,
@@ -78,6 +79,14 @@ def render_report(results: Mapping[str, Any]) -> str:
         "\n\n".join(["# Seconds of models", "\n".join(lines), make_table(results).markdown()])
         + "\n"
     )
+
+
+def _cut_off(results: Mapping[str, Any]) -> str:
+    """Which models a run that was cut off has not come to."""
+    seen = {model["model"] for model in results["models"]}
+    seen.update(label.split("/", 1)[1] for label in results["failed"])
+    left = [name for name in results["settings"]["models"] if name not in seen]
+    return f" The run was cut off before {', '.join(left)}." if left else ""
 
 
 def _seconds_cell(seconds: Mapping[str, list[float]]) -> str:

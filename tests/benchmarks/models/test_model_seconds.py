@@ -143,7 +143,10 @@ def test_command_and_table(tmp_path, run_main, tiny):
     seconds = {**seconds, "ordinary": seconds["adamw"], "gathering": seconds["adamw"]}
     fast = {**slow, "model": "fast", "seconds": seconds}
     results["models"] = [fast, slow]
-    rows = make_table(results).rows
+    results["settings"]["models"] = ["fast", "images", "uncalled", "endless", "absent"]
+    table = make_table(results)
+    assert "cut off" not in table.note
+    rows = table.rows
     assert rows[0] == (
         "torch/images", "missed by 4.8%", "3 x 16 pixels", "0.0", "94.2%", "82%", "2 [0.5]",
         "2 [1]", "4 [2]", "1.10 [1.08, 1.20]",
@@ -162,7 +165,9 @@ def test_a_row_is_written_after_each_model(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(run, "measure_model", stop)
     with pytest.raises(KeyboardInterrupt):
         run.measure_models(ModelOptions(("images", "tokens"), 1, None), tmp_path)
-    assert [m["model"] for m in read_strictly(tmp_path / "models.json")["models"]] == ["images"]
+    results = read_strictly(tmp_path / "models.json")
+    assert [m["model"] for m in results["models"]] == ["images"]
+    assert make_table(results).note.endswith(" The run was cut off before tokens.")
 
 
 def test_unet_runs_and_its_skips_fit():
