@@ -5,10 +5,8 @@ longer than a row of Y = A U are built, which takes hardly more memory than Y, a
 
     Y'Y = U' (A'A) U,   A'Y = (A'A) U
 
-so that no convolution's weight gradient is taken: 60 ms are 11 for the sketch of 64 images of
-80 x 80 pixels by 3 x 3, 170 are 87 for 128 images of 40 x 40 by 7 x 7. Patches of one pixel are
-there already, and Y and A'Y are products with them: 17 ms are 7 for 16 images of 64 channels of
-40 x 40 pixels.
+so that no convolution's weight gradient is taken. Patches of one pixel are there already, and Y and
+A'Y are products with them.
 """
 
 from __future__ import annotations
@@ -22,8 +20,7 @@ from torch.nn import functional as F
 from gls_fused import reference
 from gls_fused.reference import Window
 
-# Patches of up to so many times the rank. With 32 directions those of 4 channels by 3 x 3 take a
-# third to two thirds of the time, those of 6 channels half as much again.
+# Patches of up to so many times the rank, where this was faster on a CPU; longer ones were slower.
 LONGEST = 1.6
 
 

@@ -177,6 +177,18 @@ def test_rows_count_once_under_checkpointing(norm, how):
         assert_near(p, q, SAME_STEPS)
 
 
+@pytest.mark.parametrize("norm", ["weight_norm", "old weight_norm"])
+def test_lengths_of_inputs_are_not_covered(norm):
+    """The first axis of a transposed convolution's weight is its inputs'."""
+    model = nn.Sequential(
+        NORMS[norm][0](nn.ConvTranspose2d(2, 5, 3)), nn.Flatten(), nn.LazyLinear(2)
+    )
+    model(torch.randn(4, 2, 3, 3))
+    optimizer = GLS(model, **OPTIONS)
+    assert "0.weight: Adam (its norm is of its inputs" in optimizer.report()
+    assert [layer.name for layer in optimizer._preconditioner.layers] == ["2"]
+
+
 @of_each_norm
 def test_resumes_bit_for_bit(norm):
     model, other = make_model(norm, "linear"), make_model(norm, "linear")
