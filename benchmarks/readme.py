@@ -150,15 +150,28 @@ def _horizon(name: str) -> Callable[[Path], str]:
     return make
 
 
-def _stability(published: Path) -> str:
-    """A table of each run of the command: tasks may differ in their batches."""
-    blocks = []
-    for path in (published / stability.JSON_FILE, *sorted(published.glob("stability-*.json"))):
-        results = _read(path)
-        if results is not None:
-            table = make_count_table(results)
-            blocks.append(_block(table.title, results["command"], results["environment"], table))
-    return "\n".join(blocks)
+def _runs(
+    json_file: str, make: Callable[[Mapping[str, Any]], Table], title: str | None = None
+) -> Callable[[Path], str]:
+    """A table of each run of a command: they may differ in tasks, models and batches.
+
+    Args:
+        json_file: of the first; those of the others have a "-" and a word more in their names.
+        title: of each table; None for the table's own.
+    """
+
+    def write(published: Path) -> str:
+        blocks = []
+        more = sorted(published.glob(json_file.replace(".json", "-*.json")))
+        for path in (published / json_file, *more):
+            results = _read(path)
+            if results is not None:
+                table = make(results)
+                own = title or table.title
+                blocks.append(_block(own, results["command"], results["environment"], table))
+        return "\n".join(blocks)
+
+    return write
 
 
 def _coverage(published: Path) -> str:
@@ -197,51 +210,23 @@ def _command(config: Mapping[str, Any]) -> str:
     return str(config["invocations"][0]["command"])
 
 
-def _epoch(published: Path) -> str:
-    results = _read(published / epoch.JSON_FILE)
-    if results is None:
-        return ""
-    table = make_short_table(results["cells"])
-    return _block(
-        "Seconds per epoch, and bytes of state, against `torch.optim.Adam(fused=True)`",
-        results["command"],
-        results["environment"],
-        table,
-    )
-
-
-def _host(published: Path) -> str:
-    results = _read(published / host.JSON_FILE)
-    if results is None:
-        return ""
-    table = make_host_table(results)
-    return _block(table.title, results["command"], results["environment"], table)
-
-
-def _models(published: Path) -> str:
-    """A table of each run of the command: batches may differ."""
-    blocks = []
-    for path in (published / models.JSON_FILE, *sorted(published.glob("models-*.json"))):
-        results = _read(path)
-        if results is not None:
-            table = make_seconds_table(results)
-            blocks.append(_block(table.title, results["command"], results["environment"], table))
-    return "\n".join(blocks)
-
-
 # Experiments of convergence, in the order of the first table.
 HORIZONS = ("five-tasks", "horizon")
 # By marker.
 BLOCKS: Mapping[str, Callable[[Path], str]] = {
-    "epoch": _epoch,
+    "epoch": _runs(
+        epoch.JSON_FILE,
+        lambda results: make_short_table(results["cells"]),
+        "Seconds per epoch, and bytes of state, against `torch.optim.Adam(fused=True)`",
+    ),
     "first": _first,
     **{name: _horizon(name) for name in HORIZONS},
-    "stability": _stability,
-    "host": _host,
+    "stability": _runs(stability.JSON_FILE, make_count_table),
+    "host": _runs(host.JSON_FILE, make_host_table),
     "coverage": _coverage,
     "coverage-reasons": _coverage_part(make_reason_table),
     "coverage-models": _coverage_part(make_model_table),
-    "models": _models,
+    "models": _runs(models.JSON_FILE, make_seconds_table),
 }
 
 
