@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.convergence.options import Options
 from benchmarks.convergence.report import make_tables
 from benchmarks.convergence.run import Experiment
@@ -21,6 +19,7 @@ from benchmarks.harness.arguments import (
     positive_number,
     refuse_twice,
     setting,
+    use_threads,
 )
 from benchmarks.harness.environment import command_line
 from benchmarks.harness.errors import InputError
@@ -87,8 +86,7 @@ def add_demo(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the experiment that the options describe; print its tables and the report's path."""
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    use_threads(arguments)
     if arguments.download_cifar10:
         download_cifar10(arguments.data or LOCAL_DATA)
     experiment = Experiment(_options(arguments))

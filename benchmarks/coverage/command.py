@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from benchmarks.coverage.models import MODELS
 from benchmarks.coverage.report import make_package_table, make_reason_table, render_report
 from benchmarks.coverage.run import measure_coverage
-from benchmarks.harness.arguments import add_choices, prepare_out, refuse_twice
+from benchmarks.harness.arguments import add_choices, add_out, prepare_out, refuse_twice
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.present import publish
 
@@ -31,13 +30,7 @@ def add_coverage(subparsers: Any) -> None:
         metavar="NAME",
         help="of the packages' models, these alone; default: all",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("results/coverage"),
-        metavar="DIR",
-        help="replaces earlier results there; default: %(default)s",
-    )
+    add_out(parser, "results/coverage")
     parser.set_defaults(run=run)
 
 

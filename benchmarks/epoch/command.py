@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
-
 from benchmarks.epoch.report import make_tables, render_report
 from benchmarks.epoch.run import EpochOptions, measure_epochs
 from benchmarks.harness.arguments import (
@@ -16,6 +14,7 @@ from benchmarks.harness.arguments import (
     positive_number,
     prepare_out,
     refuse_twice,
+    use_threads,
 )
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.heap import hold_freed_memory
@@ -81,8 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     for task in left_out:
         say(f"{task} is left out, as none of --shapes is what it trains on")
     hold_freed_memory()
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    use_threads(arguments)
     options = EpochOptions(
         tasks=tuple(arguments.tasks),
         shapes=tuple(arguments.shapes),

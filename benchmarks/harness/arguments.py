@@ -95,14 +95,30 @@ def add_machine(parser: Any, out: str) -> None:
     """--device, --threads, --out."""
     machine = parser.add_argument_group("machine and output")
     machine.add_argument("--device", type=device, default="cpu", help="default: %(default)s")
-    machine.add_argument("--threads", type=positive, help="default: torch's own choice")
-    machine.add_argument(
+    add_threads(machine)
+    add_out(machine, out)
+
+
+def add_threads(parser: Any) -> None:
+    """--threads, for `use_threads`."""
+    parser.add_argument("--threads", type=positive, help="default: torch's own choice")
+
+
+def add_out(parser: Any, out: str) -> None:
+    """--out, a directory."""
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path(out),
         metavar="DIR",
         help="replaces earlier results there; default: %(default)s",
     )
+
+
+def use_threads(arguments: argparse.Namespace) -> None:
+    """Let torch compute on as many threads as asked for."""
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
 
 
 def refuse_twice(arguments: argparse.Namespace, *names: str) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.harness.arguments import positive, prepare_out, refuse_twice
+from benchmarks.harness.arguments import (
+    add_out,
+    add_threads,
+    positive,
+    prepare_out,
+    refuse_twice,
+    use_threads,
+)
 from benchmarks.harness.heap import hold_freed_memory
 from benchmarks.harness.present import publish
 from benchmarks.host.report import make_table, render_report
@@ -44,14 +48,8 @@ def add_host(subparsers: Any) -> None:
     parser.add_argument(
         "--stubbed", action="store_true", help="Triton's kernels are prepared, and not started"
     )
-    parser.add_argument("--threads", type=positive, help="default: torch's own choice")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("results/host"),
-        metavar="DIR",
-        help="replaces earlier results there; default: %(default)s",
-    )
+    add_threads(parser)
+    add_out(parser, "results/host")
     parser.set_defaults(run=run)
 
 
@@ -59,8 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, write host.json and report.md, print the table and the report's path."""
     refuse_twice(arguments, "layers")
     hold_freed_memory()
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    use_threads(arguments)
     options = HostOptions(
         layers=tuple(arguments.layers),
         width=arguments.width,

@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.arguments import positive, positive_number, prepare_out
+from benchmarks.harness.arguments import (
+    add_out,
+    add_threads,
+    positive_number,
+    prepare_out,
+    use_threads,
+)
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.files import write_json
 from benchmarks.harness.heap import hold_freed_memory
@@ -43,22 +49,15 @@ def add_kernels(subparsers: Any) -> None:
         default=0.5,
         help="of one case, about; default: %(default)s",
     )
-    parser.add_argument("--threads", type=positive, help="default: torch's own choice")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("results/kernels"),
-        metavar="DIR",
-        help="replaces earlier results there; default: %(default)s",
-    )
+    add_threads(parser)
+    add_out(parser, "results/kernels")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, write kernels.json and report.md, print the table and the report's path."""
     out = prepare_out(arguments.out)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    use_threads(arguments)
     # The session holds freed memory too, and this says so.
     hold_freed_memory()
     results = describe_run(torch.device("cpu"))

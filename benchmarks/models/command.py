@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.harness.arguments import positive, prepare_out, refuse_twice
+from benchmarks.harness.arguments import (
+    add_out,
+    add_threads,
+    positive,
+    prepare_out,
+    refuse_twice,
+    use_threads,
+)
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.heap import hold_freed_memory
 from benchmarks.harness.present import publish
@@ -43,20 +47,14 @@ def add_models(subparsers: Any) -> None:
         help="images or sequences a step, but of those whose batch is published; default: 2 "
         "images or 1 sequence, with which an optimizer's share of a step is large",
     )
-    parser.add_argument("--threads", type=positive, help="default: torch's own choice")
+    add_threads(parser)
     parser.add_argument(
         "--cpu-time",
         action="store_true",
         help="count the seconds that the process itself computes, for a machine that does other "
         "work beside; needs --threads 1",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("results/models"),
-        metavar="DIR",
-        help="replaces earlier results there; default: %(default)s",
-    )
+    add_out(parser, "results/models")
     parser.set_defaults(run=run)
 
 
@@ -71,8 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
             "--cpu-time: expected --threads 1, as the seconds of several threads would add up"
         )
     hold_freed_memory()
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    use_threads(arguments)
     options = ModelOptions(
         models=tuple(arguments.models),
         rounds=arguments.rounds,

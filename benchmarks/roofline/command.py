@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.arguments import prepare_out
+from benchmarks.harness.arguments import add_out, prepare_out
 from benchmarks.harness.environment import command_line, git_commit
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.files import write_atomically, write_json
@@ -27,13 +27,7 @@ def add_roofline(subparsers: Any) -> None:
         description=MODELLED,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("results/roofline"),
-        metavar="DIR",
-        help="replaces earlier results there; default: %(default)s",
-    )
+    add_out(parser, "results/roofline")
     parser.add_argument(
         "--choose",
         action="store_true",

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
-
 from benchmarks.harness.arguments import (
     add_choices,
     add_machine,
@@ -14,6 +12,7 @@ from benchmarks.harness.arguments import (
     positive_number,
     prepare_out,
     refuse_twice,
+    use_threads,
 )
 from benchmarks.harness.heap import hold_freed_memory
 from benchmarks.harness.present import publish
@@ -57,8 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, write scaling.json and report.md, print the tables and the report's path."""
     refuse_twice(arguments, "sweeps", *SWEEPS)
     hold_freed_memory()
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    use_threads(arguments)
     options = ScalingOptions(
         sweeps={name: tuple(getattr(arguments, name)) for name in arguments.sweeps},
         base=Point(),

@@ -7,8 +7,6 @@ import inspect
 import sys
 from typing import Any
 
-import torch
-
 from benchmarks.harness.arguments import (
     add_machine,
     natural,
@@ -17,6 +15,7 @@ from benchmarks.harness.arguments import (
     prepare_out,
     refuse_twice,
     setting,
+    use_threads,
 )
 from benchmarks.harness.environment import command_line
 from benchmarks.harness.errors import InputError
@@ -108,8 +107,7 @@ def add_stability(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train, write stability.json, heat maps and report.md; print the counts and the path."""
     options = _options(arguments)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    use_threads(arguments)
     out = prepare_out(arguments.out)
     if (out / JSON_FILE).exists() and not (arguments.resume or arguments.overwrite):
         raise InputError(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
-
 from benchmarks.harness.arguments import (
     add_choices,
     add_machine,
@@ -15,6 +13,7 @@ from benchmarks.harness.arguments import (
     prepare_out,
     refuse_twice,
     setting,
+    use_threads,
 )
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.heap import hold_freed_memory
@@ -73,8 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in rates:
         if name not in (BASELINE, CHALLENGER):
             raise InputError(f"--lr: {name} is not trained, {BASELINE} and {CHALLENGER} are")
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    use_threads(arguments)
     options = TimeOptions(
         tasks=tuple(arguments.tasks),
         seeds=tuple(arguments.seeds),

@@ -237,11 +237,17 @@ def update_layers_(
         )  # fmt: skip
         return
     parts = zip(*(inverse or (None, None, None) for inverse in inverses), strict=True)
-    written = [_turned_back(param) for param in params]
-    averages = [_turned_back(average) for average in exp_avgs]
+    written, averages = params, exp_avgs
+    # Most models have none that is turned, and are asked once for each parameter alone.
+    turned = not all(param.is_contiguous() for param in params)
+    if turned:
+        written, gradients, averages = (
+            [_turned_back(tensor) for tensor in tensors]
+            for tensors in (params, gradients, exp_avgs)
+        )
     _ops.update_layers_(
         written,
-        [_turned_back(gradient) for gradient in gradients],
+        gradients,
         averages,
         exp_avg_sqs,
         steps,
@@ -258,9 +264,10 @@ def update_layers_(
         None if skip is None else skip.float(),
         lr_bounds,
     )
-    for kept, copy in zip([*params, *exp_avgs], [*written, *averages], strict=True):
-        if copy is not kept:
-            kept.T.copy_(copy.T)
+    if turned:
+        for kept, copy in zip([*params, *exp_avgs], [*written, *averages], strict=True):
+            if copy is not kept:
+                kept.T.copy_(copy.T)
     increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
 
 
