@@ -1,4 +1,4 @@
-"""Numbers to watch a run by, of what the optimizers keep anyway; nothing is kept for them."""
+"""Numbers to watch a run by, of what the optimizers keep."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from gls_fused.apply.spectral import normalize_of
 from gls_fused.capture.find import Uncovered
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.distributed.sharding import everywhere
-from gls_fused.reference import bias_correction, damping_of
+from gls_fused.reference import SPECTRAL_RMS, bias_correction, damping_of
 
 
 def diagnose(
@@ -91,14 +92,20 @@ def _of_layer(
     }
     # Of a stack, the mean over its matrices.
     values = {key: value.mean() for key, value in values.items()}
-    if squares:
+    normalize = normalize_of(layer, state, options) if "normalize" in options else None
+    # An orthogonal step is scaled by no mean square; there may be those of its bias.
+    if squares and normalize != "spectral":
         total = torch.stack([everywhere(square.sum()) for square in squares]).sum()
         count = sum(square.numel() for square in squares)
         corrected = total / count / bias_correction(options["beta2"], state["step"], total.dtype)
         values["update_rms"] = corrected.sqrt()
-        if options.get("max_change") is not None and "weight_rms" in state:
-            bound = state["weight_rms"].mean() * options["max_change"]
+    if options.get("max_change") is not None and "weight_rms" in state:
+        if normalize not in ("sgd", "none"):
+            step = SPECTRAL_RMS if normalize == "spectral" else 1.0
+            bound = state["weight_rms"].mean() * options["max_change"] / step
             values["lr_share"] = (bound / options["lr"]).clamp(max=1)
+        if "held" in state:
+            values["held"] = everywhere(state["held"].mean())
     return values
 
 

@@ -464,9 +464,12 @@ class GLS(torch.optim.Optimizer):
             captured    tr(M) / t, the share of it in the directions that are solved exactly
             damping     lambda = damping t / min(d, s)
             samples     s, how many rows of equal weight its statistics stand for
-            update_rms  root mean square of D = D0 P, bias-corrected; not with "sgd" and "none"
+            update_rms  root mean square of D = D0 P, bias-corrected; not with "sgd" and "none",
+                        nor of orthogonal steps
             lr_share    the share of lr that max_change leaves its step, 1 where it does not hold;
                         only with max_change, and not with "sgd" and "none"
+            held        in what share of the steps max_change held: of those that gather, of late,
+                        a mean with the statistics' decay beta; only with max_change
 
         Computed when called, from the state; a layer without statistics yet is left out. With
         several groups and no `model`, names begin with `group0/`, `group1/`, ...
@@ -553,5 +556,5 @@ class GLS(torch.optim.Optimizer):
         for param in (param for layer in (*started, *primed) for param in layer.params):
             forget_adam(self.state[param])
         for layer in primed:
-            for key in ("rows", "outputs", "weight_rms", *layer.curvature.shapes()):
+            for key in ("rows", "outputs", "weight_rms", "held", *layer.curvature.shapes()):
                 self.state[layer.weight].pop(key, None)

@@ -4,7 +4,8 @@
                       weight, for "rms"), master (shaped as it, float32)
     a layer's weight  rows and outputs (plain numbers), at_step (1, where its p.grad has turned
                       out to be in use), lent (1, where another module uses it by itself; none is
-                      as good as 0), and the tensors of gls_fused.curvature.estimate
+                      as good as 0), weight_rms and held of max_change (0-d), and the tensors of
+                      gls_fused.curvature.estimate
     a stack's weight  the same, with the matrices as first axis of all tensors but step
     a group           its options, step and version: numbers and names
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gls_fused.apply.fallback import start_adam
-from gls_fused.apply.layers import fill_layer_states, square_shapes
+from gls_fused.apply.layers import empty_held, fill_layer_states, square_shapes
 from gls_fused.apply.low_precision import open_copies
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import Dense, State, Subspace, empty_state, make_curvature
@@ -37,7 +38,7 @@ ADDED_SINCE: dict[int, dict[str, Any]] = {
     3: {"split": 1, "spectral_head": False},
 }
 
-AVERAGES = ("exp_avg", "exp_avg_sq", "exp_avg_sq_columns", "weight_rms")
+AVERAGES = ("exp_avg", "exp_avg_sq", "exp_avg_sq_columns", "weight_rms", "held")
 OWN_TENSORS = {"step", "master", *AVERAGES, *Dense.names, *Subspace.names}
 
 Groups = Sequence[Mapping[str, Any]]
@@ -201,6 +202,7 @@ def prime_states(
             found[0]["weight_rms"] = torch.zeros(
                 layer.stack, dtype=layer.statistics_dtype, device=layer.weight.device
             )
+            found[0]["held"] = empty_held(layer)
         fill_layer_states(layer, mine, found, group)
     others = [p for p in group["params"] if p.grad is not None and p not in owned]
     for param in others:
@@ -221,7 +223,7 @@ def _layer_shapes(
     if param is not layer.weight:
         return {}
     squares = square_shapes(layer, group)
-    return {**layer.curvature.shapes(), **squares, "weight_rms": layer.stack}
+    return {**layer.curvature.shapes(), **squares, "weight_rms": layer.stack, "held": layer.stack}
 
 
 def _check_layer(layer: Layer, param: Tensor, state: Mapping[str, Any]) -> None:

@@ -170,6 +170,7 @@ def _step_together_(
             lr_bounds /= root_mean_squares(
                 gradients, averages, steps.by_matrix, inverses, sizes, options
             )
+        _count_held_(layers, firsts, lr_bounds, options, skip)
     update_(
         written,
         gradients,
@@ -298,6 +299,45 @@ def bound_rates(
         found = torch.cat([size.view(-1)[layer.here] for layer, size in pairs])
     bounds: Tensor = found * options["max_change"]
     return bounds
+
+
+def _count_held_(
+    layers: Sequence[Layer],
+    states: Sequence[State],
+    bounds: Tensor,
+    options: Mapping[str, Any],
+    skip: Tensor | None,
+) -> None:
+    """Blend into each state's "held", in steps that gather, whether lr is above the bound.
+
+    Of a stack, one number for each matrix.
+
+    Args:
+        bounds: by matrix, on this rank.
+        skip: 0-d bool; where it is true nothing changes.
+    """
+    if not any(layer.gathers for layer in layers):
+        return
+    lr = options["lr"]
+    lr = lr.to(bounds.device, non_blocking=True) if isinstance(lr, Tensor) else lr
+    now = (bounds < lr).to(bounds.dtype).split([layer.matrices_here for layer in layers])
+    kept: list[Tensor] = []
+    for layer, state, held in zip(layers, states, now, strict=True):
+        if "held" not in state:
+            state["held"] = empty_held(layer)
+            rows_here(state["held"]).view(-1).copy_(held)
+        kept.append(rows_here(state["held"]).view(-1))
+    weight: Any = 1 - options["beta"]
+    if skip is not None:
+        weight = torch.where(skip, 0.0, weight)
+    torch._foreach_add_(kept, torch._foreach_mul(torch._foreach_sub(now, kept), weight))
+
+
+def empty_held(layer: Layer) -> Tensor:
+    """Zeros for how often the bound held, [], or [blocks] of a stack, with whose blocks it goes."""
+    if layer.stacked:
+        return zeros_beside(layer.weight, layer.stack, layer.statistics_dtype)
+    return torch.zeros((), dtype=layer.statistics_dtype, device=layer.weight.device)
 
 
 def root_mean_squares(

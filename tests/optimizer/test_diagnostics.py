@@ -1,5 +1,7 @@
 """diagnostics(): numbers that the state implies, by layer."""
 
+import copy
+
 import pytest
 import torch
 from nets import KINDS, loss_of, make_batch, make_net
@@ -110,6 +112,49 @@ def test_share_of_lr_that_the_bound_leaves():
             rms = max(weight.square().mean().sqrt().item(), (3 * (weight[0].numel() + 1)) ** -0.5)
             expected = None if max_change is None else pytest.approx(min(1, 0.1 * rms / lr), **NEAR)
             assert values.get("lr_share") == expected
+
+
+def test_orthogonal_steps_have_their_own_share_of_lr():
+    """Their root mean square is .2; of a mean square there is only the biases', if any."""
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16)).double()
+    optimizer = GLS(model, lr=0.5, normalize="spectral")
+    model(torch.randn(20, 16).double()).square().sum().backward()
+    measured = model[0].weight.detach().square().mean().sqrt().clamp(min=48**-0.5).item()
+    optimizer.step()
+    found = by_layer(optimizer.diagnostics())
+    assert "update_rms" not in found["0"]
+    assert found["0"]["lr_share"] == pytest.approx(0.1 * measured / 0.2 / 0.5, rel=0.2)
+    assert {"update_rms", "lr_share"} <= found["1"].keys()
+
+
+@pytest.mark.parametrize("normalize", ["auto", "factored", "spectral", "none", "sgd"])
+def test_how_often_the_bound_held(normalize):
+    """A mean of yes and no over the steps that gather, every second here, from the first one on."""
+    model = make_net("mlp")
+    optimizer = GLS(model, lr=1e9, normalize=normalize, curvature_every=2, beta=0.75)
+    expected = 1.0
+    for step, lr in enumerate((1e9, 1e-12, 1e-12, 1e9, 1e9, 1e-12)):
+        optimizer.param_groups[0]["lr"] = lr
+        train(model, optimizer, "mlp", steps=1)
+        if step % 2 == 0:
+            expected += (float(lr > 1) - expected) * 0.25
+        found = by_layer(optimizer.diagnostics())
+        for values in found.values():
+            assert values["held"] == pytest.approx(expected, rel=1e-12)
+    assert found
+    resumed = GLS(copy.deepcopy(model), normalize=normalize)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.diagnostics() == optimizer.diagnostics()
+
+
+def test_a_skipped_step_does_not_count_for_the_bound():
+    model = make_net("mlp")
+    optimizer = GLS(model, lr=1e-12, curvature_every=1)
+    train(model, optimizer, "mlp", steps=1)
+    optimizer.param_groups[0]["lr"] = 1e9
+    optimizer.found_inf = torch.ones(())
+    train(model, optimizer, "mlp", steps=1)
+    assert all(values["held"] == 0 for values in by_layer(optimizer.diagnostics()).values())
 
 
 def test_root_mean_square_is_the_same_per_layer_and_per_element():
