@@ -45,6 +45,7 @@ def check_group_options(options: Mapping[str, Any], site: str) -> None:
         check_number("max_change", options["max_change"], 0)
     check_count("split", options["split"])
     check_choice("spectral_head", options["spectral_head"], (True, False))
+    check_number("spectral_share", options["spectral_share"], 0, closed=True)
     check_choice("low_precision", options["low_precision"], POLICIES)
     seed = options["seed"]
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < MOST_SEEDS:
@@ -168,5 +169,6 @@ def check_dense(groups: Iterable[Mapping[str, Any]]) -> None:
     """Raises RuntimeError for a sparse gradient, before anything is changed."""
     for group in groups:
         for param in group["params"]:
-            if param.grad is not None and param.grad.is_sparse:
+            gradient = param.grad
+            if gradient is not None and gradient.is_sparse:
                 raise RuntimeError("GLS does not take sparse gradients; use torch.optim.SparseAdam")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 import warnings
 import weakref
 from collections import defaultdict
@@ -14,9 +16,12 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from typing_extensions import Self
 
+from gls_fused.apply.bounds import measure_weights
 from gls_fused.apply.fallback import adam_, forget_adam
-from gls_fused.apply.layers import measure_weights, step_layers_
+from gls_fused.apply.kept import Kept
+from gls_fused.apply.layers import step_layers_
 from gls_fused.apply.low_precision import Bits, make_bits
+from gls_fused.apply.spectral import MOST_SHARE
 from gls_fused.backends.dispatch import resolve_backend
 from gls_fused.capture.find import Uncovered, find_layers
 from gls_fused.capture.layer import Layer
@@ -97,6 +102,8 @@ class GLS(torch.optim.Optimizer):
         split: >= 1; how many matrices a weight is, one above the other, for "spectral": 3 for a
             projection to queries, keys and values.
         spectral_head: whether "spectral" takes the last layer, too.
+        spectral_share: >= 0; how large a share of the flops of a layer's forward and backward the
+            orthogonal factor may take for "auto" to choose it.
         curvature: "subspace", `rank` directions of A'A/n; "dense", all of it ([d, d] per layer).
         rank: >= 1; directions of the subspace, at most d; "auto", 32 but at most m per layer.
         curvature_every: >= 1; steps between two that gather statistics.
@@ -139,6 +146,7 @@ class GLS(torch.optim.Optimizer):
         max_change: float | None = 0.1,
         split: int = 1,
         spectral_head: bool = False,
+        spectral_share: float = MOST_SHARE,
         curvature: Literal["subspace", "dense"] = "subspace",
         rank: int | Literal["auto"] = "auto",
         curvature_every: int = 10,
@@ -162,6 +170,7 @@ class GLS(torch.optim.Optimizer):
             "max_change": max_change,
             "split": split,
             "spectral_head": spectral_head,
+            "spectral_share": spectral_share,
             "curvature": curvature,
             "rank": rank,
             "curvature_every": curvature_every,
@@ -201,6 +210,10 @@ class GLS(torch.optim.Optimizer):
         self._layers_of: list[tuple[dict[str, Any], list[Layer]]] = []
         self._owners: dict[Tensor, dict[str, Any]] = {}
         self._seen: list[int] = []
+        # By a group's id, what its layers' updates take; for these states and what they held.
+        self._kept: dict[int, Kept] = defaultdict(Kept)
+        self._known: list[Any] = []
+        self._probes: list[tuple[Tensor, str, Tensor]] = []
         self._finalizer = weakref.finalize(self, release_all, preconditioner.layers)
         self._finalizer.atexit = False
 
@@ -263,9 +276,9 @@ class GLS(torch.optim.Optimizer):
 
     def _groups(self) -> list[tuple[dict[str, Any], list[Layer]]]:
         """Every group with the layers whose weights it holds now."""
-        members = [id(param) for group in self.param_groups for param in group["params"]]
-        members += map(id, self.param_groups)
-        members += map(id, self._preconditioner.layers)
+        groups, layers = self.param_groups, self._preconditioner.layers
+        params = itertools.chain.from_iterable([group["params"] for group in groups])
+        members = list(map(id, itertools.chain(params, groups, layers)))
         if members == self._seen:
             return self._layers_of
         self._seen, self._owners = members, {}
@@ -276,7 +289,6 @@ class GLS(torch.optim.Optimizer):
             group.setdefault("step", 0)
             group.setdefault("version", VERSION)
             self._owners.update(dict.fromkeys(group["params"], group))
-        layers = self._preconditioner.layers
         self._layers_of = [
             (group, [layer for layer in layers if self._owners.get(layer.weight) is group])
             for group in self.param_groups
@@ -314,7 +326,8 @@ class GLS(torch.optim.Optimizer):
         check_dense(self.param_groups)
         self._check_states()
         for _, layers in groups:
-            preconditioner.adopt(layers, self.state)
+            if preconditioner.adopt(layers, self.state, known=bool(self._kept)):
+                self._kept.clear()
         unscale_(self, self._owners)
         if is_priming(self.param_groups, self.state):
             for group, layers in groups:
@@ -329,15 +342,18 @@ class GLS(torch.optim.Optimizer):
         for group, layers in groups:
             started = preconditioner.start(layers, self.state, sums, group)
             self._forget_earlier(layers, started)
-            if group["max_change"] is not None:
+            kept = self._kept[id(group)]
+            if group["max_change"] is not None and not (kept.measured and not started):
                 new = [p for p in layers if p in started or self._is_unmeasured(p)]
                 measure_weights(new, self.state)
+                kept.measured = True
             mine = [p for p in layers if p.weight.grad is not None and p.inverse is not None]
             ready.update(id(param) for layer in mine for param in layer.params)
         draw = self._bits_of(bits)
         for group, layers in groups:
             stepping = [layer for layer in layers if id(layer.weight) in ready]
-            step_layers_(stepping, self.state, group, self._owners, draw, skip)
+            kept = self._kept[id(group)]
+            step_layers_(stepping, self.state, group, self._owners, kept, draw, skip)
             others = [p for p in group["params"] if id(p) not in ready and p.grad is not None]
             own = [self.state[p] for p in others]
             adam_(others, own, group, draw, skip, preconditioner.backend_for(others))
@@ -509,20 +525,34 @@ class GLS(torch.optim.Optimizer):
         """
         if type(self.state) is not defaultdict:
             self.state = defaultdict(dict, self.state)
-        for param in self._owners:
-            state = self.state.get(param)
-            if not state:
-                continue
+        self._follow_states()
+        for param, key, probe in self._probes:
             wide = torch.float64 if param.dtype is torch.float64 else torch.float32
-            # Who moves or casts a state does so with all of it: one of its tensors tells.
-            probe, dtype = state.get("exp_avg"), wide
-            if probe is None:
-                probe, dtype = state.get("step"), torch.float32
-            if probe is not None and (probe.device != param.device or probe.dtype is not dtype):
-                name = f"parameter {self._names.get(param, '')!r}"
+            dtype = wide if key == "exp_avg" else torch.float32
+            if probe.dtype is not dtype or probe.device != param.device:
+                state, name = self.state[param], f"parameter {self._names.get(param, '')!r}"
                 check_device(name, param, state, ("step", "master", *AVERAGES))
                 recast(state, wide, AVERAGES)
                 recast(state, torch.float32, ("step", "master"))
+                self._kept.clear()
+
+    def _follow_states(self) -> None:
+        """Drop what is kept unless the states hold what they held, for the same parameters."""
+        # Objects, not their ids, which those of others may be once they are gone.
+        now: list[Any] = list(self.state.values())
+        now += itertools.chain.from_iterable([state.values() for state in now])
+        now.append(self._seen)
+        if len(now) == len(self._known) and all(map(operator.is_, now, self._known)):
+            return
+        self._known = now
+        self._kept.clear()
+        # Who moves or casts a state does so with all of it: one of its tensors tells.
+        self._probes = []
+        for param in self._owners:
+            state = self.state.get(param) or {}
+            key = "exp_avg" if state.get("exp_avg") is not None else "step"
+            if state.get(key) is not None:
+                self._probes.append((param, key, state[key]))
 
     def _is_unmeasured(self, layer: Layer) -> bool:
         return layer.inverse is not None and "weight_rms" not in self.state[layer.weight]

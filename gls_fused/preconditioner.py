@@ -23,6 +23,7 @@ from gls_fused.curvature.estimate import (
     settle,
 )
 from gls_fused.distributed.ranks import Ranks
+from gls_fused.distributed.sharding import knows_shards
 from gls_fused.reference import Inverse
 from gls_fused.scaling import where_flag
 
@@ -110,13 +111,14 @@ class Preconditioner:
 
     def check_captured(self) -> None:
         """Raises RuntimeError if the modules have been detached or taken over."""
+        sharded = knows_shards()
         for layer in self.layers:
             if not layer.captured:
                 raise RuntimeError(
                     f"layer {layer.name!r} is no longer captured: the optimizer was detached, or "
                     "another one was built on the same model"
                 )
-            if layer.resharded:
+            if sharded and layer.resharded:
                 raise RuntimeError(
                     f"layer {layer.name!r}: its weight was sharded after the optimizer was built; "
                     "call fully_shard first"
@@ -130,15 +132,23 @@ class Preconditioner:
 
     # ---- one step, in this order -----------------------------------------------------------------
 
-    def adopt(self, layers: Sequence[Layer], states: States) -> None:
+    def adopt(self, layers: Sequence[Layer], states: States, *, known: bool = False) -> bool:
         """Follow what was done to weights and states since the last step.
 
+        Args:
+            known: that the states hold what they held then.
+        Returns:
+            Whether anything was.
         Raises:
             RuntimeError: a layer's statistics are on another device than its weight.
         """
+        changed = False
         for layer in layers:
             if not layer.fits:
                 layer.fit()
+                changed = True
+            elif known and layer.inverse is not None:
+                continue
             state = states.get(layer.weight) or {}
             if _is_in_force(layer, state):
                 continue
@@ -155,6 +165,8 @@ class Preconditioner:
             layer.forget()
             self._told.pop(layer, None)
             layer.expect(found, gathers=found is None, at_backward=False)
+            changed = True
+        return changed
 
     def start(
         self,

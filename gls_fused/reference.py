@@ -429,11 +429,24 @@ def invert_damped(matrix: Tensor, damp: Tensor, power: float) -> Tensor:
     else:
         # LAPACK raises for what is not finite.
         finite = matrix.isfinite().all()
-        values, vectors = torch.linalg.eigh(torch.where(finite, matrix, eye))
+        values, vectors = eigenvalues_of(torch.where(finite, matrix, eye))
         definite = finite & (values[..., :1] + damp > 0).all()
         roots = (values + damp).clamp(min=torch.finfo(matrix.dtype).tiny) ** -power
         found = (vectors * roots) @ vectors.T
     return torch.where(definite, found, eye / (damp + matrix.trace() / len(matrix)) ** power)
+
+
+def eigenvalues_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [d] and eigenvectors [d, d] of a symmetric matrix that is finite.
+
+    Numerics: in float32 LAPACK does not converge where many eigenvalues are alike, as those of
+        inputs that are always zero: then in float64, on the CPU, as not every device has it.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        values, vectors = torch.linalg.eigh(matrix.to("cpu", torch.float64))
+    return values.to(matrix), vectors.to(matrix)
 
 
 # ---- apply: P at one of two sites, then the update ----------------------------------------------

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gls_fused.apply.bounds import empty_held
+from gls_fused.apply.buffers import fill_layer_states, square_shapes
 from gls_fused.apply.fallback import start_adam
-from gls_fused.apply.layers import empty_held, fill_layer_states, square_shapes
 from gls_fused.apply.low_precision import open_copies
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import Dense, State, Subspace, empty_state, make_curvature
@@ -30,12 +31,13 @@ from gls_fused.distributed.sharding import is_sharded
 
 # 0: without a version, "low_precision", "seed" and "outputs". 1: without "at_step". 2: without
 # "power", "max_change" and what goes with them. 3: without "samples",
-# "split" and "spectral_head".
-VERSION = 4
+# "split" and "spectral_head". 4: without "spectral_share", which was a half.
+VERSION = 5
 ADDED_SINCE: dict[int, dict[str, Any]] = {
     0: {"low_precision": "nearest", "seed": 0},
     2: {"power": 1, "max_change": None},
     3: {"split": 1, "spectral_head": False},
+    4: {"spectral_share": 0.5},
 }
 
 AVERAGES = ("exp_avg", "exp_avg_sq", "exp_avg_sq_columns", "weight_rms", "held")

@@ -7,12 +7,15 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/any.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/linalg_eigh.h>
 #include <ATen/ops/linalg_qr.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ne.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -32,21 +35,28 @@ namespace {
 // [r, r], row-major.
 using Matrix = std::vector<double>;
 
-// S = L L', in the lower triangle; false where a pivot is at most `least` of its diagonal entry.
+// to -= weight from, n elements that do not overlap.
+inline void subtract(double* __restrict to, const double* __restrict from, double weight,
+                     int64_t n) {
+  for (int64_t j = 0; j < n; ++j) to[j] -= weight * from[j];
+}
+
+// S = L L', in the lower triangle, from the upper one; false where a pivot is at most `least` of its
+// diagonal entry. Row by row of L', as a sum of products along a row would not be vectorised.
 bool factor(Matrix& s, int64_t r, double least) {
+  std::vector<double> diagonal(r);
+  for (int64_t k = 0; k < r; ++k) diagonal[k] = s[k * r + k];
+  for (int64_t k = 0; k < r; ++k) {
+    double* row = &s[k * r];
+    // Written so that a NaN fails.
+    if (!(row[k] > least * diagonal[k]) || !std::isfinite(row[k])) return false;
+    const double root = std::sqrt(row[k]);
+    row[k] = root;
+    for (int64_t j = k + 1; j < r; ++j) row[j] /= root;
+    for (int64_t i = k + 1; i < r; ++i) subtract(&s[i * r + i], row + i, row[i], r - i);
+  }
   for (int64_t i = 0; i < r; ++i) {
-    const double diagonal = s[i * r + i];
-    for (int64_t j = 0; j <= i; ++j) {
-      double sum = s[i * r + j];
-      for (int64_t k = 0; k < j; ++k) sum -= s[i * r + k] * s[j * r + k];
-      if (j < i) {
-        s[i * r + j] = sum / s[j * r + j];
-      } else {
-        // Written so that a NaN fails.
-        if (!(sum > least * diagonal) || !std::isfinite(sum)) return false;
-        s[i * r + i] = std::sqrt(sum);
-      }
-    }
+    for (int64_t j = 0; j < i; ++j) s[i * r + j] = s[j * r + i];
   }
   return true;
 }
@@ -66,26 +76,16 @@ Matrix invert_triangle(const Matrix& l, int64_t r) {
   return inverse;
 }
 
-// A' A for lower triangular A.
-Matrix square_triangle(const Matrix& a, int64_t r) {
-  Matrix product(r * r, 0);
-  for (int64_t k = 0; k < r; ++k) {
-    for (int64_t i = 0; i <= k; ++i) {
-      const double weight = a[k * r + i];
-      for (int64_t j = 0; j <= k; ++j) product[i * r + j] += weight * a[k * r + j];
-    }
-  }
+Matrix multiply(const Matrix& a, const Matrix& b, int64_t r) {
+  Matrix product(r * r);
+  sum_rows<double>(nullptr, 0, 0, {a.data(), r, 1}, r, b.data(), r, r, r, product.data(), r);
   return product;
 }
 
-Matrix multiply(const Matrix& a, const Matrix& b, int64_t r) {
-  Matrix product(r * r, 0);
-  for (int64_t i = 0; i < r; ++i) {
-    for (int64_t k = 0; k < r; ++k) {
-      const double weight = a[i * r + k];
-      for (int64_t j = 0; j < r; ++j) product[i * r + j] += weight * b[k * r + j];
-    }
-  }
+// A' A.
+Matrix square(const Matrix& a, int64_t r) {
+  Matrix product(r * r);
+  sum_rows<double>(nullptr, 0, 0, {a.data(), 1, r}, r, a.data(), r, r, r, product.data(), r);
   return product;
 }
 
@@ -97,8 +97,7 @@ double trace_of(const Matrix& x, int64_t r) {
 
 // A B for symmetric A and B that commute, whose product is symmetric.
 Matrix multiply_symmetric(const Matrix& a, const Matrix& b, int64_t r) {
-  Matrix product(r * r);
-  sum_rows<double>(nullptr, 0, 0, {a.data(), r, 1}, r, b.data(), r, r, r, product.data(), r);
+  Matrix product = multiply(a, b, r);
   // To the last bit, as the iteration would let an asymmetry grow.
   for (int64_t i = 0; i < r; ++i) {
     for (int64_t j = 0; j < i; ++j) product[j * r + i] = product[i * r + j];
@@ -106,40 +105,112 @@ Matrix multiply_symmetric(const Matrix& a, const Matrix& b, int64_t r) {
   return product;
 }
 
-// S^-p for p = .25, .5 or .75, of a positive definite S whose eigenvalues are at least `least` of
-// its trace; false where they are not. By Newton's iteration for the inverse fourth root X, coupled
-// with B = X^4 S / c, which products alone take to I: Guo and Higham, 2006.
-bool raise(Matrix& s, int64_t r, double power, double least) {
-  const double bound = trace_of(s, r);
-  if (!(bound > 0) || !std::isfinite(bound)) return false;
-  Matrix b = s, root(r * r, 0), step(r * r);
-  for (double& value : b) value /= bound;
+// S^-1 of a symmetric positive definite S, in place, by elimination without pivoting; false where S
+// is not. A few rows at a time, so that each pass over S does the work of as many.
+bool invert(Matrix& s, int64_t r) {
+  constexpr int64_t kRows = 4;
+  std::vector<double> rows(kRows * r), weights(r * kRows);
+  for (int64_t first = 0; first < r; first += kRows) {
+    const int64_t count = std::min(kRows, r - first);
+    // The block on the diagonal is inverted in `rows`, which then become its inverse times theirs.
+    std::copy_n(&s[first * r], count * r, rows.data());
+    for (int64_t k = 0; k < count; ++k) {
+      double* row = &rows[k * r];
+      const double pivot = row[first + k];
+      if (!(pivot > 0) || !std::isfinite(pivot)) return false;
+      row[first + k] = 1;
+      for (int64_t j = 0; j < r; ++j) row[j] /= pivot;
+      for (int64_t i = 0; i < count; ++i) {
+        if (i == k) continue;
+        const double weight = rows[i * r + first + k];
+        rows[i * r + first + k] = 0;
+        subtract(&rows[i * r], row, weight, r);
+      }
+    }
+    for (int64_t i = 0; i < r; ++i) {
+      for (int64_t k = 0; k < count; ++k) {
+        weights[i * kRows + k] = -s[i * r + first + k];
+        s[i * r + first + k] = 0;
+      }
+    }
+    sum_rows<double>(s.data(), r, 1, {weights.data(), kRows, 1}, r, rows.data(), r, count, r,
+                     s.data(), r);
+    std::copy_n(rows.data(), count * r, &s[first * r]);
+  }
+  return true;
+}
+
+// S^-1/2 of a positive definite S whose eigenvalues are between `low` and `high`; false where they
+// are not. By Newton's iteration for the square root in its product form,
+//   B <- (2 I + B + B^-1) / 4,   Y <- Y (I + B^-1) / 2,   from B = S / c and Y = I,
+// which takes B to I and Y to (S / c)^-1/2: Cheng, Higham, Kenney and Laub, 2001, "Approximating the
+// logarithm of a matrix to specified accuracy". An inverse of a matrix this small takes little more
+// than a product, and there are a quarter as many as in an iteration of products alone.
+bool invert_root(Matrix& s, int64_t r, double low, double high) {
+  const double middle = std::sqrt(low) * std::sqrt(high);
+  if (!(middle > 0) || !std::isfinite(middle)) return false;
+  Matrix b = s, root(r * r, 0), inverse, step(r * r);
+  for (double& value : b) value /= middle;
   for (int64_t i = 0; i < r; ++i) root[i * r + i] = 1;
-  // The smallest eigenvalue of B grows by (5/4)^4 until it is near 1; from there on the distance
-  // to 1 is squared.
-  const int most = std::ceil(std::log(1 / least) / (4 * std::log(1.25))) + 8;
+  // The eigenvalue that is furthest from 1 comes four times closer until it is near; from there on
+  // the distance is squared.
+  const int most = std::ceil(std::log2(high / low) / 4) + 8;
   for (int iteration = 0; iteration < most; ++iteration) {
+    inverse = b;
+    if (!invert(inverse, r)) return false;
     // From B to I, in the Frobenius norm.
     double distance = 0;
     for (int64_t i = 0; i < r; ++i) {
-      for (int64_t j = 0; j < r; ++j) {
-        const double unit = i == j, off = b[i * r + j] - unit;
-        step[i * r + j] = unit - off / 4;
-        distance += off * off;
+      for (int64_t j = 0; j <= i; ++j) {
+        const double unit = i == j, value = inverse[i * r + j], off = b[i * r + j] - unit;
+        distance += (i == j ? 1 : 2) * off * off;
+        // To the last bit, as the iteration would let an asymmetry grow.
+        step[i * r + j] = step[j * r + i] = (unit + value) / 2;
+        b[i * r + j] = b[j * r + i] = (2 * unit + b[i * r + j] + value) / 4;
       }
     }
     distance = std::sqrt(distance);
     if (!std::isfinite(distance)) return false;
-    root = multiply_symmetric(root, step, r);
-    if (distance < 1e-7) break;
-    if (iteration + 1 == most) return false;
-    const Matrix square = multiply_symmetric(step, step, r);
-    b = multiply_symmetric(multiply_symmetric(square, square, r), b, r);
+    root = iteration == 0 ? step : multiply_symmetric(root, step, r);
+    if (distance < 1e-7) {
+      const double scale = 1 / std::sqrt(middle);
+      for (double& value : root) value *= scale;
+      s = std::move(root);
+      return true;
+    }
   }
-  s = root;
-  for (int times = 1; times < 4 * power; ++times) s = multiply_symmetric(s, root, r);
-  const double scale = std::pow(bound, -power);
-  for (double& value : s) value *= scale;
+  return false;
+}
+
+// S^-p of a positive definite S, from its eigenvalues; false where it is not.
+bool raise_eigenvalues(Matrix& s, int64_t r, double power) {
+  // LAPACK raises for what is not finite.
+  for (const double value : s) {
+    if (!std::isfinite(value)) return false;
+  }
+  const at::Tensor matrix = at::from_blob(s.data(), {r, r}, at::kDouble);
+  const auto [values, vectors] = at::linalg_eigh(matrix);
+  if (!(values.const_data_ptr<double>()[0] > 0)) return false;
+  matrix.copy_((vectors * values.pow(-power)).mm(vectors.t()));
+  return true;
+}
+
+// S^-p for p = .25, .5 or .75, of a positive definite S whose eigenvalues are at least `least` of
+// its trace; false where they are not.
+bool raise(Matrix& s, int64_t r, double power, double least) {
+  // An inverse that is worse conditioned loses too many digits; float32 admits no such damping.
+  if (least < 1e-10) return raise_eigenvalues(s, r, power);
+  const double high = trace_of(s, r), low = least * high;
+  Matrix half = s;
+  if (!invert_root(half, r, low, high)) return false;
+  if (power == 0.5) {
+    s = std::move(half);
+    return true;
+  }
+  // The inverse root of S^-1/2 is S^1/4. That of S^1/2 = S S^-1/2 would lose more digits.
+  s = half;
+  if (!invert_root(s, r, 1 / std::sqrt(high), 1 / std::sqrt(low)) || !invert(s, r)) return false;
+  if (power == 0.75) s = multiply_symmetric(s, half, r);
   return true;
 }
 
@@ -235,15 +306,7 @@ Matrix move_core(Matrix core, const Matrix& triangle, int64_t r, double eps, dou
   for (int64_t i = 0; i < r; ++i) core[i * r + i] += nu;
   if (!factor(core, r, 0)) return Matrix(r * r, std::numeric_limits<double>::quiet_NaN());
   // M+ = (L^-1 T')' (L^-1 T').
-  const Matrix root = multiply(invert_triangle(core, r), triangle, r);
-  Matrix moved(r * r, 0);
-  for (int64_t k = 0; k < r; ++k) {
-    for (int64_t i = 0; i < r; ++i) {
-      const double weight = root[k * r + i];
-      for (int64_t j = 0; j < r; ++j) moved[i * r + j] += weight * root[k * r + j];
-    }
-  }
-  return moved;
+  return square(multiply(invert_triangle(core, r), triangle, r), r);
 }
 
 // U+ T = Z,  M+ = T (M + nu I)^-1 T'
@@ -303,7 +366,7 @@ std::tuple<Tensor, Tensor> invert_core(const Tensor& core, const Tensor& trace, 
     bool definite = true;
     if (power == 1) {
       definite = factor(unit, r, 0);
-      if (definite) unit = square_triangle(invert_triangle(unit, r), r);
+      if (definite) unit = square(invert_triangle(unit, r), r);
     } else if (r > 0) {
       // tr M may exceed t by rounding; t / damp + r bounds the trace either way.
       definite = raise(unit, r, power, share / (2 + r * share));

@@ -45,6 +45,21 @@ struct Scalars {
   double eps;
 };
 
+// Steps are counted in float32 in every state of ours: read and written without a call of torch's,
+// which takes longer than the update of a small layer.
+double count_of(const at::Tensor& step) {
+  const bool usual = step.scalar_type() == at::kFloat;
+  return usual ? *step.const_data_ptr<float>() : step.item<double>();
+}
+
+void advance(const at::Tensor& step) {
+  if (step.scalar_type() == at::kFloat) {
+    *step.data_ptr<float>() += 1;
+  } else {
+    step.add_(1);
+  }
+}
+
 // A parameter's arrays as flat memory, and what its layer's step is multiplied with.
 template <typename param_t, typename state_t>
 struct Slice {
@@ -185,7 +200,7 @@ void update_flat(const std::vector<Slice<param_t, state_t>>& slices, at::TensorL
 
   std::vector<double> rates(layers), corrections(layers, 1);
   for (size_t layer = 0; layer < layers; ++layer) {
-    const double step = steps[layer].item<double>();
+    const double step = count_of(steps[layer]);
     double scale = 1;
     corrections[layer] = 1 - std::pow(scalars.beta2, step);
     if (normalize == Normalize::kRms) {
@@ -459,7 +474,7 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
     }
   }
 
-  for (const at::Tensor& step : steps) step.add_(1);
+  for (const at::Tensor& step : steps) advance(step);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "update_layers_", [&] {
     using param_t = scalar_t;
     using state_t = at::opmath_type<scalar_t>;
@@ -481,7 +496,7 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
         const at::Tensor* squares = &exp_avg_sqs[layer * each];
         update_axes(parts, outputs, squares[0].data_ptr<state_t>(),
                     each == 2 ? squares[1].data_ptr<state_t>() : nullptr,
-                    steps[layer].item<double>(), lrs[layer], scalars);
+                    count_of(steps[layer]), lrs[layer], scalars);
       }
       return;
     }

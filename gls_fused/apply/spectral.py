@@ -4,10 +4,10 @@
                 Muon's author found to train better with a scale per element. `spectral_head` of
                 its group says otherwise. A head that is tied to an embedding counts as last. Nor do
                 grouped convolutions and recurrent layers, whose weights are no one matrix.
-    "auto"      of these, the layers whose factor takes at most `MOST_SHARE` of the flops of their
-                forward and backward for the rows they saw in their first step, and whose shorter
-                side is `LEAST_SIDE` or more: narrower ones, as low-rank adapters, train better with
-                scales.
+    "auto"      of these, the layers whose factor takes at most `spectral_share` of the flops of
+                their forward and backward for the rows they saw in their first step, and whose
+                shorter side is `LEAST_SIDE` or more: narrower ones, as low-rank adapters, train
+                better with scales.
 
 The others take the step of "factored".
 """
@@ -22,7 +22,8 @@ from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.reference import POLAR_EXPRESS
 
-MOST_SHARE = 0.5
+# The default of `spectral_share`.
+MOST_SHARE = 0.33
 LEAST_SIDE = 16
 
 
@@ -33,7 +34,7 @@ def normalize_of(layer: Layer, state: State, group: Mapping[str, Any]) -> str:
         return asked
     if _keeps_scale(layer, group):
         return "factored"
-    if asked == "auto" and not _pays(layer, state.get("rows", 0), group["split"]):
+    if asked == "auto" and not _pays(layer, state.get("rows", 0), group):
         return "factored"
     return "spectral"
 
@@ -48,9 +49,10 @@ def _keeps_scale(layer: Layer, group: Mapping[str, Any]) -> bool:
     return not layer.one_matrix or (layer.last and not group["spectral_head"])
 
 
-def _pays(layer: Layer, rows: int, split: int) -> bool:
+def _pays(layer: Layer, rows: int, group: Mapping[str, Any]) -> bool:
+    split = group["split"]
     narrow = min(layer.outputs // split, layer.size) < LEAST_SIDE
-    return not narrow and factor_share(layer, rows, split) <= MOST_SHARE
+    return not narrow and factor_share(layer, rows, split) <= group["spectral_share"]
 
 
 def factor_share(layer: Layer, rows: int, split: int) -> float:

@@ -28,6 +28,7 @@ from gls_fused.capture.marks import Marks, choose_places
 from gls_fused.capture.modules import (
     capture_module,
     captured_by,
+    is_captured,
     plain_class,
     recapture_module,
     release_module,
@@ -226,7 +227,8 @@ class Layer(Rows):
     def recapture(self) -> None:
         """See that the modules' forward still goes through this layer, whatever became of them."""
         for module in self.routed:
-            recapture_module(module)
+            if not is_captured(type(module)):
+                recapture_module(module)
 
     def release(self) -> None:
         """Give the modules their own forward back; gradients are true from here on."""
@@ -542,7 +544,9 @@ class Layer(Rows):
 
     def forget(self) -> None:
         """Forget the rows of this step, and what of D is in p.grad."""
-        self.take_sums()
+        # Asked in every step: in most there is nothing.
+        if self.sums is not None or self.reduced is not None or self._watch is not None:
+            self.take_sums()
         if self.marks.has_marks:
             self.cleared = True
             self.marks.clear_marks()

@@ -28,9 +28,13 @@ from gls_fused.reference import (
 )
 
 
+def knows_shards() -> bool:
+    """Whether there may be DTensors: importing them takes half a second, and who has one has it."""
+    return "torch.distributed.tensor" in sys.modules
+
+
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a DTensor."""
-    # Importing that module takes half a second, and where nobody has, there is no DTensor.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -249,6 +249,19 @@ def test_power_of_the_worst_conditioned_core(name, dtype, power):
 
 
 @each_backend
+@pytest.mark.parametrize("damping", [1e-1, 1e-4, 1e-7, 1e-10])
+@pytest.mark.parametrize("power", [0.75, 0.5, 0.25])
+def test_power_keeps_the_digits_that_the_conditioning_leaves(name, damping, power):
+    """A mean eigenvalue of 1 and a least one of damping: rounding errs by eps r / damping."""
+    values = torch.cat([torch.ones(1), torch.logspace(0, -12, 31)]).double()
+    vectors = torch.linalg.qr(draw(32, 32, dtype=torch.float64))[0]
+    core = (vectors * values) @ vectors.T
+    found, _ = resolve_backend(name, ["cpu"]).invert_core(core, core.trace(), 32, damping, power)
+    expected, _ = reference.invert_core(core, core.trace(), 32, damping, power)
+    assert_near(found, expected, 4 * EPS[torch.float64] * 32 / damping)
+
+
+@each_backend
 @pytest.mark.parametrize("power", [1, 0.75, 0.5, 0.25])
 def test_core_that_rounding_left_indefinite(name, power):
     core, trace = torch.diag(torch.tensor([4.0, -1.0])), torch.tensor(3.0)

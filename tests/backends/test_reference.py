@@ -349,6 +349,17 @@ def test_power_of_what_is_not_positive_definite_is_a_multiple_of_the_identity(po
     assert not reference.invert_damped(matrix / 0, damp, power).isfinite().any()
 
 
+@pytest.mark.parametrize("power", [0.75, 0.5, 0.25])
+def test_dense_inverse_of_inputs_that_are_mostly_dead(power):
+    """float32's own eigenvalues of such a Sigma do not converge."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(128, 784, generator=generator).relu()
+    rows[:, torch.rand(784, generator=generator) < 0.7] = 0
+    sigma = rows.T @ rows / len(rows)
+    found = reference.invert_gram(sigma, 0.3, power)
+    assert_near(found, reference.invert_gram(sigma.double(), 0.3, power).float(), 1e-5)
+
+
 @given(n=st.integers(1, 20), k=sizes, m=sizes, ones=st.booleans(), whole=st.booleans(), seed=seeds)
 def test_direction_is_the_damped_least_squares_step(n, k, m, ones, whole, seed):
     """Over the rows: each asks for the output change -n g_i, further rows for damping."""

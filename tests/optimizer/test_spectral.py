@@ -131,14 +131,22 @@ def test_split_that_does_not_divide_the_outputs_is_refused():
 
 def test_auto_goes_by_the_rows_of_the_first_step():
     """The factor of [16, 16] takes 5 (4 + 2) 16^3 flops, forward and backward 6 n 16^2: 80 / n."""
-    for rows, chosen in ((150, "factored"), (170, "spectral")):
-        assert (80 / rows > MOST_SHARE) == (chosen == "factored")
+    for rows, share, chosen in (
+        (240, MOST_SHARE, "factored"),
+        (250, MOST_SHARE, "spectral"),
+        (159, 0.5, "factored"),
+        (161, 0.5, "spectral"),
+        (10**4, 0, "factored"),
+        (8, 1e9, "spectral"),
+    ):
+        assert (80 / rows > share) == (chosen == "factored")
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Tanh(), nn.Linear(16, 4))
-        optimizer = GLS(model, normalize="auto", **OPTIONS)
+        optimizer = GLS(model, normalize="auto", spectral_share=share, **OPTIONS)
         step(model, optimizer, torch.randn(rows, 16))
-        # Later steps, of more or fewer rows, do not change it.
-        step(model, optimizer, torch.randn(400 - 2 * rows + 10, 16))
+        # Later steps, of fewer or more rows, do not change it.
+        step(model, optimizer, torch.randn(rows // 2, 16))
+        step(model, optimizer, torch.randn(2 * rows, 16))
         assert scales(optimizer) == {"0": chosen, "2": "factored"}
         twin = GLS(model, normalize="auto", **OPTIONS)
         twin.load_state_dict(optimizer.state_dict())

@@ -74,7 +74,7 @@ def test_state_holds_tensors_and_plain_numbers():
     for group in saved["param_groups"]:
         assert group.pop("params") == list(range(8))
         assert all(isinstance(value, int | float | str | None) for value in group.values())
-        assert group["version"] == 4
+        assert group["version"] == 5
 
 
 def test_state_is_its_own_after_another_normalize_was_chosen():
@@ -147,7 +147,7 @@ def other_normalize(saved):
 
 
 def later_version(saved):
-    saved["param_groups"][0]["version"] = 5
+    saved["param_groups"][0]["version"] = 6
     return saved
 
 
@@ -192,7 +192,7 @@ REFUSED = {
     other_curvature: r"layer 'stem': expected basis \[7, 4\], .*, got gram \[7, 7\], samples",
     other_outputs: r"layer 'head': expected a state of a weight \[3, 8\], got one of \[5, 8\]",
     other_normalize: r"layer 'stem': expected .*exp_avg_sq \[8, 6\], .*got exp_avg_sq_columns",
-    later_version: r"version: expected a state of 0 to 4, got 5",
+    later_version: r"version: expected a state of 0 to 5, got 6",
     of_adam: r"group 0: expected the options of GLS, got none named 'damping'",
     fewer_layers: r"state_dict: expected 8 parameters in group 0, got 4",
     no_core: r"layer 'first': expected basis .*, core \[4, 4\], .*, got basis",
@@ -248,10 +248,32 @@ def test_state_without_a_version_is_taken():
     assert twin.param_groups[0]["low_precision"] == "nearest"
 
 
+def test_state_of_version_4_keeps_its_orthogonal_steps():
+    """Of layers whose factor takes more than a third of the flops, and at most half."""
+    models = [nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 4)) for _ in range(2)]
+    optimizers = [GLS(models[0], spectral_share=0.5), GLS(models[1])]
+    inputs = torch.randn(200, 16)
+    for step in range(4):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            model(inputs).square().sum().backward()
+            optimizer.step()
+        if step == 1:
+            saved = copy.deepcopy(optimizers[0].state_dict())
+            del saved["param_groups"][0]["spectral_share"]
+            saved["param_groups"][0]["version"] = 4
+            models[1].load_state_dict(models[0].state_dict())
+            optimizers[1].load_state_dict(saved)
+    assert "0: GLS (Linear 16 -> 16, 200 rows" in optimizers[1].report()
+    assert "spectral: 40.0%" in optimizers[1].report()
+    for ours, theirs in zip(models[1].parameters(), models[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda saved: saved.update(version=5), "version: expected a state of 0 to 4, got 5"),
+        (lambda saved: saved.update(version=6), "version: expected a state of 0 to 5, got 6"),
         (
             lambda saved: saved["layers"]["first"].update(basis=torch.ones(9, 2)),
             r"layer 'first': expected basis \[9, 4\], got \[9, 2\]",

@@ -1,0 +1,157 @@
+"""What `max_change` allows: no layer moves by more than that share of itself in a step.
+
+The rate is at most max_change * max(rms(W), 1 / sqrt(3 d)) / rms(update).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gls_fused.apply.matrices import norms_of
+from gls_fused.capture.layer import Layer
+from gls_fused.curvature.estimate import State
+from gls_fused.distributed.sharding import (
+    everywhere,
+    is_sharded,
+    rows_here,
+    shards_of,
+    zeros_beside,
+)
+from gls_fused.reference import Inverse, bias_correction, layer_directions
+from gls_fused.scaling import where_flag
+
+
+def bound_rates(
+    layers: Sequence[Layer], states: Sequence[State], options: Mapping[str, Any]
+) -> Tensor:
+    """The most that the learning rate may be in each layer's step, [layers]; by matrix of stacks.
+
+    Of updates with a root mean square of 1, which those that are divided by their mean squares have
+    at most, about: a layer's weight then moves by max_change of its root mean square at most.
+    """
+    sizes: list[Tensor] = [state["weight_rms"] for state in states]
+    if all(layer.blocks is None for layer in layers):
+        found = torch.stack(sizes)
+    else:
+        pairs = zip(layers, sizes, strict=True)
+        found = torch.cat([size.view(-1)[layer.here] for layer, size in pairs])
+    bounds: Tensor = found * options["max_change"]
+    return bounds
+
+
+def count_held_(
+    layers: Sequence[Layer],
+    states: Sequence[State],
+    bounds: Tensor,
+    options: Mapping[str, Any],
+    skip: Tensor | None,
+) -> None:
+    """Blend into each state's "held", in steps that gather, whether lr is above the bound.
+
+    Of a stack, one number for each matrix.
+
+    Args:
+        bounds: by matrix, on this rank.
+        skip: 0-d bool; where it is true nothing changes.
+    """
+    if not any(layer.gathers for layer in layers):
+        return
+    lr = options["lr"]
+    lr = lr.to(bounds.device, non_blocking=True) if isinstance(lr, Tensor) else lr
+    now = torch.split((bounds < lr).to(bounds.dtype), [layer.matrices_here for layer in layers])
+    kept: list[Tensor] = []
+    for layer, state, held in zip(layers, states, now, strict=True):
+        if "held" not in state:
+            state["held"] = empty_held(layer)
+            rows_here(state["held"]).view(-1).copy_(held)
+        kept.append(rows_here(state["held"]).view(-1))
+    weight: Any = 1 - options["beta"]
+    if skip is not None:
+        weight = torch.where(skip, 0.0, weight)
+    torch._foreach_add_(kept, torch._foreach_mul(torch._foreach_sub(now, kept), weight))
+
+
+def empty_held(layer: Layer) -> Tensor:
+    """Zeros for how often the bound held, [], or [blocks] of a stack, with whose blocks it goes."""
+    if layer.stacked:
+        return zeros_beside(layer.weight, layer.stack, layer.statistics_dtype)
+    return torch.zeros((), dtype=layer.statistics_dtype, device=layer.weight.device)
+
+
+def root_mean_squares(
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    inverses: Sequence[Inverse | None],
+    sizes: Sequence[int],
+    options: Mapping[str, Any],
+) -> Tensor:
+    """Of the updates of "sgd" and "none" that the layers are about to take, [layers].
+
+    D is formed for it alone, as no backend knows its norm before it writes with "none". At least a
+    tiny number.
+    """
+    momentum, first = options["momentum"], 0
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    shards, counts = shards_of(gradients[0]), []
+    squares = torch.zeros(len(steps), 3, dtype=dtype, device=gradients[0].device)
+    for layer, (inverse, size) in enumerate(zip(inverses, sizes, strict=True)):
+        mine = slice(first, first + size)
+        first += size
+        counts.append(sum(gradient.numel() for gradient in gradients[mine]))
+        d0, averages = ([rows_here(x) for x in tensors[mine]] for tensors in (gradients, exp_avgs))
+        directions = layer_directions(d0, averages, inverse)
+        updates = directions
+        if averages:
+            pairs = zip(averages, directions, strict=True)
+            updates = [m.lerp(d, 1 - momentum) for m, d in pairs]
+        for place, tensors in enumerate((updates, d0, directions)):
+            squares[layer, place] = sum(x.square().sum(dtype=dtype) for x in tensors)
+    if shards is not None:
+        dist.all_reduce(squares, group=shards[0].get_group(shards[1]))
+    means, d0_norms, norms = (squares / squares.new_tensor(counts)[:, None].clamp(min=1)).unbind(1)
+    if options["normalize"] == "sgd":
+        means = means * torch.where(norms > 0, d0_norms / norms, 1.0)
+    corrections = [bias_correction(momentum, step + 1, dtype) for step in steps]
+    found: Tensor = means.sqrt() / torch.stack(corrections)
+    return found.clamp(min=torch.finfo(dtype).tiny)
+
+
+@torch.no_grad()
+def measure_weights(
+    layers: Sequence[Layer], states: Mapping[Tensor, State], skip: Tensor | None = None
+) -> None:
+    """Root mean squares of the weights, for `bound_rates`; at least 1 / sqrt(3 d), the usual start.
+
+    In steps that gather, as the weights change little between two of these.
+
+    Args:
+        skip: 0-d bool; where it is true those there are stay.
+    """
+    together: dict[Any, list[tuple[Tensor, Tensor, float]]] = {}
+    for layer in layers:
+        state, weight = states[layer.weight], layer.weight.detach()
+        least = (3 * layer.dim) ** -0.5
+        kept = state.get("weight_rms")
+        # Where there is none yet, nothing can stay.
+        unless = None if kept is None else skip
+        if kept is None:
+            kept = torch.zeros(layer.stack, dtype=layer.statistics_dtype, device=weight.device)
+            state["weight_rms"] = kept
+        if is_sharded(weight):
+            size = max(1, weight.numel() // (layer.blocks or 1))
+            rms = (everywhere(norms_of(layer)) / size**0.5).clamp(min=least)
+            kept.copy_(rms if unless is None else where_flag(unless, kept, rms))
+            continue
+        weights = [weight] if layer.blocks is None else weight.unbind()
+        own = [(*pair, least) for pair in zip(weights, kept.view(-1).unbind(), strict=True)]
+        together.setdefault((layer.backend, weight.device, unless is None), []).extend(own)
+    for (backend, device, always), found in together.items():
+        measured, results, floors = zip(*found, strict=True)
+        flag = None if always or skip is None else skip.to(device, non_blocking=True)
+        backend.measure_weights_(measured, results, floors, flag)

@@ -1,0 +1,107 @@
+"""What a layer keeps for its update: steps, momentum, and mean squares as it is scaled by them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gls_fused.apply.fallback import forget_adam
+from gls_fused.apply.spectral import kept_by
+from gls_fused.capture.layer import Layer
+from gls_fused.curvature.estimate import State
+from gls_fused.distributed.sharding import is_sharded, zeros_beside
+
+# What a layer keeps the mean squares of its directions as: on its weight, for "adam" on each
+# parameter.
+SQUARES: dict[str, tuple[str, ...]] = {
+    "rms": ("exp_avg_sq",),
+    "row": ("exp_avg_sq",),
+    "factored": ("exp_avg_sq", "exp_avg_sq_columns"),
+    "spectral": ("exp_avg_sq",),
+    # As its layers may take either; those of "spectral" leave the columns alone.
+    "auto": ("exp_avg_sq", "exp_avg_sq_columns"),
+    "adam": ("exp_avg_sq",),
+    "sgd": (),
+    "none": (),
+}
+
+
+def square_shapes(layer: Layer, group: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
+    """Of the mean squares that a layer keeps on its weight."""
+    normalize = kept_by(layer, group)
+    return _square_shapes(
+        normalize, layer.outputs, layer.dim, layer.blocks, tuple(layer.weight.shape)
+    )
+
+
+@functools.cache
+def _square_shapes(
+    normalize: str, outputs: int, dim: int, blocks: int | None, weight: tuple[int, ...]
+) -> Mapping[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "exp_avg_sq": (outputs,),
+        "exp_avg_sq_columns": (dim,),
+    }
+    if normalize == "rms":
+        shapes["exp_avg_sq"] = ()
+    # Each matrix of a stack has its own.
+    stack = () if blocks is None else (blocks,)
+    shapes = {key: (*stack, *shape) for key, shape in shapes.items()}
+    if normalize == "adam":
+        shapes["exp_avg_sq"] = weight
+    return {key: shapes[key] for key in SQUARES[normalize]}
+
+
+def fill_layer_states(
+    layer: Layer, params: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]
+) -> None:
+    """Buffers for a layer's first update: one step and, for "rms", one square on its weight."""
+    first, dtype, device = states[0], layer.statistics_dtype, layer.weight.device
+    shapes = square_shapes(layer, group)
+    # Somebody may have taken the mean squares away, or chosen another way to normalize.
+    if "exp_avg_sq_columns" not in shapes:
+        first.pop("exp_avg_sq_columns", None)
+    for key, shape in shapes.items():
+        if "step" in first and (key not in first or first[key].shape != shape):
+            for state in states:
+                forget_adam(state)
+    if "step" not in first:
+        first["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        if group["normalize"] != "adam":
+            for key, shape in shapes.items():
+                if layer.stacked:
+                    first[key] = zeros_beside(layer.weight, shape, dtype)
+                else:
+                    first[key] = torch.zeros(shape, dtype=dtype, device=device)
+            if is_sharded(layer.weight) and not layer.stacked and shapes.get("exp_avg_sq"):
+                # One per output, which are spread over the ranks as the weight's are.
+                rows = layer.weight.detach().flatten(1)[:, 0]
+                first["exp_avg_sq"] = torch.zeros_like(rows, dtype=dtype)
+    for state in states[1:]:
+        # A bias that took Adam's steps while its weight was frozen averaged another quantity.
+        if "step" in state:
+            forget_adam(state)
+    for param, state in zip(params, states, strict=True):
+        if group["momentum"] and "exp_avg" not in state:
+            state["exp_avg"] = _empty_average(layer, param, group)
+        if group["normalize"] == "adam" and "exp_avg_sq" not in state:
+            state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+
+
+def _empty_average(layer: Layer, param: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """Zeros shaped as a parameter, in memory with the outputs first where that is a view.
+
+    So that they need not be turned for each update. Adam's own update takes its averages as they
+    lie, and may follow on "adam".
+    """
+    dtype = layer.statistics_dtype
+    whole = layer.turns_by_copy or is_sharded(param) or group["normalize"] == "adam"
+    if param is not layer.weight or not layer.turned or whole:
+        return torch.zeros_like(param, dtype=dtype)
+    first = int(layer.stacked)
+    shape = param.transpose(first, first + 1).shape
+    return torch.zeros(shape, dtype=dtype, device=param.device).transpose(first, first + 1)

@@ -1,0 +1,156 @@
+"""What the updates of layers take, kept from one step to the next as long as nothing of it changes.
+
+To look states up, fill them and sort the layers takes longer than the update of small layers.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gls_fused.apply.buffers import SQUARES, fill_layer_states
+from gls_fused.apply.low_precision import is_low
+from gls_fused.apply.matrices import of_each_matrix
+from gls_fused.apply.spectral import normalize_of
+from gls_fused.capture.layer import Layer
+from gls_fused.curvature.estimate import State
+from gls_fused.reference import Inverse
+
+# The options of a group by which layers are sorted, and their states filled.
+CHOICES = ("normalize", "momentum", "low_precision", "split", "spectral_head", "spectral_share")
+
+Groups = Mapping[Tensor, Mapping[str, Any]]
+
+
+class Alike:
+    """Layers that one update takes together: of one scale, backend, dtype, device and sharding.
+
+    Attributes:
+        layers: with a P and a gradient.
+        normalize: how their steps are scaled, "auto" and heads resolved.
+        params: weight and bias of one layer after the other, of those that are to move.
+        owners: the group of each; a bias has lr and weight decay of its own.
+        states: of each, with all its buffers.
+        firsts: those of the weights, which hold what is the layer's.
+        sizes: how many of the parameters each layer has.
+        counts: how many mean squares each layer has.
+        averages: m of the parameters; none without momentum.
+        squares: v, and whatever else the layers are scaled by.
+        steps: steps taken, 0-d, by layer.
+        matrix_sizes: `sizes`, by matrix of this rank.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        normalize: str,
+        states: MutableMapping[Tensor, State],
+        options: Mapping[str, Any],
+        groups: Groups,
+    ) -> None:
+        self.layers, self.normalize = layers, normalize
+        self.params: list[Tensor] = []
+        self.owners: list[Mapping[str, Any]] = []
+        self.states: list[State] = []
+        self.firsts: list[State] = []
+        self.sizes: list[int] = []
+        for layer in layers:
+            mine = [p for p in layer.params if p.grad is not None and p in groups]
+            own = [states[param] for param in mine]
+            fill_layer_states(layer, mine, own, options)
+            self.params += mine
+            self.owners += [groups[param] for param in mine]
+            self.states += own
+            self.firsts.append(own[0])
+            self.sizes.append(len(mine))
+        keys = SQUARES[normalize]
+        by_param = normalize == "adam"
+        self.counts = self.sizes if by_param else [len(keys)] * len(layers)
+        holders = self.states if by_param else self.firsts
+        self.squares = [state[key] for state in holders for key in keys]
+        self.averages = [s["exp_avg"] for s in self.states] if options["momentum"] else []
+        self.steps = [state["step"] for state in self.firsts]
+        self.matrix_sizes = of_each_matrix(layers, self.sizes)
+        self._known: list[Inverse | None] = []
+        self._inverses: list[Inverse | None] = []
+
+    def inverses(self) -> list[Inverse | None]:
+        """P by matrix, None where p.grad holds D."""
+        now = [layer.inverse for layer in self.layers]
+        if any(layer.at_backward for layer in self.layers):
+            self._known = []
+        elif self._known and all(map(operator.is_, now, self._known)):
+            return self._inverses
+        else:
+            self._known = now
+        found: list[Inverse | None] = []
+        for layer, size in zip(self.layers, self.sizes, strict=True):
+            if layer.holds_direction():
+                found += [None] * layer.matrices_here
+            else:
+                found += layer.inverses_for(size == len(layer.params))[layer.here]
+        self._inverses = found
+        return found
+
+
+class Kept:
+    """The layers of a group, sorted. To be dropped when states, groups or layers have changed.
+
+    Attributes:
+        measured: whether all weights have been measured for `max_change`.
+    """
+
+    def __init__(self) -> None:
+        self.measured = False
+        self._layers: Sequence[Layer] = ()
+        self._made_for: object = None
+        self._found: list[Alike] = []
+
+    def sort(
+        self,
+        layers: Sequence[Layer],
+        states: MutableMapping[Tensor, State],
+        options: Mapping[str, Any],
+        groups: Groups,
+    ) -> list[Alike]:
+        """The layers that are alike. The buffers of their states are made where there are none.
+
+        Args:
+            options: of the group of the layers' weights.
+            groups: of every parameter that is to move.
+        """
+        choices = [options[key] for key in CHOICES]
+        missing = [param.grad is None for layer in layers for param in layer.params]
+        made_for = choices, missing
+        if made_for != self._made_for or layers != self._layers:
+            self._found = [
+                Alike(alike, normalize, states, options, groups)
+                for normalize, alike in _sort(layers, states, options)
+            ]
+            self._layers, self._made_for = layers, made_for
+        return self._found
+
+
+def _sort(
+    layers: Sequence[Layer], states: Mapping[Tensor, State], options: Mapping[str, Any]
+) -> list[tuple[str, list[Layer]]]:
+    found: dict[tuple[object, ...], list[Layer]] = {}
+    for layer in layers:
+        key: tuple[object, ...] = (
+            normalize_of(layer, states[layer.weight], options),
+            layer.backend_name,
+            layer.weight.dtype,
+            layer.weight.get_device(),
+            layer.shards,
+            layer.shards is not None and layer.stacked,
+        )
+        # One by one, so that the float32 copies of a single layer are alive at a time.
+        # Not where they share an all-reduce.
+        alone = layer.shards is None and options["low_precision"] == "stochastic"
+        if alone and is_low(layer.weight):
+            key = (*key, layer.name)
+        found.setdefault(key, []).append(layer)
+    return [(str(key[0]), alike) for key, alike in found.items()]
