@@ -343,7 +343,7 @@ class GLS(torch.optim.Optimizer):
             started = preconditioner.start(layers, self.state, sums, group)
             self._forget_earlier(layers, started)
             kept = self._kept[id(group)]
-            if group["max_change"] is not None and not (kept.measured and not started):
+            if group["max_change"] is not None and (started or not kept.measured):
                 new = [p for p in layers if p in started or self._is_unmeasured(p)]
                 measure_weights(new, self.state)
                 kept.measured = True
