@@ -70,10 +70,12 @@ def count_held_(
             state["held"] = empty_held(layer)
             rows_here(state["held"]).view(-1).copy_(held)
         kept.append(rows_here(state["held"]).view(-1))
-    weight: Any = 1 - options["beta"]
-    if skip is not None:
-        weight = torch.where(skip, 0.0, weight)
-    torch._foreach_add_(kept, torch._foreach_mul(torch._foreach_sub(now, kept), weight))
+    weight = 1 - options["beta"]
+    if skip is None:
+        torch._foreach_lerp_(kept, now, weight)
+    else:
+        weights = torch.where(skip, 0.0, weight).to(bounds.dtype)
+        torch._foreach_lerp_(kept, now, [weights] * len(kept))
 
 
 def empty_held(layer: Layer) -> Tensor:

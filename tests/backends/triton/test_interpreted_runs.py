@@ -153,9 +153,9 @@ def test_launches_of_a_step(monkeypatch, layers):
         with CountedOps() as ops:
             optimizer.step()
         counts.append((gathered, len(launches) - gathered, ops.names))
-    # Torch's two make the bounds of the layers' rates.
+    # Torch's two make the bounds of the layers' rates; three more count where they hold.
     assert counts[3] == (0, 4, ["stack", "mul"])
-    assert counts[4] == (2 * layers, 8, ["stack", "mul"])
+    assert counts[4] == (2 * layers, 8, ["stack", "mul", "lt", "_to_copy", "_foreach_lerp_"])
 
 
 def test_ops_have_the_reference_signatures():
