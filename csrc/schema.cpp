@@ -78,6 +78,8 @@ TORCH_LIBRARY(gls_fused, m) {
       " Tensor[] samples) -> (Tensor[], Tensor[])");
   // [n, ||A||_F^2, Y'Y, (A'Y)'] of some rows, added to the sums of a step where they are usable.
   m.def("add_sketch_(Tensor rows, Tensor basis, bool ones, Tensor(a!) sums) -> ()");
+  // `length` times the orthogonal factors of [layers, s, b], with three coefficients a step.
+  m.def("orthogonalize_small(Tensor matrices, float[] coefficients, float length) -> Tensor");
   // layer_sizes[i] consecutive params, gradients and exp_avgs belong to layer i, whose inverse is
   // the i-th of bases, core_inverses and shifts; None where gradients holds the directions.
   // lr_tensor stands for lr; gradients are divided by grad_scale; where found_inf is not 0 no step

@@ -3,6 +3,7 @@
 On a CPU a long matrix [s, b] is read but four times. X <- p(A) X, A = X X', goes on in
 its polynomials alone: A <- p(A) A p(A), Q <- p(A) Q. X = Q X is formed once on the way, as the
 squares in A lose what is small. That takes 28 s^3 + 8 s^2 b flops instead of 10 s^3 + 20 s^2 b.
+Small matrices are `native`'s own, see `csrc/cpu/orthogonal.cpp`.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ except ImportError as error:
     ) from error
 from gls_fused import reference
 from gls_fused.backends import factors
-from gls_fused.backends.factors import orthogonal_updates
 from gls_fused.backends.patches import sketch_images
 from gls_fused.reference import (
+    POLAR_EXPRESS,
     DenseInverse,
     Inverse,
     Normalize,
@@ -113,6 +113,10 @@ _ops = torch.ops.gls_fused
 CUDA_BASIS_RANKS = {torch.float32: 64}
 CUDA_CORE_RANKS = {torch.float32: 128, torch.float64: 88}
 CUDA_ROOT_RANKS = {torch.float32: 88, torch.float64: 60}
+
+# s s b of a matrix up to which BLAS takes longer to share a product among threads than to form it.
+MOST_SMALL = 1 << 19
+_COEFFICIENTS = [value for step in POLAR_EXPRESS for value in step]
 
 
 def precondition_rows(
@@ -301,6 +305,19 @@ def measure_weights_(
         torch._foreach_copy_(kept, found)
 
 
+def orthogonal_updates(matrices: Sequence[Tensor], split: int = 1) -> list[Tensor]:
+    """See `gls_fused.backends.factors.orthogonal_updates`; small matrices by a kernel of ours."""
+    return factors.updates_by_shape(matrices, split, _orthogonalize)
+
+
+def _orthogonalize(x: Tensor, length: float) -> Tensor:
+    short, long = x.shape[1:]
+    if not x.is_cpu or short * short * long > MOST_SMALL:
+        return factors.orthogonalize(x, length)
+    wide = x.to(factors.factor_dtype(x))
+    return _ops.orthogonalize_small(wide, _COEFFICIENTS, length).to(x.dtype)  # type: ignore[no-any-return]
+
+
 update_spectral_layers_ = functools.partial(
     factors.update_spectral_layers_, precondition_gradient, orthogonal_updates
 )
@@ -430,6 +447,11 @@ def _(
 @torch.library.register_fake("gls_fused::add_sketch_")
 def _(rows: Tensor, basis: Tensor, ones: bool, sums: Tensor) -> None:
     _check_device("add_sketch_", rows, basis, sums)
+
+
+@torch.library.register_fake("gls_fused::orthogonalize_small")
+def _(matrices: Tensor, coefficients: list[float], length: float) -> Tensor:
+    return matrices.new_empty(matrices.shape)
 
 
 @torch.library.register_fake("gls_fused::update_layers_")

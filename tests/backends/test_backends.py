@@ -392,6 +392,7 @@ def test_native_ops_are_proper_torch_ops():
     update = make_update(torch.float32, "rms", 0.9, strided=False)
     tests = ("test_schema", "test_faketensor")
     check(ops.precondition_rows.default, (rows, *inverse, True), test_utils=tests)
+    check(ops.orthogonalize_small.default, (rows[None], [3.0, -2.0, 1.0], 2.0), test_utils=tests)
     check(ops.precondition_rows.default, (rows, basis[:7], *inverse[1:], False), test_utils=tests)
     check(ops.precondition_gradient.default, (rows, rows[:, 0].clone(), *inverse), test_utils=tests)
     check(ops.sketch_rows.default, (rows, basis, True), test_utils=tests)

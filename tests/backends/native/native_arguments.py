@@ -42,6 +42,9 @@ def valid_arguments(op):
         "add_sketch_": {"rows": ones(5, 3), "basis": ones(4, 2), "ones": True, "sums": ones(14)},
         "refresh_subspace": {"core": torch.eye(2), "sketch": torch.eye(4)[:, :2]},
         "invert_core": {"core": torch.eye(2), "trace": ones(), "dim": 4, "damping": 0.1},
+        "orthogonalize_small": {
+            "matrices": ones(2, 3, 4), "coefficients": [3.0, -2.0, 1.0], "length": 2.0,
+        },
         "update_layers_": update_options(
             exp_avgs=[ones(2, 3), ones(2)],
             exp_avg_sqs=[ones()],

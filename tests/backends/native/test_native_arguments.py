@@ -49,6 +49,8 @@ REFUSED = [
         "core_inverse and shift of Float, got Float and Double",
     ),
     ("precondition_rows precondition_gradient", {"shift": ones(2)}, r"shift \[\], got \[2\]"),
+    ("orthogonalize_small", {"matrices": ones(4, 3, 2)}, r"matrices .* s <= b, got \[4, 3, 2\]"),
+    ("orthogonalize_small", {"coefficients": [1.0] * 4}, "three coefficients a step, got 4"),
     (
         "precondition_gradient",
         {"weight_gradient": ones(3)},
