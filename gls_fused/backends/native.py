@@ -312,10 +312,11 @@ def orthogonal_updates(matrices: Sequence[Tensor], split: int = 1) -> list[Tenso
 
 def _orthogonalize(x: Tensor, length: float) -> Tensor:
     short, long = x.shape[1:]
-    if not x.is_cpu or short * short * long > MOST_SMALL:
+    dtype = factors.factor_dtype(x)
+    if not x.is_cpu or short * short * long > MOST_SMALL or dtype.itemsize < 4:
         return factors.orthogonalize(x, length)
-    wide = x.to(factors.factor_dtype(x))
-    return _ops.orthogonalize_small(wide, _COEFFICIENTS, length).to(x.dtype)  # type: ignore[no-any-return]
+    found: Tensor = _ops.orthogonalize_small(x.to(dtype), _COEFFICIENTS, length)
+    return found.to(x.dtype)
 
 
 update_spectral_layers_ = functools.partial(
