@@ -186,7 +186,8 @@ def test_a_profile_names_every_stage():
     for name in list(stages.stages)[2:-1]:
         # So few rows make no orthogonal step.
         assert (stages.stages[name] > 0) == (name != "orthogonal step")
-    assert 0 < sum(stages.stages.values()) < stages.step
+    # What a step takes longer than SGD's without its own step(); noise may make that less than 0.
+    assert stages.step - stages.sgd_step < sum(stages.stages.values()) < stages.step
     extra = measure_overhead(2, 0.001).extra
     assert set(extra) == {"gls", "gls-momentum0", "adam"}
 
