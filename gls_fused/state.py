@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gls_fused.apply.bounds import empty_held
-from gls_fused.apply.buffers import fill_layer_states, square_shapes
+from gls_fused.apply.buffers import fill_layer_states, square_shapes, zeros_of
 from gls_fused.apply.fallback import start_adam
 from gls_fused.apply.low_precision import open_copies
 from gls_fused.capture.layer import Layer
@@ -204,7 +203,7 @@ def prime_states(
             found[0]["weight_rms"] = torch.zeros(
                 layer.stack, dtype=layer.statistics_dtype, device=layer.weight.device
             )
-            found[0]["held"] = empty_held(layer)
+            found[0]["held"] = zeros_of(layer, layer.stack)
         fill_layer_states(layer, mine, found, group)
     others = [p for p in group["params"] if p.grad is not None and p not in owned]
     for param in others:

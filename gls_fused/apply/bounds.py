@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gls_fused.apply.buffers import zeros_of
 from gls_fused.apply.matrices import norms_of
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
@@ -20,7 +21,6 @@ from gls_fused.distributed.sharding import (
     is_sharded,
     rows_here,
     shards_of,
-    zeros_beside,
 )
 from gls_fused.reference import Inverse, bias_correction, layer_directions
 from gls_fused.scaling import where_flag
@@ -67,7 +67,7 @@ def count_held_(
     kept: list[Tensor] = []
     for layer, state, held in zip(layers, states, now, strict=True):
         if "held" not in state:
-            state["held"] = empty_held(layer)
+            state["held"] = zeros_of(layer, layer.stack)
             rows_here(state["held"]).view(-1).copy_(held)
         kept.append(rows_here(state["held"]).view(-1))
     weight = 1 - options["beta"]
@@ -76,13 +76,6 @@ def count_held_(
     else:
         weights = torch.where(skip, 0.0, weight).to(bounds.dtype)
         torch._foreach_lerp_(kept, now, [weights] * len(kept))
-
-
-def empty_held(layer: Layer) -> Tensor:
-    """Zeros for how often the bound held, [], or [blocks] of a stack, with whose blocks it goes."""
-    if layer.stacked:
-        return zeros_beside(layer.weight, layer.stack, layer.statistics_dtype)
-    return torch.zeros((), dtype=layer.statistics_dtype, device=layer.weight.device)
 
 
 def root_mean_squares(

@@ -72,11 +72,7 @@ def fill_layer_states(
     if "step" not in first:
         first["step"] = torch.zeros((), dtype=torch.float32, device=device)
         if group["normalize"] != "adam":
-            for key, shape in shapes.items():
-                if layer.stacked:
-                    first[key] = zeros_beside(layer.weight, shape, dtype)
-                else:
-                    first[key] = torch.zeros(shape, dtype=dtype, device=device)
+            first.update({key: zeros_of(layer, shape) for key, shape in shapes.items()})
             if is_sharded(layer.weight) and not layer.stacked and shapes.get("exp_avg_sq"):
                 # One per output, which are spread over the ranks as the weight's are.
                 rows = layer.weight.detach().flatten(1)[:, 0]
@@ -92,6 +88,13 @@ def fill_layer_states(
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
 
 
+def zeros_of(layer: Layer, shape: tuple[int, ...]) -> Tensor:
+    """Zeros that a layer keeps on its weight; of a stack their first axis goes with its blocks."""
+    if layer.stacked:
+        return zeros_beside(layer.weight, shape, layer.statistics_dtype)
+    return torch.zeros(shape, dtype=layer.statistics_dtype, device=layer.weight.device)
+
+
 def _empty_average(layer: Layer, param: Tensor, group: Mapping[str, Any]) -> Tensor:
     """Zeros shaped as a parameter, in memory with the outputs first where that is a view.
 
@@ -102,6 +105,6 @@ def _empty_average(layer: Layer, param: Tensor, group: Mapping[str, Any]) -> Ten
     whole = layer.turns_by_copy or is_sharded(param) or group["normalize"] == "adam"
     if param is not layer.weight or not layer.turned or whole:
         return torch.zeros_like(param, dtype=dtype)
-    first = int(layer.stacked)
-    shape = param.transpose(first, first + 1).shape
-    return torch.zeros(shape, dtype=dtype, device=param.device).transpose(first, first + 1)
+    outputs_first = torch.zeros((*layer.stack, *layer.shape), dtype=dtype, device=param.device)
+    axis = len(layer.stack)
+    return outputs_first.transpose(axis, axis + 1)

@@ -28,7 +28,6 @@ from gls_fused.capture.marks import Marks, choose_places
 from gls_fused.capture.modules import (
     capture_module,
     captured_by,
-    is_captured,
     plain_class,
     recapture_module,
     release_module,
@@ -227,8 +226,7 @@ class Layer(Rows):
     def recapture(self) -> None:
         """See that the modules' forward still goes through this layer, whatever became of them."""
         for module in self.routed:
-            if not is_captured(type(module)):
-                recapture_module(module)
+            recapture_module(module)
 
     def release(self) -> None:
         """Give the modules their own forward back; gradients are true from here on."""

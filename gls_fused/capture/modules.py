@@ -110,13 +110,13 @@ def release_module(module: nn.Module, layer: Layer) -> None:
 
 
 def recapture_module(module: nn.Module) -> None:
-    """Route the forward through the layer again, where a class that took its place is gone.
+    """Route the forward through the layer again where a class that took its place is gone.
 
     Such as a parametrization's, which puts a subclass of the plain class there, and in the end the
     plain one.
     """
     kind: Any = type(module)
-    if "weight" in module._parameters:
+    if not is_captured(kind) and "weight" in module._parameters:
         module.__class__ = _captured_class(kind)
 
 
