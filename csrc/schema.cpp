@@ -78,8 +78,19 @@ TORCH_LIBRARY(gls_fused, m) {
       " Tensor[] samples) -> (Tensor[], Tensor[])");
   // [n, ||A||_F^2, Y'Y, (A'Y)'] of some rows, added to the sums of a step where they are usable.
   m.def("add_sketch_(Tensor rows, Tensor basis, bool ones, Tensor(a!) sums) -> ()");
-  // `length` times the orthogonal factors of [layers, s, b], with three coefficients a step.
-  m.def("orthogonalize_small(Tensor matrices, float[] coefficients, float length) -> Tensor");
+  // A length times the orthogonal factor of each matrix [m, k], or of each of `split` matrices of as
+  // many rows, with three coefficients a step.
+  m.def(
+      "orthogonalize_each(Tensor[] matrices, float[] lengths, int split, float[] coefficients) "
+      "-> Tensor[]");
+  // Before and after them. layer_sizes and lr_bounds as below.
+  m.def(
+      "blend_directions_(Tensor(a!)[] params, Tensor[] directions, Tensor(b!)[] exp_avgs,"
+      " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, int[] layer_sizes, float lr, float momentum,"
+      " float beta2, float eps, float weight_decay, Tensor? lr_bounds) -> Tensor[]");
+  m.def(
+      "move_weights_(Tensor(a!)[] weights, Tensor[] updates, float lr, float weight_decay,"
+      " Tensor? lr_bounds) -> ()");
   // layer_sizes[i] consecutive params, gradients and exp_avgs belong to layer i, whose inverse is
   // the i-th of bases, core_inverses and shifts; None where gradients holds the directions.
   // lr_tensor stands for lr; gradients are divided by grad_scale; where found_inf is not 0 no step

@@ -3,8 +3,8 @@
     rows        4 n d r flops, for layers whose P applies at the backward
     gradient    4 m d r flops and 12 m d bytes, for the others: D0 read, D's lines read and written
     sketch      4 n d r flops every `GATHER_EVERY` steps, n of 16 images for a convolution
-    factor      of layers that take an orthogonal step by default, the fewer of 20 s^2 b + 10 s^3
-                and 8 s^2 b + 28 s^3 flops, for the shorter side s and the longer b
+    factor      of layers that take an orthogonal step by default, the fewer of 15 s^2 b + 5 s^3
+                and 6 s^2 b + 14 s^3 flops, for the shorter side s and the longer b
     update      24 bytes a parameter with momentum, 16 without; Adam's 28,
                 which parameters of no covered layer take, too
     state       U [d, r], M and C [r, r], v [m] and c [d] per layer, 4 bytes a parameter with
@@ -24,7 +24,14 @@ from benchmarks.harness.interleave import quartiles
 from benchmarks.harness.tables import Table
 from benchmarks.workloads.contenders import BASELINE, CONTENDERS
 from benchmarks.workloads.shapes import SHAPES
-from benchmarks.workloads.sizes import ADAM_BYTES, FLOAT, GATHER_EVERY, TASK_MODELS, Layer
+from benchmarks.workloads.sizes import (
+    ADAM_BYTES,
+    FLOAT,
+    GATHER_EVERY,
+    TASK_MODELS,
+    Layer,
+    flops_of_factor,
+)
 from gls_fused.apply.spectral import LEAST_SIDE, MOST_SHARE
 from gls_fused.reference import POLAR_EXPRESS
 
@@ -68,7 +75,7 @@ def factor_flops(layer: Layer) -> float:
     plain = len(POLAR_EXPRESS) * (4 * short**2 * long + 2 * short**3)
     if short < LEAST_SIDE or plain > MOST_SHARE * 6 * layer.rows * layer.outputs * layer.inputs:
         return 0
-    return min(plain, 8 * short**2 * long + 28 * short**3)
+    return flops_of_factor(short, long)
 
 
 def state_share(optimizer: str, task: str) -> float:

@@ -15,18 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.workloads.shapes import SHAPES, synthesise
+from benchmarks.workloads.sizes import flops_of_factor
 from benchmarks.workloads.tasks import TASKS
 from gls_fused import reference
 from gls_fused.capture.rows import SKETCH_IMAGES, SKETCH_ROWS
 from gls_fused.curvature.estimate import AUTO_RANK, auto_rank
 from gls_fused.reference import SubspaceInverse, Window
-from tests.tolerances import PRODUCT, SOLVE, assert_near
+from tests.tolerances import ITERATION, PRODUCT, SOLVE, assert_near
 
 BATCH = 128
 RANK = AUTO_RANK
 DAMPING = 1.0
 FLOAT = 4
 OPTIONS = {"normalize": "rms", "lr": 1e-3, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
+
+# Those whose hidden layers take orthogonal steps by default.
+ORTHOGONAL = ("cnn", "resnet", "transformer")
 
 Call = Callable[[ModuleType], Any]
 
@@ -131,6 +135,7 @@ def make_cases() -> list[Case]:
         *(_refresh(layer.dim) for layer in every),
         _invert_core(),
         *(_update(task, layers[task], momentum) for momentum in (0.9, 0.0) for task in layers),
+        *(_orthogonal(task, layers[task]) for task in ORTHOGONAL),
     ]
     return list({case.name: case for case in cases}.values())
 
@@ -293,6 +298,21 @@ def _update(task: str, layers: Sequence[Layer], momentum: float) -> Case:
         "update_layers_", f"{task}, momentum {momentum:g}", make, arrays * count,
         FLOAT * arrays * count, PRODUCT[torch.float32],
     )  # fmt: skip
+
+
+def _orthogonal(task: str, layers: Sequence[Layer]) -> Case:
+    """The orthogonal updates of all layers but the last."""
+    shapes = [(layer.outputs, layer.size) for layer in layers[:-1]]
+
+    def make(dtype: torch.dtype) -> Call:
+        averages = parameters_of(shapes, 8, dtype)
+        return lambda backend: backend.orthogonal_updates(averages)
+
+    flops = sum(flops_of_factor(*sorted(shape)) for shape in shapes)
+    count = sum(outputs * size for outputs, size in shapes)
+    return Case(
+        "orthogonal_updates", task, make, flops, FLOAT * 2 * count, ITERATION[torch.float32]
+    )
 
 
 def parameters_of(shapes: Sequence[tuple[int, ...]], seed: int, dtype: torch.dtype) -> list[Tensor]:

@@ -30,13 +30,11 @@
 #include "../check.h"
 #include "products.h"
 #include "rows.h"
+#include "steps.h"
 
 namespace gls_fused {
 inline namespace CPU_CAPABILITY {
 namespace {
-
-// 128 KiB of float32: short enough to share, and whatever is no longer is not worth a thread.
-constexpr int64_t kChunk = 32768;
 
 struct Scalars {
   double decayed;   // 1 - lr weight_decay
@@ -44,21 +42,6 @@ struct Scalars {
   double beta2;
   double eps;
 };
-
-// Steps are counted in float32 in every state of ours: read and written without a call of torch's,
-// which takes longer than the update of a small layer.
-double count_of(const at::Tensor& step) {
-  const bool usual = step.scalar_type() == at::kFloat;
-  return usual ? *step.const_data_ptr<float>() : step.item<double>();
-}
-
-void advance(const at::Tensor& step) {
-  if (step.scalar_type() == at::kFloat) {
-    *step.data_ptr<float>() += 1;
-  } else {
-    step.add_(1);
-  }
-}
 
 // A parameter's arrays as flat memory, and what its layer's step is multiplied with.
 template <typename param_t, typename state_t>
@@ -95,9 +78,6 @@ std::vector<Chunk> cut(const Slices& slices) {
   }
   return chunks;
 }
-
-// Another thread is woken for a second chunk that is whole, not for a handful of biases.
-int64_t grain(int64_t chunks) { return chunks < 8 ? std::max<int64_t>(chunks, 1) : 1; }
 
 // In the state's dtype, whatever the parameters are stored in.
 template <typename state_t, typename param_t>
@@ -430,15 +410,7 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
   const bool axes = normalize == Normalize::kRow || normalize == Normalize::kFactored;
   const size_t layers = layer_sizes.size();
   const at::ScalarType type = params[0].scalar_type(), state_type = at::toOpMathType(type);
-  std::vector<double> lrs(layers, lr);
-  if (lr_bounds) {
-    const at::Tensor bounds = lr_bounds->to(at::kDouble).contiguous();
-    for (size_t layer = 0; layer < layers; ++layer) {
-      // Not std::min: a bound that is not a number must reach the parameters.
-      const double bound = bounds.const_data_ptr<double>()[layer];
-      if (!(lr < bound)) lrs[layer] = bound;
-    }
-  }
+  const std::vector<double> lrs = bounded(lr, lr_bounds, layers);
 
   std::vector<at::Tensor> unscaled(gradients.begin(), gradients.end());
   if (grad_scale) {

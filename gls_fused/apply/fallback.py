@@ -50,8 +50,8 @@ def adam_(
         options: lr, momentum (Adam's beta1), beta2, eps, weight_decay, low_precision.
         bits: what rounds stochastically.
         skip: 0-d bool; where it is true nothing changes.
-        backend: of the layers. Where it says so it takes these parameters in a single launch, of
-            which torch's op makes one for the counts of steps and more for many elements.
+        backend: of the layers. Where it says so it takes these parameters at once, for which
+            torch's op has a launch, or wakes its threads, for every few of them.
     """
     if not params:
         return
@@ -101,11 +101,11 @@ def _update_by_(
     options: Mapping[str, Any],
     skip: Tensor | None,
 ) -> None:
-    """Each parameter as a layer of its own that is scaled by element, those of a device at once."""
-    places: dict[torch.device, list[int]] = {}
+    """Each parameter as a layer that is scaled by element, those of a device and dtype at once."""
+    places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, param in enumerate(params):
-        places.setdefault(param.device, []).append(index)
-    for device, mine in places.items():
+        places.setdefault((param.device, param.dtype), []).append(index)
+    for (device, _), mine in places.items():
         lists = (params, gradients, averages, squares, steps)
         backend.update_layers_(
             *([tensors[index] for index in mine] for tensors in lists),

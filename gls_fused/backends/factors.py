@@ -1,9 +1,9 @@
 """Orthogonal steps of all layers: small ops on all tensors at once, products on all of one shape.
 
-On a CPU a long matrix [s, b] is read but four times. X <- p(A) X, A = X X', goes on in
+On a CPU a long matrix [s, b] in float32 is read but four times. X <- p(A) X, A = X X', goes on in
 its polynomials alone: A <- p(A) A p(A), Q <- p(A) Q. X = Q X is formed once on the way, as the
 squares in A lose what is small. That takes 28 s^3 + 8 s^2 b flops instead of 10 s^3 + 20 s^2 b.
-Small matrices are `native`'s own, see `csrc/cpu/orthogonal.cpp`.
+Most are left to `native`'s own op there, see `csrc/cpu/orthogonal.cpp`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,9 @@ def update_spectral_layers_(
         rates = torch.clamp(lr_bounds, max=lr).unbind()
     with kept_where(skip, [*params, *exp_avgs, *exp_avg_sqs, *steps]):
         torch._foreach_add_(list(steps), 1)
-        directions = _directions(precondition_gradient, gradients, exp_avgs, inverses, layer_sizes)
+        directions = directions_of(
+            precondition_gradient, gradients, exp_avgs, inverses, layer_sizes
+        )
         blended = directions
         if exp_avgs:
             blended = list(exp_avgs)
@@ -107,7 +110,7 @@ def _is_zero(weight_decay: float | Tensor) -> bool:
     return not isinstance(weight_decay, Tensor) and weight_decay == 0
 
 
-def _directions(
+def directions_of(
     precondition_gradient: Precondition,
     gradients: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -206,17 +209,23 @@ def updates_by_shape(
 def factor_dtype(x: Tensor) -> torch.dtype:
     """What the products of a factor are computed in.
 
-    bfloat16 on CUDA devices that multiply it, as published Muons do: its rounding moves singular
+    bfloat16 on devices with matrix units for it, as published Muons do: its rounding moves singular
     values by a fraction of what five steps leave them apart. Not float64, whose user asked for it.
     """
-    if x.dtype == torch.float64 or not x.is_cuda:
-        return torch.promote_types(x.dtype, torch.float32)
-    return torch.bfloat16 if _multiplies_bfloat16(x.device) else torch.float32
+    if x.dtype != torch.float64 and _multiplies_bfloat16(x.device):
+        return torch.bfloat16
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 @functools.cache
 def _multiplies_bfloat16(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    # AVX-512's instructions for bfloat16 take longer than float32. Older torch does not tell.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16", False))
 
 
 def scale_to_norm(x: Tensor) -> Tensor:
@@ -229,8 +238,11 @@ def scale_to_norm(x: Tensor) -> Tensor:
 def orthogonalize(x: Tensor, length: float) -> Tensor:
     """orth(X) times a length, of matrices [layers, s, b], s <= b."""
     short, long = x.shape[1:]
-    scaled = scale_to_norm(x).to(factor_dtype(x))
-    run = _orthogonalize_long if x.is_cpu and long >= LONG * short else iterate
+    dtype = factor_dtype(x)
+    scaled = scale_to_norm(x).to(dtype)
+    # Squares of bfloat16 would lose too much.
+    by_polynomials = x.is_cpu and dtype != torch.bfloat16 and long >= LONG * short
+    run = _orthogonalize_long if by_polynomials else iterate
     return run(scaled, length).to(x.dtype)
 
 

@@ -26,6 +26,7 @@ from gls_fused.backends.triton.configs import (
 from gls_fused.reference import invert_gram, sketch_images, sum_gram, unfold_images
 
 __all__ = [
+    "TAKES_OTHERS",
     "blend_subspace",
     "blend_subspaces",
     "invert_core",
@@ -56,6 +57,7 @@ sketch_rows = _chosen("sketch_rows").sketch_rows
 blend_subspace = _chosen("blend_subspaces").blend_subspace
 blend_subspaces = _chosen("blend_subspaces").blend_subspaces
 update_layers_ = _chosen("update_layers_").update_layers_
+TAKES_OTHERS = _chosen("update_layers_").TAKES_OTHERS
 # The C++ kernels have none: there it is a few of torch's ops.
 measure_weights_ = triton.measure_weights_
 orthogonal_updates = _chosen("orthogonal_updates").orthogonal_updates
@@ -69,8 +71,6 @@ if _chosen("sketch_rows") is native:
     add_sketch_ = native.add_sketch_
 else:
     sum_rows = triton.sum_rows
-if _chosen("update_layers_") is triton:
-    TAKES_OTHERS = triton.TAKES_OTHERS
 if _chosen("commit_subspaces_") is triton:
     commits, commit_subspaces_ = triton.commits, triton.commit_subspaces_
 if _chosen("precondition_rows") is native and _chosen("precondition_gradient") is native:

@@ -30,13 +30,16 @@ from gls_fused.reference import (
     DenseInverse,
     Inverse,
     Normalize,
+    UpdatesOf,
     blend_subspace,
     invert_gram,
+    spectral_length,
     sum_gram,
     unfold_images,
 )
 
 __all__ = [
+    "TAKES_OTHERS",
     "LinearCapture",
     "add_sketch_",
     "blend_subspace",
@@ -108,14 +111,19 @@ from gls_fused._C import LinearCapture, captured_linear  # noqa: E402
 
 _ops = torch.ops.gls_fused
 
+# See `gls_fused.backends.triton`; torch's op wakes its threads anew for each of these parameters.
+TAKES_OTHERS = True
+
 # Ranks with CUDA kernels, by dtype: kMaxRank of csrc/cuda/product.h, kMaxCoreRank of core.h, and
 # kMaxRootRank there where the power is not 1.
 CUDA_BASIS_RANKS = {torch.float32: 64}
 CUDA_CORE_RANKS = {torch.float32: 128, torch.float64: 88}
 CUDA_ROOT_RANKS = {torch.float32: 88, torch.float64: 60}
 
-# s s b of a matrix up to which BLAS takes longer to share a product among threads than to form it.
-MOST_SMALL = 1 << 19
+# s s b of a matrix from which BLAS takes as long as our op of one thread, or less, by its dtype.
+LEAST_BLAS = {torch.bfloat16: 1 << 24, torch.float32: 1 << 28, torch.float64: 1 << 28}
+# The same, up to which one thread has it done before others are awake.
+MOST_ALONE = 1 << 19
 _COEFFICIENTS = [value for step in POLAR_EXPRESS for value in step]
 
 
@@ -281,8 +289,8 @@ def _turned_back(tensor: Tensor) -> Tensor:
     torch transposes in blocks where the target is contiguous, element by element where the source
     is: the op would copy what it has written back at half the speed.
     """
-    turned = tensor.is_cpu and tensor.dim() == 2 and not tensor.is_contiguous()
-    return tensor.contiguous() if turned and tensor.T.is_contiguous() else tensor
+    copied = tensor.is_cpu and not tensor.is_contiguous() and _is_turned(tensor)
+    return tensor.contiguous() if copied else tensor
 
 
 def measure_weights_(
@@ -306,22 +314,114 @@ def measure_weights_(
 
 
 def orthogonal_updates(matrices: Sequence[Tensor], split: int = 1) -> list[Tensor]:
-    """See `gls_fused.backends.factors.orthogonal_updates`; small matrices by a kernel of ours."""
-    return factors.updates_by_shape(matrices, split, _orthogonalize)
+    """See `gls_fused.backends.factors.orthogonal_updates`; on a CPU most by an op of ours."""
+    kinds = tuple((*x.shape, x.dtype, factors.factor_dtype(x), x.is_cpu) for x in matrices)
+    results: dict[int, Tensor] = {}
+    for mine in _taken_by_us(kinds, split, torch.get_num_threads()):
+        own = [matrices[i] for i in mine]
+        lengths = [spectral_length(x.chunk(split)[0]) for x in own]
+        found = _ops.orthogonalize_each(own, lengths, split, _COEFFICIENTS)
+        results.update(zip(mine, found, strict=True))
+    rest = [i for i in range(len(matrices)) if i not in results]
+    if rest:
+        found = factors.orthogonal_updates([matrices[i] for i in rest], split)
+        results.update(zip(rest, found, strict=True))
+    return [results[i] for i in range(len(matrices))]
 
 
-def _orthogonalize(x: Tensor, length: float) -> Tensor:
-    short, long = x.shape[1:]
-    dtype = factors.factor_dtype(x)
-    if not x.is_cpu or short * short * long > MOST_SMALL or dtype.itemsize < 4:
-        return factors.orthogonalize(x, length)
-    found: Tensor = _ops.orthogonalize_small(x.to(dtype), _COEFFICIENTS, length)
-    return found.to(x.dtype)
+@functools.cache
+def _taken_by_us(
+    kinds: Sequence[tuple[int, int, torch.dtype, torch.dtype, bool]], split: int, threads: int
+) -> list[list[int]]:
+    """Which matrices our op takes, by dtype; none that would leave the other threads waiting.
+
+    Args:
+        kinds: rows, columns, dtype, that of the factor's products and whether on a CPU, of each.
+    """
+    alike: dict[torch.dtype, list[tuple[int, int]]] = {}
+    for i, (rows, columns, dtype, inner, on_cpu) in enumerate(kinds):
+        short, long = sorted((rows // split, columns))
+        cost = short * short * long
+        if on_cpu and dtype in (torch.float32, torch.float64) and cost < LEAST_BLAS[inner]:
+            alike.setdefault(dtype, []).append((cost, i))
+    found = []
+    for costs in alike.values():
+        costs.sort()
+        total = split * sum(cost for cost, _ in costs)
+        while costs and costs[-1][0] > MOST_ALONE and 1.5 * total < threads * costs[-1][0]:
+            total -= split * costs.pop()[0]
+        found.append([i for _, i in costs])
+    return [mine for mine in found if mine]
 
 
-update_spectral_layers_ = functools.partial(
-    factors.update_spectral_layers_, precondition_gradient, orthogonal_updates
-)
+def update_spectral_layers_(
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    inverses: Sequence[Inverse | None],
+    *,
+    layer_sizes: Sequence[int],
+    lr: float | Tensor,
+    momentum: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    skip: Tensor | None = None,
+    lr_bounds: Tensor | None = None,
+    split: int = 1,
+    updates_of: UpdatesOf | None = None,
+) -> None:
+    """See `gls_fused.reference.update_spectral_layers_`; on a CPU by two ops around the factors."""
+    updates_of = updates_of or orthogonal_updates
+    if not _lie_on_cpu(params, exp_avgs, exp_avg_sqs):
+        factors.update_spectral_layers_(
+            precondition_gradient, updates_of, params, gradients, exp_avgs, exp_avg_sqs, steps,
+            inverses, layer_sizes=layer_sizes, lr=lr, momentum=momentum, beta2=beta2, eps=eps,
+            weight_decay=weight_decay, skip=skip, lr_bounds=lr_bounds, split=split,
+        )  # fmt: skip
+        return
+    if skip is not None and skip:
+        return
+    directions = factors.directions_of(
+        precondition_gradient, gradients, exp_avgs, inverses, layer_sizes
+    )
+    lr = float(lr)
+    averages = _ops.blend_directions_(
+        params, directions, exp_avgs, exp_avg_sqs, steps, layer_sizes, lr, momentum, beta2, eps,
+        weight_decay, lr_bounds,
+    )  # fmt: skip
+    firsts = itertools.accumulate(layer_sizes[:-1], initial=0)
+    _ops.move_weights_(
+        [params[first] for first in firsts],
+        updates_of(averages, split),
+        lr,
+        weight_decay,
+        lr_bounds,
+    )
+    increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
+
+
+def _lie_on_cpu(
+    params: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor]
+) -> bool:
+    """Whether the ops for orthogonal steps take them as they lie in memory."""
+    if not exp_avgs or not params[0].is_cpu:
+        return False
+    dtype = params[0].dtype
+    if dtype not in (torch.float32, torch.float64):
+        return False
+    tensors = itertools.chain(params, exp_avgs, exp_avg_sqs)
+    return (
+        all(tensor.is_cpu and tensor.dtype == dtype for tensor in tensors)
+        and all(tensor.is_contiguous() for tensor in (*exp_avgs, *exp_avg_sqs))
+        and all(param.is_contiguous() or _is_turned(param) for param in params)
+    )
+
+
+def _is_turned(tensor: Tensor) -> bool:
+    return tensor.dim() == 2 and tensor.T.is_contiguous()
 
 
 def _by_layer(
@@ -450,9 +550,26 @@ def _(rows: Tensor, basis: Tensor, ones: bool, sums: Tensor) -> None:
     _check_device("add_sketch_", rows, basis, sums)
 
 
-@torch.library.register_fake("gls_fused::orthogonalize_small")
-def _(matrices: Tensor, coefficients: list[float], length: float) -> Tensor:
-    return matrices.new_empty(matrices.shape)
+@torch.library.register_fake("gls_fused::orthogonalize_each")
+def _(
+    matrices: list[Tensor], lengths: list[float], split: int, coefficients: list[float]
+) -> list[Tensor]:
+    _check_device("orthogonalize_each", *matrices)
+    return [matrix.new_empty(matrix.shape) for matrix in matrices]
+
+
+@torch.library.register_fake("gls_fused::blend_directions_")
+def _(params: list[Tensor], directions: list[Tensor], *args: Any) -> list[Tensor]:
+    _check_device("blend_directions_", *params, *directions)
+    layer_sizes = args[3]
+    firsts = itertools.accumulate(layer_sizes[:-1], initial=0)
+    weights = (directions[first] for first in firsts)
+    return [weight.new_empty(len(weight), weight[0].numel()) for weight in weights]
+
+
+@torch.library.register_fake("gls_fused::move_weights_")
+def _(weights: list[Tensor], updates: list[Tensor], *args: Any) -> None:
+    _check_device("move_weights_", *weights, *updates)
 
 
 @torch.library.register_fake("gls_fused::update_layers_")

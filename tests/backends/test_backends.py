@@ -392,7 +392,6 @@ def test_native_ops_are_proper_torch_ops():
     update = make_update(torch.float32, "rms", 0.9, strided=False)
     tests = ("test_schema", "test_faketensor")
     check(ops.precondition_rows.default, (rows, *inverse, True), test_utils=tests)
-    check(ops.orthogonalize_small.default, (rows[None], [3.0, -2.0, 1.0], 2.0), test_utils=tests)
     check(ops.precondition_rows.default, (rows, basis[:7], *inverse[1:], False), test_utils=tests)
     check(ops.precondition_gradient.default, (rows, rows[:, 0].clone(), *inverse), test_utils=tests)
     check(ops.sketch_rows.default, (rows, basis, True), test_utils=tests)
@@ -467,7 +466,6 @@ def test_auto_on_cuda_takes_each_op_from_the_faster_backend(mixed, monkeypatch):
     assert set(native.__all__) & set(triton.__all__) == set(mixed.__all__)
     summed = CHOICES["sketch_rows"][0] == "native"
     assert (hasattr(mixed, "add_sketch_"), hasattr(mixed, "sum_rows")) == (summed, not summed)
-    assert hasattr(mixed, "TAKES_OTHERS") == (CHOICES["update_layers_"][0] == "triton")
     assert hasattr(mixed, "commits") == (CHOICES["commit_subspaces_"][0] == "triton")
     described = describe_backend("mixed")
     for op, (name, _) in CHOICES.items():
@@ -550,9 +548,10 @@ def draw_conditioned(m, k, smallest):
 
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_orthogonal_updates_of_all_layers(name, dtype):
+def test_orthogonal_updates_of_all_layers(name, dtype, monkeypatch):
     """Tall and wide, of one shape and of others, one of zeros, well and badly conditioned."""
-    shapes = [(3, 7), (7, 3), (3, 7), (5, 5), (1, 4), (40, 33)]
+    monkeypatch.setattr(factors, "_multiplies_bfloat16", lambda device: False)
+    shapes = [(3, 7), (7, 3), (3, 7), (5, 5), (1, 4), (40, 33), (0, 3), (130, 300), (300, 290)]
     matrices = [draw(*shape, dtype=dtype) for shape in shapes] + [torch.zeros(3, 7, dtype=dtype)]
     for smallest in (0.1, 1e-3, 1e-6):
         matrices += [draw_conditioned(m, 64, smallest).to(dtype) for m in (24, 60, 200)]
@@ -563,6 +562,78 @@ def test_orthogonal_updates_of_all_layers(name, dtype):
         assert_near(actual, wanted.to(dtype), ITERATION[dtype])
     assert_same(matrices, given, PRODUCT, dtype)
     assert not found[len(shapes)].any()
+
+
+SPECTRAL = {
+    "plain": {},
+    "decay": {"weight_decay": 0.1},
+    "rate on the device": {"lr": torch.tensor(0.02, dtype=torch.float64), "weight_decay": 0.1},
+    "bounds": {"lr_bounds": torch.tensor([1.0, 0.01, 0.0, 0.02, 1.0, 0.01]).double()},
+    "no momentum": {"momentum": 0.0},
+    "little momentum": {"momentum": 0.3},
+    "taken": {"skip": torch.tensor(False)},
+    "skipped": {"skip": torch.tensor(True)},
+    "parts": {"split": 2},
+}
+
+
+@each_backend
+@pytest.mark.parametrize("lying", ["whole", "turned", "channels last", "strided"])
+@pytest.mark.parametrize("kind", SPECTRAL)
+def test_orthogonal_steps_of_all_layers(name, kind, lying):
+    """Three steps of a few layers, some with a bias and a P, are the reference's."""
+    # Weight, whether it has a bias, whether a P.
+    layers = [
+        ((6, 7), True, True), ((40, 90), True, False), ((200, 30), False, True),
+        ((4, 3, 3, 3), True, True), ((300, 200), True, True), ((2, 1), True, False),
+    ]  # fmt: skip
+    options = {
+        "layer_sizes": [1 + bias for _, bias, _ in layers], "lr": 0.02, "momentum": 0.9,
+        "beta2": 0.9, "eps": 1e-8, "weight_decay": 0.0, **SPECTRAL[kind],
+    }  # fmt: skip
+
+    def lay(x, of_state=False):
+        if lying == "turned" and x.dim() == 2 and not of_state:
+            return x.T.contiguous().T
+        if lying == "channels last" and x.dim() == 4 and not of_state:
+            return x.contiguous(memory_format=torch.channels_last)
+        return x.repeat_interleave(2, -1)[..., ::2] if lying == "strided" else x
+
+    shapes = [part for shape, bias, _ in layers for part in [shape, shape[:1]][: 1 + bias]]
+
+    def tensors(seed, **laid):
+        drawn = (draw(*x, dtype=torch.float64, seed=seed + i) for i, x in enumerate(shapes))
+        return [lay(x, **laid) for x in drawn]
+
+    sizes = [(math.prod(shape[1:]) + bias, p) for shape, bias, p in layers]
+    inverses = [make_inverse(size, 2, torch.float64) if p else None for size, p in sizes]
+    runs = []
+    for module in (resolve_backend(name, ["cpu"]), reference):
+        params = tensors(0)
+        averages = [x.zero_() for x in tensors(0, of_state=True)] if options["momentum"] else []
+        squares = [torch.zeros(shape[0], dtype=torch.float64) for shape, *_ in layers]
+        steps = [torch.zeros(()) for _ in layers]
+        for step in range(3):
+            module.update_spectral_layers_(
+                params, tensors(100 * step + 50), averages, squares, steps, inverses, **options
+            )
+        runs.append([*params, *averages, *squares, *steps])
+    assert_same(*runs, ITERATION, torch.float64)
+    moved = any(not torch.equal(new, old) for new, old in zip(runs[0], tensors(0), strict=False))
+    assert moved == (kind != "skipped")
+
+
+@pytest.mark.parametrize("capabilities", [{}, {"amx_bf16": True}, {"avx512_bf16": True}])
+def test_dtype_of_factors_on_a_cpu(capabilities, monkeypatch):
+    """bfloat16 where there are tiles for it, but of float64."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    factors._multiplies_bfloat16.cache_clear()
+    try:
+        tiles = "amx_bf16" in capabilities
+        assert factors.factor_dtype(torch.ones(1)) == (torch.bfloat16 if tiles else torch.float32)
+        assert factors.factor_dtype(torch.ones(1).double()) == torch.float64
+    finally:
+        factors._multiplies_bfloat16.cache_clear()
 
 
 @pytest.mark.parametrize("smallest", [0.1, 1e-2])

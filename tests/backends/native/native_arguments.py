@@ -42,8 +42,19 @@ def valid_arguments(op):
         "add_sketch_": {"rows": ones(5, 3), "basis": ones(4, 2), "ones": True, "sums": ones(14)},
         "refresh_subspace": {"core": torch.eye(2), "sketch": torch.eye(4)[:, :2]},
         "invert_core": {"core": torch.eye(2), "trace": ones(), "dim": 4, "damping": 0.1},
-        "orthogonalize_small": {
-            "matrices": ones(2, 3, 4), "coefficients": [3.0, -2.0, 1.0], "length": 2.0,
+        "orthogonalize_each": {
+            "matrices": [ones(2, 3), ones(4, 1)], "lengths": [2.0, 1.0], "split": 2,
+            "coefficients": [3.0, -2.0, 1.0],
+        },
+        "blend_directions_": {
+            "params": [ones(2, 3), ones(2)], "directions": [ones(2, 3), ones(2)],
+            "exp_avgs": [ones(2, 3), ones(2)], "exp_avg_sqs": [ones(2)],
+            "steps": [torch.zeros(())], "layer_sizes": [2], "lr": 0.1, "momentum": 0.9,
+            "beta2": 0.9, "eps": 0.0, "weight_decay": 0.0, "lr_bounds": None,
+        },
+        "move_weights_": {
+            "weights": [ones(2, 3), ones(3, 2).T], "updates": [ones(2, 3), ones(2, 3)],
+            "lr": 0.1, "weight_decay": 0.0, "lr_bounds": None,
         },
         "update_layers_": update_options(
             exp_avgs=[ones(2, 3), ones(2)],

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from native_arguments import ones, update_options
+from native_arguments import ones, update_options, valid_arguments
 from nets import KINDS, loss_of, make_batch, make_net
 from test_backends import draw, make_inverse
 from tolerances import PRODUCT, SAME_STEPS, assert_near
@@ -142,6 +142,12 @@ def test_parameter_of_more_elements_than_32_bits_count():
     ops.update_layers_(**{**options, "exp_avg_sqs": [torch.zeros(())]}, layer_sizes=[1])
     # The mean square is one, so the step is lr.
     assert param.aminmax() == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("op", ["orthogonalize_each", "blend_directions_", "move_weights_"])
+def test_ops_of_orthogonal_steps_are_proper_torch_ops(op):
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(ops, op).default, (), valid_arguments(op), test_utils=tests)
 
 
 # ---- threads ------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ SMALL = (
     "invert_core [32, 32]",
     "update_layers_ cnn, momentum 0.9",
     "update_layers_ cnn, momentum 0",
+    "orthogonal_updates cnn",
 )
 
 
