@@ -302,7 +302,7 @@ def _spectral(shapes: Shapes, draw: _Draw) -> Case:
 
         return call
 
-    dtype = factor_dtype(torch.empty(0, device=draw.device))
+    dtype = factor_dtype(torch.empty(0, 0, device=draw.device))
     return Case(
         "update_spectral_layers_", f"{len(hidden.layers)} layers", make, FLOAT * 5 * count, flops,
         ITERATION[dtype], products=dtype == torch.bfloat16,

@@ -31,6 +31,8 @@ Precondition = Callable[[Tensor, Tensor | None, Inverse], tuple[Tensor, Tensor |
 LONG = 1.5
 # The step after which X is formed once.
 RESTART = 2
+# s s b of a matrix from which a CPU multiplies bfloat16, where it has tiles for it.
+LEAST_TILED = 1 << 25
 
 
 def update_spectral_layers_(
@@ -207,12 +209,15 @@ def updates_by_shape(
 
 
 def factor_dtype(x: Tensor) -> torch.dtype:
-    """What the products of a factor are computed in.
+    """What the products of the factors of matrices [..., m, k] are computed in.
 
     bfloat16 on devices with matrix units for it, as published Muons do: its rounding moves singular
-    values by a fraction of what five steps leave them apart. Not float64, whose user asked for it.
+    values by a fraction of what five steps leave them apart. Not float64, whose user asked for it,
+    nor on a CPU what takes longer to be split up for these units than to be multiplied.
     """
-    if x.dtype != torch.float64 and _multiplies_bfloat16(x.device):
+    short, long = sorted(x.shape[-2:])
+    worth = x.is_cuda or short * short * long >= LEAST_TILED
+    if worth and x.dtype != torch.float64 and _multiplies_bfloat16(x.device):
         return torch.bfloat16
     return torch.promote_types(x.dtype, torch.float32)
 

@@ -120,8 +120,8 @@ CUDA_BASIS_RANKS = {torch.float32: 64}
 CUDA_CORE_RANKS = {torch.float32: 128, torch.float64: 88}
 CUDA_ROOT_RANKS = {torch.float32: 88, torch.float64: 60}
 
-# s s b of a matrix from which BLAS takes as long as our op of one thread, or less, by its dtype.
-LEAST_BLAS = {torch.bfloat16: 1 << 24, torch.float32: 1 << 28, torch.float64: 1 << 28}
+# s s b of a matrix from which BLAS takes as long as our op of one thread, or less.
+LEAST_BLAS = 1 << 28
 # The same, up to which one thread has it done before others are awake.
 MOST_ALONE = 1 << 19
 _COEFFICIENTS = [value for step in POLAR_EXPRESS for value in step]
@@ -315,11 +315,11 @@ def measure_weights_(
 
 def orthogonal_updates(matrices: Sequence[Tensor], split: int = 1) -> list[Tensor]:
     """See `gls_fused.backends.factors.orthogonal_updates`; on a CPU most by an op of ours."""
-    kinds = tuple((*x.shape, x.dtype, factors.factor_dtype(x), x.is_cpu) for x in matrices)
+    parts = [matrix[: len(matrix) // split] for matrix in matrices]
+    kinds = tuple((*x.shape, x.dtype, factors.factor_dtype(x), x.is_cpu) for x in parts)
     results: dict[int, Tensor] = {}
-    for mine in _taken_by_us(kinds, split, torch.get_num_threads()):
-        own = [matrices[i] for i in mine]
-        lengths = [spectral_length(x.chunk(split)[0]) for x in own]
+    for mine in _taken_by_us(kinds, torch.get_num_threads() / split):
+        own, lengths = [matrices[i] for i in mine], [spectral_length(parts[i]) for i in mine]
         found = _ops.orthogonalize_each(own, lengths, split, _COEFFICIENTS)
         results.update(zip(mine, found, strict=True))
     rest = [i for i in range(len(matrices)) if i not in results]
@@ -331,25 +331,26 @@ def orthogonal_updates(matrices: Sequence[Tensor], split: int = 1) -> list[Tenso
 
 @functools.cache
 def _taken_by_us(
-    kinds: Sequence[tuple[int, int, torch.dtype, torch.dtype, bool]], split: int, threads: int
+    kinds: Sequence[tuple[int, int, torch.dtype, torch.dtype, bool]], threads: float
 ) -> list[list[int]]:
     """Which matrices our op takes, by dtype; none that would leave the other threads waiting.
 
     Args:
         kinds: rows, columns, dtype, that of the factor's products and whether on a CPU, of each.
+        threads: for each part of a matrix.
     """
     alike: dict[torch.dtype, list[tuple[int, int]]] = {}
     for i, (rows, columns, dtype, inner, on_cpu) in enumerate(kinds):
-        short, long = sorted((rows // split, columns))
-        cost = short * short * long
-        if on_cpu and dtype in (torch.float32, torch.float64) and cost < LEAST_BLAS[inner]:
+        cost = rows * columns * min(rows, columns)
+        # Those of 16 bits have products of 32, which are torch's.
+        if on_cpu and dtype == inner and cost < LEAST_BLAS:
             alike.setdefault(dtype, []).append((cost, i))
     found = []
     for costs in alike.values():
         costs.sort()
-        total = split * sum(cost for cost, _ in costs)
+        total = sum(cost for cost, _ in costs)
         while costs and costs[-1][0] > MOST_ALONE and 1.5 * total < threads * costs[-1][0]:
-            total -= split * costs.pop()[0]
+            total -= costs.pop()[0]
         found.append([i for _, i in costs])
     return [mine for mine in found if mine]
 

@@ -625,13 +625,15 @@ def test_orthogonal_steps_of_all_layers(name, kind, lying):
 
 @pytest.mark.parametrize("capabilities", [{}, {"amx_bf16": True}, {"avx512_bf16": True}])
 def test_dtype_of_factors_on_a_cpu(capabilities, monkeypatch):
-    """bfloat16 where there are tiles for it, but of float64."""
+    """bfloat16 of large matrices where there are tiles for it, but of float64."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     factors._multiplies_bfloat16.cache_clear()
     try:
         tiles = "amx_bf16" in capabilities
-        assert factors.factor_dtype(torch.ones(1)) == (torch.bfloat16 if tiles else torch.float32)
-        assert factors.factor_dtype(torch.ones(1).double()) == torch.float64
+        large = torch.empty(2, 256, 512)
+        assert factors.factor_dtype(large) == (torch.bfloat16 if tiles else torch.float32)
+        assert factors.factor_dtype(large[..., 1:]) == torch.float32
+        assert factors.factor_dtype(large.double()) == torch.float64
     finally:
         factors._multiplies_bfloat16.cache_clear()
 
