@@ -83,11 +83,12 @@ TORCH_LIBRARY(gls_fused, m) {
   m.def(
       "orthogonalize_each(Tensor[] matrices, float[] lengths, int split, float[] coefficients) "
       "-> Tensor[]");
-  // Before and after them. layer_sizes and lr_bounds as below.
+  // Before and after them. Layers, their inverses and lr_bounds are as below.
   m.def(
-      "blend_directions_(Tensor(a!)[] params, Tensor[] directions, Tensor(b!)[] exp_avgs,"
-      " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, int[] layer_sizes, float lr, float momentum,"
-      " float beta2, float eps, float weight_decay, Tensor? lr_bounds) -> Tensor[]");
+      "blend_directions_(Tensor(a!)[] params, Tensor[] gradients, Tensor(b!)[] exp_avgs,"
+      " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor?[] bases, Tensor?[] core_inverses,"
+      " Tensor?[] shifts, int[] layer_sizes, float lr, float momentum, float beta2, float eps,"
+      " float weight_decay, Tensor? lr_bounds) -> Tensor[]");
   m.def(
       "move_weights_(Tensor(a!)[] weights, Tensor[] updates, float lr, float weight_decay,"
       " Tensor? lr_bounds) -> ()");

@@ -13,7 +13,9 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../check.h"
@@ -61,49 +63,111 @@ void project_block(const T* x, int64_t x_row, int64_t first, int64_t rows, int64
   }
 }
 
+template <typename T>
+struct Product {
+  const T* x;
+  const T* u;
+  const T* c;
+  T* to;
+  T* last;
+  int64_t n, size, rank, x_row, u_row, c_row;
+  bool extended;
+  Columns<T> extra;
+  T reciprocal;
+
+  // Rows from `first` on, at most kBlockRows, with memory for as many rows of U and of C.
+  void run(int64_t first, T* y, T* yc) const {
+    const int64_t rows = std::min(kBlockRows, n - first);
+    project_block<T>(x, x_row, first, rows, size, u, u_row, rank, extended, extra, y);
+    sum_rows<T>(nullptr, 0, 0, {y, rank, 1}, rows, c, c_row, rank, rank, yc, rank);
+    const Strided<T> weights{yc, rank, 1};
+    sum_rows<T>(x + first * x_row, x_row, reciprocal, weights, rows, u, u_row, rank, size,
+                to + first * size, size);
+    if (!extended) return;
+    for (int64_t i = 0; i < rows; ++i) {
+      T total = extra(first + i) * reciprocal;
+      for (int64_t j = 0; j < rank; ++j) total += weights(i, j) * u[j * u_row + size];
+      last[first + i] = total;
+    }
+  }
+};
+
 }  // namespace
 
-void multiply_inverse(const Tensor& x, const std::optional<Tensor>& extra, const Tensor& basis,
-                      const Tensor& core_inverse, const Tensor& shift, Tensor& product,
-                      Tensor& last) {
-  const int64_t n = x.size(0), size = x.size(1), rank = basis.size(1);
-  const bool extended = basis.size(0) > size;
-  if (n == 0) return;
-  const Tensor inputs = in_rows(x), transposed = in_rows(basis.t()), core = in_rows(core_inverse);
-  AT_DISPATCH_FLOATING_TYPES(basis.scalar_type(), "multiply_inverse", [&] {
-    const scalar_t* from = inputs.const_data_ptr<scalar_t>();
-    const scalar_t* u = transposed.const_data_ptr<scalar_t>();
-    const scalar_t* c = core.const_data_ptr<scalar_t>();
-    scalar_t* to = product.data_ptr<scalar_t>();
-    scalar_t* to_last = extended ? last.data_ptr<scalar_t>() : nullptr;
-    const int64_t from_row = inputs.stride(0), u_row = transposed.stride(0);
-    const int64_t c_row = core.stride(0);
-    const Columns<scalar_t> column{extra ? extra->const_data_ptr<scalar_t>() : nullptr,
-                                   extra ? extra->stride(0) : 0};
-    const scalar_t reciprocal = scalar_t(1) / *shift.const_data_ptr<scalar_t>();
-    const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
-    const int64_t flops = 4 * n * size * rank;
-    at::parallel_for(0, blocks, grain(blocks, flops), [&](int64_t begin, int64_t end) {
-      std::vector<scalar_t> y(kBlockRows * rank), yc(kBlockRows * rank);
-      for (int64_t first = begin * kBlockRows; first < std::min(n, end * kBlockRows);
-           first += kBlockRows) {
-        const int64_t rows = std::min(kBlockRows, n - first);
-        project_block<scalar_t>(from, from_row, first, rows, size, u, u_row, rank, extended, column,
-                                y.data());
-        sum_rows<scalar_t>(nullptr, 0, 0, {y.data(), rank, 1}, rows, c, c_row, rank, rank,
-                           yc.data(), rank);
-        const Strided<scalar_t> weights{yc.data(), rank, 1};
-        sum_rows<scalar_t>(from + first * from_row, from_row, reciprocal, weights, rows, u, u_row,
-                           rank, size, to + first * size, size);
-        if (!extended) continue;
-        for (int64_t i = 0; i < rows; ++i) {
-          scalar_t total = column(first + i) * reciprocal;
-          for (int64_t j = 0; j < rank; ++j) total += weights(i, j) * u[j * u_row + size];
-          to_last[first + i] = total;
-        }
+void multiply_inverses(const std::vector<InverseProduct>& products) {
+  if (products.empty()) return;
+  AT_DISPATCH_FLOATING_TYPES(products[0].basis.scalar_type(), "multiply_inverses", [&] {
+    std::vector<Tensor> held;  // what a layout needs copies of
+    std::vector<Product<scalar_t>> plans;
+    std::vector<std::pair<size_t, int64_t>> blocks;  // product, first row
+    int64_t flops = 0, most = 0;
+    for (const InverseProduct& p : products) {
+      const Tensor inputs = in_rows(p.x), transposed = in_rows(p.basis.t());
+      const Tensor core = in_rows(p.core_inverse);
+      held.insert(held.end(), {inputs, transposed, core});
+      const int64_t n = p.x.size(0), size = p.x.size(1), rank = p.basis.size(1);
+      const bool extended = p.basis.size(0) > size;
+      const Columns<scalar_t> extra{p.extra ? p.extra->const_data_ptr<scalar_t>() : nullptr,
+                                    p.extra ? p.extra->stride(0) : 0};
+      for (int64_t first = 0; first < n; first += kBlockRows) {
+        blocks.push_back({plans.size(), first});
+      }
+      plans.push_back({inputs.const_data_ptr<scalar_t>(), transposed.const_data_ptr<scalar_t>(),
+                       core.const_data_ptr<scalar_t>(), p.product.data_ptr<scalar_t>(),
+                       extended ? p.last.data_ptr<scalar_t>() : nullptr, n, size, rank,
+                       inputs.stride(0), transposed.stride(0), core.stride(0), extended, extra,
+                       scalar_t(1) / *p.shift.const_data_ptr<scalar_t>()});
+      flops += 4 * n * size * rank;
+      most = std::max(most, rank);
+    }
+    // Blocks differ in size, so each thread takes the next one.
+    const int64_t count = blocks.size();
+    const int64_t threads =
+        flops < kSerialFlops ? 1 : std::min<int64_t>(at::get_num_threads(), count);
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      std::vector<scalar_t> y(kBlockRows * most), yc(kBlockRows * most);
+      for (int64_t i = next++; i < count; i = next++) {
+        plans[blocks[i].first].run(blocks[i].second, y.data(), yc.data());
       }
     });
   });
+}
+
+void precondition_layers(std::vector<Tensor>& gradients, at::IntArrayRef layer_sizes,
+                         const OptionalTensors& bases, const OptionalTensors& core_inverses,
+                         const OptionalTensors& shifts) {
+  std::vector<InverseProduct> products;
+  std::vector<size_t> firsts;
+  size_t first = 0;
+  for (size_t layer = 0; layer < layer_sizes.size(); first += layer_sizes[layer++]) {
+    const std::optional<Tensor> basis = bases[layer];
+    if (!basis) continue;
+    const bool has_bias = layer_sizes[layer] == 2;
+    const Tensor weight = gradients[first].flatten(1);
+    const at::ScalarType wide = basis->scalar_type();
+    std::optional<Tensor> bias;
+    if (has_bias) bias = gradients[first + 1].to(wide);
+    firsts.push_back(first);
+    products.push_back({weight.to(wide), bias, *basis, *core_inverses.get(layer),
+                        *shifts.get(layer), at::empty(weight.sizes(), basis->options()),
+                        at::empty({has_bias ? weight.size(0) : 0}, basis->options())});
+  }
+  for (const at::ScalarType type : {at::kFloat, at::kDouble}) {
+    std::vector<InverseProduct> alike;
+    for (const InverseProduct& product : products) {
+      if (product.basis.scalar_type() == type) alike.push_back(product);
+    }
+    multiply_inverses(alike);
+  }
+  for (size_t i = 0; i < products.size(); ++i) {
+    Tensor& weight = gradients[firsts[i]];
+    const at::ScalarType type = weight.scalar_type();
+    if (products[i].extra) {
+      gradients[firsts[i] + 1] = products[i].last.to(type);
+    }
+    weight = products[i].product.to(type).view(weight.sizes());
+  }
 }
 
 namespace {
@@ -116,7 +180,7 @@ std::tuple<Tensor, Tensor> precondition(const Tensor& x, const std::optional<Ten
   Tensor last = at::empty({extended ? x.size(0) : 0}, basis.options());
   std::optional<Tensor> column;
   if (extra) column = extra->to(wide);
-  multiply_inverse(x.to(wide), column, basis, core_inverse, shift, product, last);
+  multiply_inverses({{x.to(wide), column, basis, core_inverse, shift, product, last}});
   return {product.to(type), last.to(type)};
 }
 

@@ -1,9 +1,10 @@
 // Orthogonal steps of all layers, on the CPU, before and after their factors:
 //
+//   D = D0 P where the backward has not applied P,
 //   m <- momentum m + (1 - momentum) D,   N = momentum m + (1 - momentum) D
 //   W <- W (1 - lr weight_decay) - min(lr, bound) update
 //
-// Memory bound: D, m, N and update, W are each read and written once, 32 bytes per float32
+// After D memory bound: D, m, N and update, W are each read and written once, 32 bytes per float32
 // parameter, by two calls for all layers, whatever their number. See
 // gls_fused.reference.update_spectral_layers_.
 
@@ -13,11 +14,14 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <c10/util/accumulate.h>
+
 #include <cmath>
 #include <vector>
 
 #include "../check.h"
 #include "products.h"
+#include "rows.h"
 #include "steps.h"
 
 namespace gls_fused {
@@ -96,19 +100,24 @@ void move_bias(T* bias, const T* direction, T* exp_avg, T* exp_avg_sq, const dou
 }
 
 // The momenta of all layers; biases move. The N [m, k] of the weights.
-std::vector<Tensor> blend_directions_(at::TensorList params, at::TensorList directions,
+std::vector<Tensor> blend_directions_(at::TensorList params, at::TensorList gradients,
                                       at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-                                      at::TensorList steps, at::IntArrayRef layer_sizes, double lr,
-                                      double momentum, double beta2, double eps,
+                                      at::TensorList steps, const OptionalTensors& bases,
+                                      const OptionalTensors& core_inverses,
+                                      const OptionalTensors& shifts, at::IntArrayRef layer_sizes,
+                                      double lr, double momentum, double beta2, double eps,
                                       double weight_decay,
                                       const std::optional<Tensor>& lr_bounds) {
   const size_t layers = layer_sizes.size();
   TORCH_CHECK(steps.size() == layers && exp_avg_sqs.size() == layers,
               "blend_directions_: expected a step and mean squares for each of ", layers,
               " layers, got ", steps.size(), " and ", exp_avg_sqs.size());
-  TORCH_CHECK(directions.size() == params.size() && exp_avgs.size() == params.size(),
-              "blend_directions_: expected directions and exp_avgs for each of ", params.size(),
-              " params, got ", directions.size(), " and ", exp_avgs.size());
+  TORCH_CHECK(gradients.size() == params.size() && exp_avgs.size() == params.size(),
+              "blend_directions_: expected gradients and exp_avgs for each of ", params.size(),
+              " params, got ", gradients.size(), " and ", exp_avgs.size());
+  TORCH_CHECK(bases.size() == layers && core_inverses.size() == layers && shifts.size() == layers,
+              "blend_directions_: expected ", layers, " bases, core_inverses and shifts, got ",
+              bases.size(), ", ", core_inverses.size(), " and ", shifts.size());
   std::vector<size_t> firsts;
   std::vector<Tensor> found, momenta, averages;
   size_t next = 0;
@@ -119,13 +128,13 @@ std::vector<Tensor> blend_directions_(at::TensorList params, at::TensorList dire
                 " params, got ", layer_sizes);
     firsts.push_back(next);
     for (size_t i = next; i < next + size; ++i) {
-      TORCH_CHECK(params[i].dim() > 0 && directions[i].sizes() == params[i].sizes() &&
+      TORCH_CHECK(params[i].dim() > 0 && gradients[i].sizes() == params[i].sizes() &&
                       exp_avgs[i].sizes() == params[i].sizes(),
-                  "blend_directions_: expected a direction and exp_avg shaped as the parameter, ",
-                  params[i].sizes(), ", got ", directions[i].sizes(), " and ",
+                  "blend_directions_: expected a gradient and exp_avg shaped as the parameter, ",
+                  params[i].sizes(), ", got ", gradients[i].sizes(), " and ",
                   exp_avgs[i].sizes());
       TORCH_CHECK(exp_avgs[i].is_contiguous(), "blend_directions_: expected exp_avgs contiguous");
-      for (const Tensor& other : {params[i], directions[i], exp_avgs[i]}) {
+      for (const Tensor& other : {params[i], gradients[i], exp_avgs[i]}) {
         check_alike("blend_directions_", params[0], other);
       }
     }
@@ -139,16 +148,30 @@ std::vector<Tensor> blend_directions_(at::TensorList params, at::TensorList dire
                   "blend_directions_: expected a contiguous bias and mean squares of [", outputs,
                   "], got ", params[next + 1].sizes(), " and ", squares.sizes());
     }
-    const Tensor direction = directions[next].contiguous().flatten(1);
-    found.push_back(direction.dim() == 1 ? direction.unsqueeze(1) : direction);
-    momenta.push_back(exp_avgs[next].view(found.back().sizes()));
-    averages.push_back(at::empty(found.back().sizes(), found.back().options()));
+    const std::optional<Tensor> basis = bases.get(layer), core = core_inverses.get(layer);
+    const std::optional<Tensor> shift = shifts.get(layer);
+    TORCH_CHECK(basis.has_value() == core.has_value() && basis.has_value() == shift.has_value(),
+                "blend_directions_: expected basis, core_inverse and shift of a layer together, got ",
+                basis.has_value(), ", ", core.has_value(), " and ", shift.has_value());
+    if (basis) {
+      const int64_t columns = c10::multiply_integers(params[next].sizes().slice(1));
+      check_inverse("blend_directions_", params[next], columns + (size == 2), *basis, *core, *shift);
+      check_alike("blend_directions_", params[0], *basis);
+    }
     next += size;
   }
   TORCH_CHECK(next == params.size(), "blend_directions_: expected layer_sizes that add up to ",
               params.size(), " params, got ", layer_sizes);
   check_bounds("blend_directions_", lr_bounds, layers);
   if (params.empty()) return averages;
+  std::vector<Tensor> directions(gradients.begin(), gradients.end());
+  precondition_layers(directions, layer_sizes, bases, core_inverses, shifts);
+  for (size_t layer = 0; layer < layers; ++layer) {
+    const Tensor direction = directions[firsts[layer]].contiguous().flatten(1);
+    found.push_back(direction.dim() == 1 ? direction.unsqueeze(1) : direction);
+    momenta.push_back(exp_avgs[firsts[layer]].view(found.back().sizes()));
+    averages.push_back(at::empty(found.back().sizes(), found.back().options()));
+  }
   const std::vector<double> lrs = bounded(lr, lr_bounds, layers);
   const std::vector<Rows> blocks = cut_rows(found);
   const int64_t count = blocks.size();

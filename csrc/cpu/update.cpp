@@ -373,21 +373,6 @@ void update_axes(const std::vector<Part<param_t, state_t>>& parts, int64_t outpu
   });
 }
 
-// D = D0 P of a layer's weight, and bias if it has one, in the gradients' dtype.
-void precondition_layer(std::vector<at::Tensor>& gradients, size_t first, bool has_bias,
-                        const at::Tensor& basis, const at::Tensor& core_inverse,
-                        const at::Tensor& shift) {
-  const at::Tensor weight = gradients[first].flatten(1);
-  const at::ScalarType type = weight.scalar_type(), wide = basis.scalar_type();
-  std::optional<at::Tensor> bias;
-  if (has_bias) bias = gradients[first + 1].to(wide);
-  at::Tensor product = at::empty(weight.sizes(), basis.options());
-  at::Tensor last = at::empty({has_bias ? weight.size(0) : 0}, basis.options());
-  multiply_inverse(weight.to(wide), bias, basis, core_inverse, shift, product, last);
-  gradients[first] = product.to(type).view(gradients[first].sizes());
-  if (has_bias) gradients[first + 1] = last.to(type);
-}
-
 void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorList exp_avgs,
                     at::TensorList exp_avg_sqs, at::TensorList steps,
                     const OptionalTensors& bases, const OptionalTensors& core_inverses,
@@ -418,15 +403,7 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
     for (at::Tensor& gradient : unscaled) gradient = gradient.to(state_type).div(scale);
   }
   std::vector<at::Tensor> directions = unscaled;
-  for (size_t i = 0; i < params.size();) {
-    const size_t layer = layer_of[i];
-    const std::optional<at::Tensor> basis = bases[layer];
-    if (basis) {
-      precondition_layer(directions, i, layer_sizes[layer] == 2, *basis,
-                         *core_inverses.get(layer), *shifts.get(layer));
-    }
-    i += layer_sizes[layer];
-  }
+  precondition_layers(directions, layer_sizes, bases, core_inverses, shifts);
 
   // Flat memory for every array, with copies standing in for layouts that are not.
   std::vector<at::Tensor> flat_params, flat_directions, flat_gradients, flat_averages, flat_squares;

@@ -23,17 +23,15 @@ except ImportError as error:
         "not built: this is a source tree; run `pip install --no-build-isolation -e .` in it"
     ) from error
 from gls_fused import reference
-from gls_fused.backends import factors
+from gls_fused.backends import cpu_factors
+from gls_fused.backends.cpu_factors import orthogonal_updates
 from gls_fused.backends.patches import sketch_images
 from gls_fused.reference import (
-    POLAR_EXPRESS,
     DenseInverse,
     Inverse,
     Normalize,
-    UpdatesOf,
     blend_subspace,
     invert_gram,
-    spectral_length,
     sum_gram,
     unfold_images,
 )
@@ -119,12 +117,6 @@ TAKES_OTHERS = True
 CUDA_BASIS_RANKS = {torch.float32: 64}
 CUDA_CORE_RANKS = {torch.float32: 128, torch.float64: 88}
 CUDA_ROOT_RANKS = {torch.float32: 88, torch.float64: 60}
-
-# s s b of a matrix from which BLAS takes as long as our op of one thread, or less.
-LEAST_BLAS = 1 << 28
-# The same, up to which one thread has it done before others are awake.
-MOST_ALONE = 1 << 19
-_COEFFICIENTS = [value for step in POLAR_EXPRESS for value in step]
 
 
 def precondition_rows(
@@ -289,7 +281,7 @@ def _turned_back(tensor: Tensor) -> Tensor:
     torch transposes in blocks where the target is contiguous, element by element where the source
     is: the op would copy what it has written back at half the speed.
     """
-    copied = tensor.is_cpu and not tensor.is_contiguous() and _is_turned(tensor)
+    copied = tensor.is_cpu and not tensor.is_contiguous() and cpu_factors.is_turned(tensor)
     return tensor.contiguous() if copied else tensor
 
 
@@ -313,116 +305,9 @@ def measure_weights_(
         torch._foreach_copy_(kept, found)
 
 
-def orthogonal_updates(matrices: Sequence[Tensor], split: int = 1) -> list[Tensor]:
-    """See `gls_fused.backends.factors.orthogonal_updates`; on a CPU most by an op of ours."""
-    parts = [matrix[: len(matrix) // split] for matrix in matrices]
-    kinds = tuple((*x.shape, x.dtype, factors.factor_dtype(x), x.is_cpu) for x in parts)
-    results: dict[int, Tensor] = {}
-    for mine in _taken_by_us(kinds, torch.get_num_threads() / split):
-        own, lengths = [matrices[i] for i in mine], [spectral_length(parts[i]) for i in mine]
-        found = _ops.orthogonalize_each(own, lengths, split, _COEFFICIENTS)
-        results.update(zip(mine, found, strict=True))
-    rest = [i for i in range(len(matrices)) if i not in results]
-    if rest:
-        found = factors.orthogonal_updates([matrices[i] for i in rest], split)
-        results.update(zip(rest, found, strict=True))
-    return [results[i] for i in range(len(matrices))]
-
-
-@functools.cache
-def _taken_by_us(
-    kinds: Sequence[tuple[int, int, torch.dtype, torch.dtype, bool]], threads: float
-) -> list[list[int]]:
-    """Which matrices our op takes, by dtype; none that would leave the other threads waiting.
-
-    Args:
-        kinds: rows, columns, dtype, that of the factor's products and whether on a CPU, of each.
-        threads: for each part of a matrix.
-    """
-    alike: dict[torch.dtype, list[tuple[int, int]]] = {}
-    for i, (rows, columns, dtype, inner, on_cpu) in enumerate(kinds):
-        cost = rows * columns * min(rows, columns)
-        # Those of 16 bits have products of 32, which are torch's.
-        if on_cpu and dtype == inner and cost < LEAST_BLAS:
-            alike.setdefault(dtype, []).append((cost, i))
-    found = []
-    for costs in alike.values():
-        costs.sort()
-        total = sum(cost for cost, _ in costs)
-        while costs and costs[-1][0] > MOST_ALONE and 1.5 * total < threads * costs[-1][0]:
-            total -= costs.pop()[0]
-        found.append([i for _, i in costs])
-    return [mine for mine in found if mine]
-
-
-def update_spectral_layers_(
-    params: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    inverses: Sequence[Inverse | None],
-    *,
-    layer_sizes: Sequence[int],
-    lr: float | Tensor,
-    momentum: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    skip: Tensor | None = None,
-    lr_bounds: Tensor | None = None,
-    split: int = 1,
-    updates_of: UpdatesOf | None = None,
-) -> None:
-    """See `gls_fused.reference.update_spectral_layers_`; on a CPU by two ops around the factors."""
-    updates_of = updates_of or orthogonal_updates
-    if not _lie_on_cpu(params, exp_avgs, exp_avg_sqs):
-        factors.update_spectral_layers_(
-            precondition_gradient, updates_of, params, gradients, exp_avgs, exp_avg_sqs, steps,
-            inverses, layer_sizes=layer_sizes, lr=lr, momentum=momentum, beta2=beta2, eps=eps,
-            weight_decay=weight_decay, skip=skip, lr_bounds=lr_bounds, split=split,
-        )  # fmt: skip
-        return
-    if skip is not None and skip:
-        return
-    directions = factors.directions_of(
-        precondition_gradient, gradients, exp_avgs, inverses, layer_sizes
-    )
-    lr = float(lr)
-    averages = _ops.blend_directions_(
-        params, directions, exp_avgs, exp_avg_sqs, steps, layer_sizes, lr, momentum, beta2, eps,
-        weight_decay, lr_bounds,
-    )  # fmt: skip
-    firsts = itertools.accumulate(layer_sizes[:-1], initial=0)
-    _ops.move_weights_(
-        [params[first] for first in firsts],
-        updates_of(averages, split),
-        lr,
-        weight_decay,
-        lr_bounds,
-    )
-    increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
-
-
-def _lie_on_cpu(
-    params: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor]
-) -> bool:
-    """Whether the ops for orthogonal steps take them as they lie in memory."""
-    if not exp_avgs or not params[0].is_cpu:
-        return False
-    dtype = params[0].dtype
-    if dtype not in (torch.float32, torch.float64):
-        return False
-    tensors = itertools.chain(params, exp_avgs, exp_avg_sqs)
-    return (
-        all(tensor.is_cpu and tensor.dtype == dtype for tensor in tensors)
-        and all(tensor.is_contiguous() for tensor in (*exp_avgs, *exp_avg_sqs))
-        and all(param.is_contiguous() or _is_turned(param) for param in params)
-    )
-
-
-def _is_turned(tensor: Tensor) -> bool:
-    return tensor.dim() == 2 and tensor.T.is_contiguous()
+update_spectral_layers_ = functools.partial(
+    cpu_factors.update_spectral_layers_, precondition_gradient
+)
 
 
 def _by_layer(
@@ -560,11 +445,11 @@ def _(
 
 
 @torch.library.register_fake("gls_fused::blend_directions_")
-def _(params: list[Tensor], directions: list[Tensor], *args: Any) -> list[Tensor]:
-    _check_device("blend_directions_", *params, *directions)
-    layer_sizes = args[3]
+def _(params: list[Tensor], gradients: list[Tensor], *args: Any) -> list[Tensor]:
+    _check_device("blend_directions_", *params, *gradients)
+    layer_sizes = args[6]
     firsts = itertools.accumulate(layer_sizes[:-1], initial=0)
-    weights = (directions[first] for first in firsts)
+    weights = (params[first] for first in firsts)
     return [weight.new_empty(len(weight), weight[0].numel()) for weight in weights]
 
 

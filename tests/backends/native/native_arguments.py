@@ -47,9 +47,10 @@ def valid_arguments(op):
             "coefficients": [3.0, -2.0, 1.0],
         },
         "blend_directions_": {
-            "params": [ones(2, 3), ones(2)], "directions": [ones(2, 3), ones(2)],
+            "params": [ones(2, 3), ones(2)], "gradients": [ones(2, 3), ones(2)],
             "exp_avgs": [ones(2, 3), ones(2)], "exp_avg_sqs": [ones(2)],
-            "steps": [torch.zeros(())], "layer_sizes": [2], "lr": 0.1, "momentum": 0.9,
+            "steps": [torch.zeros(())], "bases": [ones(4, 2)], "core_inverses": [ones(2, 2)],
+            "shifts": [ones()], "layer_sizes": [2], "lr": 0.1, "momentum": 0.9,
             "beta2": 0.9, "eps": 0.0, "weight_decay": 0.0, "lr_bounds": None,
         },
         "move_weights_": {

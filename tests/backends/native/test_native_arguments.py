@@ -63,13 +63,17 @@ REFUSED = [
         "tensors on one device, got cpu and meta",
     ),
     ("blend_directions_", {"steps": []}, "a step .* for each of 1 layers, got 0 and 1"),
-    ("blend_directions_", {"exp_avgs": []}, "directions .* for each of 2 params, got 2 and 0"),
-    ("blend_directions_", {"layer_sizes": [1]}, r"layer_sizes that add up to 2 params, got \[1\]"),
+    ("blend_directions_", {"exp_avgs": []}, "gradients .* for each of 2 params, got 2 and 0"),
+    (
+        "blend_directions_",
+        {"layer_sizes": [1], "bases": [ones(3, 2)]},
+        r"layer_sizes that add up to 2 params, got \[1\]",
+    ),
     ("blend_directions_", {"layer_sizes": [3]}, r"layer_sizes of 1 or 2 .* 2 params, got \[3\]"),
     (
         "blend_directions_",
-        {"directions": [ones(3, 2), ones(2)]},
-        r"a direction and exp_avg shaped as the parameter, \[2, 3\], got \[3, 2\]",
+        {"gradients": [ones(3, 2), ones(2)]},
+        r"a gradient and exp_avg shaped as the parameter, \[2, 3\], got \[3, 2\]",
     ),
     (
         "blend_directions_",
@@ -84,9 +88,12 @@ REFUSED = [
     ),
     (
         "blend_directions_",
-        {"directions": [ones(2, 3, **META), ones(2)]},
+        {"gradients": [ones(2, 3, **META), ones(2)]},
         "tensors on one device, got cpu and meta",
     ),
+    ("blend_directions_", {"bases": []}, "1 bases, core_inverses and shifts, got 0, 1 and 1"),
+    ("blend_directions_", {"shifts": [None]}, "basis, .* together, got 1, 1 and 0"),
+    ("blend_directions_", {"bases": [ones(3, 2)]}, r"basis \[4, r\], got \[3, 2\]"),
     ("blend_directions_", {"lr_bounds": ones(2)}, r"lr_bounds \[1\], got \[2\]"),
     ("move_weights_", {"updates": [ones(2, 3)]}, "an update for each of 2 weights, got 1"),
     (
