@@ -220,7 +220,7 @@ BLOCKS: Mapping[str, Callable[[Path], str]] = {
         "Seconds per epoch, and bytes of state, against `torch.optim.Adam(fused=True)`",
     ),
     "first": _first,
-    **{name: _horizon(name) for name in (*HORIZONS, "whole-search")},
+    **{name: _horizon(name) for name in (*HORIZONS, "whole-search", "transformer")},
     "stability": _runs(stability.JSON_FILE, make_count_table),
     "host": _runs(host.JSON_FILE, make_host_table),
     "coverage": _coverage,
