@@ -19,6 +19,7 @@ from benchmarks.harness.errors import InputError
 from benchmarks.workloads.peers import PEERS, PEERS_EXTRA, make_kron, make_shampoo, make_soap
 from benchmarks.workloads.training import Steps
 from gls_fused import GLS
+from gls_fused.backends.factors import cpu_has_tiles
 
 GlsOptions = Mapping[str, Any]
 Decay = float | None
@@ -113,9 +114,7 @@ def _orthogonalize(
 def _has_bfloat16(model: nn.Module) -> bool:
     """Whether the model's device takes less time for bfloat16 than for float32."""
     on_cpu = next(model.parameters()).device.type == "cpu"
-    # Older torch does not tell.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return not on_cpu or bool(capabilities.get("amx_bf16", False))
+    return not on_cpu or cpu_has_tiles()
 
 
 def _sgd(model: nn.Module, lr: float, decay: Decay, options: GlsOptions) -> Steps:

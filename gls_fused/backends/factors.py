@@ -72,9 +72,7 @@ def update_spectral_layers_(
         rates = torch.clamp(lr_bounds, max=lr).unbind()
     with kept_where(skip, [*params, *exp_avgs, *exp_avg_sqs, *steps]):
         torch._foreach_add_(list(steps), 1)
-        directions = directions_of(
-            precondition_gradient, gradients, exp_avgs, inverses, layer_sizes
-        )
+        directions = _directions(precondition_gradient, gradients, exp_avgs, inverses, layer_sizes)
         blended = directions
         if exp_avgs:
             blended = list(exp_avgs)
@@ -112,7 +110,7 @@ def _is_zero(weight_decay: float | Tensor) -> bool:
     return not isinstance(weight_decay, Tensor) and weight_decay == 0
 
 
-def directions_of(
+def _directions(
     precondition_gradient: Precondition,
     gradients: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -226,11 +224,18 @@ def factor_dtype(x: Tensor) -> torch.dtype:
 def _multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    # AVX-512's instructions for bfloat16 take longer than float32. Older torch does not tell.
+    return device.type == "cpu" and cpu_has_tiles()
+
+
+def cpu_has_tiles() -> bool:
+    """Whether torch's products in bfloat16 take less time on this CPU than those in float32.
+
+    With AMX they do; AVX-512's instructions for bfloat16 take longer than float32.
+    """
+    # Older torch does not tell.
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16", False))
+    tiles = bool(capabilities.get("amx_bf16", False))
+    return tiles and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 def scale_to_norm(x: Tensor) -> Tensor:
