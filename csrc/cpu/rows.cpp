@@ -14,6 +14,7 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -63,6 +64,16 @@ void project_block(const T* x, int64_t x_row, int64_t first, int64_t rows, int64
   }
 }
 
+// X [n, k] times P = I / shift + U C U', into `product` [n, k] and `last` [n], all of the basis'
+// dtype and the last two contiguous. X has one more column where U has one more row than X
+// columns: `extra` [n], or ones where that is not given.
+struct InverseProduct {
+  Tensor x;
+  std::optional<Tensor> extra;
+  Tensor basis, core_inverse, shift;
+  Tensor product, last;
+};
+
 template <typename T>
 struct Product {
   const T* x;
@@ -92,8 +103,7 @@ struct Product {
   }
 };
 
-}  // namespace
-
+// All of one dtype.
 void multiply_inverses(const std::vector<InverseProduct>& products) {
   if (products.empty()) return;
   AT_DISPATCH_FLOATING_TYPES(products[0].basis.scalar_type(), "multiply_inverses", [&] {
@@ -133,6 +143,8 @@ void multiply_inverses(const std::vector<InverseProduct>& products) {
     });
   });
 }
+
+}  // namespace
 
 void precondition_layers(std::vector<Tensor>& gradients, at::IntArrayRef layer_sizes,
                          const OptionalTensors& bases, const OptionalTensors& core_inverses,
