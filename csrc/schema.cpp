@@ -64,6 +64,10 @@ TORCH_LIBRARY(gls_fused, m) {
       "precondition_gradient(Tensor weight_gradient, Tensor? bias_gradient, Tensor basis,"
       " Tensor core_inverse, Tensor shift) -> (Tensor, Tensor)");
   m.def("sketch_rows(Tensor rows, Tensor basis, bool ones) -> (Tensor, Tensor, Tensor)");
+  // The patches [n, c kh kw] at outputs `places` of a convolution, numbered as [N, groups, oh, ow].
+  m.def(
+      "take_patches(Tensor images, int[] kernel_size, int[] stride, int[] padding, int[] dilation,"
+      " int[]? output_padding, int groups, Tensor places) -> Tensor");
   m.def("refresh_subspace(Tensor core, Tensor sketch) -> (Tensor, Tensor)");
   m.def(
       "invert_core(Tensor core, Tensor trace, int dim, float damping, float power=1,"

@@ -23,7 +23,6 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 Normalize: TypeAlias = Literal["rms", "row", "factored", "adam", "sgd", "none"]
 
@@ -82,46 +81,69 @@ def append_ones(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
 
 
-def unfold_images(images: Tensor, window: Window) -> Tensor:
-    """[N, c, h, w] -> [n, c kh kw], one row per output position (im2col).
+def count_patches(images: Tensor, window: Window, groups: int = 1) -> tuple[int, ...]:
+    """N g, oh, ow: how many images of one group there are, and outputs of each.
 
-    Written for two spatial dimensions, as everywhere here; there may be any number.
+    Args:
+        images: [N, g c, h, w].
     """
-    axes, stride = range(2, images.ndim), window.stride
-    if window.output_padding is None:
-        patches = F.pad(images, [amount for amount in reversed(window.padding) for _ in range(2)])
-    else:
-        patches, stride = stuff_zeros(images, window), (1,) * len(stride)
-    for axis, size, step, dilation in zip(
-        axes, window.kernel_size, stride, window.dilation, strict=True
-    ):
-        patches = patches.unfold(axis, dilation * (size - 1) + 1, step)[..., ::dilation]
-    if window.output_padding is not None:
-        patches = patches.flip([axis + len(axes) for axis in axes])
-    # [N, c, oh, ow, kh, kw] -> [N, oh, ow, c, kh, kw]
-    patches = patches.movedim(1, images.ndim - 1)
-    return patches.reshape(-1, images.shape[1] * math.prod(window.kernel_size))
-
-
-def stuff_zeros(images: Tensor, window: Window) -> Tensor:
-    """The images of which a transposed convolution is one of stride 1, with its kernel mirrored.
-
-    There are stride - 1 zeros between the pixels, and dilation (size - 1) - padding around them,
-    or, where that is below 0, as many pixels less.
-    """
-    stuffed, amounts = images, []
+    out = []
     *sides, last = window
-    for axis, size, stride, padding, dilation, more in zip(
-        range(2, images.ndim), *sides, last or (), strict=True
+    for size, kernel, stride, padding, dilation, more in zip(
+        images.shape[2:], *sides, last or sides[1], strict=True
     ):
-        shape = list(stuffed.shape)
-        shape[axis] = max(0, (shape[axis] - 1) * stride + 1)
-        wide = stuffed.new_zeros(shape)
-        wide.movedim(axis, 0)[::stride] = stuffed.movedim(axis, 0)
-        stuffed = wide
-        around = dilation * (size - 1) - padding
-        amounts += [around + more, around]
-    return F.pad(stuffed, amounts[::-1])
+        span = dilation * (kernel - 1) + 1
+        if last is None:
+            out.append((size + 2 * padding - span) // stride + 1)
+        else:
+            out.append((size - 1) * stride - 2 * padding + span + more)
+    return images.shape[0] * groups, *out
+
+
+def take_patches(
+    images: Tensor, window: Window, places: Tensor | None = None, groups: int = 1
+) -> Tensor:
+    """The patches [n, c kh kw] of n outputs of a convolution (im2col), of all by default.
+
+    Written for two spatial dimensions, as everywhere here; there may be any number. A transposed
+    convolution is one of images with stride - 1 zeros between the pixels.
+
+    Args:
+        images: [N, g c, h, w].
+        places: which outputs, [n] int64, as numbers in [N, g, oh, ow].
+    """
+    many, *out = count_patches(images, window, groups)
+    if places is None:
+        places = torch.arange(many * math.prod(out), device=images.device)
+    axes = images.ndim - 2
+    # [n, c, kh, kw]: where each entry is, by axis of the images.
+    index: list[Tensor] = []
+    inside = places.new_ones((), dtype=torch.bool)
+    *sides, _ = window
+    for axis, (length, size, kernel, stride, padding, dilation) in reversed(
+        list(enumerate(zip(out, images.shape[2:], *sides, strict=True)))
+    ):
+        tap = dilation * torch.arange(kernel, device=images.device)
+        position = (places % length)[:, None]
+        places = places // length
+        if window.output_padding is None:
+            at = position * stride - padding + tap
+        else:
+            stuffed = position + padding - tap
+            at = stuffed // stride
+            inside = inside & _spread(stuffed % stride == 0, axis, axes)
+        inside = inside & _spread((at >= 0) & (at < size), axis, axes)
+        index.insert(0, _spread(at.clamp(0, max(0, size - 1)), axis, axes))
+    channels = images.shape[1] // groups
+    channel = (places % groups * channels)[:, None] + torch.arange(channels, device=images.device)
+    image = (places // groups).view(-1, *[1] * (axes + 1))
+    patches = images[(image, channel.view(*channel.shape, *[1] * axes), *index)]
+    return torch.where(inside, patches, 0).flatten(1)
+
+
+def _spread(by_tap: Tensor, axis: int, axes: int) -> Tensor:
+    """[n, k] to [n, 1, k, 1], k at a spatial axis."""
+    return by_tap.view(-1, *[1] * (axis + 1), by_tap.shape[1], *[1] * (axes - axis - 1))
 
 
 def sum_gram(rows: Tensor, *, dtype: torch.dtype, ones: bool) -> tuple[Tensor, Tensor]:
@@ -138,38 +160,6 @@ def sketch_rows(rows: Tensor, basis: Tensor, *, ones: bool) -> tuple[Tensor, Ten
     rows = append_ones(rows) if ones else rows
     y = rows @ basis
     return y.T @ y, rows.T @ y, rows.square().sum()
-
-
-def sketch_images(
-    images: Tensor, basis: Tensor, window: Window, *, ones: bool
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """`sketch_rows` of the rows that `unfold_images` would build, without building them.
-
-    Y is the convolution of the images with the columns of U as filters (the bias row of U is the
-    filters' bias), A'Y that convolution's weight gradient, ||A||_F^2 a box sum of squares.
-
-    Returns:
-        Y'Y [r, r], A'Y [d, r], ||A||_F^2 (0-d), and n, the number of rows.
-    """
-    images = images.to(basis.dtype)
-    channels, rank = images.shape[1], basis.shape[1]
-    size = channels * math.prod(window.kernel_size)
-
-    turned = window.output_padding is not None
-    filters = basis[:size].T.reshape(rank, channels, *window.kernel_size)
-    filters = filters.transpose(0, 1) if turned else filters
-    y = convolve(images, filters, basis[size] if ones else None, window)  # [N, r, oh, ow]
-    filter_gradient = convolve_backward(y, images, filters, window, (False, True, False))[1]
-    filter_gradient = filter_gradient.transpose(0, 1) if turned else filter_gradient
-    y_rows = y.transpose(0, 1).flatten(1)  # [r, n]
-    rows_y = filter_gradient.flatten(1).T  # [k, r]
-
-    box = images.new_ones(1, 1, *window.kernel_size)
-    trace = convolve(images.square().sum(1, keepdim=True), box, None, window).sum()
-    if ones:
-        rows_y = torch.cat([rows_y, y_rows.sum(1)[None]])
-        trace = trace + y_rows.shape[1]
-    return y_rows @ y_rows.T, rows_y, trace, y_rows.shape[1]
 
 
 def convolve(

@@ -2,7 +2,7 @@
 
     rows        4 n d r flops, for layers whose P applies at the backward
     gradient    4 m d r flops and 12 m d bytes, for the others: D0 read, D's lines read and written
-    sketch      4 n d r flops every `GATHER_EVERY` steps, n of 16 images for a convolution
+    sketch      4 n d r flops every `GATHER_EVERY` steps, n of at most 1,024 rows
     factor      of layers that take an orthogonal step by default, the fewer of 15 s^2 b + 5 s^3
                 and 6 s^2 b + 14 s^3 flops, for the shorter side s and the longer b
     update      24 bytes a parameter with momentum, 16 without; Adam's 28,

@@ -6,6 +6,7 @@ Flops and bytes are what the equations need: leading orders, every array read an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -18,7 +19,7 @@ from benchmarks.workloads.shapes import SHAPES, synthesise
 from benchmarks.workloads.sizes import flops_of_factor
 from benchmarks.workloads.tasks import TASKS
 from gls_fused import reference
-from gls_fused.capture.rows import SKETCH_IMAGES, SKETCH_ROWS
+from gls_fused.capture.rows import SKETCH_ROWS, sample_places
 from gls_fused.curvature.estimate import AUTO_RANK, auto_rank
 from gls_fused.reference import SubspaceInverse, Window
 from tests.tolerances import ITERATION, PRODUCT, SOLVE, assert_near
@@ -130,7 +131,7 @@ def make_cases() -> list[Case]:
     every = [layer for task in layers.values() for layer in task]
     cases = [
         *(case for layer in every if layer.window is None for case in _of_rows(layer)),
-        *(_sketch_images(layer) for layer in every if layer.window is not None),
+        *(case for layer in every if layer.window is not None for case in _of_images(layer)),
         *(_precondition_gradient(layer) for layer in every),
         *(_refresh(layer.dim) for layer in every),
         _invert_core(),
@@ -165,52 +166,54 @@ def _core(rank: int) -> tuple[Tensor, Tensor]:
 def _of_rows(layer: Layer) -> list[Case]:
     n, k = layer.rows, layer.size
     d, r = k + 1, min(RANK, k + 1)
-    few = min(n, SKETCH_ROWS)
-    shape = f"[{n}, {k}]"
 
     def precondition(dtype: torch.dtype) -> Call:
         rows, inverse = normal(n, k, seed=2).to(dtype), make_inverse(d, dtype)
         return lambda backend: backend.precondition_rows(rows, inverse, ones=True)
 
-    def sketch(dtype: torch.dtype) -> Call:
-        rows, basis = normal(few, k, seed=2).to(dtype), make_inverse(d, dtype).basis
-        return lambda backend: backend.sketch_rows(rows, basis, ones=True)
-
     return [
         Case(
-            "precondition_rows", shape, precondition, 4 * n * d * r, FLOAT * (2 * n * k + d * r),
-            PRODUCT[torch.float32],
+            "precondition_rows", f"[{n}, {k}]", precondition, 4 * n * d * r,
+            FLOAT * (2 * n * k + d * r), PRODUCT[torch.float32],
         ),
-        Case(
-            "sketch_rows", f"[{few}, {k}]", sketch, 4 * few * d * r + 2 * few * r * r,
-            FLOAT * (few * k + 2 * d * r), PRODUCT[torch.float32],
-        ),
+        _sketch(min(n, SKETCH_ROWS), layer),
     ]  # fmt: skip
 
 
-def _sketch_images(layer: Layer) -> Case:
+def _of_images(layer: Layer) -> list[Case]:
     window = layer.window
     assert window is not None
-    shape = (SKETCH_IMAGES, *layer.inputs[1:])
-    d = layer.dim
+    total = math.prod(reference.count_patches(torch.empty(layer.inputs, device="meta"), window))
+    few = min(total, SKETCH_ROWS)
+
+    def take(dtype: torch.dtype) -> Call:
+        images = normal(*layer.inputs, seed=2).to(dtype)
+        places = sample_places(total, few, 0, images.device)
+        return lambda backend: backend.take_patches(images, window, places)
+
+    shape = f"{list(layer.inputs)}, {window.kernel_size[0]}x{window.kernel_size[1]}"
+    shape += "" if window.stride[0] == 1 else f" by {window.stride[0]}"
+    return [
+        Case(
+            "take_patches", shape, take, 0, FLOAT * 2 * few * layer.size,
+            PRODUCT[torch.float32], lambda value: [value],
+        ),
+        _sketch(few, layer),
+    ]  # fmt: skip
+
+
+def _sketch(few: int, layer: Layer) -> Case:
+    k, d = layer.size, layer.dim
     r = min(auto_rank(layer.outputs), d)
-    n = len(reference.unfold_images(torch.zeros(1, *shape[1:]), window)) * SKETCH_IMAGES
 
     def make(dtype: torch.dtype) -> Call:
-        images, basis = normal(*shape, seed=2).to(dtype), make_inverse(d, dtype, r).basis
-        return lambda backend: backend.sketch_images(images, basis, window, ones=layer.bias)
+        rows, basis = normal(few, k, seed=2).to(dtype), make_inverse(d, dtype, r).basis
+        return lambda backend: backend.sketch_rows(rows, basis, ones=layer.bias)
 
     return Case(
-        "sketch_images",
-        f"{list(shape)}, {window.kernel_size[0]}x{window.kernel_size[1]}"
-        + ("" if window.stride[0] == 1 else f" by {window.stride[0]}")
-        + ("" if layer.bias else ", no bias"),
-        make,
-        4 * n * d * r + 2 * n * r * r,
-        FLOAT * (torch.Size(shape).numel() + 2 * d * r),
-        PRODUCT[torch.float32],
-        lambda value: value[:3],
-    )
+        "sketch_rows", f"[{few}, {k}]" + ("" if layer.bias else ", no bias"), make,
+        4 * few * d * r + 2 * few * r * r, FLOAT * (few * k + 2 * d * r), PRODUCT[torch.float32],
+    )  # fmt: skip
 
 
 def _precondition_gradient(layer: Layer) -> Case:

@@ -115,14 +115,13 @@ def precondition(rows: int, inputs: int, rank: int = RANK) -> Cost:
     return Cost(12 * rows * inputs, 4 * rows * inputs * rank + 2 * rows * rank**2, 1)
 
 
-def sketch(rows: int, inputs: int, rank: int = RANK, *, pixels: int = 0) -> Cost:
+def sketch(rows: int, inputs: int, rank: int = RANK) -> Cost:
     """Y'Y, A'Y, ||A||^2: A read twice, Y written and read, A'Y written; parts of both, too.
 
-    Args:
-        pixels: of images, whose patches are not built, all elements.
+    The patches of images are counted one by one, as they hardly overlap where they are a sample.
     """
     splits, heads = min(64, max(1, rows // 512)), min(256, math.ceil(rows / 16))
-    moved = 2 * (pixels or rows * inputs) + 2 * rows * rank + inputs * rank
+    moved = 2 * rows * inputs + 2 * rows * rank + inputs * rank
     moved += 2 * heads * rank * (rank + 1) + 2 * splits * inputs * rank * (splits > 1)
     return Cost(FLOAT * moved, 4 * rows * inputs * rank + 2 * rows * rank**2, 2)
 
@@ -199,7 +198,7 @@ def gls_step(model: Model, *, momentum: bool = True) -> dict[str, Cost]:
     share = 1 / GATHER_EVERY
     pieces = dict.fromkeys(("statistics", "update", "others"), NOTHING)
     for layer in model.layers:
-        gathered = sketch(layer.sketched, layer.inputs, layer.rank, pixels=layer.pixels)
+        gathered = sketch(layer.sketched, layer.inputs, layer.rank)
         pieces["statistics"] += (gathered + commit(layer)) * share
     pieces["statistics"] += Cost(0, 0, COMMIT_LAUNCHES + SAMPLE_OPS) * share
     count = sum(layer.parameters for layer in model.layers)

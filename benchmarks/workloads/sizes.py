@@ -10,7 +10,7 @@ from benchmarks.workloads.shapes import VOCABULARY
 from benchmarks.workloads.tasks import CLASSES
 from benchmarks.workloads.text import CONTEXT
 from benchmarks.workloads.transformer import BLOCKS, WIDTH
-from gls_fused.capture.rows import SKETCH_IMAGES, SKETCH_ROWS
+from gls_fused.capture.rows import SKETCH_ROWS
 from gls_fused.curvature.estimate import auto_rank
 
 FLOAT = 4
@@ -31,19 +31,18 @@ def flops_of_factor(short: int, long: int) -> int:
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight [outputs, inputs], its rows, and those that the sketch takes.
-
-    Attributes:
-        pixels: of a convolution, all elements of the images that the sketch takes.
-    """
+    """A weight [outputs, inputs], and its rows."""
 
     outputs: int
     inputs: int
     rows: int
-    sketched: int
     convolution: bool = False
     bias: bool = True
-    pixels: int = 0
+
+    @property
+    def sketched(self) -> int:
+        """The rows that the sketch takes."""
+        return min(self.rows, SKETCH_ROWS)
 
     @property
     def dim(self) -> int:
@@ -80,60 +79,50 @@ class Model:
 
 def _mlp(title: str, widths: Sequence[int], rows: int) -> Model:
     pairs = itertools.pairwise(widths)
-    few = min(rows, SKETCH_ROWS)
-    return Model(title, tuple(Layer(after, before, rows, few) for before, after in pairs))
+    return Model(title, tuple(Layer(after, before, rows) for before, after in pairs))
 
 
 def _cnn(batch: int) -> Model:
-    """3x32x32 images; the sketch takes 16 of them."""
-    few = min(batch, SKETCH_IMAGES)
+    """3x32x32 images."""
     return Model(
         "CNN, 2 convolutions and 2 linear layers",
         (
-            Layer(16, 75, batch * 1024, few * 1024, convolution=True, pixels=few * 3 * 1024),
-            Layer(32, 400, batch * 256, few * 256, convolution=True, pixels=few * 16 * 256),
-            Layer(128, 2048, batch, batch),
-            Layer(10, 128, batch, batch),
+            Layer(16, 75, batch * 1024, convolution=True),
+            Layer(32, 400, batch * 256, convolution=True),
+            Layer(128, 2048, batch),
+            Layer(10, 128, batch),
         ),
     )
 
 
 def _resnet(batch: int) -> Model:
     """3x32x32 images; batch norm takes Adam's update."""
-    width, few = 40, min(batch, SKETCH_IMAGES)
+    width = 40
 
-    def convolution(outputs: int, channels: int, window: int, side: int, stride: int = 1) -> Layer:
-        positions = side * side
-        return Layer(
-            outputs, channels * window**2, batch * positions, few * positions,
-            convolution=True, bias=False, pixels=few * channels * positions * stride**2,
-        )  # fmt: skip
+    def convolution(outputs: int, channels: int, window: int, side: int) -> Layer:
+        rows = batch * side * side
+        return Layer(outputs, channels * window**2, rows, convolution=True, bias=False)
 
     layers, norms, before = [convolution(width, 3, 3, 32)], width, width
     for stage in range(3):
         after, side = width * 2**stage, 32 // 2**stage
         for _ in range(2):
-            stride = 1 + (before != after)
-            layers += [
-                convolution(after, before, 3, side, stride),
-                convolution(after, after, 3, side),
-            ]
+            layers += [convolution(after, before, 3, side), convolution(after, after, 3, side)]
             norms += 2 * after
             if before != after:
-                layers.append(convolution(after, before, 1, side, stride))
+                layers.append(convolution(after, before, 1, side))
                 norms += after
             before = after
-    layers.append(Layer(CLASSES, before, batch, min(batch, SKETCH_ROWS)))
+    layers.append(Layer(CLASSES, before, batch))
     return Model("Residual network, 15 convolutions", tuple(layers), 2 * norms)
 
 
 def _character_transformer(batch: int) -> Model:
     """A task's batch of sequences; embeddings and norms take Adam's update."""
     width, rows = WIDTH, batch * CONTEXT
-    few = min(rows, SKETCH_ROWS)
     shapes = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
-    layers = [Layer(m, k, rows, few) for _ in range(BLOCKS) for m, k in shapes]
-    layers.append(Layer(VOCABULARY, width, rows, few))
+    layers = [Layer(m, k, rows) for _ in range(BLOCKS) for m, k in shapes]
+    layers.append(Layer(VOCABULARY, width, rows))
     others = (VOCABULARY + CONTEXT) * width + (2 * BLOCKS + 1) * 2 * width
     return Model("Character transformer, 4 blocks", tuple(layers), others)
 
@@ -146,7 +135,7 @@ def transformer() -> Model:
     """
     width, rows = 768, 8 * 1024
     shapes = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
-    layers = tuple(Layer(m, k, rows, SKETCH_ROWS) for _ in range(12) for m, k in shapes)
+    layers = tuple(Layer(m, k, rows) for _ in range(12) for m, k in shapes)
     return Model("Transformer, 124M parameters", layers, (50257 + 1024) * width + 25 * 2 * width)
 
 

@@ -23,7 +23,7 @@ from gls_fused.backends.triton.configs import (
     MAX_REFRESH_RANK,
     MAX_ROOT_RANK,
 )
-from gls_fused.reference import invert_gram, sketch_images, sum_gram, unfold_images
+from gls_fused.reference import invert_gram, sum_gram, take_patches
 
 __all__ = [
     "TAKES_OTHERS",
@@ -38,10 +38,9 @@ __all__ = [
     "precondition_rows",
     "refresh_subspace",
     "refresh_subspaces",
-    "sketch_images",
     "sketch_rows",
     "sum_gram",
-    "unfold_images",
+    "take_patches",
     "update_layers_",
     "update_spectral_layers_",
 ]

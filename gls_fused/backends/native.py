@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,15 @@ except ImportError as error:
 from gls_fused import reference
 from gls_fused.backends import cpu_factors
 from gls_fused.backends.cpu_factors import orthogonal_updates
-from gls_fused.backends.patches import sketch_images
 from gls_fused.reference import (
     DenseInverse,
     Inverse,
     Normalize,
+    Window,
     blend_subspace,
+    count_patches,
     invert_gram,
     sum_gram,
-    unfold_images,
 )
 
 __all__ = [
@@ -52,10 +53,9 @@ __all__ = [
     "precondition_rows",
     "refresh_subspace",
     "refresh_subspaces",
-    "sketch_images",
     "sketch_rows",
     "sum_gram",
-    "unfold_images",
+    "take_patches",
     "update_layers_",
     "update_spectral_layers_",
 ]
@@ -137,6 +137,17 @@ def precondition_gradient(
         return reference.precondition_gradient(weight_gradient, bias_gradient, inverse)
     product, last = _ops.precondition_gradient(weight_gradient, bias_gradient, *inverse)
     return product, None if bias_gradient is None else last
+
+
+def take_patches(
+    images: Tensor, window: Window, places: Tensor | None = None, groups: int = 1
+) -> Tensor:
+    """See `gls_fused.reference.take_patches`."""
+    if not images.is_cpu:
+        return reference.take_patches(images, window, places, groups)
+    if places is None:
+        places = torch.arange(math.prod(count_patches(images, window, groups)))
+    return _ops.take_patches(images, *window, groups, places)  # type: ignore[no-any-return]
 
 
 def sketch_rows(rows: Tensor, basis: Tensor, *, ones: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -366,6 +377,22 @@ def _(
     _check_device("precondition_gradient", weight_gradient, bias_gradient, *parts)
     outputs = 0 if bias_gradient is None else bias_gradient.shape[0]
     return weight_gradient.new_empty(weight_gradient.shape), weight_gradient.new_empty(outputs)
+
+
+@torch.library.register_fake("gls_fused::take_patches")
+def _(
+    images: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    output_padding: list[int] | None,
+    groups: int,
+    places: Tensor,
+) -> Tensor:
+    _check_device("take_patches", images, places)
+    size = images.shape[1] // groups * math.prod(kernel_size)
+    return images.new_empty(places.shape[0], size)
 
 
 @torch.library.register_fake("gls_fused::sketch_rows")

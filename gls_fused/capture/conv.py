@@ -8,6 +8,7 @@ the pixels, of which a row is a patch, and its weight is turned.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,16 +19,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from gls_fused.capture.layer import Layer, autocast_inputs
 from gls_fused.capture.modules import describe_class, plain_class, why_not_own
-from gls_fused.capture.rows import (
-    SKETCH_GROUPS,
-    SKETCH_IMAGES,
-    Rows,
-    outside_autocast,
-    sample_places,
-    take_sample,
-)
+from gls_fused.capture.rows import SKETCH_ROWS, Rows, outside_autocast, sample_places
 from gls_fused.capture.traced import define_traced, fill_rows, flatten_rows
-from gls_fused.reference import Window, convolve, convolve_backward
+from gls_fused.reference import Window, convolve, convolve_backward, count_patches
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -43,21 +37,12 @@ class ImageRows(Rows):
     window: Window
 
     def sample(self, inputs: Tensor) -> tuple[Tensor, float]:
-        groups, most = self.groups, self._most
-        if groups == 1:
-            return take_sample(inputs, most, self.draw)
-        n, channels, *size = inputs.shape
-        images, count = inputs.view(n, groups, channels // groups, *size), n * groups
-        if count <= most:
-            return images.flatten(0, 1), 1.0
-        places = sample_places(count, most, self.draw, inputs.device)
-        return images[places // groups, places % groups], count / most
-
-    @property
-    def _most(self) -> int:
-        """How many images, each of one group, count."""
-        groups = self.groups
-        return SKETCH_IMAGES if groups == 1 else min(SKETCH_IMAGES * groups, SKETCH_GROUPS)
+        total = math.prod(count_patches(inputs, self.window, self.groups))
+        if total <= SKETCH_ROWS:
+            return self.backend.take_patches(inputs, self.window, None, self.groups), 1.0
+        places = sample_places(total, SKETCH_ROWS, self.draw, inputs.device)
+        rows = self.backend.take_patches(inputs, self.window, places, self.groups)
+        return rows, total / SKETCH_ROWS
 
     def sum_at_once(self, sums: Tensor | None, inputs: Tensor, basis: Tensor) -> Tensor | None:
         sum_images: Any = getattr(self.backend, "sum_images", None)
@@ -65,20 +50,9 @@ class ImageRows(Rows):
             return None
         found: Tensor | None = sum_images(
             inputs, basis, sums, self.window,
-            groups=self.groups, ones=self.ones, most=self._most, draw=self.draw,
+            groups=self.groups, ones=self.ones, most=SKETCH_ROWS, draw=self.draw,
         )  # fmt: skip
         return found
-
-    def sum_gram(self, inputs: Tensor) -> tuple[int, Tensor, Tensor]:
-        rows = self.backend.unfold_images(inputs, self.window)
-        gram, trace = self.backend.sum_gram(rows, dtype=self.statistics_dtype, ones=self.ones)
-        return rows.shape[0], trace, gram
-
-    def sketch(self, inputs: Tensor, basis: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
-        core, sketch, trace, count = self.backend.sketch_images(
-            inputs, basis, self.window, ones=self.ones
-        )
-        return count, trace, core, sketch
 
 
 class Convolution(torch.autograd.Function):

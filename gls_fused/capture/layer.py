@@ -425,6 +425,20 @@ class Layer(Rows):
         self.sketched_with()
         super().gather(inputs)
 
+    def add_sample(
+        self, sums: Tensor | None, rows: Tensor, weight: float, basis: Tensor | None
+    ) -> Tensor:
+        add_sketch_ = getattr(self.backend, "add_sketch_", None)
+        if add_sketch_ is None or basis is None:
+            return super().add_sample(sums, rows, weight, basis)
+        # Into the sums themselves, in one pass over the rows.
+        dim, rank = basis.shape
+        fresh = basis.new_zeros(2 + rank * (rank + dim)) if sums is None or weight != 1 else sums
+        add_sketch_(rows, basis, self.ones, fresh)
+        if weight != 1:
+            fresh *= weight
+        return fresh if sums is None or fresh is sums else sums.add_(fresh)
+
     def sketched_with(self) -> Tensor | None:
         """U, or the test matrix, which is made when the first rows come; None where dense."""
         if isinstance(self.inverse, SubspaceInverse):

@@ -39,14 +39,6 @@ class LinearRows(Rows):
         )
         return found
 
-    def sum_gram(self, rows: Tensor) -> tuple[int, Tensor, Tensor]:
-        gram, trace = self.backend.sum_gram(rows, dtype=self.statistics_dtype, ones=self.ones)
-        return rows.shape[0], trace, gram
-
-    def sketch(self, rows: Tensor, basis: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
-        core, sketch, trace = self.backend.sketch_rows(rows, basis, ones=self.ones)
-        return rows.shape[0], trace, core, sketch
-
     def weight_gradient(
         self, inputs: Tensor, output_gradient: Tensor, with_bias: bool, applies: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -149,24 +141,6 @@ class LinearLayer(LinearRows, Lender):
         super().expect(inverse, gathers=gathers, at_backward=at_backward)
         if self.native is not None:
             self.native.expect(*(inverse if at_backward and inverse else (None, None, None)))
-
-    def gather(self, inputs: Tensor) -> None:
-        add_sketch_ = getattr(self.backend, "add_sketch_", None)
-        basis = self.sketched_with()
-        if add_sketch_ is None or basis is None:
-            super().gather(inputs)
-            return
-        self.called = True
-        # Into the sums themselves, in one pass over the rows.
-        with torch.no_grad():
-            rows, weight = self.sample(inputs)
-            sums = self.no_sums() if self.sums is None or weight != 1 else self.sums
-            if rows.numel():
-                add_sketch_(rows, basis, self.ones, sums)
-            if weight != 1:
-                sums *= weight
-                sums = sums if self.sums is None else self.sums + sums
-            self.sums = sums
 
     def compute(
         self, module: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None

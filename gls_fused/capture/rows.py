@@ -22,12 +22,9 @@ from gls_fused.curvature.estimate import add_sums
 from gls_fused.curvature.precision import without_tf32
 from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse
 
-# Of more rows in one backward pass, or images of a convolution, so many stand for all: some tens of
-# directions are known from them, and the sketch's cost does not grow with the batch.
-SKETCH_ROWS, SKETCH_IMAGES = 1024, 16
-# Of groups, each of which is an image of its own. Their sketches have as many channels as that of a
-# whole image: of 16 images of a depthwise convolution they would be several times the activation.
-SKETCH_GROUPS = 128
+# Of more rows in one backward pass so many stand for all: some tens of directions are known from
+# them, and the sketch's cost grows neither with the batch nor with the size of images.
+SKETCH_ROWS = 1024
 
 
 class Rows(abc.ABC):
@@ -98,15 +95,20 @@ class Rows(abc.ABC):
             found = self.sum_at_once(sums, inputs, basis)
             if found is not None:
                 return found
-        inputs, weight = self.sample(inputs)
-        if not inputs.numel():
-            return sums
+        rows, weight = self.sample(inputs)
+        return self.add_sample(sums, rows, weight, basis) if rows.numel() else sums
+
+    def add_sample(
+        self, sums: Tensor | None, rows: Tensor, weight: float, basis: Tensor | None
+    ) -> Tensor:
+        """The sums, with these rows added, each of which stands for `weight`."""
         with without_tf32():
             if basis is None:
-                count, trace, *moments = self.sum_gram(inputs)
+                dtype = self.statistics_dtype
+                *moments, trace = self.backend.sum_gram(rows, dtype=dtype, ones=self.ones)
             else:
-                count, trace, *moments = self.sketch(inputs, basis)
-        return add_sums(sums, count, trace, tuple(moments), weight=weight)
+                *moments, trace = self.backend.sketch_rows(rows, basis, ones=self.ones)
+        return add_sums(sums, rows.shape[0], trace, moments, weight=weight)
 
     def turn(self, tensor: Tensor) -> Tensor:
         """What is shaped as weight or bias with its outputs first, and back."""
@@ -173,15 +175,7 @@ class Rows(abc.ABC):
 
     @abc.abstractmethod
     def sample(self, inputs: Tensor) -> tuple[Tensor, float]:
-        """The inputs that the sums are taken over, and how many each of them stands for."""
-
-    @abc.abstractmethod
-    def sum_gram(self, inputs: Tensor) -> tuple[int, Tensor, Tensor]:
-        """n, ||A||_F^2, A'A."""
-
-    @abc.abstractmethod
-    def sketch(self, inputs: Tensor, basis: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
-        """n, ||A||_F^2, Y'Y, A'Y."""
+        """The rows [n, k] that the sums are taken over, and how many each of them stands for."""
 
 
 def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:

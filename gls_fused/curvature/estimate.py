@@ -394,7 +394,7 @@ def settle(
 
 
 def add_sums(
-    sums: Tensor | None, count: int, trace: Tensor, moments: tuple[Tensor, ...], *, weight: float
+    sums: Tensor | None, count: int, trace: Tensor, moments: Sequence[Tensor], *, weight: float
 ) -> Tensor:
     """Add the sums over `count` rows, each of which stands for `weight`, to those already there.
 

@@ -117,25 +117,23 @@ def test_sketch_rows(name, dtype, strided, shape):
 @each_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(
-    channels=st.integers(1, 4),
-    rank=st.integers(1, 40),
-    ones=st.booleans(),
-    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    steps=st.tuples(*[st.integers(1, 2)] * 4),
-    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
-    pointwise=st.booleans(),
+    axes=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    channels=st.integers(1, 3),
+    sides=st.tuples(*[st.integers(1, 3)] * 6, *[st.integers(0, 2)] * 3),
+    turned=st.booleans(),
+    strided=st.booleans(),
+    few=st.booleans(),
 )
-def test_sketch_images(name, dtype, channels, rank, ones, kernel, steps, padding, pointwise):
-    if pointwise:
-        kernel, padding = (1, 1), (0, 0)
-    window = reference.Window(kernel, steps[:2], padding, steps[2:])
-    images = draw(3, channels, 7, 6, dtype=dtype)
-    dim = channels * math.prod(kernel) + ones
-    basis = make_inverse(dim, min(rank, dim), dtype).basis
-    *actual, count = resolve_backend(name, ["cpu"]).sketch_images(images, basis, window, ones=ones)
-    *exact, number = reference.sketch_images(images, basis.double(), window, ones=ones)
-    assert count == number
-    assert_same(actual, [x.to(basis.dtype) for x in exact], PRODUCT, basis.dtype)
+def test_take_patches(name, dtype, axes, groups, channels, sides, turned, strided, few):
+    kernel, stride, padding = (sides[i : i + axes] for i in (0, 3, 6))
+    more = tuple(step - 1 for step in stride) if turned else None
+    window = reference.Window(kernel, stride, padding, (2,) * axes, more)
+    images = draw(2, groups * channels, *(8, 7, 6)[:axes], dtype=dtype, strided=strided)
+    total = math.prod(reference.count_patches(images, window, groups))
+    places = torch.tensor([total - 1, 0, total // 2, 0]) if few else None
+    found = resolve_backend(name, ["cpu"]).take_patches(images, window, places, groups)
+    assert torch.equal(found, reference.take_patches(images, window, places, groups))
 
 
 @each_backend

@@ -129,37 +129,18 @@ def patches_pixel_by_pixel(images, window):
     geometry=windows(),
     count=st.integers(1, 2),
     channels=st.integers(1, 3),
-    rank=st.integers(1, 5),
-    ones=st.booleans(),
+    groups=st.integers(1, 3),
     seed=seeds,
 )
-def test_images_are_the_rows_of_their_patches(geometry, count, channels, rank, ones, seed):
+def test_images_are_the_rows_of_their_patches(geometry, count, channels, groups, seed):
     window, size = geometry
-    images = randn(count, channels, *size, seed=seed)
-    rows = patches_pixel_by_pixel(images, window)
-    unfolded = reference.unfold_images(images, window)
-    assert torch.equal(unfolded, rows)
-
-    basis = randn(rows.shape[1] + ones, rank, seed=seed + 1)
-    expected = reference.sketch_rows(rows, basis, ones=ones)
-    *found, number = reference.sketch_images(images, basis, window, ones=ones)
-    assert number == len(rows)
-    for actual, wanted in zip(found, expected, strict=True):
-        assert_near(actual, wanted, PRODUCT[torch.float64])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_sketch_images_takes_any_dtype(dtype):
-    window = reference.Window((3, 3), (2, 1), (1, 1), (1, 1))
-    images = randn(2, 3, 6, 5, dtype=dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    basis = randn(28, 4, seed=1, dtype=wide)
-    rows = patches_pixel_by_pixel(images.double(), window)
-    expected = reference.sketch_rows(rows, basis.double(), ones=True)
-    *found, _ = reference.sketch_images(images, basis, window, ones=True)
-    for actual, wanted in zip(found, expected, strict=True):
-        assert actual.dtype == wide
-        assert_near(actual, wanted, PRODUCT[wide])
+    images = randn(count, groups * channels, *size, seed=seed)
+    rows = patches_pixel_by_pixel(images.view(count * groups, channels, *size), window)
+    many, *out = reference.count_patches(images, window, groups)
+    assert many * math.prod(out) == len(rows)
+    assert torch.equal(reference.take_patches(images, window, None, groups), rows)
+    places = torch.randint(len(rows), (5,))
+    assert torch.equal(reference.take_patches(images, window, places, groups), rows[places])
 
 
 # ---- curvature -----------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_statistics_are_float32s_own_whatever_the_user_allows(monkeypatch, allow
 
         return run
 
-    names = ["sketch_rows", "sketch_images", "sum_gram", "blend_subspaces", "refresh_subspaces"]
+    names = ["sketch_rows", "sum_gram", "blend_subspaces", "refresh_subspaces"]
     names += ["invert_cores", "invert_gram"]
     for name in names:
         monkeypatch.setattr(reference, name, watched(name, getattr(reference, name)))

@@ -31,7 +31,7 @@ def even(n):
 
 
 def uneven():
-    """Together no more than the 16 images that a convolution sketches."""
+    """Together no more rows than a sketch takes all of."""
     return [3, 5, 2, 4][: dist.get_world_size()]
 
 

@@ -30,7 +30,7 @@ from gls_fused.backends.triton.sketch import sketch_rows, sum_images, sum_rows
 from gls_fused.backends.triton.subspace import refresh_subspace, refresh_subspaces
 from gls_fused.backends.triton.symmetric import orthogonal_updates
 from gls_fused.backends.triton.update import update_layers_
-from gls_fused.reference import invert_gram, sketch_images, sum_gram, unfold_images
+from gls_fused.reference import invert_gram, sum_gram, take_patches
 
 __all__ = [
     "TAKES_OTHERS",
@@ -47,12 +47,11 @@ __all__ = [
     "precondition_rows",
     "refresh_subspace",
     "refresh_subspaces",
-    "sketch_images",
     "sketch_rows",
     "sum_gram",
     "sum_images",
     "sum_rows",
-    "unfold_images",
+    "take_patches",
     "update_layers_",
     "update_spectral_layers_",
 ]

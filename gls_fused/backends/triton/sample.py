@@ -1,19 +1,20 @@
 """Which rows of a layer's inputs a sketch takes, and where in memory they are.
 
 Rows are those of a matrix, or the patches of images, which are not built: an element's address
-follows from its output position and its place in the patch. Of many rows, or images, those count
-that `gls_fused.capture.rows.sample_places` names, and nothing is copied.
+follows from its output position and its place in the patch. Of many rows those count that
+`gls_fused.capture.rows.sample_places` names, and nothing is copied.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gls_fused.reference import Window
+from gls_fused.reference import Window, count_patches
 
 
 @triton.jit
@@ -36,20 +37,18 @@ def _word(window, at):
 def _locate(i, total, most, draw, row_stride, window,
             SAMPLED: tl.constexpr, DRAWN: tl.constexpr, IMAGES: tl.constexpr):  # fmt: skip
     """Of rows i, int64: the offset of the row, or of its image, and the patch's first pixel."""
-    place, top, left = i, i, i
-    if IMAGES:
-        across = _word(window, 7)
-        positions = _word(window, 6) * across
-        number = i.to(tl.int32)
-        place, position = (number // positions).to(tl.int64), number % positions
-        top = position // across * _word(window, 10) - _word(window, 12)
-        left = position % across * _word(window, 11) - _word(window, 13)
+    place, top, left = i.to(tl.int64), i, i
     if SAMPLED:
         step = tl.load(draw) if DRAWN else tl.zeros([], dtype=tl.int64)
         place = _sample_place(place, total, most, step)
     if IMAGES:
+        across = _word(window, 7)
+        positions = _word(window, 6) * across
+        number, position = place // positions, (place % positions).to(tl.int32)
+        top = position // across * _word(window, 10) - _word(window, 12)
+        left = position % across * _word(window, 11) - _word(window, 13)
         groups = tl.load(window)
-        offset = place // groups * row_stride + place % groups * tl.load(window + 1)
+        offset = number // groups * row_stride + number % groups * tl.load(window + 1)
     else:
         offset = place * row_stride
     return offset, top, left
@@ -80,9 +79,8 @@ class Geometry(NamedTuple):
     """What the kernels take of the rows of a matrix, or of images.
 
     Attributes:
-        total: rows, or images of one group, that there are.
+        total: rows that there are.
         taken: how many of them count.
-        rows: how many rows those are.
         size: columns, without the one.
         row_stride, column_stride: of images, from one to the next and from channel to channel.
         window: of images int64 [16]: groups, the stride from one to the next, and then a number
@@ -92,7 +90,6 @@ class Geometry(NamedTuple):
 
     total: int
     taken: int
-    rows: int
     size: int
     row_stride: int
     column_stride: int
@@ -108,26 +105,19 @@ def geometry_of_rows(rows: Tensor, most: int) -> Geometry:
     """Of rows [n, k], of which at most so many count."""
     (n, size), (down, across) = rows.shape, rows.stride()
     taken = min(n, most)
-    return Geometry(n, taken, taken, size, down, across)
+    return Geometry(n, taken, size, down, across)
 
 
 def geometry_of_images(images: Tensor, window: Window, groups: int, most: int) -> Geometry:
-    """Of images [N, g c, h, w] or [N, g c, w], each group of which is an image of its own."""
-    n, channels, *size = images.shape
+    """Of the patches of images [N, g c, h, w] or [N, g c, w], at most so many of which count."""
+    _, channels, *size = images.shape
     image_stride, channel_stride, *strides = images.stride()
+    many, *out = count_patches(images, window, groups)
+    each, total = channels // groups, many * math.prod(out)
     # Of a line of pixels, an image of height 1, what there is down.
-    down = [1, 1, 1, 0, 1][: 5 * (len(size) == 1)]
-    axes = [strides, size, *window[:4]]
-    ones = [0, *down] if down else []
-    pairs = [[*ones[i : i + 1], *axis] for i, axis in enumerate(axes)]
-    _, size, kernel, stride, padding, dilation = pairs
-    out = [
-        (length + 2 * p - d * (k - 1) - 1) // s + 1
-        for length, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
-    ]
-    each, total = channels // groups, n * groups
-    taken = min(total, most)
-    words = [groups, each * channel_stride, *pairs[0], *size, *out]
-    words += [*kernel, *stride, *padding, *dilation]
-    rows, columns = taken * out[0] * out[1], each * kernel[0] * kernel[1]
-    return Geometry(total, taken, rows, columns, image_stride, channel_stride, tuple(words))
+    down = [0, 1, 1, 1, 1, 0, 1] if len(size) == 1 else []
+    words = [groups, each * channel_stride]
+    for i, axis in enumerate([strides, size, out, *window[:4]]):
+        words += [*down[i : i + 1], *axis]
+    columns = each * math.prod(window.kernel_size)
+    return Geometry(total, min(total, most), columns, image_stride, channel_stride, tuple(words))

@@ -5,8 +5,8 @@
                            parts, added in order, and what there is already
 
 Y is kept, n r numbers where A has n d, so A is read twice: 8 n d bytes in float32. Rows are those
-of a matrix or of images, or a sample of them, see `sample.py`. The last of the programs of a block
-of columns adds what the others have left.
+of a matrix or patches of images, or a sample of them, see `sample.py`. The last of the programs of
+a block of columns adds what the others have left.
 """
 
 from __future__ import annotations
@@ -290,10 +290,10 @@ def sum_images(
     most: int,
     draw: Tensor | int,
 ) -> Tensor | None:
-    """`sum_rows` over the rows that `gls_fused.reference.unfold_images` would build.
+    """`sum_rows` over the rows that `gls_fused.reference.take_patches` would give.
 
     Args:
-        images: [N, g c, h, w] or [N, g c, w], each of whose g groups is an image of its own.
+        images: [N, g c, h, w] or [N, g c, w].
     Returns:
         None also for other dimensions and transposed convolutions.
     """
@@ -357,7 +357,7 @@ def _sum(
     ones: bool,
     guards: bool,
 ) -> Tensor:
-    rank, n, size = basis.shape[1], geometry.rows, geometry.size
+    rank, n, size = basis.shape[1], geometry.taken, geometry.size
     sums = _empty_sums(inputs, basis)
     if n == 0:
         return sums.zero_() if earlier is None else sums.copy_(earlier)

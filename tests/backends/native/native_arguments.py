@@ -40,6 +40,10 @@ def valid_arguments(op):
         },
         "sketch_rows": {"rows": ones(5, 3), "basis": ones(4, 2), "ones": True},
         "add_sketch_": {"rows": ones(5, 3), "basis": ones(4, 2), "ones": True, "sums": ones(14)},
+        "take_patches": {
+            "images": ones(2, 4, 5), "kernel_size": [3], "stride": [1], "padding": [1],
+            "dilation": [1], "output_padding": None, "groups": 2, "places": torch.arange(20),
+        },
         "refresh_subspace": {"core": torch.eye(2), "sketch": torch.eye(4)[:, :2]},
         "invert_core": {"core": torch.eye(2), "trace": ones(), "dim": 4, "damping": 0.1},
         "orthogonalize_each": {

@@ -144,8 +144,10 @@ def test_parameter_of_more_elements_than_32_bits_count():
     assert param.aminmax() == (0.5, 0.5)
 
 
-@pytest.mark.parametrize("op", ["orthogonalize_each", "blend_directions_", "move_weights_"])
-def test_ops_of_orthogonal_steps_are_proper_torch_ops(op):
+@pytest.mark.parametrize(
+    "op", ["take_patches", "orthogonalize_each", "blend_directions_", "move_weights_"]
+)
+def test_ops_that_the_cpu_alone_has_are_proper_torch_ops(op):
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(getattr(ops, op).default, (), valid_arguments(op), test_utils=tests)
 

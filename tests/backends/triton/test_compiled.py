@@ -15,6 +15,7 @@ from gls_fused.backends import triton as backend
 from gls_fused.backends.triton import configs, symmetric
 from gls_fused.capture.conv import ImageRows
 from gls_fused.capture.linear import LinearRows
+from gls_fused.capture.rows import SKETCH_ROWS
 from gls_fused.reference import SubspaceInverse, Window
 
 RANK = 32
@@ -365,14 +366,14 @@ def test_roofline_counts_what_a_gathering_convolution_launches(launches):
     images.window = Window((3, 3), (1, 1), (1, 1), (1, 1))
     images.test_matrix = torch.zeros(8, 4 * 9 + 1).T
     count = count_of_gathering(launches, images, torch.zeros(128, 4, 8, 8))
-    assert count == roofline.sketch(16 * 64, 4 * 9, 8).launches
+    assert count == roofline.sketch(SKETCH_ROWS, 4 * 9, 8).launches
 
 
 @cuda
 def test_sums_over_images(launches, target, tmp_path):
     """Of a line, too, and of sizes of 1, which Triton takes for constants."""
     window = Window((3, 3), (1, 1), (1, 1), (1, 1))
-    options = {"ones": True, "most": 16, "draw": torch.zeros((), dtype=torch.int64)}
+    options = {"ones": True, "most": 1024, "draw": torch.zeros((), dtype=torch.int64)}
     images = torch.zeros(128, 16, 32, 32)
     for rank in (16, 32, 64):
         basis = torch.zeros(rank, 16 * 9 + 1).T

@@ -19,7 +19,7 @@ from gls_fused import available_backends
 from gls_fused.backends.dispatch import resolve_backend
 
 # What every backend has from the reference, and other names of ops that are here.
-TORCH_ONLY = {"sketch_images", "unfold_images", "sum_gram", "invert_gram"}
+TORCH_ONLY = {"take_patches", "sum_gram", "invert_gram"}
 SINGULAR = {"blend_subspace", "refresh_subspace", "invert_core", "orthogonal_updates"}
 CAPTURE = {"LinearCapture", "captured_linear"}
 

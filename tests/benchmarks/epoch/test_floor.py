@@ -25,10 +25,10 @@ def test_the_floor_counts_what_the_equations_need():
 
 def test_the_floor_counts_orthogonal_factors():
     """Of [512, 128] by the polynomials alone; none where few rows or a short side make it dear."""
-    assert factor_flops(Layer(512, 128, 2048, 1024)) == 6 * 128**2 * 512 + 14 * 128**3
-    assert factor_flops(Layer(128, 128, 2048, 1024)) == 20 * 128**3
-    assert factor_flops(Layer(512, 128, 128, 128)) == 0
-    assert factor_flops(Layer(512, 15, 2048, 1024)) == 0
+    assert factor_flops(Layer(512, 128, 2048)) == 6 * 128**2 * 512 + 14 * 128**3
+    assert factor_flops(Layer(128, 128, 2048)) == 20 * 128**3
+    assert factor_flops(Layer(512, 128, 128)) == 0
+    assert factor_flops(Layer(512, 15, 2048)) == 0
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -16,10 +16,10 @@ CASES = {case.name: case for case in make_cases()}
 SMALL = (
     "precondition_rows [128, 128]",
     "sketch_rows [128, 128]",
-    "sketch_images [16, 3, 32, 32], 5x5",
+    "take_patches [128, 3, 32, 32], 5x5",
     "precondition_gradient [10, 128]",
     "precondition_gradient [40, 27], no bias",
-    "sketch_images [16, 3, 32, 32], 3x3, no bias",
+    "sketch_rows [1024, 27], no bias",
     "refresh_subspace [129, 32]",
     "invert_core [32, 32]",
     "update_layers_ cnn, momentum 0.9",
@@ -37,7 +37,7 @@ def test_every_op_and_every_layer_of_the_models_is_there():
     # The residual network's convolutions have no bias, one of its stages' strides is 2.
     names = set(CASES)
     assert "precondition_gradient [40, 360], no bias" in names
-    assert "sketch_images [16, 40, 32, 32], 3x3 by 2, no bias" in names
+    assert "take_patches [128, 40, 32, 32], 3x3 by 2" in names
     assert not any(layer.bias for layer in layers_of("resnet") if layer.window)
     # 128 sequences of 64 characters.
     assert "precondition_rows [8192, 512]" in names
@@ -51,7 +51,8 @@ def test_every_op_and_every_layer_of_the_models_is_there():
 def test_a_wrong_or_unwritten_result_is_refused(name):
     case = CASES[name]
     value = case.make(torch.float32)(reference)
-    tensors = sum(isinstance(x, torch.Tensor) for x in value)
+    values = [value] if isinstance(value, torch.Tensor) else value
+    tensors = sum(isinstance(x, torch.Tensor) for x in values)
     case.check(corrupted(case, lambda x: x, 0))
     # An update is in place, and its first parameter stands for the others.
     for index in range(1 if case.op == "update_layers_" else tensors):
@@ -68,6 +69,8 @@ def corrupted(case: Case, change: Any, index: int) -> SimpleNamespace:
         if value is None:
             arrays[0][index].copy_(change(arrays[0][index]))
             return None
+        if isinstance(value, torch.Tensor):
+            return change(value)
         return (*value[:index], change(value[index]), *value[index + 1 :])
 
     return SimpleNamespace(**{case.op: op})

@@ -76,7 +76,7 @@ def test_large_models_move_fewer_bytes_than_adam():
 
 def test_orthogonal_step_of_a_square_weight():
     """By hand: 72 bytes around the factor and 6 in each of five steps; 3 + 1 products of n^3."""
-    layer = Layer(64, 64, 4096, 1024, bias=False)
+    layer = Layer(64, 64, 4096, bias=False)
     cost = orthogonal_step(layer)
     assert cost.bytes == (72 + 5 * 6) * 64**2
     assert cost.products == 5 * 4 * 64**3
