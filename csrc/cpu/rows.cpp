@@ -2,7 +2,7 @@
 //
 //   X P = X / lambda' + ((X U) C) U'          Y = A U,  Y'Y,  A'Y,  ||A||_F^2
 //
-// A block of rows goes through all three products while it is in the second-level cache, so X is
+// For P a block of rows goes through all three products while it is in the second-level cache, so X is
 // read and X P written once: 8 bytes per float32 element, 4 r flops. A column of ones, or a bias's
 // gradient, is carried as numbers beside the rows.
 
@@ -10,10 +10,14 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
 #include <torch/library.h>
 
 #include <atomic>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -213,51 +217,34 @@ std::tuple<Tensor, Tensor> precondition_gradient(const Tensor& weight_gradient,
   return precondition(weight_gradient, bias_gradient, extended, basis, core_inverse, shift);
 }
 
-void sketch_into(const Tensor& rows, const Tensor& basis, bool ones, const Sketch& sketch) {
-  const int64_t n = rows.size(0), size = rows.size(1), rank = basis.size(1), dim = size + ones;
-  const Tensor inputs = in_rows(rows.to(basis.scalar_type())), transposed = in_rows(basis.t());
-  const Tensor projected = at::empty({n, rank}, basis.options());
-  AT_DISPATCH_FLOATING_TYPES(basis.scalar_type(), "sketch_rows", [&] {
-    const scalar_t* a = inputs.const_data_ptr<scalar_t>();
-    const scalar_t* u = transposed.const_data_ptr<scalar_t>();
-    scalar_t* y = projected.data_ptr<scalar_t>();
-    scalar_t* z = sketch.transposed.data_ptr<scalar_t>();
-    const int64_t a_row = inputs.stride(0), u_row = transposed.stride(0);
-    const int64_t flops = 2 * n * size * rank;
-    const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
-    std::vector<double> squares(blocks);
-    at::parallel_for(0, blocks, grain(blocks, flops), [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * kBlockRows, rows_here = std::min(kBlockRows, n - first);
-        project_block<scalar_t>(a, a_row, first, rows_here, size, u, u_row, rank, ones,
-                                {nullptr, 0}, y + first * rank);
-        for (int64_t i = first; i < first + rows_here; ++i) {
-          squares[block] += sum_squares(a + i * a_row, size);
-        }
-      }
-    });
-    // Panels of 256 columns: 128 rows of them take 128 KiB.
-    const int64_t panels = (size + 255) / 256;
-    const Strided<scalar_t> y_transposed{y, 1, rank};
-    at::parallel_for(0, panels, grain(panels, flops), [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t first = panel * 256, columns = std::min<int64_t>(256, size - first);
-        sum_rows<scalar_t>(nullptr, 0, 0, y_transposed, rank, a + first, a_row, n, columns,
-                           z + first, dim);
-      }
-    });
-    sum_rows<scalar_t>(nullptr, 0, 0, y_transposed, rank, y, rank, n, rank,
-                       sketch.core.data_ptr<scalar_t>(), rank);
-    double total = ones ? n : 0;
-    for (const double square : squares) total += square;
-    *sketch.trace.data_ptr<scalar_t>() = static_cast<scalar_t>(total);
-    if (!ones) return;
-    for (int64_t j = 0; j < rank; ++j) {
-      double sum = 0;
-      for (int64_t i = 0; i < n; ++i) sum += y[i * rank + j];
-      z[j * dim + size] = static_cast<scalar_t>(sum);
+template <typename T>
+double sum_all_squares(const Tensor& rows) {
+  const int64_t n = rows.size(0), size = rows.size(1), row = rows.stride(0);
+  const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
+  const T* from = rows.const_data_ptr<T>();
+  std::vector<double> squares(blocks);
+  at::parallel_for(0, blocks, grain(blocks, n * size), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * kBlockRows; i < std::min(n, end * kBlockRows); ++i) {
+      squares[i / kBlockRows] += sum_squares(from + i * row, size);
     }
   });
+  return std::accumulate(squares.begin(), squares.end(), 0.0);
+}
+
+// By BLAS, which these products of few columns fill better than sums over long rows do.
+void sketch_into(const Tensor& rows, const Tensor& basis, bool ones, Sketch sketch) {
+  const int64_t n = rows.size(0), size = rows.size(1);
+  const Tensor inputs = in_rows(rows.to(basis.scalar_type())), weights = basis.narrow(0, 0, size);
+  const Tensor y = ones ? at::addmm(basis[size], inputs, weights) : at::mm(inputs, weights);
+  at::mm_out(sketch.core, y.t(), y);
+  Tensor by_columns = sketch.transposed.narrow(1, 0, size);
+  at::mm_out(by_columns, y.t(), inputs);
+  double total = ones ? n : 0;
+  AT_DISPATCH_FLOATING_TYPES(basis.scalar_type(), "sketch_rows", [&] {
+    total += sum_all_squares<scalar_t>(inputs);
+  });
+  sketch.trace.fill_(total);
+  if (ones) sketch.transposed.select(1, size).copy_(y.sum(0));
 }
 
 std::tuple<Tensor, Tensor, Tensor> sketch_rows(const Tensor& rows, const Tensor& basis,

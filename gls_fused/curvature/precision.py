@@ -1,7 +1,7 @@
-"""Curvature in float32, where torch may let products and convolutions be TF32 on a GPU.
+"""Curvature in float32, where torch may let products be TF32 on a GPU, or bfloat16 on a CPU.
 
-cuDNN's are TF32 unless the user says otherwise. Its ten bits hide eigenvalues of Sigma that are
-small beside the largest, but not beside the damping.
+Their bits, ten and seven, hide eigenvalues of Sigma that are small beside the largest, but not
+beside the damping.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ from typing import Any
 
 import torch
 
-# What holds the setting, and what it is: since torch 2.9, and before.
-_OWNERS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-_NAME = "allow_tf32"
-_EXACT: object = False
-if hasattr(torch.backends.cudnn, "conv"):
-    _OWNERS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    _NAME, _EXACT = "fp32_precision", "ieee"
+# What holds the setting since torch 2.9, by device; before, one function sets it for all.
+_OWNERS: tuple[Any, ...] = ()
+if hasattr(torch.backends.mkldnn, "matmul"):
+    _OWNERS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Inside, products and convolutions of float32 are float32's own."""
-    before = [getattr(owner, _NAME) for owner in _OWNERS]
+    """Inside, products of float32 are float32's own."""
+    if not _OWNERS:
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    before = [owner.fp32_precision for owner in _OWNERS]
     for owner in _OWNERS:
-        setattr(owner, _NAME, _EXACT)
+        owner.fp32_precision = "ieee"
     try:
         yield
     finally:
+        if not _OWNERS:
+            torch.set_float32_matmul_precision(precision)
         for owner, value in zip(_OWNERS, before, strict=True):
-            setattr(owner, _NAME, value)
+            owner.fp32_precision = value

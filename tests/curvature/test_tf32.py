@@ -12,6 +12,7 @@ D is a difference of large numbers along it.
 import pytest
 import torch
 from nets import loss_of, make_batch, make_net
+from tolerances import PRODUCT, assert_near
 
 from gls_fused import GLS, reference
 from gls_fused.curvature import precision
@@ -85,14 +86,18 @@ def test_loss_curves(monkeypatch, kind, offset):
 
 @pytest.fixture
 def allowed():
-    """The settings of torch, each of which allows TF32."""
-    settings = [(owner, precision._NAME) for owner in precision._OWNERS]
-    before = [getattr(*setting) for setting in settings]
-    for setting in settings:
-        setattr(*setting, "tf32")
-    yield settings
-    for setting, value in zip(settings, before, strict=True):
-        setattr(*setting, value)
+    """The precision of float32 products, which is bfloat16's on CPUs that have it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before)
+
+
+def precisions():
+    """Of float32 products, by device."""
+    if not precision._OWNERS:
+        return {torch.get_float32_matmul_precision()}
+    return {owner.fp32_precision for owner in precision._OWNERS}
 
 
 def test_statistics_are_float32s_own_whatever_the_user_allows(monkeypatch, allowed):
@@ -100,7 +105,7 @@ def test_statistics_are_float32s_own_whatever_the_user_allows(monkeypatch, allow
 
     def watched(name, op):
         def run(*arguments, **options):
-            seen[name] = [getattr(*setting) for setting in allowed]
+            seen.setdefault(name, set()).update(precisions())
             return op(*arguments, **options)
 
         return run
@@ -116,5 +121,21 @@ def test_statistics_are_float32s_own_whatever_the_user_allows(monkeypatch, allow
             optimizer.zero_grad()
             loss_of(model, make_batch("cnn", 5, step)).backward()
             optimizer.step()
-    assert seen == {name: ["ieee", "ieee"] for name in names}
-    assert [getattr(*setting) for setting in allowed] == ["tf32", "tf32"]
+    exact = {"ieee"} if precision._OWNERS else {"highest"}
+    assert seen == dict.fromkeys(names, exact)
+    assert torch.get_float32_matmul_precision() == allowed
+    assert not precisions() & exact
+
+
+def test_sketches_are_float32s_own_on_every_backend(allowed, backend):
+    """Also on CPUs whose products in "medium" are bfloat16's, three digits off."""
+    model = torch.nn.Linear(300, 64, bias=False)
+    optimizer = GLS(model, backend=backend)
+    (layer,) = optimizer._preconditioner.layers
+    rows = torch.randn(500, 300, generator=torch.Generator().manual_seed(0))
+    model(rows).sum().backward()
+    core, sketch, trace = reference.sketch_rows(
+        rows.double(), layer.test_matrix.double(), ones=False
+    )
+    exact = torch.cat([torch.tensor([500.0, trace]), core.flatten(), sketch.T.flatten()])
+    assert_near(layer.sums, exact, PRODUCT[torch.float32])
