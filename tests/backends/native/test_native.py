@@ -162,21 +162,14 @@ def threads():
 
 
 def large_calls():
-    """Every op but update_layers_, which test_backends has, on what is worth a second thread."""
+    """Our own sums on what is worth a second thread; update_layers_ is in test_backends."""
     rows, bias = draw(203, 3000, dtype=torch.float32), draw(203, dtype=torch.float32)
     inverse = make_inverse(3001, 17, torch.float32)
     core, sketch, trace = reference.sketch_rows(rows, inverse.basis, ones=True)
 
-    def add_sketch():
-        sums = torch.zeros(2 + 17 * 17 + 17 * 3001)
-        ops.add_sketch_(rows, inverse.basis, True, sums)
-        return [sums]
-
     return {
         "precondition_rows": lambda: ops.precondition_rows(rows, *inverse, True),
         "precondition_gradient": lambda: ops.precondition_gradient(rows, bias, *inverse),
-        "sketch_rows": lambda: ops.sketch_rows(rows, inverse.basis, True),
-        "add_sketch_": add_sketch,
         "refresh_subspace": lambda: ops.refresh_subspace(core, sketch),
         "invert_core": lambda: ops.invert_core(core, trace, 3001, 0.3),
     }
@@ -187,6 +180,17 @@ def test_number_of_threads_changes_nothing(call, threads):
     one = call()
     threads(2)
     assert all(map(torch.equal, call(), one))
+
+
+def test_sketch_by_two_threads(threads):
+    """BLAS adds up in another order then."""
+    rows = draw(203, 3000, dtype=torch.float32)
+    basis = make_inverse(3001, 17, torch.float32).basis
+    threads(2)
+    found = ops.sketch_rows(rows, basis, True)
+    exact = reference.sketch_rows(rows, basis.double(), ones=True)
+    for actual, expected in zip(found, exact, strict=True):
+        assert_near(actual, expected, PRODUCT[torch.float32])
 
 
 @pytest.mark.parametrize("normalize", ["rms", "adam", "sgd", "none"])
