@@ -190,10 +190,12 @@ class Factor {
 
   template <int kVectors>
   void add_panel(Strided<T> weights, int64_t rows, const T* b, int64_t terms, T* out) {
+    constexpr int kRows = kVectors > 1 ? kTileRows : kNarrowRows;
+    constexpr int64_t size = at::vec::Vectorized<T>::size();
     for (int64_t j = 0; j < terms; j += kTerms) {
       const Strided<T> from{weights.data + j * weights.column, weights.row, weights.column};
-      sum_panel<T, kVectors>(out, row_, j == 0 ? 0 : 1, from, rows, b + j * row_, row_,
-                             std::min(kTerms, terms - j), out, row_);
+      sum_panel<T, kRows, kVectors>(out, row_, j == 0 ? 0 : 1, from, rows, b + j * row_, row_,
+                                    std::min(kTerms, terms - j), size, out, row_);
     }
   }
 

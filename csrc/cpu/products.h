@@ -1,8 +1,8 @@
 // Products with a few long rows: the basis is kept as U' [r, d], so that both directions of
 // X -> X U -> (X U) C U' run along contiguous memory.
 //
-// Register tiles of 4 x kTile vectors: with AVX-512 16 accumulators hide the latency of a
-// multiply-add, and 8 loads feed 16 of them.
+// Register tiles of 4 x kTile vectors, or of 8 rows of one or two: with AVX-512 16 accumulators hide
+// the latency of a multiply-add, and 8 loads feed 16 of them. What is left of a row is masked.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -10,11 +10,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 namespace gls_fused {
 inline namespace CPU_CAPABILITY {
 
-constexpr int64_t kTileRows = 4;
+constexpr int64_t kTileRows = 4, kNarrowRows = 8;
 
 template <typename T>
 constexpr int64_t tile_vectors() {
@@ -54,14 +55,16 @@ inline void dot_tile(const T* x, int64_t x_row, const T* b, int64_t b_row, int64
       for (int j = 0; j < kColumns; ++j) sums[i][j] = at::vec::fmadd(left, right[j], sums[i][j]);
     }
   }
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kColumns; ++j) {
-      T total = reduce_sum(sums[i][j]);
-      for (int64_t rest = k; rest < size; ++rest) {
-        total += x[i * x_row + rest] * b[j * b_row + rest];
-      }
-      out[i * out_row + j] = total;
+  if (k < size) {
+    Vec right[kColumns];
+    for (int j = 0; j < kColumns; ++j) right[j] = Vec::loadu(b + j * b_row + k, size - k);
+    for (int i = 0; i < kRows; ++i) {
+      const Vec left = Vec::loadu(x + i * x_row + k, size - k);
+      for (int j = 0; j < kColumns; ++j) sums[i][j] = at::vec::fmadd(left, right[j], sums[i][j]);
     }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kColumns; ++j) out[i * out_row + j] = reduce_sum(sums[i][j]);
   }
 }
 
@@ -95,44 +98,54 @@ void dot_rows(const T* x, int64_t x_row, int64_t rows, const T* b, int64_t b_row
   }
 }
 
-// `scale` of 0 leaves `x` unread.
-template <typename T, int kRows, int kVectors>
+// `scale` of 0 leaves `x` unread. Unless kWhole, `count` elements of a single vector are there.
+template <typename T, int kRows, int kVectors, bool kWhole>
 inline void sum_tile(const T* x, int64_t x_row, T scale, Strided<T> weights, const T* b,
-                     int64_t b_row, int64_t terms, T* out, int64_t out_row) {
+                     int64_t b_row, int64_t terms, int64_t count, T* out, int64_t out_row) {
   using Vec = at::vec::Vectorized<T>;
+  static_assert(kWhole || kVectors == 1);
+  const auto load = [count](const T* from, int v) {
+    if constexpr (kWhole) return Vec::loadu(from + v * Vec::size());
+    return Vec::loadu(from, count);
+  };
   Vec sums[kRows][kVectors];
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kVectors; ++v) {
-      sums[i][v] = scale == 0 ? Vec(T(0))
-                              : Vec::loadu(x + i * x_row + v * Vec::size()) * Vec(scale);
+      sums[i][v] = scale == 0 ? Vec(T(0)) : load(x + i * x_row, v) * Vec(scale);
     }
   }
   for (int64_t j = 0; j < terms; ++j) {
     Vec right[kVectors];
-    for (int v = 0; v < kVectors; ++v) right[v] = Vec::loadu(b + j * b_row + v * Vec::size());
+    for (int v = 0; v < kVectors; ++v) right[v] = load(b + j * b_row, v);
     for (int i = 0; i < kRows; ++i) {
       const Vec weight(weights(i, j));
       for (int v = 0; v < kVectors; ++v) sums[i][v] = at::vec::fmadd(weight, right[v], sums[i][v]);
     }
   }
   for (int i = 0; i < kRows; ++i) {
-    for (int v = 0; v < kVectors; ++v) sums[i][v].store(out + i * out_row + v * Vec::size());
+    for (int v = 0; v < kVectors; ++v) {
+      if constexpr (kWhole) sums[i][v].store(out + i * out_row + v * Vec::size());
+      else sums[i][v].store(out + i * out_row, count);
+    }
   }
 }
 
-template <typename T, int kVectors>
+// Tiles of kRows rows, and of half as many what they leave.
+template <typename T, int kRows, int kVectors, bool kWhole = true>
 inline void sum_panel(const T* x, int64_t x_row, T scale, Strided<T> weights, int64_t rows,
-                      const T* b, int64_t b_row, int64_t terms, T* out, int64_t out_row) {
+                      const T* b, int64_t b_row, int64_t terms, int64_t count, T* out,
+                      int64_t out_row) {
   int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows) {
+  for (; i + kRows <= rows; i += kRows) {
     const Strided<T> from{weights.data + i * weights.row, weights.row, weights.column};
-    sum_tile<T, kTileRows, kVectors>(x + i * x_row, x_row, scale, from, b, b_row, terms,
-                                     out + i * out_row, out_row);
+    sum_tile<T, kRows, kVectors, kWhole>(x + i * x_row, x_row, scale, from, b, b_row, terms, count,
+                                         out + i * out_row, out_row);
   }
-  for (; i < rows; ++i) {
+  if constexpr (kRows > 1) {
+    if (i == rows) return;
     const Strided<T> from{weights.data + i * weights.row, weights.row, weights.column};
-    sum_tile<T, 1, kVectors>(x + i * x_row, x_row, scale, from, b, b_row, terms, out + i * out_row,
-                             out_row);
+    sum_panel<T, kRows / 2, kVectors, kWhole>(x + i * x_row, x_row, scale, from, rows - i, b,
+                                              b_row, terms, count, out + i * out_row, out_row);
   }
 }
 
@@ -140,23 +153,23 @@ inline void sum_panel(const T* x, int64_t x_row, T scale, Strided<T> weights, in
 template <typename T>
 void sum_rows(const T* x, int64_t x_row, T scale, Strided<T> weights, int64_t rows, const T* b,
               int64_t b_row, int64_t terms, int64_t columns, T* out, int64_t out_row) {
-  using Vec = at::vec::Vectorized<T>;
-  constexpr int64_t kVectors = tile_vectors<T>(), kPanel = kVectors * Vec::size();
+  constexpr int64_t kVectors = tile_vectors<T>(), kSize = at::vec::Vectorized<T>::size();
   int64_t c = 0;
-  for (; c + kPanel <= columns; c += kPanel) {
-    sum_panel<T, kVectors>(x + c, x_row, scale, weights, rows, b + c, b_row, terms, out + c,
-                           out_row);
+  const auto run = [&](auto tile_rows, auto vectors, auto whole) {
+    sum_panel<T, decltype(tile_rows)::value, decltype(vectors)::value, decltype(whole)::value>(
+        x + c, x_row, scale, weights, rows, b + c, b_row, terms, columns - c, out + c, out_row);
+    c += decltype(vectors)::value * kSize;
+  };
+  using std::integral_constant;
+  while (c + kVectors * kSize <= columns) {
+    run(integral_constant<int, kTileRows>{}, integral_constant<int, kVectors>{}, std::true_type{});
   }
-  for (; c + Vec::size() <= columns; c += Vec::size()) {
-    sum_panel<T, 1>(x + c, x_row, scale, weights, rows, b + c, b_row, terms, out + c, out_row);
+  const integral_constant<int, kNarrowRows> narrow;
+  if constexpr (kVectors > 2) {
+    if (c + 2 * kSize <= columns) run(narrow, integral_constant<int, 2>{}, std::true_type{});
   }
-  for (; c < columns; ++c) {
-    for (int64_t i = 0; i < rows; ++i) {
-      T total = scale == 0 ? T(0) : scale * x[i * x_row + c];
-      for (int64_t j = 0; j < terms; ++j) total += weights(i, j) * b[j * b_row + c];
-      out[i * out_row + c] = total;
-    }
-  }
+  if (c + kSize <= columns) run(narrow, integral_constant<int, 1>{}, std::true_type{});
+  if (c < columns) run(narrow, integral_constant<int, 1>{}, std::false_type{});
 }
 
 // Partial sums of 4096 elements, added up in float64, keep the rounding below the elements' own.

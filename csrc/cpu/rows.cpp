@@ -53,17 +53,22 @@ struct Columns {
   T operator()(int64_t i) const { return data ? data[i * stride] : T(1); }
 };
 
-// coefficients[i, :] = (X U)[i, :], for `rows` rows from `first` on.
+// Fewer rows than one for so many of U's leave a copy of U in the other order unpaid: sums along
+// memory end in a sum across a register, for each row as much as packing so many of U's.
+constexpr int64_t kPackedRows = 12;
+// Elements of copies worth a second thread.
+constexpr int64_t kParallelPacks = 1 << 18;
+
+// U [d, width] from U' [r, d], with zeros from r on.
 template <typename T>
-void project_block(const T* x, int64_t x_row, int64_t first, int64_t rows, int64_t size,
-                   const T* basis, int64_t basis_row, int64_t rank, bool extended,
-                   Columns<T> extra, T* coefficients) {
-  dot_rows<T>(x + first * x_row, x_row, rows, basis, basis_row, rank, size, coefficients, rank);
-  if (!extended) return;
-  for (int64_t i = 0; i < rows; ++i) {
-    const T value = extra(first + i);
-    for (int64_t j = 0; j < rank; ++j) {
-      coefficients[i * rank + j] += value * basis[j * basis_row + size];
+void pack(const T* u, int64_t u_row, int64_t rank, int64_t dim, int64_t width, T* packed) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t first = 0; first < dim; first += kBlock) {
+    const int64_t end = std::min(dim, first + kBlock);
+    for (int64_t j = 0; j < width; ++j) {
+      for (int64_t k = first; k < end; ++k) {
+        packed[k * width + j] = j < rank ? u[j * u_row + k] : T(0);
+      }
     }
   }
 }
@@ -82,6 +87,7 @@ template <typename T>
 struct Product {
   const T* x;
   const T* u;
+  const T* packed;  // U, where it is
   const T* c;
   T* to;
   T* last;
@@ -90,14 +96,30 @@ struct Product {
   Columns<T> extra;
   T reciprocal;
 
+  // Of a row of X U in memory: whole vectors.
+  int64_t width() const {
+    constexpr int64_t size = at::vec::Vectorized<T>::size();
+    return (rank + size - 1) / size * size;
+  }
+
   // Rows from `first` on, at most kBlockRows, with memory for as many rows of U and of C.
   void run(int64_t first, T* y, T* yc) const {
     const int64_t rows = std::min(kBlockRows, n - first);
-    project_block<T>(x, x_row, first, rows, size, u, u_row, rank, extended, extra, y);
-    sum_rows<T>(nullptr, 0, 0, {y, rank, 1}, rows, c, c_row, rank, rank, yc, rank);
-    const Strided<T> weights{yc, rank, 1};
-    sum_rows<T>(x + first * x_row, x_row, reciprocal, weights, rows, u, u_row, rank, size,
-                to + first * size, size);
+    const T* from = x + first * x_row;
+    if (packed) {
+      sum_rows<T>(nullptr, 0, 0, {from, x_row, 1}, rows, packed, width(), size, width(), y,
+                  width());
+    } else {
+      dot_rows<T>(from, x_row, rows, u, u_row, rank, size, y, width());
+    }
+    for (int64_t i = 0; extended && i < rows; ++i) {
+      const T value = extra(first + i);
+      for (int64_t j = 0; j < rank; ++j) y[i * width() + j] += value * u[j * u_row + size];
+    }
+    sum_rows<T>(nullptr, 0, 0, {y, width(), 1}, rows, c, c_row, rank, rank, yc, width());
+    const Strided<T> weights{yc, width(), 1};
+    sum_rows<T>(from, x_row, reciprocal, weights, rows, u, u_row, rank, size, to + first * size,
+                size);
     if (!extended) return;
     for (int64_t i = 0; i < rows; ++i) {
       T total = extra(first + i) * reciprocal;
@@ -113,8 +135,9 @@ void multiply_inverses(const std::vector<InverseProduct>& products) {
   AT_DISPATCH_FLOATING_TYPES(products[0].basis.scalar_type(), "multiply_inverses", [&] {
     std::vector<Tensor> held;  // what a layout needs copies of
     std::vector<Product<scalar_t>> plans;
+    std::vector<size_t> packed_plans;
     std::vector<std::pair<size_t, int64_t>> blocks;  // product, first row
-    int64_t flops = 0, most = 0;
+    int64_t flops = 0, most = 0, packs = 0;
     for (const InverseProduct& p : products) {
       const Tensor inputs = in_rows(p.x), transposed = in_rows(p.basis.t());
       const Tensor core = in_rows(p.core_inverse);
@@ -127,13 +150,31 @@ void multiply_inverses(const std::vector<InverseProduct>& products) {
         blocks.push_back({plans.size(), first});
       }
       plans.push_back({inputs.const_data_ptr<scalar_t>(), transposed.const_data_ptr<scalar_t>(),
-                       core.const_data_ptr<scalar_t>(), p.product.data_ptr<scalar_t>(),
+                       nullptr, core.const_data_ptr<scalar_t>(), p.product.data_ptr<scalar_t>(),
                        extended ? p.last.data_ptr<scalar_t>() : nullptr, n, size, rank,
                        inputs.stride(0), transposed.stride(0), core.stride(0), extended, extra,
                        scalar_t(1) / *p.shift.const_data_ptr<scalar_t>()});
       flops += 4 * n * size * rank;
-      most = std::max(most, rank);
+      most = std::max(most, plans.back().width());
+      if (n * kPackedRows < size) continue;
+      packs += size * plans.back().width();
+      packed_plans.push_back(plans.size() - 1);
     }
+    const Tensor packed = at::empty({packs}, products[0].basis.options());
+    scalar_t* next_packed = packed.data_ptr<scalar_t>();
+    for (const size_t i : packed_plans) {
+      plans[i].packed = next_packed;
+      next_packed += plans[i].size * plans[i].width();
+    }
+    const int64_t copies = packed_plans.size();
+    const int64_t each = packs < kParallelPacks ? std::max<int64_t>(copies, 1) : 1;
+    at::parallel_for(0, copies, each, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const auto& plan = plans[packed_plans[i]];
+        pack(plan.u, plan.u_row, plan.rank, plan.size, plan.width(),
+             const_cast<scalar_t*>(plan.packed));
+      }
+    });
     // Blocks differ in size, so each thread takes the next one.
     const int64_t count = blocks.size();
     const int64_t threads =

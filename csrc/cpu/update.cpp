@@ -373,34 +373,70 @@ void update_axes(const std::vector<Part<param_t, state_t>>& parts, int64_t outpu
   });
 }
 
-void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorList exp_avgs,
-                    at::TensorList exp_avg_sqs, at::TensorList steps,
-                    const OptionalTensors& bases, const OptionalTensors& core_inverses,
-                    const OptionalTensors& shifts, at::IntArrayRef layer_sizes,
-                    c10::string_view normalize_name, double lr, double momentum, double beta2,
-                    double eps, double weight_decay, const std::optional<at::Tensor>& lr_tensor,
-                    const std::optional<at::Tensor>& grad_scale,
-                    const std::optional<at::Tensor>& found_inf,
-                    const std::optional<at::Tensor>& lr_bounds) {
-  if (params.empty()) return;
-  const std::vector<size_t> layer_of =
-      check_update(params, gradients, exp_avgs, exp_avg_sqs, steps, bases, core_inverses, shifts,
-                   layer_sizes, normalize_name, momentum, lr_bounds);
-  check_scalar("lr_tensor", lr_tensor);
-  check_scalar("grad_scale", grad_scale);
-  check_scalar("found_inf", found_inf);
-  if (found_inf && found_inf->item<double>() != 0) return;
-  if (lr_tensor) lr = lr_tensor->item<double>();
-  const Normalize normalize = parse_normalize(normalize_name);
-  const bool axes = normalize == Normalize::kRow || normalize == Normalize::kFactored;
-  const size_t layers = layer_sizes.size();
-  const at::ScalarType type = params[0].scalar_type(), state_type = at::toOpMathType(type);
-  const std::vector<double> lrs = bounded(lr, lr_bounds, layers);
+// What is alike in all layers.
+struct How {
+  Normalize normalize;
+  Scalars scalars;
+  std::optional<double> grad_scale;
+};
 
+// A run of layers, by the places of its first ones in the lists of all.
+struct Run {
+  size_t layer, layers, param, params, square, squares;
+};
+
+// The D of a run stays in the caches from its product to the step, and its memory is the next run's.
+constexpr int64_t kRunElements = 1 << 20;
+
+std::vector<Run> cut_runs(at::TensorList params, at::IntArrayRef layer_sizes, Normalize normalize) {
+  std::vector<Run> runs;
+  int64_t elements = 0;
+  size_t param = 0, square = 0;
+  for (size_t layer = 0; layer < layer_sizes.size(); ++layer) {
+    const size_t size = layer_sizes[layer], squares = squares_of(normalize, size);
+    int64_t mine = 0;
+    for (const at::Tensor& tensor : params.slice(param, size)) mine += tensor.numel();
+    if (runs.empty() || elements + mine > kRunElements) {
+      runs.push_back({layer, 0, param, 0, square, 0});
+      elements = 0;
+    }
+    elements += mine;
+    runs.back().layers += 1;
+    runs.back().params += size;
+    runs.back().squares += squares;
+    param += size;
+    square += squares;
+  }
+  return runs;
+}
+
+OptionalTensors slice(const OptionalTensors& parts, const Run& run) {
+  OptionalTensors found;
+  for (size_t layer = run.layer; layer < run.layer + run.layers; ++layer) {
+    found.push_back(parts.get(layer));
+  }
+  return found;
+}
+
+void update_run(at::TensorList params, at::TensorList gradients, at::TensorList exp_avgs,
+                at::TensorList exp_avg_sqs, at::TensorList steps, const OptionalTensors& bases,
+                const OptionalTensors& core_inverses, const OptionalTensors& shifts,
+                at::IntArrayRef layer_sizes, const std::vector<double>& lrs, const How& how) {
+  const size_t layers = layer_sizes.size();
+  const Normalize normalize = how.normalize;
+  const Scalars& scalars = how.scalars;
+  const double momentum = scalars.momentum;
+  const at::ScalarType type = params[0].scalar_type(), state_type = at::toOpMathType(type);
+  const bool axes = normalize == Normalize::kRow || normalize == Normalize::kFactored;
+  std::vector<size_t> layer_of;
+  for (size_t layer = 0; layer < layers; ++layer) {
+    layer_of.insert(layer_of.end(), layer_sizes[layer], layer);
+  }
   std::vector<at::Tensor> unscaled(gradients.begin(), gradients.end());
-  if (grad_scale) {
-    const double scale = grad_scale->item<double>();
-    for (at::Tensor& gradient : unscaled) gradient = gradient.to(state_type).div(scale);
+  if (how.grad_scale) {
+    for (at::Tensor& gradient : unscaled) {
+      gradient = gradient.to(state_type).div(*how.grad_scale);
+    }
   }
   std::vector<at::Tensor> directions = unscaled;
   precondition_layers(directions, layer_sizes, bases, core_inverses, shifts);
@@ -427,7 +463,6 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "update_layers_", [&] {
     using param_t = scalar_t;
     using state_t = at::opmath_type<scalar_t>;
-    const Scalars scalars{1 - lr * weight_decay, momentum, beta2, eps};
     if (axes) {
       const size_t each = squares_of(normalize, 0);
       for (size_t layer = 0, i = 0; layer < layers; i += layer_sizes[layer++]) {
@@ -474,6 +509,37 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
     if (normalize == Normalize::kAdam && !flat_squares[i].is_same(exp_avg_sqs[i])) {
       exp_avg_sqs[i].copy_(flat_squares[i]);
     }
+  }
+}
+
+void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorList exp_avgs,
+                    at::TensorList exp_avg_sqs, at::TensorList steps,
+                    const OptionalTensors& bases, const OptionalTensors& core_inverses,
+                    const OptionalTensors& shifts, at::IntArrayRef layer_sizes,
+                    c10::string_view normalize_name, double lr, double momentum, double beta2,
+                    double eps, double weight_decay, const std::optional<at::Tensor>& lr_tensor,
+                    const std::optional<at::Tensor>& grad_scale,
+                    const std::optional<at::Tensor>& found_inf,
+                    const std::optional<at::Tensor>& lr_bounds) {
+  if (params.empty()) return;
+  check_update(params, gradients, exp_avgs, exp_avg_sqs, steps, bases, core_inverses, shifts,
+               layer_sizes, normalize_name, momentum, lr_bounds);
+  check_scalar("lr_tensor", lr_tensor);
+  check_scalar("grad_scale", grad_scale);
+  check_scalar("found_inf", found_inf);
+  if (found_inf && found_inf->item<double>() != 0) return;
+  if (lr_tensor) lr = lr_tensor->item<double>();
+  const Normalize normalize = parse_normalize(normalize_name);
+  How how{normalize, {1 - lr * weight_decay, momentum, beta2, eps}, std::nullopt};
+  if (grad_scale) how.grad_scale = grad_scale->item<double>();
+  const std::vector<double> lrs = bounded(lr, lr_bounds, layer_sizes.size());
+  for (const Run& run : cut_runs(params, layer_sizes, normalize)) {
+    const auto first = lrs.begin() + run.layer;
+    update_run(params.slice(run.param, run.params), gradients.slice(run.param, run.params),
+               exp_avgs.empty() ? exp_avgs : exp_avgs.slice(run.param, run.params),
+               exp_avg_sqs.slice(run.square, run.squares), steps.slice(run.layer, run.layers),
+               slice(bases, run), slice(core_inverses, run), slice(shifts, run),
+               layer_sizes.slice(run.layer, run.layers), {first, first + run.layers}, how);
   }
 }
 
