@@ -134,6 +134,40 @@ def test_results_of_more_elements_than_32_bits_count():
         assert torch.equal(product[i], expected[0])
 
 
+@pytest.mark.parametrize("normalize", ["rms", "row", "factored", "adam", "sgd", "none"])
+def test_update_of_more_layers_than_fit_in_one_run(normalize):
+    """Each as by itself, with its own bias, inverse, squares and bound."""
+    layers = [((40, 700), 2), ((900, 800), 1), ((700, 900), 2), ((3, 5), 2), ((2048, 513), 1)]
+
+    def make():
+        lists = {key: [] for key in ("params", "gradients", "exp_avgs", "exp_avg_sqs", "inverses")}
+        for seed, ((m, k), size) in enumerate(layers):
+            shapes = [(m, k), (m,)][:size]
+            for place, key in enumerate(("params", "gradients", "exp_avgs")):
+                lists[key] += [
+                    draw(*s, dtype=torch.float64, seed=10 * seed + place) for s in shapes
+                ]
+            kept = {"rms": [()], "row": [(m,)], "factored": [(m,), (k + size - 1,)]}
+            kept = shapes if normalize == "adam" else kept.get(normalize, [])
+            lists["exp_avg_sqs"] += [
+                draw(1, *s, dtype=torch.float64, seed=seed)[0].square() for s in kept
+            ]
+            inverse = make_inverse(k + size - 1, 4, torch.float64)
+            lists["inverses"].append(None if seed == 3 else inverse)
+        return {**lists, "steps": [torch.tensor(float(i)) for i in range(len(layers))]}
+
+    found, sought = make(), make()
+    for backend, arrays in ((native, found), (reference, sought)):
+        backend.update_layers_(
+            **arrays, layer_sizes=[size for _, size in layers], normalize=normalize, lr=0.125,
+            momentum=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01,
+            lr_bounds=torch.tensor([0.125, 0.03125, 0.0625, 1.0, 0.25]) * 0.5,
+        )  # fmt: skip
+    for key in ("params", "exp_avgs", "exp_avg_sqs", "steps"):
+        for actual, expected in zip(found[key], sought[key], strict=True):
+            assert_near(actual, expected, SAME_STEPS)
+
+
 @pytest.mark.slow
 @takes_9_gb
 def test_parameter_of_more_elements_than_32_bits_count():
