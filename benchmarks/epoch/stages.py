@@ -195,7 +195,9 @@ def _labelled(backend: ModuleType) -> Iterator[None]:
 
 def _profile_period(trainer: Trainer) -> list[dict[str, float]]:
     """Microseconds of each step of a period, by what they are spent in."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    # All of one cycle, which torch 2.11 warns of unless it is told so.
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         for _ in range(PERIOD):
             with record_function("whole"):
                 trainer.step()
