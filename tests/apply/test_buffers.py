@@ -35,9 +35,7 @@ def test_momentum_of_turned_weights_lies_outputs_first(normalize):
     twin = copy.deepcopy(model)
     other = GLS(twin, normalize=normalize, **OPTIONS)
     other.load_state_dict(saved)
-    steps = range(3, 6)
-    for found, sought in zip(
-        train(twin, other, steps), train(model, optimizer, steps), strict=True
-    ):
+    found = train(twin, other, range(3, 6))
+    for actual, expected in zip(found, train(model, optimizer, range(3, 6)), strict=True):
         assert_near(actual, expected, SAME_STEPS)
     assert not other.state[twin[0].weight]["exp_avg"].T.is_contiguous()
