@@ -122,9 +122,9 @@ def launches(monkeypatch):
         yield found
 
 
-# Triton before 3.8 keeps some registers of two kernels in local memory, on sm_90: 21 accesses of
-# `_invert_core_kernel`, 6 of `_walk_gradients_kernel` in three terms of TF32.
-MOST_SPILLS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 21
+# Triton 3.6 keeps registers of three kernels in local memory on sm_90: up to 56 accesses of
+# `_invert_core_kernel`, 45 of `_turn_kernel`, 6 of `_walk_gradients_kernel` in three terms of TF32.
+MOST_SPILLS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 56
 
 
 def check(launches, target, folder, *, streams=False):
