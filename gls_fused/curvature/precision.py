@@ -12,25 +12,19 @@ from typing import Any
 
 import torch
 
-# What holds the setting since torch 2.9, by device; before, one function sets it for all.
-_OWNERS: tuple[Any, ...] = ()
-if hasattr(torch.backends.mkldnn, "matmul"):
-    _OWNERS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+# What holds the setting, by device. mkldnn.matmul is missing from torch's annotations.
+_mkldnn: Any = torch.backends.mkldnn
+_OWNERS: tuple[Any, ...] = (torch.backends.cuda.matmul, _mkldnn.matmul)
 
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
     """Inside, products of float32 are float32's own."""
-    if not _OWNERS:
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
     before = [owner.fp32_precision for owner in _OWNERS]
     for owner in _OWNERS:
         owner.fp32_precision = "ieee"
     try:
         yield
     finally:
-        if not _OWNERS:
-            torch.set_float32_matmul_precision(precision)
         for owner, value in zip(_OWNERS, before, strict=True):
             owner.fp32_precision = value

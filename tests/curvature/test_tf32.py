@@ -95,8 +95,6 @@ def allowed():
 
 def precisions():
     """Of float32 products, by device."""
-    if not precision._OWNERS:
-        return {torch.get_float32_matmul_precision()}
     return {owner.fp32_precision for owner in precision._OWNERS}
 
 
@@ -121,10 +119,10 @@ def test_statistics_are_float32s_own_whatever_the_user_allows(monkeypatch, allow
             optimizer.zero_grad()
             loss_of(model, make_batch("cnn", 5, step)).backward()
             optimizer.step()
-    exact = {"ieee"} if precision._OWNERS else {"highest"}
-    assert seen == dict.fromkeys(names, exact)
+    assert seen.keys() == set(names)
+    assert set.union(*seen.values()) == {"ieee"}
     assert torch.get_float32_matmul_precision() == allowed
-    assert not precisions() & exact
+    assert "ieee" not in precisions()
 
 
 def test_sketches_are_float32s_own_on_every_backend(allowed, backend):
