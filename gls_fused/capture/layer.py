@@ -35,7 +35,6 @@ from gls_fused.capture.modules import (
 from gls_fused.capture.observed import observe
 from gls_fused.capture.rows import Rows
 from gls_fused.curvature.estimate import State, make_curvature
-from gls_fused.curvature.precision import without_tf32
 from gls_fused.distributed.sharding import is_sharded, part_here, rows_here, shards_of
 from gls_fused.reference import Inverse, SubspaceInverse, undo_inverse
 
@@ -435,8 +434,7 @@ class Layer(Rows):
         # Into the sums themselves, in one pass over the rows.
         dim, rank = basis.shape
         fresh = basis.new_zeros(2 + rank * (rank + dim)) if sums is None or weight != 1 else sums
-        with without_tf32():
-            add_sketch_(rows, basis, self.ones, fresh)
+        add_sketch_(rows, basis, self.ones, fresh)
         if weight != 1:
             fresh *= weight
         return fresh if sums is None or fresh is sums else sums.add_(fresh)
