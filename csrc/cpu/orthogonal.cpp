@@ -40,14 +40,6 @@ constexpr int64_t kTerms = 128;
 constexpr double kLong = 1.5;
 constexpr size_t kRestart = 2;
 
-// The length of a row in memory: an odd number of cache lines, as rows that are a power of two
-// apart share few places of the caches.
-template <typename T>
-int64_t row_of(int64_t n) {
-  constexpr int64_t line = 64 / sizeof(T);
-  return (((n + line - 1) / line) | 1) * line;
-}
-
 // to[j, i] = scale from[i, j], in blocks that fit the first cache.
 template <typename T>
 void transpose(const T* from, int64_t from_row, int64_t rows, int64_t columns, T scale, T* to,

@@ -32,6 +32,14 @@ struct Strided {
   T operator()(int64_t i, int64_t j) const { return data[i * row + j * column]; }
 };
 
+// The length of a row in memory: an odd number of cache lines, as rows that are a power of two
+// apart share few places of the caches.
+template <typename T>
+inline int64_t row_of(int64_t n) {
+  constexpr int64_t line = 64 / sizeof(T);
+  return (((n + line - 1) / line) | 1) * line;
+}
+
 template <typename T>
 inline T reduce_sum(const at::vec::Vectorized<T>& x) {
   using Vec = at::vec::Vectorized<T>;
@@ -98,7 +106,7 @@ void dot_rows(const T* x, int64_t x_row, int64_t rows, const T* b, int64_t b_row
   }
 }
 
-// `scale` of 0 leaves `x` unread. Unless kWhole, `count` elements of a single vector are there.
+// `scale` of 0 leaves `x` unread; it is added last, so that sums taken in stretches round less. Unless kWhole, `count` elements of a single vector are there.
 template <typename T, int kRows, int kVectors, bool kWhole>
 inline void sum_tile(const T* x, int64_t x_row, T scale, Strided<T> weights, const T* b,
                      int64_t b_row, int64_t terms, int64_t count, T* out, int64_t out_row) {
@@ -110,9 +118,7 @@ inline void sum_tile(const T* x, int64_t x_row, T scale, Strided<T> weights, con
   };
   Vec sums[kRows][kVectors];
   for (int i = 0; i < kRows; ++i) {
-    for (int v = 0; v < kVectors; ++v) {
-      sums[i][v] = scale == 0 ? Vec(T(0)) : load(x + i * x_row, v) * Vec(scale);
-    }
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = Vec(T(0));
   }
   for (int64_t j = 0; j < terms; ++j) {
     Vec right[kVectors];
@@ -124,6 +130,7 @@ inline void sum_tile(const T* x, int64_t x_row, T scale, Strided<T> weights, con
   }
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kVectors; ++v) {
+      if (scale != 0) sums[i][v] = at::vec::fmadd(load(x + i * x_row, v), Vec(scale), sums[i][v]);
       if constexpr (kWhole) sums[i][v].store(out + i * out_row + v * Vec::size());
       else sums[i][v].store(out + i * out_row, count);
     }

@@ -4,7 +4,8 @@
 //
 // For P a block of rows goes through all three products while it is in the second-level cache, so X is
 // read and X P written once: 8 bytes per float32 element, 4 r flops. A column of ones, or a bias's
-// gradient, is carried as numbers beside the rows.
+// gradient, is carried as numbers beside the rows. Of an X that lies by columns, as the gradient of
+// a weight [k, m] does, a block of rows is one of columns in memory, and takes the products' transposes.
 
 #include "rows.h"
 
@@ -42,6 +43,12 @@ constexpr int64_t kSerialFlops = 1 << 20;
 int64_t grain(int64_t count, int64_t flops) {
   return flops < kSerialFlops ? std::max<int64_t>(count, 1) : 1;
 }
+
+// Columns in memory of one block of a turned X, and of what of it the second-level cache holds.
+constexpr int64_t kMostColumns = 256, kLeastColumns = 64, kBlockElements = 1 << 18;
+// Terms that are summed at once: what they are taken from stays in the first-level cache, and long
+// sums round as short ones do. 128 rows of 64 float32 take 32 KiB.
+constexpr int64_t kTerms = 128;
 
 Tensor in_rows(const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) < 2 ? x : x.contiguous(); }
 
@@ -81,6 +88,7 @@ struct InverseProduct {
   std::optional<Tensor> extra;
   Tensor basis, core_inverse, shift;
   Tensor product, last;
+  bool turned = false;  // X' and the product's transpose are contiguous, not they
 };
 
 template <typename T>
@@ -92,9 +100,26 @@ struct Product {
   T* to;
   T* last;
   int64_t n, size, rank, x_row, u_row, c_row;
-  bool extended;
+  bool extended, turned;
   Columns<T> extra;
   T reciprocal;
+
+  int64_t block() const {
+    if (!turned) return kBlockRows;
+    const int64_t fitting = kBlockElements / std::max<int64_t>(size, 1) / kLeastColumns;
+    return std::clamp(fitting * kLeastColumns, kLeastColumns, kMostColumns);
+  }
+
+  // Numbers that `run` needs memory for.
+  int64_t memory() const {
+    if (!turned) return 2 * kBlockRows * width();
+    return (2 * rank + size + 1) * row_of<T>(std::min(block(), n));
+  }
+
+  void run(int64_t first, T* memory) const {
+    if (turned) run_columns(first, memory);
+    else run_rows(first, memory, memory + kBlockRows * width());
+  }
 
   // Of a row of X U in memory: whole vectors.
   int64_t width() const {
@@ -103,12 +128,14 @@ struct Product {
   }
 
   // Rows from `first` on, at most kBlockRows, with memory for as many rows of U and of C.
-  void run(int64_t first, T* y, T* yc) const {
+  void run_rows(int64_t first, T* y, T* yc) const {
     const int64_t rows = std::min(kBlockRows, n - first);
     const T* from = x + first * x_row;
     if (packed) {
-      sum_rows<T>(nullptr, 0, 0, {from, x_row, 1}, rows, packed, width(), size, width(), y,
-                  width());
+      for (int64_t k = 0; k == 0 || k < size; k += kTerms) {
+        sum_rows<T>(y, width(), k > 0, {from + k, x_row, 1}, rows, packed + k * width(), width(),
+                    std::min(kTerms, size - k), width(), y, width());
+      }
     } else {
       dot_rows<T>(from, x_row, rows, u, u_row, rank, size, y, width());
     }
@@ -127,6 +154,35 @@ struct Product {
       last[first + i] = total;
     }
   }
+
+  // The same of X', whose rows x_row apart are X's columns: Y' = U' X', then X' / shift + U (C' Y').
+  void run_columns(int64_t first, T* memory) const {
+    const int64_t columns = std::min(block(), n - first), row = row_of<T>(std::min(block(), n));
+    T *y = memory, *yc = y + rank * row, *extras = yc + rank * row, *copy = extras + row;
+    const auto add = [&](Strided<T> weights, const T* from, int64_t count, bool begun) {
+      sum_rows<T>(y, row, begun, weights, rank, from, row, count, columns, y, row);
+    };
+    for (int64_t k = 0; k < size; k += kTerms) {
+      const int64_t count = std::min(kTerms, size - k);
+      for (int64_t j = k; j < k + count; ++j) {
+        std::copy_n(x + j * x_row + first, columns, copy + j * row);
+      }
+      add({packed + k * width(), 1, width()}, copy + k * row, count, k > 0);
+    }
+    if (extended) {
+      for (int64_t i = 0; i < columns; ++i) extras[i] = extra(first + i);
+      add({u + size, u_row, 1}, extras, 1, size > 0);
+    }
+    sum_rows<T>(nullptr, 0, 0, {c, 1, c_row}, rank, y, row, rank, columns, yc, row);
+    // A few rows at a time, so that memory is read and written in runs of all columns.
+    for (int64_t k = 0; k < size; k += kBlockRows) {
+      sum_rows<T>(copy + k * row, row, reciprocal, {packed + k * width(), width(), 1},
+                  std::min(kBlockRows, size - k), yc, row, rank, columns, to + k * n + first, n);
+    }
+    if (!extended) return;
+    sum_rows<T>(extras, row, reciprocal, {u + size, 0, u_row}, 1, yc, row, rank, columns,
+                last + first, n);
+  }
 };
 
 // All of one dtype.
@@ -139,24 +195,24 @@ void multiply_inverses(const std::vector<InverseProduct>& products) {
     std::vector<std::pair<size_t, int64_t>> blocks;  // product, first row
     int64_t flops = 0, most = 0, packs = 0;
     for (const InverseProduct& p : products) {
-      const Tensor inputs = in_rows(p.x), transposed = in_rows(p.basis.t());
+      const Tensor inputs = p.turned ? p.x.t() : in_rows(p.x), transposed = in_rows(p.basis.t());
       const Tensor core = in_rows(p.core_inverse);
       held.insert(held.end(), {inputs, transposed, core});
       const int64_t n = p.x.size(0), size = p.x.size(1), rank = p.basis.size(1);
       const bool extended = p.basis.size(0) > size;
       const Columns<scalar_t> extra{p.extra ? p.extra->const_data_ptr<scalar_t>() : nullptr,
                                     p.extra ? p.extra->stride(0) : 0};
-      for (int64_t first = 0; first < n; first += kBlockRows) {
-        blocks.push_back({plans.size(), first});
-      }
       plans.push_back({inputs.const_data_ptr<scalar_t>(), transposed.const_data_ptr<scalar_t>(),
                        nullptr, core.const_data_ptr<scalar_t>(), p.product.data_ptr<scalar_t>(),
                        extended ? p.last.data_ptr<scalar_t>() : nullptr, n, size, rank,
-                       inputs.stride(0), transposed.stride(0), core.stride(0), extended, extra,
-                       scalar_t(1) / *p.shift.const_data_ptr<scalar_t>()});
+                       inputs.stride(0), transposed.stride(0), core.stride(0), extended,
+                       p.turned, extra, scalar_t(1) / *p.shift.const_data_ptr<scalar_t>()});
+      for (int64_t first = 0; first < n; first += plans.back().block()) {
+        blocks.push_back({plans.size() - 1, first});
+      }
       flops += 4 * n * size * rank;
-      most = std::max(most, plans.back().width());
-      if (n * kPackedRows < size) continue;
+      most = std::max(most, plans.back().memory());
+      if (!p.turned && n * kPackedRows < size) continue;
       packs += size * plans.back().width();
       packed_plans.push_back(plans.size() - 1);
     }
@@ -181,12 +237,18 @@ void multiply_inverses(const std::vector<InverseProduct>& products) {
         flops < kSerialFlops ? 1 : std::min<int64_t>(at::get_num_threads(), count);
     std::atomic<int64_t> next{0};
     at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-      std::vector<scalar_t> y(kBlockRows * most), yc(kBlockRows * most);
+      std::vector<scalar_t> memory(most);
       for (int64_t i = next++; i < count; i = next++) {
-        plans[blocks[i].first].run(blocks[i].second, y.data(), yc.data());
+        plans[blocks[i].first].run(blocks[i].second, memory.data());
       }
     });
   });
+}
+
+// Of the shape of a gradient, and of its order in memory where that is contiguous or turned.
+Tensor empty_beside(const Tensor& gradient, const Tensor& basis) {
+  if (is_turned(gradient)) return at::empty(gradient.t().sizes(), basis.options()).t();
+  return at::empty(gradient.sizes(), basis.options());
 }
 
 }  // namespace
@@ -207,8 +269,9 @@ void precondition_layers(std::vector<Tensor>& gradients, at::IntArrayRef layer_s
     if (has_bias) bias = gradients[first + 1].to(wide);
     firsts.push_back(first);
     products.push_back({weight.to(wide), bias, *basis, *core_inverses.get(layer),
-                        *shifts.get(layer), at::empty(weight.sizes(), basis->options()),
-                        at::empty({has_bias ? weight.size(0) : 0}, basis->options())});
+                        *shifts.get(layer), empty_beside(weight, *basis),
+                        at::empty({has_bias ? weight.size(0) : 0}, basis->options()),
+                        is_turned(weight)});
   }
   for (const at::ScalarType type : {at::kFloat, at::kDouble}) {
     std::vector<InverseProduct> alike;
@@ -231,13 +294,14 @@ namespace {
 
 std::tuple<Tensor, Tensor> precondition(const Tensor& x, const std::optional<Tensor>& extra,
                                         bool extended, const Tensor& basis,
-                                        const Tensor& core_inverse, const Tensor& shift) {
+                                        const Tensor& core_inverse, const Tensor& shift,
+                                        bool turned = false) {
   const at::ScalarType type = x.scalar_type(), wide = basis.scalar_type();
-  Tensor product = at::empty(x.sizes(), basis.options());
+  Tensor product = turned ? empty_beside(x, basis) : at::empty(x.sizes(), basis.options());
   Tensor last = at::empty({extended ? x.size(0) : 0}, basis.options());
   std::optional<Tensor> column;
   if (extra) column = extra->to(wide);
-  multiply_inverses({{x.to(wide), column, basis, core_inverse, shift, product, last}});
+  multiply_inverses({{x.to(wide), column, basis, core_inverse, shift, product, last, turned}});
   return {product.to(type), last.to(type)};
 }
 
@@ -255,7 +319,8 @@ std::tuple<Tensor, Tensor> precondition_gradient(const Tensor& weight_gradient,
                                                  const Tensor& shift) {
   check_gradient(weight_gradient, bias_gradient, basis, core_inverse, shift);
   const bool extended = bias_gradient.has_value();
-  return precondition(weight_gradient, bias_gradient, extended, basis, core_inverse, shift);
+  return precondition(weight_gradient, bias_gradient, extended, basis, core_inverse, shift,
+                      is_turned(weight_gradient));
 }
 
 template <typename T>

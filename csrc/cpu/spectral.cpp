@@ -211,8 +211,8 @@ std::vector<Tensor> blend_directions_(at::TensorList params, at::TensorList grad
 
 // w <- w decayed - rate u of rows of W; of a turned W, whose columns lie one after the other, those.
 template <typename T>
-void move_rows(T* w, bool turned, const T* u, int64_t begin, int64_t end, int64_t rows,
-               int64_t columns, T decayed, T rate) {
+void move_rows(T* __restrict w, bool turned, const T* __restrict u, int64_t begin, int64_t end,
+               int64_t rows, int64_t columns, T decayed, T rate) {
   if (!turned) {
     for (int64_t i = begin * columns; i < end * columns; ++i) w[i] = w[i] * decayed - rate * u[i];
     return;

@@ -217,7 +217,7 @@ void update_flat(const std::vector<Slice<param_t, state_t>>& slices, at::TensorL
   });
 }
 
-// A weight or bias as rows, and its first column in c.
+// A weight or bias [m, columns], and its first column in c.
 template <typename param_t, typename state_t>
 struct Part {
   param_t* param;
@@ -227,9 +227,10 @@ struct Part {
   int64_t first;
 };
 
-// sums[j] += x[j]^2 and their total.
+// sums[j] += x[j]^2 and their total. They do not overlap: a compiler that has to ask makes two loops of
+// one, which round differently, and the addresses decide which runs.
 template <typename state_t, typename param_t>
-double add_squares(const param_t* x, int64_t n, state_t* sums) {
+double add_squares(const param_t* __restrict x, int64_t n, state_t* __restrict sums) {
   using Vec = at::vec::Vectorized<state_t>;
   state_t total = 0;
   int64_t j = 0;
@@ -250,128 +251,170 @@ double add_squares(const param_t* x, int64_t n, state_t* sums) {
   return total;
 }
 
-// A row of a layer whose denominator is row_root columns_root[j] + eps ("factored"), or is in the
-// rate already ("row", where columns_root is null).
+// A line of a layer whose denominator is line_root across_roots[j] + eps, or is in the rate already
+// (where across_roots is null).
 template <bool kMomentum, bool kFactored, typename param_t, typename state_t>
-void update_row(param_t* param, const param_t* direction, state_t* exp_avg,
-                const state_t* column_roots, int64_t n, const Scalars& scalars, double row_root,
-                double rate) {
+void update_line(param_t* param, const param_t* direction, state_t* exp_avg,
+                 const state_t* across_roots, int64_t n, const Scalars& scalars, double line_root,
+                 double rate) {
   using Vec = at::vec::Vectorized<state_t>;
   const state_t decayed = scalars.decayed, average = 1 - scalars.momentum, eps = scalars.eps;
-  const state_t root = row_root, step = rate;
-  const auto update = [&](auto w, auto d, auto& m, auto column_root) {
+  const state_t root = line_root, step = rate;
+  const auto update = [&](auto w, auto d, auto& m, auto across_root) {
     using Value = decltype(w);
     if constexpr (kMomentum) {
       m = m + (d - m) * Value(average);
       d = m;
     }
-    if constexpr (kFactored) d = d / (Value(root) * column_root + Value(eps));
+    if constexpr (kFactored) d = d / (Value(root) * across_root + Value(eps));
     return w * Value(decayed) - d * Value(step);
   };
   int64_t j = 0;
   if constexpr (std::is_same_v<param_t, state_t>) {
     for (; j + Vec::size() <= n; j += Vec::size()) {
-      Vec m(0), column_root(0);
+      Vec m(0), across_root(0);
       if constexpr (kMomentum) m = Vec::loadu(exp_avg + j);
-      if constexpr (kFactored) column_root = Vec::loadu(column_roots + j);
-      update(Vec::loadu(param + j), Vec::loadu(direction + j), m, column_root).store(param + j);
+      if constexpr (kFactored) across_root = Vec::loadu(across_roots + j);
+      update(Vec::loadu(param + j), Vec::loadu(direction + j), m, across_root).store(param + j);
       if constexpr (kMomentum) m.store(exp_avg + j);
     }
   }
   for (; j < n; ++j) {
     state_t m = kMomentum ? exp_avg[j] : state_t(0);
-    const state_t column_root = kFactored ? column_roots[j] : state_t(0);
+    const state_t across_root = kFactored ? across_roots[j] : state_t(0);
     param[j] = static_cast<param_t>(
-        update(static_cast<state_t>(param[j]), static_cast<state_t>(direction[j]), m, column_root));
+        update(static_cast<state_t>(param[j]), static_cast<state_t>(direction[j]), m, across_root));
     if constexpr (kMomentum) exp_avg[j] = m;
   }
 }
 
 // The step of one layer with mean squares v [m] per row and, for "factored", c [d] per column.
+//
+// It goes along memory, line by line: a line is a row of all parts or, where the weight is turned, a
+// column of one of them. Each has a mean square, and so has what lies at one place of all lines.
 template <typename param_t, typename state_t>
-void update_axes(const std::vector<Part<param_t, state_t>>& parts, int64_t outputs,
-                 state_t* row_squares, state_t* column_squares, double step, double lr,
-                 const Scalars& scalars) {
-  int64_t dim = 0;
-  for (const auto& part : parts) dim += part.columns;
-  const double correction = 1 - std::pow(scalars.beta2, step);
-  const double rate = lr / (scalars.momentum > 0 ? 1 - std::pow(scalars.momentum, step) : 1);
-  // Held in the dtype of the state, as the other backends do.
-  const auto blend = [&](state_t& v, double mean) {
-    v += (static_cast<state_t>(mean) - v) * static_cast<state_t>(1 - scalars.beta2);
-  };
-  const auto blend_row = [&](int64_t i, double squares) {
-    blend(row_squares[i], dim > 0 ? squares / dim : 0);
-  };
-  const auto update = [&](int64_t i, const state_t* column_roots, double row_root, double scaled) {
-    for (const auto& part : parts) {
-      const int64_t at = i * part.columns;
-      const auto run = [&](auto momentum, auto factored) {
-        update_row<decltype(momentum)::value, decltype(factored)::value>(
-            part.param + at, part.direction + at, part.exp_avg ? part.exp_avg + at : nullptr,
-            column_roots ? column_roots + part.first : nullptr, part.columns, scalars, row_root,
-            scaled);
-      };
-      if (part.exp_avg && column_roots) run(std::true_type{}, std::true_type{});
-      else if (part.exp_avg) run(std::true_type{}, std::false_type{});
-      else if (column_roots) run(std::false_type{}, std::true_type{});
-      else run(std::false_type{}, std::false_type{});
-    }
-  };
-  const int64_t rows = std::max<int64_t>(1, kChunk / std::max<int64_t>(dim, 1));
-  const int64_t blocks = (outputs + rows - 1) / rows;
-  if (!column_squares) {
-    // A row stays in cache between its squares and its step.
-    at::parallel_for(0, blocks, grain(blocks), [&](int64_t first, int64_t last) {
-      for (int64_t i = first * rows; i < std::min(outputs, last * rows); ++i) {
-        double squares = 0;
-        for (const auto& part : parts) {
-          squares += sum_squares_as<state_t>(part.direction + i * part.columns, part.columns);
-        }
-        blend_row(i, squares);
-        const double root = std::sqrt(row_squares[i] / correction) + scalars.eps;
-        update(i, nullptr, 0, rate / root);
-      }
-    });
-    return;
+class AxesStep {
+ public:
+  AxesStep(const std::vector<Part<param_t, state_t>>& parts, bool turned, int64_t outputs,
+           double step, double lr, const Scalars& scalars)
+      : parts_(parts), turned_(turned), scalars_(scalars) {
+    dim_ = parts.back().first + parts.back().columns;
+    lines_ = turned ? dim_ : outputs;
+    length_ = turned ? outputs : dim_;
+    correction_ = 1 - std::pow(scalars.beta2, step);
+    rate_ = lr / (scalars.momentum > 0 ? 1 - std::pow(scalars.momentum, step) : 1);
+    chunk_ = std::max<int64_t>(1, kChunk / std::max<int64_t>(length_, 1));
+    chunks_ = (lines_ + chunk_ - 1) / chunk_;
   }
 
-  // Sums over columns are taken in a fixed number of stretches and then in their order, so that the
-  // result does not depend on the number of threads.
-  const int64_t stretches = std::min<int64_t>(16, blocks);
-  std::vector<state_t> partial(stretches * dim, 0);
-  at::parallel_for(0, stretches, grain(blocks) > 1 ? stretches : 1, [&](int64_t first,
-                                                                        int64_t last) {
-    for (int64_t stretch = first; stretch < last; ++stretch) {
-      const int64_t end = outputs * (stretch + 1) / stretches;
-      for (int64_t i = outputs * stretch / stretches; i < end; ++i) {
+  // v alone, whose lines stay in cache between their squares and their step.
+  void run_rows(state_t* row_squares) {
+    at::parallel_for(0, chunks_, grain(chunks_), [&](int64_t first, int64_t last) {
+      for (int64_t i = first * chunk_; i < std::min(lines_, last * chunk_); ++i) {
         double squares = 0;
-        for (const auto& part : parts) {
-          squares += add_squares(part.direction + i * part.columns, part.columns,
-                                 &partial[stretch * dim + part.first]);
-        }
-        blend_row(i, squares);
+        for_parts(i, [&](const auto& part, int64_t at, int64_t count, int64_t) {
+          squares += sum_squares_as<state_t>(part.direction + at, count);
+        });
+        blend(row_squares[i], squares, dim_);
+        update(i, nullptr, 0, rate_ / (root_of(row_squares[i]) + scalars_.eps), scalars_);
+      }
+    });
+  }
+
+  void run(state_t* row_squares, state_t* column_squares) {
+    if (!turned_ && !column_squares) return run_rows(row_squares);
+    std::vector<double> along(lines_), across(length_, 0);
+    sum(along, across);
+    std::vector<double>& by_row = turned_ ? across : along;
+    std::vector<double>& by_column = turned_ ? along : across;
+    double total = 0;
+    for (size_t i = 0; i < by_row.size(); ++i) total += blend(row_squares[i], by_row[i], dim_);
+    Scalars scalars = scalars_;
+    if (column_squares) {
+      const double rows = std::max<double>(by_row.size(), 1);
+      const double mean = std::max<double>(total / rows, std::numeric_limits<state_t>::min());
+      for (size_t i = 0; i < by_row.size(); ++i) by_row[i] = std::sqrt(row_squares[i] / mean);
+      for (size_t j = 0; j < by_column.size(); ++j) {
+        by_column[j] = root_of(blend(column_squares[j], by_column[j], by_row.size()));
+      }
+    } else {
+      for (size_t i = 0; i < by_row.size(); ++i) by_row[i] = root_of(row_squares[i]) + scalars.eps;
+      std::fill(by_column.begin(), by_column.end(), 1);
+      scalars.eps = 0;
+    }
+    const std::vector<state_t> roots(across.begin(), across.end());
+    // Backwards: the directions whose squares were summed last are the ones still in cache.
+    at::parallel_for(0, chunks_, grain(chunks_), [&](int64_t first, int64_t last) {
+      for (int64_t i = std::min(lines_, last * chunk_) - 1; i >= first * chunk_; --i) {
+        update(i, roots.data(), along[i], rate_, scalars);
+      }
+    });
+  }
+
+ private:
+  // What a line has of each part: where in it, how much, and its first place in the line.
+  template <typename Body>
+  void for_parts(int64_t line, const Body& body) const {
+    for (const auto& part : parts_) {
+      if (!turned_) {
+        body(part, line * part.columns, part.columns, part.first);
+      } else if (line >= part.first && line < part.first + part.columns) {
+        body(part, (line - part.first) * length_, length_, 0);
       }
     }
-  });
-  double total = 0;
-  for (int64_t i = 0; i < outputs; ++i) total += row_squares[i];
-  const double mean =
-      std::max<double>(total / std::max<int64_t>(outputs, 1), std::numeric_limits<state_t>::min());
-  std::vector<state_t> roots(dim);
-  for (int64_t j = 0; j < dim; ++j) {
-    double squares = 0;
-    for (int64_t stretch = 0; stretch < stretches; ++stretch) squares += partial[stretch * dim + j];
-    blend(column_squares[j], outputs > 0 ? squares / outputs : 0);
-    roots[j] = std::sqrt(column_squares[j] / correction);
   }
-  // Backwards: the directions whose squares were summed last are the ones still in cache.
-  at::parallel_for(0, blocks, grain(blocks), [&](int64_t first, int64_t last) {
-    for (int64_t i = std::min(outputs, last * rows) - 1; i >= first * rows; --i) {
-      update(i, roots.data(), std::sqrt(row_squares[i] / mean), rate);
+
+  double root_of(double square) const { return std::sqrt(square / correction_); }
+
+  // Held in the dtype of the state, as the other backends do.
+  state_t blend(state_t& square, double sum, int64_t count) const {
+    const state_t mean = static_cast<state_t>(count > 0 ? sum / count : 0);
+    return square += (mean - square) * static_cast<state_t>(1 - scalars_.beta2);
+  }
+
+  // Sums across lines are taken in a fixed number of stretches and then in their order, so that the
+  // result does not depend on the number of threads.
+  void sum(std::vector<double>& along, std::vector<double>& across) const {
+    const int64_t stretches = std::min<int64_t>(16, chunks_);
+    std::vector<state_t> partial(stretches * length_, 0);
+    const auto run = [&](int64_t first, int64_t last) {
+      for (int64_t stretch = first; stretch < last; ++stretch) {
+        const int64_t end = lines_ * (stretch + 1) / stretches;
+        for (int64_t i = lines_ * stretch / stretches; i < end; ++i) {
+          for_parts(i, [&](const auto& part, int64_t at, int64_t count, int64_t place) {
+            along[i] +=
+                add_squares(part.direction + at, count, &partial[stretch * length_ + place]);
+          });
+        }
+      }
+    };
+    at::parallel_for(0, stretches, grain(chunks_) > 1 ? stretches : 1, run);
+    for (int64_t stretch = 0; stretch < stretches; ++stretch) {
+      for (int64_t j = 0; j < length_; ++j) across[j] += partial[stretch * length_ + j];
     }
-  });
-}
+  }
+
+  void update(int64_t line, const state_t* across_roots, double line_root, double rate,
+              const Scalars& scalars) const {
+    for_parts(line, [&](const auto& part, int64_t at, int64_t count, int64_t place) {
+      const auto run = [&](auto momentum, auto factored) {
+        update_line<decltype(momentum)::value, decltype(factored)::value>(
+            part.param + at, part.direction + at, part.exp_avg ? part.exp_avg + at : nullptr,
+            across_roots ? across_roots + place : nullptr, count, scalars, line_root, rate);
+      };
+      if (part.exp_avg && across_roots) run(std::true_type{}, std::true_type{});
+      else if (part.exp_avg) run(std::true_type{}, std::false_type{});
+      else if (across_roots) run(std::false_type{}, std::true_type{});
+      else run(std::false_type{}, std::false_type{});
+    });
+  }
+
+  const std::vector<Part<param_t, state_t>>& parts_;
+  const bool turned_;
+  const Scalars& scalars_;
+  int64_t dim_, lines_, length_, chunk_, chunks_;
+  double correction_, rate_;
+};
 
 // What is alike in all layers.
 struct How {
@@ -444,9 +487,9 @@ void update_run(at::TensorList params, at::TensorList gradients, at::TensorList 
   // Flat memory for every array, with copies standing in for layouts that are not.
   std::vector<at::Tensor> flat_params, flat_directions, flat_gradients, flat_averages, flat_squares;
   for (size_t i = 0; i < params.size(); ++i) {
-    // Rows and columns are of the contiguous layout.
-    const bool dense =
-        axes ? params[i].is_contiguous() : params[i].is_non_overlapping_and_dense();
+    // Rows and columns lie along memory.
+    const bool dense = axes ? params[i].is_contiguous() || is_turned(params[i])
+                            : params[i].is_non_overlapping_and_dense();
     flat_params.push_back(dense ? params[i] : params[i].contiguous());
     const at::Tensor& like = flat_params.back();
     flat_directions.push_back(in_layout_of(directions[i], like, type));
@@ -478,9 +521,10 @@ void update_run(at::TensorList params, at::TensorList gradients, at::TensorList 
           first += columns;
         }
         const at::Tensor* squares = &exp_avg_sqs[layer * each];
-        update_axes(parts, outputs, squares[0].data_ptr<state_t>(),
-                    each == 2 ? squares[1].data_ptr<state_t>() : nullptr,
-                    count_of(steps[layer]), lrs[layer], scalars);
+        AxesStep<param_t, state_t> axes_step(parts, is_turned(flat_params[i]), outputs,
+                                             count_of(steps[layer]), lrs[layer], scalars);
+        axes_step.run(squares[0].data_ptr<state_t>(),
+                      each == 2 ? squares[1].data_ptr<state_t>() : nullptr);
       }
       return;
     }

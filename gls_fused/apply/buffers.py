@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gls_fused.apply.fallback import forget_adam
-from gls_fused.apply.spectral import kept_by
+from gls_fused.apply.spectral import kept_by, normalize_of
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.distributed.sharding import is_sharded, zeros_beside
@@ -83,7 +83,7 @@ def fill_layer_states(
             forget_adam(state)
     for param, state in zip(params, states, strict=True):
         if group["momentum"] and "exp_avg" not in state:
-            state["exp_avg"] = _empty_average(layer, param, group)
+            state["exp_avg"] = _empty_average(layer, param, normalize_of(layer, first, group))
         if group["normalize"] == "adam" and "exp_avg_sq" not in state:
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
 
@@ -95,14 +95,15 @@ def zeros_of(layer: Layer, shape: tuple[int, ...]) -> Tensor:
     return torch.zeros(shape, dtype=layer.statistics_dtype, device=layer.weight.device)
 
 
-def _empty_average(layer: Layer, param: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """Zeros shaped as a parameter, in memory with the outputs first where that is a view.
+def _empty_average(layer: Layer, param: Tensor, normalize: str) -> Tensor:
+    """Zeros shaped as a parameter, in memory with the outputs first where its update takes them so.
 
-    So that they need not be turned for each update. Adam's own update takes its averages as they
-    lie, and may follow on "adam".
+    Orthogonal steps do, and those of a CUDA device. Others take a weight as it lies, as does Adam's
+    own update, which may follow on "adam".
     """
     dtype = layer.statistics_dtype
-    whole = layer.turns_by_copy or is_sharded(param) or group["normalize"] == "adam"
+    as_it_lies = normalize == "adam" or (param.is_cpu and normalize != "spectral")
+    whole = layer.turns_by_copy or is_sharded(param) or as_it_lies
     if param is not layer.weight or not layer.turned or whole:
         return torch.zeros_like(param, dtype=dtype)
     outputs_first = torch.zeros((*layer.stack, *layer.shape), dtype=dtype, device=param.device)

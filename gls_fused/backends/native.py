@@ -252,18 +252,10 @@ def update_layers_(
         )  # fmt: skip
         return
     parts = zip(*(inverse or (None, None, None) for inverse in inverses), strict=True)
-    written, averages = params, exp_avgs
-    # Most models have none that is turned, and are asked once for each parameter alone.
-    turned = not all(param.is_contiguous() for param in params)
-    if turned:
-        written, gradients, averages = (
-            [_turned_back(tensor) for tensor in tensors]
-            for tensors in (params, gradients, exp_avgs)
-        )
     _ops.update_layers_(
-        written,
+        params,
         gradients,
-        averages,
+        exp_avgs,
         exp_avg_sqs,
         steps,
         *(list(part) for part in parts),
@@ -279,21 +271,7 @@ def update_layers_(
         None if skip is None else skip.float(),
         lr_bounds,
     )
-    if turned:
-        for kept, copy in zip([*params, *exp_avgs], [*written, *averages], strict=True):
-            if copy is not kept:
-                kept.T.copy_(copy.T)
     increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
-
-
-def _turned_back(tensor: Tensor) -> Tensor:
-    """A contiguous copy of the transpose of a matrix on a CPU, and anything else as it is.
-
-    torch transposes in blocks where the target is contiguous, element by element where the source
-    is: the op would copy what it has written back at half the speed.
-    """
-    copied = tensor.is_cpu and not tensor.is_contiguous() and cpu_factors.is_turned(tensor)
-    return tensor.contiguous() if copied else tensor
 
 
 def measure_weights_(
@@ -376,7 +354,12 @@ def _(
     parts = (basis, core_inverse, shift)
     _check_device("precondition_gradient", weight_gradient, bias_gradient, *parts)
     outputs = 0 if bias_gradient is None else bias_gradient.shape[0]
-    return weight_gradient.new_empty(weight_gradient.shape), weight_gradient.new_empty(outputs)
+    direction = weight_gradient.new_empty(weight_gradient.shape)
+    on_cpu = weight_gradient.device.type == "cpu"
+    if on_cpu and not weight_gradient.is_contiguous() and cpu_factors.is_turned(weight_gradient):
+        # There it lies as the gradient does.
+        direction = weight_gradient.new_empty(weight_gradient.T.shape).T
+    return direction, weight_gradient.new_empty(outputs)
 
 
 @torch.library.register_fake("gls_fused::take_patches")

@@ -42,14 +42,14 @@ class LinearRows(Rows):
     def weight_gradient(
         self, inputs: Tensor, output_gradient: Tensor, with_bias: bool, applies: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """G'A and the column sums of G; of A P instead of A where P applies."""
+        """G'A, in memory as the weight lies, and the column sums of G; of A P where P applies."""
         rows = inputs.reshape(-1, inputs.shape[-1])
         gradient = output_gradient.reshape(-1, output_gradient.shape[-1])
         if with_bias and not self.ones:
             # The module's bias is not the layer's: its gradient stays true.
             return self.weight_gradient(inputs, output_gradient, False, applies)[0], gradient.sum(0)
         if not applies:
-            return gradient.T @ rows, gradient.sum(0) if with_bias else None
+            return self._multiply(gradient, rows), gradient.sum(0) if with_bias else None
         inverse = self.inverse_for(with_bias)
         if rows.dtype == torch.float16:
             # The entries of A P are of the order of 1 / sqrt(lambda'): more than it holds where the
@@ -58,11 +58,14 @@ class LinearRows(Rows):
             gradient = (gradient / root).to(gradient.dtype)
         if rows.shape[0] <= gradient.shape[1]:
             product, ones = self.backend.precondition_rows(rows, inverse, ones=with_bias)
-            return gradient.T @ product, None if ones is None else gradient.T @ ones
+            return self._multiply(gradient, product), None if ones is None else gradient.T @ ones
         # Fewer outputs than rows: by linearity, P is cheaper on this call's gradient.
         return self.backend.precondition_gradient(  # type: ignore[no-any-return]
-            gradient.T @ rows, gradient.sum(0) if with_bias else None, inverse
+            self._multiply(gradient, rows), gradient.sum(0) if with_bias else None, inverse
         )
+
+    def _multiply(self, gradient: Tensor, rows: Tensor) -> Tensor:
+        return (rows.T @ gradient).T if self.turned else gradient.T @ rows
 
 
 class Linear(torch.autograd.Function):

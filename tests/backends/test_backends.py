@@ -59,6 +59,11 @@ def make_inverse(dim, rank, dtype):
     return SubspaceInverse(basis, *reference.invert_core(core, 2 * core.trace(), dim, 0.3))
 
 
+def turn(x):
+    """The same matrix, lying in memory by columns."""
+    return x.T.contiguous().T if x.dim() == 2 else x
+
+
 def assert_same(actual, expected, tolerances, dtype):
     for found, sought in zip(actual, expected, strict=True):
         assert (found is None) == (sought is None)
@@ -88,14 +93,15 @@ def test_precondition_rows(name, dtype, strided, shape):
 
 
 @each_backend
-@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("lying", ["whole", "strided", "turned"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(shape=shapes)
-def test_precondition_gradient(name, dtype, strided, shape):
+def test_precondition_gradient(name, dtype, lying, shape):
     m, size, rank, ones = shape
     rank = min(rank, size + ones)
     inverse = make_inverse(size + ones, rank, dtype)
-    weight = draw(m, size, dtype=dtype, strided=strided)
+    weight = draw(m, size, dtype=dtype, strided=lying == "strided")
+    weight = turn(weight) if lying == "turned" else weight
     bias = draw(m, dtype=dtype) if ones else None
     actual = resolve_backend(name, ["cpu"]).precondition_gradient(weight, bias, inverse)
     assert_same(actual, reference.precondition_gradient(weight, bias, inverse), PRODUCT, dtype)
@@ -269,29 +275,36 @@ def test_core_that_rounding_left_indefinite(name, power):
     assert not unknown[0].diagonal().isfinite().any()
 
 
-def make_update(dtype, normalize, momentum, strided):
-    """Arguments of update_layers_ for three layers, one larger than a chunk, one empty."""
+def make_update(dtype, normalize, momentum, strided=False, *, turned=False):
+    """Arguments of update_layers_ for three layers, one larger than a chunk, one empty.
+
+    Args:
+        strided: whether weights are parts of larger tensors.
+        turned: whether matrices lie by columns, the first with more than one block of them.
+    """
     state = torch.promote_types(dtype, torch.float32)
-    shapes, sizes = [(37, 1001), (37,), (5, 3), (0, 4), (0,)], [2, 1, 2]
-    like = [draw(*shape, dtype=dtype, strided=strided and len(shape) > 1) for shape in shapes]
+    outputs, inputs = (300, 140) if turned else (37, 1001)
+    shapes, sizes = [(outputs, inputs), (outputs,), (5, 3), (0, 4), (0,)], [2, 1, 2]
+    lie = turn if turned else (lambda x: x)
+    like = [lie(draw(*shape, dtype=dtype, strided=strided and len(shape) > 1)) for shape in shapes]
     squares = []
     if normalize == "rms":
         squares = [torch.tensor(0.5 + i, dtype=state) for i in range(3)]
     elif normalize == "row":
-        squares = [draw(m, dtype=state, seed=3).square() for m in (37, 5, 0)]
+        squares = [draw(m, dtype=state, seed=3).square() for m in (outputs, 5, 0)]
     elif normalize == "factored":
         # The bias that the second layer has takes no step.
-        lengths = (37, 1002, 5, 4, 0, 5)
+        lengths = (outputs, inputs + 1, 5, 4, 0, 5)
         squares = [draw(length, dtype=state, seed=3).square() for length in lengths]
     elif normalize == "adam":
         squares = [draw(*shape, dtype=state, seed=3).square() for shape in shapes]
     return {
         "params": like,
-        "gradients": [draw(*shape, dtype=dtype, seed=1) for shape in shapes],
-        "exp_avgs": [draw(*shape, dtype=state, seed=2) for shape in shapes] if momentum else [],
+        "gradients": [lie(draw(*shape, dtype=dtype, seed=1)) for shape in shapes],
+        "exp_avgs": [lie(draw(*shape, dtype=state, seed=2)) for shape in shapes if momentum],
         "exp_avg_sqs": squares,
         "steps": [torch.tensor(float(i + 1)) for i in range(3)],
-        "inverses": [make_inverse(1002, 7, dtype), None, None],
+        "inverses": [make_inverse(inputs + 1, 7, dtype), None, None],
         "layer_sizes": sizes,
         "normalize": normalize,
         "lr": 0.1,
@@ -310,13 +323,13 @@ def run_update(backend, options):
     backend.update_layers_(*(options[key] for key in LISTS), **named)
 
 
-@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("lying", [{}, {"strided": True}, {"turned": True}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("normalize", NORMALIZE)
-def test_update_layers(backend, normalize, momentum, dtype, strided):
-    found = make_update(dtype, normalize, momentum, strided)
-    sought = make_update(dtype, normalize, momentum, strided)
+def test_update_layers(backend, normalize, momentum, dtype, lying):
+    found = make_update(dtype, normalize, momentum, **lying)
+    sought = make_update(dtype, normalize, momentum, **lying)
     run_update(backend, found)
     run_update(reference, sought)
     for key in ("params", "exp_avgs", "exp_avg_sqs"):
@@ -366,12 +379,13 @@ def test_update_that_is_skipped_writes_nothing(backend, normalize, dtype, stride
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("normalize", NORMALIZE)
-def test_number_of_threads_changes_nothing(backend, normalize):
+def test_number_of_threads_changes_nothing(backend, normalize, turned):
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        options = make_update(torch.float32, normalize, 0.9, strided=False)
+        options = make_update(torch.float32, normalize, 0.9, turned=turned)
         run_update(backend, options)
         results.append(options["params"])
     torch.set_num_threads(1)
@@ -391,7 +405,9 @@ def test_native_ops_are_proper_torch_ops():
     tests = ("test_schema", "test_faketensor")
     check(ops.precondition_rows.default, (rows, *inverse, True), test_utils=tests)
     check(ops.precondition_rows.default, (rows, basis[:7], *inverse[1:], False), test_utils=tests)
-    check(ops.precondition_gradient.default, (rows, rows[:, 0].clone(), *inverse), test_utils=tests)
+    for gradient in (rows, turn(rows)):
+        arguments = (gradient, rows[:, 0].clone(), *inverse)
+        check(ops.precondition_gradient.default, arguments, test_utils=tests)
     check(ops.sketch_rows.default, (rows, basis, True), test_utils=tests)
     check(ops.refresh_subspace.default, (core, sketch), test_utils=tests)
     check(ops.invert_core.default, (core, trace, 8, 0.3), test_utils=tests)
