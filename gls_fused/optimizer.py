@@ -108,8 +108,8 @@ class GLS(torch.optim.Optimizer):
         rank: >= 1; directions of the subspace, at most d; "auto", 32 but at most m per layer.
         curvature_every: >= 1; steps between two that gather statistics.
         site: where P applies: "step", to the gradient; "backward", so that p.grad holds the
-            direction; "auto", at the step but for nn.Linear on a CPU with fewer rows than outputs,
-            where the rows are cheaper, as long as nothing else has a part in p.grad.
+            direction; "auto", at the step but for nn.Linear and large convolutions on a CPU with
+            few rows, where these are cheaper, as long as nothing else has a part in p.grad.
         backend: a name of `gls_fused.available_backends()`, or "auto".
         low_precision: how parameters of 16 bits take their step, "nearest", "stochastic" or
             "master", see `gls_fused.apply.low_precision`; averages and curvature are float32.

@@ -315,7 +315,7 @@ class Preconditioner:
         # Where a product with P costs little beside the passes, as on a GPU, and where others have
         # a part in the gradient, it stays the gradient.
         alone = self.ranks.size == 1 and layer.shards is None and not layer.compiled
-        worth: bool = layer.by_rows and state["rows"] < layer.outputs
+        worth = layer.gains_by_rows(state["rows"])
         on_cpu = layer.device.type == "cpu"
         return worth and on_cpu and alone and not layer.stays_at_step
 

@@ -7,8 +7,9 @@ from torch.utils.checkpoint import checkpoint
 from gls_fused import GLS
 
 KINDS = ("mlp", "cnn")
-# Further convolutions; as "cnn", of so many spatial dimensions.
-DIMENSIONS = {"cnn": 2, "conv1d": 1, "conv3d": 3, "grouped": 2, "transposed": 2}
+# Further convolutions; as "cnn", of so many spatial dimensions. Those with few patches have one for
+# an image, so that in a small batch they are fewer than the outputs.
+DIMENSIONS = {"cnn": 2, "conv1d": 1, "conv3d": 3, "grouped": 2, "transposed": 2, "few patches": 2}
 CONVOLUTIONS = tuple(kind for kind in DIMENSIONS if kind not in KINDS)
 WIDTH = 8
 OPTIONS = {"rank": 4, "curvature_every": 2, "lr": 0.01}
@@ -104,10 +105,13 @@ class Net(nn.Module):
             if kind == "transposed":
                 conv = nn.ConvTranspose2d
                 self.stem = conv(2, WIDTH, 3, stride=2, padding=5, bias=bias)
+            if kind == "few patches":
+                self.stem = conv(2, WIDTH, 6, bias=bias)
             groups = {"grouped": WIDTH // 2, "transposed": 2}.get(kind, 1)
-            self.first = conv(WIDTH, WIDTH, 3, padding=1, groups=groups, bias=bias)
-            self.second = conv(WIDTH, WIDTH, 3, padding=1, groups=groups, bias=bias)
-        side = 4 if kind == "transposed" else 2
+            mode = "circular" if kind == "few patches" else "zeros"
+            alike = {"padding": 1, "padding_mode": mode, "groups": groups, "bias": bias}
+            self.first, self.second = (conv(WIDTH, WIDTH, 3, **alike) for _ in range(2))
+        side = {"transposed": 4, "few patches": 1}.get(kind, 2)
         positions = side ** DIMENSIONS[kind] if kind in DIMENSIONS else 1
         self.head = linear(WIDTH * positions, 3, bias=bias)
         self.kind = kind

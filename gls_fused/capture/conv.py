@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from gls_fused.capture.layer import Layer, autocast_inputs
+from gls_fused.capture.layer import Layer, autocast_inputs, bias_of
 from gls_fused.capture.modules import describe_class, plain_class, why_not_own
+from gls_fused.capture.observed import observe
 from gls_fused.capture.rows import SKETCH_ROWS, Rows, outside_autocast, sample_places
 from gls_fused.capture.traced import define_traced, fill_rows, flatten_rows
 from gls_fused.reference import Window, convolve, convolve_backward, count_patches
@@ -31,10 +32,25 @@ TRANSPOSED: dict[type[nn.Module], Callable[..., Tensor]] = {
 }
 
 
+# Elements of a weight for which P on the rows must save its product with the gradient, so that it
+# is worth a node of autograd's in Python: about half a millisecond on one thread.
+LEAST_SAVED = 1 << 18
+
+
 class ImageRows(Rows):
     """Of a convolution: every output position is a row for each group, the group's im2col patch."""
 
     window: Window
+
+    def are_few(self, images: Tensor, outputs: int) -> bool:
+        """Whether P takes less on all patches than on the gradient of so many outputs."""
+        if self.groups > 1 or self.turned:
+            return False
+        return math.prod(count_patches(images, self.window)) < outputs
+
+    def gather_padded(self, images: Tensor) -> None:
+        """`gather` of images that have what padding the window does not do itself."""
+        super().gather(images)
 
     def sample(self, inputs: Tensor) -> tuple[Tensor, float]:
         total = math.prod(count_patches(inputs, self.window, self.groups))
@@ -56,7 +72,10 @@ class ImageRows(Rows):
 
 
 class Convolution(torch.autograd.Function):
-    """The convolution in a traced graph, whose backward gives the sums over the rows to `tally`."""
+    """The convolution, whose backward has patches and gradients, so that P can act on either.
+
+    In a traced graph the sums over the rows are the gradient of `tally`.
+    """
 
     @staticmethod
     def forward(
@@ -67,32 +86,50 @@ class Convolution(torch.autograd.Function):
         tally: Tensor | None,
         rows: ImageRows,
     ) -> Tensor:
-        ctx.save_for_backward(images, weight)
+        ctx.save_for_backward(images, weight, bias)
         ctx.rows = rows
         return convolve(images, weight, bias, rows.window, rows.groups)
 
     @staticmethod
     @outside_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        images, weight = ctx.saved_tensors
+        images, weight, bias = ctx.saved_tensors
         rows: ImageRows = ctx.rows
-        needs: list[bool] = list(ctx.needs_input_grad[:3])
+        needs_images, needs_weight, needs_bias, tallies, _ = ctx.needs_input_grad
+        counts = applies = False
+        if needs_weight:
+            counts, applies = rows.enter(ctx, 1)
+        # Patches overlap, so A P is no image, and P goes on the gradient unless they are few.
+        by_rows = applies and rows.are_few(images, gradient.shape[1])
+        factor = weight
+        if needs_images and needs_weight and torch.is_grad_enabled():
+            # A second derivative reaches the weight through this product, and P acts on it too.
+            own = bias if rows.ones and needs_bias else None
+            factor = observe(rows, None, weight, own)[0]
+        needs = [needs_images, needs_weight and not by_rows, needs_bias and not by_rows]
         image_gradient, weight_gradient, bias_gradient = convolve_backward(
-            gradient, images, weight, rows.window, needs, rows.groups
+            gradient, images, factor, rows.window, needs, rows.groups
         )
-        if not needs[1]:
+        if not needs_weight:
             return image_gradient, None, bias_gradient, None, None
-        counts, applies = rows.enter(ctx, 1)
         if counts:
-            rows.gather(images)
-        sums = rows.take_sums() if ctx.needs_input_grad[3] else None
-        if applies:
-            # Patches overlap, so A P is no image: by linearity, P goes on this call's gradient.
-            owned = needs[2] and rows.ones
+            rows.gather_padded(images)
+        sums = rows.take_sums() if tallies else None
+        if by_rows:
+            patches = rows.backend.take_patches(images, rows.window)
+            by_outputs = gradient.flatten(2).transpose(1, 2)
+            product, own = rows.weight_gradient(patches, by_outputs, needs_bias, True)
+            weight_gradient = product.view(weight.shape)
+            bias_gradient = bias_gradient if own is None else own
+        elif applies:
+            owned = needs_bias and rows.ones
             directions = rows.direction(
                 [weight_gradient, bias_gradient] if owned else [weight_gradient]
             )
-            weight_gradient, bias_gradient = (*directions, bias_gradient)[:2]
+            weight_gradient = directions[0]
+            bias_gradient = directions[1] if owned else bias_gradient
+        if applies:
+            rows.deposit(weight_gradient)
         return image_gradient, weight_gradient, bias_gradient, sums, None
 
 
@@ -107,11 +144,29 @@ class ConvLayer(ImageRows, Layer):
         # Of which the weight's shape tells nothing where it is turned.
         self.groups = module.groups
         super().__init__(name, modules, bias, table)
+        self.by_rows = self.groups == 1 and not self.turned and not self.derived
         self.window, self.padding_before = window_of(module)
         self.kind = f"Conv{'Transpose' * self.turned}{len(module.kernel_size)}d"
 
+    def gains_by_rows(self, rows: float) -> bool:
+        # Patches have to be built.
+        return self.by_rows and self.size * (self.outputs - 2 * rows) >= LEAST_SAVED
+
     def gather(self, inputs: Tensor) -> None:
-        super().gather(self._pad(inputs))
+        self.gather_padded(self._pad(inputs))
+
+    def precondition(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        # Rows that are no plain tensor, or have a tangent, take torch's own op; so does the bias of
+        # somebody else.
+        plain = type(inputs) in (Tensor, nn.Parameter) and self.sees(inputs)
+        if not (plain and self.by_rows and self.owns_bias_of(module)):
+            return super().precondition(module, inputs)
+        images = self._pad(inputs)
+        if not self.are_few(images, self.outputs):
+            return super().precondition(module, inputs)
+        operands = autocast_inputs(images, self.used_by(module), bias_of(module))
+        outputs: Tensor = Convolution.apply(*operands, None, self)
+        return outputs if inputs.ndim == images.ndim else outputs[0]
 
     def compute(
         self, module: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None

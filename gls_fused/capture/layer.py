@@ -78,7 +78,7 @@ class Layer(Rows):
 
     kind: str
     # Whether P can act on the rows themselves, at the backward site.
-    by_rows: ClassVar[bool] = False
+    by_rows: bool = False
     # The names of a module's parameters that weight and bias are.
     weight_key: str = "weight"
     bias_key: str | None = "bias"
@@ -137,6 +137,10 @@ class Layer(Rows):
     def stays_whole(self) -> bool:
         """Whether P acts on the whole gradient, at the step, as rows see only a part of it."""
         return self.table is not None or self.derived
+
+    def gains_by_rows(self, rows: float) -> bool:
+        """Whether P takes less time on so many rows, before their product, than on the gradient."""
+        return self.by_rows and rows < self.outputs
 
     @property
     def one_matrix(self) -> bool:

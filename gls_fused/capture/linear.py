@@ -20,7 +20,7 @@ from gls_fused.capture.observed import observe
 from gls_fused.capture.rows import SKETCH_ROWS, Rows, outside_autocast, take_sample
 from gls_fused.capture.traced import define_traced, fill_rows, flatten_rows
 from gls_fused.curvature.estimate import Subspace
-from gls_fused.reference import DenseInverse, Inverse
+from gls_fused.reference import Inverse
 
 
 class LinearRows(Rows):
@@ -38,34 +38,6 @@ class LinearRows(Rows):
             rows, basis, sums, ones=self.ones, most=most, draw=self.draw
         )
         return found
-
-    def weight_gradient(
-        self, inputs: Tensor, output_gradient: Tensor, with_bias: bool, applies: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """G'A, in memory as the weight lies, and the column sums of G; of A P where P applies."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        gradient = output_gradient.reshape(-1, output_gradient.shape[-1])
-        if with_bias and not self.ones:
-            # The module's bias is not the layer's: its gradient stays true.
-            return self.weight_gradient(inputs, output_gradient, False, applies)[0], gradient.sum(0)
-        if not applies:
-            return self._multiply(gradient, rows), gradient.sum(0) if with_bias else None
-        inverse = self.inverse_for(with_bias)
-        if rows.dtype == torch.float16:
-            # The entries of A P are of the order of 1 / sqrt(lambda'): more than it holds where the
-            # inputs are small. With that factor on the gradients all is as large as the direction.
-            inverse, root = _times_root(inverse)
-            gradient = (gradient / root).to(gradient.dtype)
-        if rows.shape[0] <= gradient.shape[1]:
-            product, ones = self.backend.precondition_rows(rows, inverse, ones=with_bias)
-            return self._multiply(gradient, product), None if ones is None else gradient.T @ ones
-        # Fewer outputs than rows: by linearity, P is cheaper on this call's gradient.
-        return self.backend.precondition_gradient(  # type: ignore[no-any-return]
-            self._multiply(gradient, rows), gradient.sum(0) if with_bias else None, inverse
-        )
-
-    def _multiply(self, gradient: Tensor, rows: Tensor) -> Tensor:
-        return (rows.T @ gradient).T if self.turned else gradient.T @ rows
 
 
 class Linear(torch.autograd.Function):
@@ -202,15 +174,6 @@ def _leave(layer: weakref.ref[LinearLayer]) -> None:
     found = layer()
     if found is not None:
         found.leave_backward_site()
-
-
-def _times_root(inverse: Inverse) -> tuple[Inverse, Tensor]:
-    """sqrt(lambda') P and sqrt(lambda') [1]; 1 / lambda' is the largest diagonal of a dense P."""
-    if isinstance(inverse, DenseInverse):
-        root = inverse.matrix.diagonal().amax().rsqrt()
-        return DenseInverse(inverse.matrix * root), root[None]
-    root = inverse.shift.sqrt()
-    return inverse._replace(core_inverse=inverse.core_inverse * root, shift=root), root[None]
 
 
 def _run_linear(

@@ -127,6 +127,39 @@ class Rows(abc.ABC):
         """Whether `turn` may give a copy, as no view has the outputs of all groups on one axis."""
         return self.turned and self.groups > 1
 
+    def weight_gradient(
+        self, inputs: Tensor, output_gradient: Tensor, with_bias: bool, applies: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """G'A, in memory as the weight lies, and the column sums of G; of A P where P applies.
+
+        Args:
+            inputs: the rows [..., k].
+            output_gradient: G [..., m].
+        """
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        gradient = output_gradient.reshape(-1, output_gradient.shape[-1])
+        if with_bias and not self.ones:
+            # The module's bias is not the layer's: its gradient stays true.
+            return self.weight_gradient(inputs, output_gradient, False, applies)[0], gradient.sum(0)
+        if not applies:
+            return self._multiply(gradient, rows), gradient.sum(0) if with_bias else None
+        inverse = self.inverse_for(with_bias)
+        if rows.dtype == torch.float16:
+            # The entries of A P are of the order of 1 / sqrt(lambda'): more than it holds where the
+            # inputs are small. With that factor on the gradients all is as large as the direction.
+            inverse, root = _times_root(inverse)
+            gradient = (gradient / root).to(gradient.dtype)
+        if rows.shape[0] <= gradient.shape[1]:
+            product, ones = self.backend.precondition_rows(rows, inverse, ones=with_bias)
+            return self._multiply(gradient, product), None if ones is None else gradient.T @ ones
+        # Fewer outputs than rows: by linearity, P is cheaper on this call's gradient.
+        return self.backend.precondition_gradient(  # type: ignore[no-any-return]
+            self._multiply(gradient, rows), gradient.sum(0) if with_bias else None, inverse
+        )
+
+    def _multiply(self, gradient: Tensor, rows: Tensor) -> Tensor:
+        return (rows.T @ gradient).T if self.turned else gradient.T @ rows
+
     def direction(self, gradients: list[Tensor]) -> list[Tensor]:
         """D = D0 P, in the parameters' shapes; of the weight alone where the bias is frozen."""
         if not self.stacked:
@@ -178,6 +211,15 @@ class Rows(abc.ABC):
     @abc.abstractmethod
     def sample(self, inputs: Tensor) -> tuple[Tensor, float]:
         """The rows [n, k] that the sums are taken over, and how many each of them stands for."""
+
+
+def _times_root(inverse: Inverse) -> tuple[Inverse, Tensor]:
+    """sqrt(lambda') P and sqrt(lambda') [1]; 1 / lambda' is the largest diagonal of a dense P."""
+    if isinstance(inverse, DenseInverse):
+        root = inverse.matrix.diagonal().amax().rsqrt()
+        return DenseInverse(inverse.matrix * root), root[None]
+    root = inverse.shift.sqrt()
+    return inverse._replace(core_inverse=inverse.core_inverse * root, shift=root), root[None]
 
 
 def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
 from gls_fused import GLS
-from gls_fused.capture.conv import window_of
+from gls_fused.capture.conv import ImageRows, window_of
 from gls_fused.capture.rows import SKETCH_ROWS, take_sample
 
 # What they are made with beside 4 input and 6 output channels, kernel 3; and the images' size.
@@ -249,3 +249,64 @@ def test_transposed_convolution_with_groups_refuses_another_number_of_outputs():
     expected = r"expected a state of a weight \[4, 2, 3, 3\], got one of \[4, 3, 3, 3\]"
     with pytest.raises(ValueError, match=expected):
         other.load_state_dict(saved.state_dict())
+
+
+def make_few(dtype, layout):
+    """Convolutions of a few patches, one alone but for the batch, and their images."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(6, 30, 3, stride=2, padding=1, padding_mode="circular")
+    model = nn.Sequential(first, nn.Tanh(), nn.Conv2d(30, 40, (2, 1), dilation=(1, 2)))
+    images = torch.randn(5, 6, 4, 4, dtype=dtype)
+    if layout == "channels last":
+        model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
+    return model.to(dtype), images[0] if layout == "unbatched" else images
+
+
+@pytest.mark.parametrize("layout", ["whole", "channels last", "unbatched"])
+@pytest.mark.parametrize("bias", ["trained", "frozen", "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_p_on_few_patches_is_p_on_their_gradient(backend, dtype, bias, layout, monkeypatch):
+    """What stands in p.grad, and what goes on to the images."""
+    found, asked = [], ImageRows.are_few
+    for few in (True, False):
+        taken = []
+
+        def are_few(*given, few=few, taken=taken):
+            taken.append(asked(*given))
+            return few and taken[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageRows, "are_few", are_few)
+            model, images = make_few(dtype, layout)
+            if bias == "none":
+                model[0].bias = None
+            elif bias == "frozen":
+                model[2].bias.requires_grad_(False)
+            optimizer = GLS(model, site="backward", rank=4, backend=backend)
+            for step in range(2):
+                optimizer.zero_grad()
+                images = images.detach().roll(step).requires_grad_()
+                outputs = model(images)
+                assert outputs.ndim == images.ndim
+                outputs.float().square().mean().backward()
+                if step == 0:
+                    optimizer.step()
+        assert taken
+        assert all(taken)
+        assert optimizer.report().count("site backward") == 2
+        found.append([images.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+        assert [x.dtype for x in found[-1]] == [dtype] * len(found[-1])
+    for actual, expected in zip(*found, strict=True):
+        assert_near(actual, expected, PRODUCT[dtype])
+
+
+def test_auto_takes_convolutions_of_few_patches_at_the_backward():
+    model = nn.Sequential(nn.Conv2d(50, 700, 3, stride=3), nn.Conv2d(700, 6, 1), nn.Flatten())
+    optimizer = GLS(model)
+    for _ in range(2):
+        model(torch.randn(20, 50, 9, 9)[:, :, :3, :3]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    first, second, *_ = optimizer.report().splitlines()
+    assert "site backward" in first
+    assert "site step" in second

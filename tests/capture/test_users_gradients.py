@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from gls_fused import GLS, attach
+from gls_fused.capture import conv
 from gls_fused.capture.rows import SKETCH_ROWS, take_sample
 
 
@@ -154,12 +155,29 @@ def after_a_backward(model, inputs):
     return equation(model, inputs)
 
 
+class Rowwise(nn.Sequential):
+    """Of inputs [n, k], each an image of one channel."""
+
+    def forward(self, inputs):
+        return super().forward(inputs[:, None])
+
+
+def make_convolutions():
+    """Of images of one pixel, whose patches are fewer than their outputs."""
+    torch.manual_seed(0)
+    first, second = nn.Conv1d(1, 40, 8), nn.Conv1d(40, 24, 3, padding=1)
+    head = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(24, 3))
+    return Rowwise(first, nn.Tanh(), second, head).double()
+
+
 @pytest.mark.parametrize("bias", ["trained", "frozen", "none"])
 @pytest.mark.parametrize("loss", [equation, penalty, inner_step, after_a_backward])
-def test_second_derivatives_take_the_steps_of_the_step_site(backend, loss, bias):
+@pytest.mark.parametrize("make", [make_mlp, make_convolutions])
+def test_second_derivatives_take_the_steps_of_the_step_site(backend, make, loss, bias, monkeypatch):
+    monkeypatch.setattr(conv, "LEAST_SAVED", 0)
     found = []
     for site in ("auto", "step"):
-        model = make_mlp()
+        model = make()
         if bias == "frozen":
             model[0].bias.requires_grad_(False)
         elif bias == "none":
