@@ -32,7 +32,8 @@ class Alike:
         layers: with a P and a gradient.
         normalize: how their steps are scaled, "auto" and heads resolved.
         params: weight and bias of one layer after the other, of those that are to move.
-        owners: the group of each; a bias has lr and weight decay of its own.
+        elsewhere: the groups other than the weights', and the places of their biases in `params`.
+        zeros: for what biases of these groups, see `gls_fused.apply.layers.Apart`.
         states: of each, with all its buffers.
         firsts: those of the weights, which hold what is the layer's.
         sizes: how many of the parameters each layer has.
@@ -53,7 +54,7 @@ class Alike:
     ) -> None:
         self.layers, self.normalize = layers, normalize
         self.params: list[Tensor] = []
-        self.owners: list[Mapping[str, Any]] = []
+        owners: list[Mapping[str, Any]] = []
         self.states: list[State] = []
         self.firsts: list[State] = []
         self.sizes: list[int] = []
@@ -62,10 +63,16 @@ class Alike:
             own = [states[param] for param in mine]
             fill_layer_states(layer, mine, own, options)
             self.params += mine
-            self.owners += [groups[param] for param in mine]
+            owners += [groups[param] for param in mine]
             self.states += own
             self.firsts.append(own[0])
             self.sizes.append(len(mine))
+        places: dict[int, tuple[Mapping[str, Any], list[int]]] = {}
+        for place, group in enumerate(owners):
+            if group is not options:
+                places.setdefault(id(group), (group, []))[1].append(place)
+        self.elsewhere = list(places.values())
+        self.zeros: dict[int, Tensor] = {}
         keys = SQUARES[normalize]
         by_param = normalize == "adam"
         self.counts = self.sizes if by_param else [len(keys)] * len(layers)

@@ -54,7 +54,7 @@ def _step_together_(
     pairs = zip(params, copies, strict=True)
     gradients = [p.grad if copy is p else p.grad.float() for p, copy in pairs if p.grad is not None]
     inverses = alike.inverses()
-    apart = Apart(copies, options, alike.owners)
+    apart = Apart(copies, options, alike.elsewhere, alike.zeros)
     copied: list[Copied] = []
     gradients = by_matrix(layers, alike.sizes, gradients)
     averages, written = (
@@ -121,7 +121,8 @@ class Apart:
     Args:
         copies: what is to be written, the parameters themselves or what stands for them.
         options: of the weights' group.
-        owners: the group of each parameter.
+        elsewhere: other groups, and the places of their biases among the copies.
+        zeros: takes what stands in for a bias, by its place, for the next step.
     Attributes:
         written: what the update is to write to.
         lr: with which rate; not the group's where that is 0 and would hide the update.
@@ -131,32 +132,40 @@ class Apart:
         self,
         copies: Sequence[Tensor],
         options: Mapping[str, Any],
-        owners: Sequence[Mapping[str, Any]],
+        elsewhere: Sequence[tuple[Mapping[str, Any], Sequence[int]]],
+        zeros: MutableMapping[int, Tensor],
     ) -> None:
         self.lr = options["lr"]
         self.written = list(copies)
-        # Index, group.
-        self._biases: list[tuple[int, Mapping[str, Any]]] = []
         self._copies = copies
-        for index, own in enumerate(owners):
-            if own is not options and not all(
-                _equal(own[key], options[key]) for key in ("lr", "weight_decay")
-            ):
-                self._biases.append((index, own))
-                self.written[index] = torch.zeros_like(copies[index])
+        self._groups = [
+            (own, places)
+            for own, places in elsewhere
+            if not all(_equal(own[key], options[key]) for key in ("lr", "weight_decay"))
+        ]
+        ours = [place for _, places in self._groups for place in places]
+        if not ours:
+            return
+        for place in ours:
+            copy, zero = copies[place], zeros.get(place)
+            if zero is None or zero.dtype != copy.dtype:
+                zeros[place] = torch.zeros_like(copy)
+            self.written[place] = zeros[place]
+        torch._foreach_zero_([zeros[place] for place in ours])
         # A device is not asked: see `close_`.
         known = not isinstance(self.lr, Tensor) or self.lr.is_cpu
-        if self._biases and known and self.lr == 0:
+        if known and self.lr == 0:
             self.lr = 1.0
-            places = {index for index, _ in self._biases}
-            for index, copy in enumerate(copies):
-                if index not in places:
-                    self.written[index] = copy.clone()
+            for place in set(range(len(copies))).difference(ours):
+                self.written[place] = copies[place].clone()
 
     @torch.no_grad()
     def close_(self, skip: Tensor | None) -> None:
         """The biases take their steps."""
-        for index, own in self._biases:
+        for own, places in self._groups:
+            biases = [self._copies[place] for place in places]
+            updates = [self.written[place] for place in places]
+            # A few of torch's ops for all of a group.
             decay, ratio = 1 - own["lr"] * own["weight_decay"], own["lr"] / self.lr
             if isinstance(self.lr, Tensor):
                 # Of a warmup that begins at 0, where the update has been lost.
@@ -164,7 +173,17 @@ class Apart:
             if skip is not None:
                 # The zero has stayed one.
                 decay = torch.where(skip, torch.ones_like(skip, dtype=torch.float32), decay)
-            self._copies[index].mul_(decay).add_(self.written[index] * ratio)
+            if isinstance(decay, Tensor) or decay != 1:
+                torch._foreach_mul_(biases, _beside(biases[0], decay))
+            torch._foreach_mul_(updates, _beside(biases[0], ratio))
+            torch._foreach_add_(biases, updates)
+
+
+def _beside(tensor: Tensor, value: float | Tensor) -> Any:
+    """A number as torch's ops over many tensors take it: a tensor has to be on their device."""
+    if isinstance(value, Tensor):
+        return value.to(tensor.device, non_blocking=True)
+    return value
 
 
 def _equal(ours: Any, theirs: Any) -> bool:

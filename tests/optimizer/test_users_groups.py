@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gls_fused import GLS
 
@@ -60,6 +61,41 @@ def test_form_of_the_groups_changes_no_step(backend, form):
         assert optimizer.report().count(": GLS") == 3
         found.append(params_of(model))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+class Counted(TorchDispatchMode):
+    """How many of torch's ops are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_decay_of_weights_alone_takes_as_many_ops_for_any_number_of_layers():
+    counts = {}
+    for layers in (3, 12):
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(layers)])
+        for forms in ("one group", "decay and none"):
+            given = FORMS[forms](model)
+            given[0]["weight_decay"] = 0.1
+            optimizer = GLS(given, model=model, site="step", curvature_every=3)
+            for step in range(3):
+                optimizer.zero_grad()
+                model(torch.randn(4, 8)).square().mean().backward()
+                with Counted() as counted:
+                    optimizer.step()
+                counts[forms, layers, step] = counted.calls
+            optimizer.detach()
+    # The last step is ordinary, and no buffer is made in it any more.
+    few, many = (
+        counts["decay and none", layers, 2] - counts["one group", layers, 2] for layers in (3, 12)
+    )
+    assert few == many
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
