@@ -10,7 +10,6 @@
 // gls_fused/backends/factors.py.
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -25,6 +24,7 @@
 
 #include "../check.h"
 #include "products.h"
+#include "threads.h"
 
 namespace gls_fused {
 inline namespace CPU_CAPABILITY {
@@ -252,7 +252,7 @@ std::vector<Tensor> orthogonalize_each(at::TensorList matrices, at::ArrayRef<dou
     const Tensor memory = at::empty({threads, most}, inputs[0].options());
     scalar_t* base = memory.data_ptr<scalar_t>();
     std::atomic<size_t> next{0};
-    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    share(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) {
         for (size_t i = next++; i < parts.size(); i = next++) {
           const Part& part = parts[i];

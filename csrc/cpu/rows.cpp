@@ -27,6 +27,7 @@
 #include "../check.h"
 #include "../sums.h"
 #include "products.h"
+#include "threads.h"
 
 namespace gls_fused {
 inline namespace CPU_CAPABILITY {
@@ -236,7 +237,7 @@ void multiply_inverses(const std::vector<InverseProduct>& products) {
     const int64_t threads =
         flops < kSerialFlops ? 1 : std::min<int64_t>(at::get_num_threads(), count);
     std::atomic<int64_t> next{0};
-    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    share(0, threads, 1, [&](int64_t, int64_t) {
       std::vector<scalar_t> memory(most);
       for (int64_t i = next++; i < count; i = next++) {
         plans[blocks[i].first].run(blocks[i].second, memory.data());
@@ -329,7 +330,7 @@ double sum_all_squares(const Tensor& rows) {
   const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
   const T* from = rows.const_data_ptr<T>();
   std::vector<double> squares(blocks);
-  at::parallel_for(0, blocks, grain(blocks, n * size), [&](int64_t begin, int64_t end) {
+  share(0, blocks, grain(blocks, n * size), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * kBlockRows; i < std::min(n, end * kBlockRows); ++i) {
       squares[i / kBlockRows] += sum_squares(from + i * row, size);
     }

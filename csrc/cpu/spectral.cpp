@@ -9,7 +9,6 @@
 // gls_fused.reference.update_spectral_layers_.
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -23,6 +22,7 @@
 #include "products.h"
 #include "rows.h"
 #include "steps.h"
+#include "threads.h"
 
 namespace gls_fused {
 inline namespace CPU_CAPABILITY {
@@ -181,7 +181,7 @@ std::vector<Tensor> blend_directions_(at::TensorList params, at::TensorList grad
     for (size_t layer = 0; layer < layers; ++layer) {
       if (layer_sizes[layer] == 2) squares[layer].resize(found[layer].size(0));
     }
-    at::parallel_for(0, count, grain(count), [&](int64_t first, int64_t last) {
+    share(0, count, grain(count), [&](int64_t first, int64_t last) {
       for (int64_t block = first; block < last; ++block) {
         const Rows& rows = blocks[block];
         const int64_t columns = found[rows.layer].size(1), at = rows.begin * columns;
@@ -257,7 +257,7 @@ void move_weights_(at::TensorList weights, at::TensorList updates, double lr, do
   const std::vector<Rows> blocks = cut_rows(found);
   const int64_t count = blocks.size();
   AT_DISPATCH_FLOATING_TYPES(weights[0].scalar_type(), "move_weights_", [&] {
-    at::parallel_for(0, count, grain(count), [&](int64_t first, int64_t last) {
+    share(0, count, grain(count), [&](int64_t first, int64_t last) {
       for (int64_t block = first; block < last; ++block) {
         const Rows& rows = blocks[block];
         const Tensor& update = found[rows.layer];

@@ -14,7 +14,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -31,6 +30,7 @@
 #include "products.h"
 #include "rows.h"
 #include "steps.h"
+#include "threads.h"
 
 namespace gls_fused {
 inline namespace CPU_CAPABILITY {
@@ -99,7 +99,7 @@ template <typename state_t, typename param_t>
 std::vector<double> sum_layers(const std::vector<Span<param_t>>& spans, size_t layers) {
   std::vector<Chunk> chunks = cut(spans);
   std::vector<double> partial(chunks.size()), totals(layers, 0);
-  at::parallel_for(0, chunks.size(), grain(chunks.size()), [&](int64_t first, int64_t last) {
+  share(0, chunks.size(), grain(chunks.size()), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       partial[i] = sum_squares_as<state_t>(spans[chunks[i].slice].data + chunks[i].begin,
                                            chunks[i].end - chunks[i].begin);
@@ -201,7 +201,7 @@ void update_flat(const std::vector<Slice<param_t, state_t>>& slices, at::TensorL
   // Backwards: the directions whose squares were summed last are the ones still in cache.
   const std::vector<Chunk> chunks = cut(slices);
   const int64_t count = chunks.size();
-  at::parallel_for(0, count, grain(count), [&](int64_t first, int64_t last) {
+  share(0, count, grain(count), [&](int64_t first, int64_t last) {
     for (int64_t i = last - 1; i >= first; --i) {
       const auto& slice = slices[chunks[i].slice];
       const auto update = [&](auto momentum, auto elementwise) {
@@ -309,7 +309,7 @@ class AxesStep {
 
   // v alone, whose lines stay in cache between their squares and their step.
   void run_rows(state_t* row_squares) {
-    at::parallel_for(0, chunks_, grain(chunks_), [&](int64_t first, int64_t last) {
+    share(0, chunks_, grain(chunks_), [&](int64_t first, int64_t last) {
       for (int64_t i = first * chunk_; i < std::min(lines_, last * chunk_); ++i) {
         double squares = 0;
         for_parts(i, [&](const auto& part, int64_t at, int64_t count, int64_t) {
@@ -344,7 +344,7 @@ class AxesStep {
     }
     const std::vector<state_t> roots(across.begin(), across.end());
     // Backwards: the directions whose squares were summed last are the ones still in cache.
-    at::parallel_for(0, chunks_, grain(chunks_), [&](int64_t first, int64_t last) {
+    share(0, chunks_, grain(chunks_), [&](int64_t first, int64_t last) {
       for (int64_t i = std::min(lines_, last * chunk_) - 1; i >= first * chunk_; --i) {
         update(i, roots.data(), along[i], rate_, scalars);
       }
@@ -388,7 +388,7 @@ class AxesStep {
         }
       }
     };
-    at::parallel_for(0, stretches, grain(chunks_) > 1 ? stretches : 1, run);
+    share(0, stretches, grain(chunks_) > 1 ? stretches : 1, run);
     for (int64_t stretch = 0; stretch < stretches; ++stretch) {
       for (int64_t j = 0; j < length_; ++j) across[j] += partial[stretch * length_ + j];
     }

@@ -1,6 +1,7 @@
 """The native ops one by one: sizes at both ends, numbers of threads, and the reference's steps."""
 
 import os
+import platform
 import random
 
 import pytest
@@ -143,6 +144,27 @@ def test_addresses_change_no_bit(normalize):
             written = [x.flatten() for x in (*params, *averages, *squares)]
             found.add(tuple(torch.cat(written).tolist()))
     assert len(found) == 1
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere they cost no time")
+@pytest.mark.parametrize("normalize", ["rms", "row", "factored", "adam", "sgd", "none"])
+def test_numbers_below_the_normal_range_are_taken_for_zero(normalize):
+    """Of the momentum of a dead unit; and the threads go on as they were."""
+    shape = (300, 400)
+    param, gradient, average = torch.ones(shape), torch.zeros(shape), torch.full(shape, 1e-40)
+    shapes = {"rms": [()], "row": [(300,)], "factored": [(300,), (400,)], "adam": [shape]}
+    squares = [torch.ones(shape) for shape in shapes.get(normalize, [])]
+    torch.set_num_threads(2)
+    try:
+        native.update_layers_(
+            [param], [gradient], [average], squares, [torch.zeros(())], [None], layer_sizes=[1],
+            normalize=normalize, lr=0.1, momentum=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0,
+        )  # fmt: skip
+        assert torch.equal(param, torch.ones(shape))
+        assert not average.any()
+        assert torch.full((1 << 20,), 1e-40).mul(0.5).all()
+    finally:
+        torch.set_num_threads(1)
 
 
 FREE_MEMORY = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
