@@ -11,7 +11,6 @@ import subprocess
 from pathlib import Path
 
 import triton
-from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
@@ -104,6 +103,17 @@ def recorded(monkeypatch):
         yield launches
 
 
+def specialize(backend, value):
+    """What Triton knows of an argument when it compiles: its type, and whether 16 divides it."""
+    try:
+        from triton._C.libtriton import native_specialize_impl
+    except ImportError:  # triton 3.5
+        from triton.runtime.jit import create_specialize_impl
+
+        return create_specialize_impl(backend.get_arg_specialization)(value)
+    return native_specialize_impl(type(backend), value, False, True, True)
+
+
 def compile_launch(launch, target):
     """The compiled kernel, specialised as Triton's own launcher does."""
     backend = make_backend(target)
@@ -113,7 +123,7 @@ def compile_launch(launch, target):
         if parameter.is_constexpr:
             kind, trait = "constexpr", None
         else:
-            kind, trait = native_specialize_impl(type(backend), value, False, True, True)
+            kind, trait = specialize(backend, value)
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[(index,)] = value
