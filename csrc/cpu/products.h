@@ -106,7 +106,8 @@ void dot_rows(const T* x, int64_t x_row, int64_t rows, const T* b, int64_t b_row
   }
 }
 
-// `scale` of 0 leaves `x` unread; it is added last, so that sums taken in stretches round less. Unless kWhole, `count` elements of a single vector are there.
+// `scale` of 0 leaves `x` unread; it is added last, so that sums taken in stretches round less.
+// Unless kWhole, `count` elements of a single vector are there.
 template <typename T, int kRows, int kVectors, bool kWhole>
 inline void sum_tile(const T* x, int64_t x_row, T scale, Strided<T> weights, const T* b,
                      int64_t b_row, int64_t terms, int64_t count, T* out, int64_t out_row) {

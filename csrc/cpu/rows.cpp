@@ -4,8 +4,8 @@
 //
 // For P a block of rows goes through all three products while it is in the second-level cache, so X is
 // read and X P written once: 8 bytes per float32 element, 4 r flops. A column of ones, or a bias's
-// gradient, is carried as numbers beside the rows. Of an X that lies by columns, as the gradient of
-// a weight [k, m] does, a block of rows is one of columns in memory, and takes the products' transposes.
+// gradient, is carried as numbers beside the rows. Of an X that lies by columns, as the gradient of a
+// weight [k, m] does, a block of rows is one of columns in memory, and takes the transposed products.
 
 #include "rows.h"
 

@@ -12,8 +12,8 @@
 namespace gls_fused {
 inline namespace CPU_CAPABILITY {
 
-// While it lives, its thread takes numbers below its dtype's normal range for 0. The momentum of a unit
-// that has died ends there, as do the squares of a gradient below 1e-19, and an x86 CPU takes some
+// While it lives, its thread takes numbers below their dtype's normal range for 0. The momentum of a
+// unit that has died ends there, as do the squares of a gradient below 1e-19, and an x86 CPU takes some
 // hundred cycles for each. Elsewhere they cost nothing, and are kept.
 class WithoutSubnormals {
  public:
