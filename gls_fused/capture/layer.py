@@ -350,9 +350,9 @@ class Layer(Rows):
 
     def held_by(self, module: nn.Module) -> Tensor | None:
         """The parameter that a module has now where this layer's weight was."""
-        return (
-            self.places[module].param if self.derived else module._parameters.get(self.weight_key)
-        )
+        # No property of a tuple, which torch 2.9's compiler does not look into.
+        owner, key = self.places[module] if self.derived else (module, self.weight_key)
+        return owner._parameters.get(key)
 
     def used_by(self, module: nn.Module) -> Tensor:
         """The weight that the module's op is to use now, which may be computed from it."""

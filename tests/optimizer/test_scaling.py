@@ -192,6 +192,12 @@ def test_attached_optimizer_skips_with_its_statistics(make_other, fused):
                 assert not torch.equal(after[1]["stem"]["basis"], before[1]["stem"]["basis"])
 
 
+without_a_driver = pytest.mark.skipif(
+    torch.__version__ < "2.10", reason="torch 2.9 asks CUDA's driver for fake tensors"
+)
+
+
+@without_a_driver
 @pytest.mark.parametrize("low_precision", ["nearest", "stochastic", "master"])
 @pytest.mark.parametrize("normalize", ["rms", "row", "factored", "adam", "sgd", "none"])
 def test_host_never_waits(monkeypatch, normalize, low_precision):
@@ -214,6 +220,7 @@ def test_host_never_waits(monkeypatch, normalize, low_precision):
             bool(optimizer.found_inf)
 
 
+@without_a_driver
 def test_model_on_several_devices(monkeypatch):
     """The scaler leaves its flag on one of them. Without values, as above."""
     monkeypatch.setattr("gls_fused.optimizer.make_bits", lambda *_: lambda _: torch.Generator())
