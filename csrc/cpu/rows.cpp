@@ -82,14 +82,13 @@ void pack(const T* u, int64_t u_row, int64_t rank, int64_t dim, int64_t width, T
 }
 
 // X [n, k] times P = I / shift + U C U', into `product` [n, k] and `last` [n], all of the basis'
-// dtype and the last two contiguous. X has one more column where U has one more row than X
-// columns: `extra` [n], or ones where that is not given.
+// dtype. `last` is contiguous, and so is the product, or its transpose where X's is. X has one more
+// column where U has one more row than X columns: `extra` [n], or ones where that is not given.
 struct InverseProduct {
   Tensor x;
   std::optional<Tensor> extra;
   Tensor basis, core_inverse, shift;
   Tensor product, last;
-  bool turned = false;  // X' and the product's transpose are contiguous, not they
 };
 
 template <typename T>
@@ -196,7 +195,8 @@ void multiply_inverses(const std::vector<InverseProduct>& products) {
     std::vector<std::pair<size_t, int64_t>> blocks;  // product, first row
     int64_t flops = 0, most = 0, packs = 0;
     for (const InverseProduct& p : products) {
-      const Tensor inputs = p.turned ? p.x.t() : in_rows(p.x), transposed = in_rows(p.basis.t());
+      const bool turned = is_turned(p.product);
+      const Tensor inputs = turned ? p.x.t() : in_rows(p.x), transposed = in_rows(p.basis.t());
       const Tensor core = in_rows(p.core_inverse);
       held.insert(held.end(), {inputs, transposed, core});
       const int64_t n = p.x.size(0), size = p.x.size(1), rank = p.basis.size(1);
@@ -207,13 +207,13 @@ void multiply_inverses(const std::vector<InverseProduct>& products) {
                        nullptr, core.const_data_ptr<scalar_t>(), p.product.data_ptr<scalar_t>(),
                        extended ? p.last.data_ptr<scalar_t>() : nullptr, n, size, rank,
                        inputs.stride(0), transposed.stride(0), core.stride(0), extended,
-                       p.turned, extra, scalar_t(1) / *p.shift.const_data_ptr<scalar_t>()});
+                       turned, extra, scalar_t(1) / *p.shift.const_data_ptr<scalar_t>()});
       for (int64_t first = 0; first < n; first += plans.back().block()) {
         blocks.push_back({plans.size() - 1, first});
       }
       flops += 4 * n * size * rank;
       most = std::max(most, plans.back().memory());
-      if (!p.turned && n * kPackedRows < size) continue;
+      if (!turned && n * kPackedRows < size) continue;
       packs += size * plans.back().width();
       packed_plans.push_back(plans.size() - 1);
     }
@@ -271,8 +271,7 @@ void precondition_layers(std::vector<Tensor>& gradients, at::IntArrayRef layer_s
     firsts.push_back(first);
     products.push_back({weight.to(wide), bias, *basis, *core_inverses.get(layer),
                         *shifts.get(layer), empty_beside(weight, *basis),
-                        at::empty({has_bias ? weight.size(0) : 0}, basis->options()),
-                        is_turned(weight)});
+                        at::empty({has_bias ? weight.size(0) : 0}, basis->options())});
   }
   for (const at::ScalarType type : {at::kFloat, at::kDouble}) {
     std::vector<InverseProduct> alike;
@@ -296,13 +295,12 @@ namespace {
 std::tuple<Tensor, Tensor> precondition(const Tensor& x, const std::optional<Tensor>& extra,
                                         bool extended, const Tensor& basis,
                                         const Tensor& core_inverse, const Tensor& shift,
-                                        bool turned = false) {
+                                        const Tensor& product) {
   const at::ScalarType type = x.scalar_type(), wide = basis.scalar_type();
-  Tensor product = turned ? empty_beside(x, basis) : at::empty(x.sizes(), basis.options());
   Tensor last = at::empty({extended ? x.size(0) : 0}, basis.options());
   std::optional<Tensor> column;
   if (extra) column = extra->to(wide);
-  multiply_inverses({{x.to(wide), column, basis, core_inverse, shift, product, last, turned}});
+  multiply_inverses({{x.to(wide), column, basis, core_inverse, shift, product, last}});
   return {product.to(type), last.to(type)};
 }
 
@@ -311,7 +309,8 @@ std::tuple<Tensor, Tensor> precondition_rows(const Tensor& rows, const Tensor& b
                                              bool ones) {
   check_matrix("precondition_rows", "rows [n, k]", rows);
   check_inverse("precondition_rows", rows, rows.size(1) + ones, basis, core_inverse, shift);
-  return precondition(rows, std::nullopt, ones, basis, core_inverse, shift);
+  return precondition(rows, std::nullopt, ones, basis, core_inverse, shift,
+                      at::empty(rows.sizes(), basis.options()));
 }
 
 std::tuple<Tensor, Tensor> precondition_gradient(const Tensor& weight_gradient,
@@ -321,7 +320,7 @@ std::tuple<Tensor, Tensor> precondition_gradient(const Tensor& weight_gradient,
   check_gradient(weight_gradient, bias_gradient, basis, core_inverse, shift);
   const bool extended = bias_gradient.has_value();
   return precondition(weight_gradient, bias_gradient, extended, basis, core_inverse, shift,
-                      is_turned(weight_gradient));
+                      empty_beside(weight_gradient, basis));
 }
 
 template <typename T>

@@ -247,8 +247,8 @@ void move_weights_(at::TensorList weights, at::TensorList updates, double lr, do
                 ", got ", update.sizes());
     check_alike("move_weights_", weights[0], weight);
     check_alike("move_weights_", weights[0], update);
-    turned.push_back(!weight.is_contiguous());
-    TORCH_CHECK(!turned.back() || (weight.dim() == 2 && weight.t().is_contiguous()),
+    turned.push_back(is_turned(weight));
+    TORCH_CHECK(turned.back() || weight.is_contiguous(),
                 "move_weights_: expected weights that are contiguous or turned, got strides ",
                 weight.strides());
     found.push_back(update.contiguous());

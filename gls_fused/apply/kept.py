@@ -54,7 +54,6 @@ class Alike:
     ) -> None:
         self.layers, self.normalize = layers, normalize
         self.params: list[Tensor] = []
-        owners: list[Mapping[str, Any]] = []
         self.states: list[State] = []
         self.firsts: list[State] = []
         self.sizes: list[int] = []
@@ -63,12 +62,12 @@ class Alike:
             own = [states[param] for param in mine]
             fill_layer_states(layer, mine, own, options)
             self.params += mine
-            owners += [groups[param] for param in mine]
             self.states += own
             self.firsts.append(own[0])
             self.sizes.append(len(mine))
         places: dict[int, tuple[Mapping[str, Any], list[int]]] = {}
-        for place, group in enumerate(owners):
+        for place, param in enumerate(self.params):
+            group = groups[param]
             if group is not options:
                 places.setdefault(id(group), (group, []))[1].append(place)
         self.elsewhere = list(places.values())

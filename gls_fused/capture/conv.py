@@ -156,10 +156,7 @@ class ConvLayer(ImageRows, Layer):
         self.gather_padded(self._pad(inputs))
 
     def precondition(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        # Rows that are no plain tensor, or have a tangent, take torch's own op; so does the bias of
-        # somebody else.
-        plain = type(inputs) in (Tensor, nn.Parameter) and self.sees(inputs)
-        if not (plain and self.by_rows and self.owns_bias_of(module)):
+        if not (self.by_rows and self.takes_rows(module, inputs)):
             return super().precondition(module, inputs)
         images = self._pad(inputs)
         if not self.are_few(images, self.outputs):

@@ -340,6 +340,15 @@ class Layer(Rows):
         weight, own = observe(self, rows, self.used_by(module), bias if owned else None, gather)
         return inputs, weight, own if owned else bias
 
+    def takes_rows(self, module: nn.Module, inputs: Tensor) -> bool:
+        """Whether a node of ours may compute the output, with rows and gradients in its backward.
+
+        Rows that are no plain tensor, or have a tangent, take torch's own op; so does the bias of
+        somebody else.
+        """
+        plain = type(inputs) in (Tensor, nn.Parameter) and self.sees(inputs)
+        return plain and self.owns_bias_of(module)
+
     def precondition(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """The output where P applies in the backward."""
         return self.observed(module, inputs)

@@ -123,10 +123,7 @@ class LinearLayer(LinearRows, Lender):
         return F.linear(inputs, self.turn(weight), bias)
 
     def precondition(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        # Rows that are no plain tensor, or have a tangent, take torch's own op; so does the bias of
-        # somebody else.
-        plain = type(inputs) in (Tensor, nn.Parameter) and self.sees(inputs)
-        if not (plain and self.owns_bias_of(module)):
+        if not self.takes_rows(module, inputs):
             return super().precondition(module, inputs)
         inputs, weight, bias = self._operands(module, inputs)
         if self.native is not None and not self.gathers:

@@ -607,8 +607,8 @@ def test_orthogonal_steps_of_all_layers(name, kind, lying):
     }  # fmt: skip
 
     def lay(x, of_state=False):
-        if lying == "turned" and x.dim() == 2 and not of_state:
-            return x.T.contiguous().T
+        if lying == "turned" and not of_state:
+            return turn(x)
         if lying == "channels last" and x.dim() == 4 and not of_state:
             return x.contiguous(memory_format=torch.channels_last)
         return x.repeat_interleave(2, -1)[..., ::2] if lying == "strided" else x
