@@ -77,6 +77,7 @@ class Code:
     Attributes:
         registers: per thread.
         spills: instructions that load from or store to local memory.
+        instructions: all of them; 0 if not counted.
         widths: bits of every global load and store in the code, by mnemonic.
         tensor_cores: whether products of float32 or less are made on them; None if not looked at.
     """
@@ -84,6 +85,7 @@ class Code:
     registers: int
     shared: int
     spills: int
+    instructions: int
     widths: dict
     tensor_cores: bool | None
 
@@ -150,6 +152,7 @@ def read_cuda(compiled, folder):
         registers=int(registers),
         shared=compiled.metadata.shared,
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        instructions=len(re.findall(r"/\*[0-9a-f]{4,}\*/", code)),
         widths=widths,
         # HMMA up to sm_90, with wgmma HGMMA; UTCHMMA is sm_100's.
         tensor_cores=bool(re.search(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", code)),
@@ -167,6 +170,7 @@ def read_hip(compiled):
         registers=note("vgpr_count"),
         shared=compiled.metadata.shared,
         spills=note("vgpr_spill_count") + note("sgpr_spill_count"),
+        instructions=0,
         widths={},
         tensor_cores=None,
     )
