@@ -134,7 +134,9 @@ class Attachment:
         # Nor has a backward left D of what is not the rows' alone.
         whole = [layer for layer in self._layers if layer.stays_whole and layer.inverse is not None]
         for layer in dict.fromkeys([*self._started, *whole]):
-            gradients = [rows_here(p.grad) for p in layer.params if p.grad is not None]
+            gradients = [p.grad for p in layer.params if p.grad is not None]
+            if not layer.turns_by_copy:
+                gradients = list(map(rows_here, gradients))
             if layer.weight.grad is not None:
                 for gradient, sought in zip(gradients, layer.direction(gradients), strict=True):
                     gradient.copy_(sought)

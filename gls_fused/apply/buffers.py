@@ -74,9 +74,8 @@ def fill_layer_states(
         if group["normalize"] != "adam":
             first.update({key: zeros_of(layer, shape) for key, shape in shapes.items()})
             if is_sharded(layer.weight) and not layer.stacked and shapes.get("exp_avg_sq"):
-                # One per output, which are spread over the ranks as the weight's are.
-                rows = layer.weight.detach().flatten(1)[:, 0]
-                first["exp_avg_sq"] = torch.zeros_like(rows, dtype=dtype)
+                # One per output, of which each rank updates some.
+                first["exp_avg_sq"] = zeros_beside(layer.weight, (layer.outputs,), dtype)
     for state in states[1:]:
         # A bias that took Adam's steps while its weight was frozen averaged another quantity.
         if "step" in state:

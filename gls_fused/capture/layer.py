@@ -35,7 +35,13 @@ from gls_fused.capture.modules import (
 from gls_fused.capture.observed import observe
 from gls_fused.capture.rows import Rows
 from gls_fused.curvature.estimate import State, make_curvature
-from gls_fused.distributed.sharding import is_sharded, part_here, rows_here, shards_of
+from gls_fused.distributed.sharding import (
+    is_sharded,
+    part_here,
+    rows_here,
+    shards_of,
+    spread_over_first,
+)
 from gls_fused.reference import Inverse, SubspaceInverse, undo_inverse
 
 
@@ -150,6 +156,28 @@ class Layer(Rows):
     def __reduce__(self) -> tuple[type[Layer], tuple[Any, ...]]:
         # A copy has statistics of its own, and captures nothing until it is told to.
         return type(self), (self.name, self.modules, self.bias, self.table)
+
+    def turn(self, tensor: Tensor) -> Tensor:
+        """See `Rows.turn`. What is spread over ranks by its first axis is so before and after."""
+        turned = super().turn(tensor)
+        if self.shards is None or turned is tensor or not is_sharded(turned):
+            return turned
+        return spread_over_first(turned)
+
+    @property
+    def turns_by_copy(self) -> bool:
+        spread = self.shards is not None and not self.stacked
+        return super().turns_by_copy or (self.turned and spread)
+
+    def direction(self, gradients: list[Tensor]) -> list[Tensor]:
+        if not is_sharded(gradients[0]):
+            return super().direction(gradients)
+        upright = [self.turn(gradient) for gradient in gradients]
+        here = list(map(rows_here, upright))
+        found = self._upright_direction(here, self.inverse_for(len(gradients) == 2))
+        for mine, direction in zip(here, found, strict=True):
+            mine.copy_(direction)
+        return [self.turn(each) for each in upright]
 
     # ---- what an optimizer tells it --------------------------------------------------------------
 

@@ -124,7 +124,7 @@ class Rows(abc.ABC):
 
     @property
     def turns_by_copy(self) -> bool:
-        """Whether `turn` may give a copy, as no view has the outputs of all groups on one axis."""
+        """Whether `turn` may give a copy, where no view has all outputs on one axis."""
         return self.turned and self.groups > 1
 
     def weight_gradient(
@@ -172,12 +172,15 @@ class Rows(abc.ABC):
         return [torch.stack(each) for each in zip(*found, strict=True)]
 
     def _direction(self, gradients: Sequence[Tensor], inverse: Inverse) -> list[Tensor]:
-        weight_gradient, *bias_gradient = gradients
-        by_outputs = self.turn(weight_gradient)
+        weight, *bias = self._upright_direction([self.turn(each) for each in gradients], inverse)
+        return [self.turn(weight), *bias]
+
+    def _upright_direction(self, gradients: Sequence[Tensor], inverse: Inverse) -> list[Tensor]:
+        weight, *bias = gradients
         direction, bias_direction = self.backend.precondition_gradient(
-            by_outputs.flatten(1), bias_gradient[0] if bias_gradient else None, inverse
+            weight.flatten(1), bias[0] if bias else None, inverse
         )
-        direction = self.turn(direction.view_as(by_outputs))
+        direction = direction.view_as(weight)
         return [direction] if bias_direction is None else [direction, bias_direction]
 
     def inverse_for(self, with_bias: bool) -> Inverse:

@@ -2,7 +2,8 @@
 
 Weight and bias are DTensors then, sharded over the outputs. P acts on columns, so each rank takes
 its rows of D = D0 P by itself; only the norms of a whole layer ("rms", "sgd") and of its columns
-("factored") need all ranks, and orthogonal factors, which are in `factors`.
+("factored") need all ranks, and orthogonal factors, which are in `factors`. Of a weight [inputs,
+outputs] a rank has columns, which it exchanges for rows before the update and gets back after it.
 """
 
 from __future__ import annotations
@@ -91,6 +92,15 @@ def chunk_of(rows: int, ranks: int, rank: int) -> range:
     return range(first, min(rows, first + chunk))
 
 
+def spread_over_first(tensor: Any) -> Tensor:
+    """A DTensor that is spread over its second axis, spread over its first: an all-to-all."""
+    from torch.distributed.tensor import Shard
+
+    placements = [Shard(0) if each.is_shard() else each for each in tensor.placements]
+    found: Tensor = tensor.redistribute(placements=placements)
+    return found
+
+
 def zeros_beside(weight: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Zeros whose first axis is the weight's, and spread over the same ranks where that is."""
     if not is_sharded(weight):
@@ -101,19 +111,12 @@ def zeros_beside(weight: Any, shape: Sequence[int], dtype: torch.dtype) -> Tenso
     return zeros(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
 
 
-def sharding_problem(weight: Any, bias: Any, *, turned: bool = False) -> str | None:
-    """Why GLS cannot work on a layer sharded like that, or None if it can.
-
-    Args:
-        turned: whether the outputs are the weight's second axis: each rank then holds some of the
-            columns that P mixes.
-    """
+def sharding_problem(weight: Any, bias: Any) -> str | None:
+    """Why GLS cannot work on a layer sharded like that, or None if it can."""
     if not is_sharded(weight) and not is_sharded(bias):
         return None
     if not is_sharded(weight) or (bias is not None and not is_sharded(bias)):
         return "its weight and bias are not sharded alike"
-    if turned:
-        return "its weight is [inputs, outputs], of which GLS covers no shards"
     if bias is not None and (bias.device_mesh, bias.placements) != (
         weight.device_mesh,
         weight.placements,
@@ -121,7 +124,7 @@ def sharding_problem(weight: Any, bias: Any, *, turned: bool = False) -> str | N
         return "its weight and bias are not sharded alike"
     dimensions = _sharded_dimensions(weight)
     if len(dimensions) != 1 or not weight.placements[dimensions[0]].is_shard(0):
-        return f"it is placed as {weight.placements}, not sharded over its outputs alone"
+        return f"it is placed as {weight.placements}, not sharded over its first axis alone"
     return None
 
 

@@ -56,6 +56,8 @@ def line_mesh():
 def sharded(model, mesh=None, **options):
     """Every layer and the root as fully_shard leaves them."""
     mesh = mesh or line_mesh()
+    # Of Conv1D, whose own outputs are views.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     for child in model.children():
         if any(True for _ in child.parameters()):
             fully_shard(child, mesh=mesh, **options)
@@ -88,9 +90,12 @@ class Attention(nn.Module):
 
 
 def make(kind):
-    if kind not in ("uneven", "attention"):
+    if kind not in ("uneven", "attention", "upsampling"):
         return make_net(kind)
     torch.manual_seed(0)
+    if kind == "upsampling":
+        layers = nn.ConvTranspose1d(2, 7, 3), nn.Tanh(), nn.Flatten(), nn.Linear(56, 3)
+        return nn.Sequential(*layers).double()
     if kind == "uneven":
         return Uneven().double()
     return nn.Sequential(nn.Linear(6, 8), Attention(), nn.Linear(8, 3)).double()
@@ -98,12 +103,12 @@ def make(kind):
 
 def sizes_of(kind):
     """Of the ranks' parts of a batch."""
-    return uneven() if kind in DIMENSIONS else [2 * size for size in uneven()]
+    return uneven() if kind in (*DIMENSIONS, "upsampling") else [2 * size for size in uneven()]
 
 
 def check_equals_one_process(kind, options, **policy):
     expected, model, sizes = make(kind), sharded(make(kind), **policy), sizes_of(kind)
-    data = "mlp" if kind == "uneven" else kind
+    data = {"uneven": "mlp", "upsampling": "conv1d"}.get(kind, kind)
     train_on_all(expected, GLS(expected, **options, process_group=alone()), data, sum(sizes))
     optimizer = GLS(model, **options)
     train_on_part(model, optimizer, data, sizes)
@@ -122,6 +127,7 @@ for kind, site in itertools.product(("mlp", "cnn", "uneven"), ("step", "backward
     )
 CASES["attention_step"] = lambda: check_equals_one_process("attention", OPTIONS)
 CASES["grouped"] = lambda: check_equals_one_process("grouped", OPTIONS)
+CASES["transposed"] = lambda: check_equals_one_process("upsampling", OPTIONS)
 for normalize in ("row", "factored", "spectral", "adam", "sgd", "none"):
     CASES[f"normalize_{normalize}"] = lambda normalize=normalize: check_equals_one_process(
         "uneven", {**OPTIONS, "normalize": normalize, "weight_decay": 0.1}
@@ -134,10 +140,25 @@ for kind, split in (("cnn", 1), ("mlp", 2), ("uneven", 1)):
     CASES[f"orthogonal_steps_{kind}"] = lambda kind=kind, split=split: check_equals_one_process(
         kind, {**OPTIONS, "normalize": "spectral", "split": split, "spectral_head": split == 1}
     )
+for name, options in {
+    "step": {"normalize": "factored", "weight_decay": 0.1, "max_change": 0.1},
+    "backward": {"normalize": "row", "site": "backward"},
+    "rms": {"normalize": "rms"},
+    "adam": {"normalize": "adam"},
+    "sgd": {"normalize": "sgd", "max_change": 0.1},
+    "spectral": {"normalize": "spectral", "split": 2, "max_change": 0.1},
+    "dense": {"curvature": "dense"},
+}.items():
+    CASES[f"turned_{name}"] = lambda options=options: check_turned(options)
 for reshard in (True, False):
     CASES[f"reshard_after_forward_{reshard}"] = lambda reshard=reshard: check_equals_one_process(
         "mlp", {**OPTIONS, "site": "backward"}, reshard_after_forward=reshard
     )
+
+
+def check_turned(options):
+    """Weights [inputs, outputs], whose inputs are spread over the ranks."""
+    check_equals_one_process("turned", {**OPTIONS, **options})
 
 
 @case
@@ -230,8 +251,17 @@ def clipped_by_norm():
 
 @case
 def attached_optimizer():
+    check_attached("uneven")
+
+
+@case
+def attached_to_turned_weights():
+    check_attached("turned")
+
+
+def check_attached(kind):
     options = {"rank": 4, "curvature_every": 3}
-    expected, model, sizes = make("uneven"), sharded(make("uneven")), sizes_of("uneven")
+    expected, model, sizes = make(kind), sharded(make(kind)), sizes_of(kind)
     reference = torch.optim.Adam(expected.parameters(), lr=0.01)
     attach(expected, reference, **options, process_group=alone())
     train_on_all(expected, reference, "mlp", sum(sizes))
@@ -437,6 +467,7 @@ def resumes_bit_for_bit_from_a_sharded_checkpoint():
         ("uneven", {"normalize": "adam"}),
         ("uneven", {"normalize": "factored", "max_change": 0.1}),
         ("uneven", {"normalize": "spectral"}),
+        ("turned", {"normalize": "factored"}),
         ("experts", {"normalize": "factored", "max_change": 0.1}),
     )
     for index, (kind, options) in enumerate(variants):
@@ -484,19 +515,14 @@ def sharded_over_its_inputs_takes_adams_update():
     model = make_net("mlp", bias=False)
     place = lambda p: Shard(1) if p.shape == (8, 8) else Shard(0)  # noqa: E731
     model = fully_shard(model, mesh=line_mesh(), shard_placement_fn=place)
-    assert "not sharded over its outputs alone" in GLS(model).report()
+    assert "not sharded over its first axis alone" in GLS(model).report()
 
 
 @case
-def turned_weights_take_adams_update():
-    # As the plain module's outputs are views, too.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-    model = sharded(make_net("turned"))
-    optimizer = GLS(model, **OPTIONS)
-    assert optimizer.report().count("of which GLS covers no shards") == 4
-    before = whole(model.first.weight).clone()
-    train_on_part(model, optimizer, "mlp", even(8), range(2))
-    assert not torch.equal(whole(model.first.weight), before)
+def groups_of_turned_weights_take_adams_update():
+    model = sharded(nn.Sequential(nn.ConvTranspose1d(2, 8, 3, groups=2)))
+    report = GLS(model, **OPTIONS).report()
+    assert "0.weight: Adam (its groups are spread over ranks by their inputs)" in report
 
 
 @case

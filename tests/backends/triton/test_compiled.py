@@ -131,8 +131,8 @@ FEW_SPILLS = 0.01
 
 
 def check(launches, target, folder, *, streams=False):
-    """No spill for want of registers, no more shared memory than there is, tensor cores where TF32 was asked for; with
-    `streams`, wide accesses alone."""
+    """No spill for want of registers, no more shared memory than there is, tensor cores where TF32
+    was asked for; with `streams`, wide accesses alone."""
     seen = set()
     for launch in launches:
         key = launch.key
