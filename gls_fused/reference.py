@@ -59,8 +59,8 @@ POLAR_EXPRESS = tuple(
         (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
     )
 )
-# Root mean square of a spectral step: Adam's, about.
-SPECTRAL_RMS = 0.2
+# Root mean square of a spectral step: three times Adam's, about.
+SPECTRAL_RMS = 0.6
 
 
 class Window(NamedTuple):
@@ -721,7 +721,7 @@ def update_spectral_layers_(
     """An orthogonal step for each weight [m, k], which "spectral" takes, in place.
 
         D = D0 P,   m <- momentum m + (1 - momentum) D,   N = momentum m + (1 - momentum) D
-        W <- W (1 - lr weight_decay) - min(lr, bound) .2 sqrt(max(m, k)) orth(N)
+        W <- W (1 - lr weight_decay) - min(lr, bound) .6 sqrt(max(m, k)) orth(N)
 
     The bias takes the step that it takes with "row". What is not named here is as in
     `update_layers_`.
@@ -759,19 +759,19 @@ def update_spectral_layers_(
 
 
 def orthogonal_updates(matrices: Sequence[Tensor], split: int = 1) -> list[Tensor]:
-    """.2 sqrt(max(m, k)) orth(N) of some N [m, k]: a root mean square of .2, about that of Adam's.
+    """.6 sqrt(max(m, k)) orth(N) of some N [m, k], which have a root mean square of .6.
 
     Args:
         split: how many matrices of as many rows each N is, one above the other.
     Source: Jordan et al., 2024, Muon, for the step; Liu et al., 2025, "Muon is scalable for LLM
-        training", for its length.
+        training", for a length that is independent of the shape, there .2.
     """
     parts = [matrix.chunk(split) for matrix in matrices]
     return [torch.cat([spectral_length(x) * orthogonalize(x) for x in each]) for each in parts]
 
 
 def spectral_length(matrix: Tensor) -> float:
-    """.2 sqrt(max(m, k)) of a matrix [..., m, k]."""
+    """.6 sqrt(max(m, k)) of a matrix [..., m, k]."""
     return SPECTRAL_RMS * math.sqrt(max(matrix.shape[-2:]))
 
 

@@ -43,10 +43,10 @@ def polar_express(x):
 
 
 def spectral(matrix):
-    """What stands for the orthogonal factor, from the singular values, at a length of .2."""
+    """What stands for the orthogonal factor, from the singular values, at a length of .6."""
     u, values, v = torch.linalg.svd(matrix, full_matrices=False)
     factor = (u * polar_express(values / values.norm())) @ v
-    return 0.2 * max(matrix.shape) ** 0.5 * factor
+    return 0.6 * max(matrix.shape) ** 0.5 * factor
 
 
 class Samples:
@@ -233,7 +233,7 @@ class IndependentGLS:
             if normalize in ("sgd", "none"):
                 bound = bound / update.square().mean().sqrt()
             if normalize == "spectral":
-                bound = bound / 0.2
+                bound = bound / 0.6
             lr = min(lr, bound)
         weight = weight * (1 - self.lr * self.weight_decay) - lr * update
         layer.weight.copy_(weight[:, : layer.in_features])

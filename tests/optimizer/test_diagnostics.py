@@ -123,7 +123,7 @@ def test_orthogonal_steps_have_their_own_share_of_lr():
     optimizer.step()
     found = by_layer(optimizer.diagnostics())
     assert "update_rms" not in found["0"]
-    assert found["0"]["lr_share"] == pytest.approx(0.1 * measured / 0.2 / 0.5, rel=0.2)
+    assert found["0"]["lr_share"] == pytest.approx(0.1 * measured / 0.6 / 0.5, rel=0.2)
     assert {"update_rms", "lr_share"} <= found["1"].keys()
 
 

@@ -37,7 +37,7 @@ def scales(optimizer):
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 def test_step_of_a_weight_is_orthogonal(backend, kind):
-    """Each singular value of it is .2 sqrt(max(m, k)) lr, within what five steps leave."""
+    """Each singular value of it is .6 sqrt(max(m, k)) lr, within what five steps leave."""
     model = make_net(kind)
     optimizer = GLS(model, normalize="spectral", max_change=None, backend=backend, **OPTIONS)
     before = [layer.weight.detach().clone() for layer in (model.first, model.second)]
@@ -45,11 +45,11 @@ def test_step_of_a_weight_is_orthogonal(backend, kind):
     optimizer.step()
     for layer, old in zip((model.first, model.second), before, strict=True):
         moved = (old - layer.weight.detach()).flatten(1)
-        values = torch.linalg.svdvals(moved) / (0.01 * 0.2 * max(moved.shape) ** 0.5)
+        values = torch.linalg.svdvals(moved) / (0.01 * 0.6 * max(moved.shape) ** 0.5)
         # But for those of which the gradient of so few rows has next to nothing.
         assert values.median() > 0.87
         assert values.max() < 1.13
-        assert moved.square().mean().sqrt() == pytest.approx(0.01 * 0.2, rel=0.15)
+        assert moved.square().mean().sqrt() == pytest.approx(0.01 * 0.6, rel=0.15)
 
 
 @pytest.mark.parametrize("normalize", ["spectral", "auto"])
