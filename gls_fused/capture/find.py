@@ -203,12 +203,9 @@ def _problem_of(param: Tensor, modules: Sequence[nn.Module], roles: Sequence[str
         return problem
     if kind is None or any(role != roles[0] for role in roles):
         return "its weight is used in two roles"
-    if any(map(source_of, modules)):
-        if is_sharded(param):
-            return "its norm is not covered under fully_shard"
-        if kind.layer.turned:
-            # Each input has a length of its own, which the inputs' Sigma does not know of.
-            return "its norm is of its inputs, not of its outputs"
+    if kind.layer.turned and any(map(source_of, modules)):
+        # Each input has a length of its own, which the inputs' Sigma does not know of.
+        return "its norm is of its inputs, not of its outputs"
     if not param.numel():
         return "its weight is empty"
     if not is_sharded(param) and type(param) not in PLAIN_TENSORS:

@@ -19,7 +19,6 @@ from gls_fused.capture.layer import autocast_inputs, without_tangent
 from gls_fused.capture.linear import LinearLayer
 from gls_fused.capture.observed import observe
 from gls_fused.capture.uses import Use, rewatch_module, unwatch_module, watch_module
-from gls_fused.distributed.sharding import is_sharded
 
 OPS = (torch.rnn_tanh, torch.rnn_relu, torch.lstm, torch.gru)
 CELL_OPS = (torch.rnn_tanh_cell, torch.rnn_relu_cell, torch.lstm_cell, torch.gru_cell)
@@ -163,8 +162,6 @@ def why_not_recurrent(role: str, modules: Sequence[nn.Module]) -> str | None:
     """See `gls_fused.capture.find.Kind`: of the weight of this name."""
     if role.startswith("weight_hr"):
         return "its rows, the states before the projection, are not seen"
-    if any(is_sharded(module._parameters[role]) for module in modules):
-        return "of recurrent modules under fully_shard no rows are seen"
     return None
 
 

@@ -35,6 +35,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn import utils
+from torch.nn.utils import parametrizations
 
 from gls_fused import GLS, attach
 from gls_fused.distributed.factors import choose_owners
@@ -89,10 +91,51 @@ class Attention(nn.Module):
         return nn.functional.linear(x, self.last.weight, self.last.bias).flatten(1) * 2
 
 
+class Recurrent(nn.Module):
+    """Two steps of a sample, by a module or by a cell."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.stem, self.recurrent, self.head = nn.Linear(6, 8), module, nn.Linear(10, 3)
+
+    def forward(self, inputs):
+        steps = torch.tanh(self.stem(inputs)).unflatten(-1, (2, 4)).unbind(1)
+        if isinstance(self.recurrent, nn.RNNBase):
+            outputs = self.recurrent(torch.stack(steps))[0].unbind()
+        else:
+            states = [self.recurrent(steps[0])]
+            states.append(self.recurrent(steps[1], states[0]))
+            outputs = [output for output, _ in states]
+        return self.head(torch.cat(outputs, 1))
+
+
+RECURRENT = {
+    "lstm": functools.partial(nn.LSTM, 4, 5),
+    "gru": functools.partial(nn.GRU, 4, 5, num_layers=2),
+    "rnn": functools.partial(nn.RNN, 4, 5, bias=False),
+    "cell": functools.partial(nn.LSTMCell, 4, 5),
+}
+NORMS = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "weight_norm of old": utils.weight_norm,
+    "spectral_norm of old": utils.spectral_norm,
+}
+
+
 def make(kind):
+    torch.manual_seed(0)
+    if kind in RECURRENT:
+        return Recurrent(RECURRENT[kind]()).double()
+    if kind in NORMS:
+        # torch's older one is deprecated.
+        warnings.filterwarnings("ignore", ".*weight_norm.*", FutureWarning)
+        model = make_net("mlp")
+        NORMS[kind](model.first)
+        NORMS[kind](model.second)
+        return model
     if kind not in ("uneven", "attention", "upsampling"):
         return make_net(kind)
-    torch.manual_seed(0)
     if kind == "upsampling":
         layers = nn.ConvTranspose1d(2, 7, 3), nn.Tanh(), nn.Flatten(), nn.Linear(56, 3)
         return nn.Sequential(*layers).double()
@@ -108,7 +151,8 @@ def sizes_of(kind):
 
 def check_equals_one_process(kind, options, **policy):
     expected, model, sizes = make(kind), sharded(make(kind), **policy), sizes_of(kind)
-    data = {"uneven": "mlp", "upsampling": "conv1d"}.get(kind, kind)
+    alike = dict.fromkeys(("uneven", *RECURRENT, *NORMS), "mlp")
+    data = {**alike, "upsampling": "conv1d"}.get(kind, kind)
     train_on_all(expected, GLS(expected, **options, process_group=alone()), data, sum(sizes))
     optimizer = GLS(model, **options)
     train_on_part(model, optimizer, data, sizes)
@@ -127,6 +171,8 @@ for kind, site in itertools.product(("mlp", "cnn", "uneven"), ("step", "backward
     )
 CASES["attention_step"] = lambda: check_equals_one_process("attention", OPTIONS)
 CASES["grouped"] = lambda: check_equals_one_process("grouped", OPTIONS)
+for kind in (*RECURRENT, *NORMS):
+    CASES[kind] = lambda kind=kind: check_equals_one_process(kind, OPTIONS)
 CASES["transposed"] = lambda: check_equals_one_process("upsampling", OPTIONS)
 for normalize in ("row", "factored", "spectral", "adam", "sgd", "none"):
     CASES[f"normalize_{normalize}"] = lambda normalize=normalize: check_equals_one_process(
