@@ -22,9 +22,14 @@ class InputProjection(LinearLayer):
     bias_key: str | None = "in_proj_bias"
 
     def __init__(
-        self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None
+        self,
+        name: str,
+        modules: list[nn.Module],
+        bias: Tensor | None,
+        table: str | None = None,
+        key: str | None = None,
     ) -> None:
-        super().__init__(name, modules, bias, table)
+        super().__init__(name, modules, bias, table, key)
         # Its forward is more than this layer's op, and uses the weight by itself.
         self.routed = []
 

@@ -137,13 +137,18 @@ class ConvLayer(ImageRows, Layer):
     """A convolution: every output position is a row for each group, the group's im2col patch."""
 
     def __init__(
-        self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None
+        self,
+        name: str,
+        modules: list[nn.Module],
+        bias: Tensor | None,
+        table: str | None = None,
+        key: str | None = None,
     ) -> None:
         module = modules[0]
         assert isinstance(module, _ConvNd)
         # Of which the weight's shape tells nothing where it is turned.
         self.groups = module.groups
-        super().__init__(name, modules, bias, table)
+        super().__init__(name, modules, bias, table, key)
         self.by_rows = self.groups == 1 and not self.turned and not self.derived
         self.window, self.padding_before = window_of(module)
         self.kind = f"Conv{'Transpose' * self.turned}{len(module.kernel_size)}d"

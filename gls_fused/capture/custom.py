@@ -73,9 +73,14 @@ class ObservedLayer(LinearRows, Layer):
     missed = "its module's forward does not call gls_fused.observe"
 
     def __init__(
-        self, name: str, modules: list[nn.Module], _bias: Tensor | None, table: str | None = None
+        self,
+        name: str,
+        modules: list[nn.Module],
+        _bias: Tensor | None,
+        table: str | None = None,
+        key: str | None = None,
     ) -> None:
-        super().__init__(name, modules, None, table)
+        super().__init__(name, modules, None, table, key)
 
     def capture(self) -> None:
         for module in self.modules:

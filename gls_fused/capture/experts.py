@@ -25,6 +25,13 @@ from gls_fused.capture.rows import outside_autocast
 from gls_fused.capture.uses import MATMULS, Use, has_new_hooks, saved_tensors_hooks
 
 Gather = Callable[[Tensor], None]
+TRANSPOSES = (
+    *(torch.transpose, Tensor.transpose, torch.t, Tensor.t),
+    *(Tensor.T.__get__, Tensor.mT.__get__),  # type: ignore[attr-defined]
+)
+SPLITS = (torch.unbind, Tensor.unbind)
+# Products of the matrices of all experts at once.
+BATCHED = (torch.bmm, Tensor.bmm, *MATMULS)
 
 
 class ExpertsLayer(LinearLayer):
@@ -37,12 +44,19 @@ class ExpertsLayer(LinearLayer):
     blocks: int
 
     def __init__(
-        self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None
+        self,
+        name: str,
+        modules: list[nn.Module],
+        bias: Tensor | None,
+        table: str | None = None,
+        key: str | None = None,
     ) -> None:
         known = known_experts(modules[0])
         assert known is not None
+        assert key is not None
         self.turned = known.turned
-        super().__init__(name, modules, bias, table)
+        self.bias_key = bias_key_of(key)
+        super().__init__(name, modules, bias, table, key)
         # Its forward is more than this layer's op, and uses the weight by itself.
         self.routed = []
 
@@ -103,38 +117,6 @@ class ExpertsLayer(LinearLayer):
             self.gather_expert(expert, rows[rows.any(1)])
 
 
-class GateUpExperts(ExpertsLayer):
-    """Gate and up projection, one above the other or row by row."""
-
-    weight_key: str = "gate_up_proj"
-    bias_key: str | None = "gate_up_proj_bias"
-
-
-class UpExperts(ExpertsLayer):
-    """The up projection, where there is no gate."""
-
-    weight_key: str = "up_proj"
-    bias_key: str | None = "up_proj_bias"
-
-
-class DownExperts(ExpertsLayer):
-    """The down projection."""
-
-    weight_key: str = "down_proj"
-    bias_key: str | None = "down_proj_bias"
-
-
-class SingleExperts(ExpertsLayer):
-    """The projection of a module that has one."""
-
-    bias_key: str | None = None
-
-
-EXPERTS: dict[str, type[ExpertsLayer]] = {
-    layer.weight_key: layer for layer in (GateUpExperts, UpExperts, DownExperts, SingleExperts)
-}
-
-
 class Known(NamedTuple):
     """What is known of the modules of a class.
 
@@ -148,6 +130,8 @@ class Known(NamedTuple):
 
 
 _GATED = ("gate_up_proj", "down_proj")
+# Of classes that `register_experts` has been told of, whether a matrix is [k, m].
+_REGISTERED: dict[type[nn.Module], bool] = {}
 # Classes that transformers' `use_experts_implementation` has not decorated, by their path.
 _UNDECORATED = {
     "transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts": Known(("weight",)),
@@ -157,11 +141,25 @@ _UNDECORATED = {
 }
 
 
+def register_experts(module_class: type[nn.Module], *, turned: bool) -> None:
+    """See `gls_fused.register`."""
+    _REGISTERED[module_class] = turned
+
+
+def bias_key_of(key: str) -> str:
+    """The name of the bias [experts, m] beside the weight of this name, if there is one."""
+    return f"{key}_bias"
+
+
 def known_experts(module: nn.Module) -> Known | None:
     """What is known of a module of experts; None of others."""
     if all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias")):
         return Known((*_GATED, "up_proj"), bool(module.is_transposed))
     for base in plain_class(module).__mro__:
+        if base in _REGISTERED:
+            params = module._parameters.items()
+            keys = tuple(key for key, param in params if param is not None and param.ndim == 3)
+            return Known(keys, _REGISTERED[base])
         found = _UNDECORATED.get(f"{base.__module__}.{base.__qualname__}")
         if found is not None:
             return found
@@ -256,8 +254,10 @@ class _ExpertsObserver(TorchFunctionMode):
             args = tuple(map(self.alias, args))
         if func is Tensor.__getitem__:
             return self.select(*args)
-        if func in (Tensor.transpose, torch.transpose) and not kwargs:
-            return self.transpose(*args)
+        if func in SPLITS and args[1:] in ((), (0,)) and not kwargs:
+            return self.split(args[0])
+        if func in TRANSPOSES and not kwargs:
+            return self.transpose(func, *args)
         if len(args) > 1:
             args = self.show(func, args, kwargs)
         return func(*args, **kwargs)
@@ -283,13 +283,20 @@ class _ExpertsObserver(TorchFunctionMode):
             self.parts.append(part._replace(tensor=found, experts=expert))
         return found
 
-    def transpose(self, tensor: Tensor, *axes: int) -> Tensor:
-        found = tensor.transpose(*axes)
+    def split(self, tensor: Tensor) -> Sequence[Tensor]:
+        found = tensor.unbind()
         part = self.find(tensor)
-        if part is not None and sorted(axis % tensor.ndim for axis in axes) == [
-            tensor.ndim - 2,
-            tensor.ndim - 1,
-        ]:
+        if part is not None and part.experts is None:
+            self.parts += [
+                part._replace(tensor=each, experts=expert) for expert, each in enumerate(found)
+            ]
+        return found
+
+    def transpose(self, func: Any, tensor: Tensor, *axes: int) -> Tensor:
+        found: Tensor = func(tensor, *axes)
+        part = self.find(tensor)
+        turned = found.shape[:-2] == tensor.shape[:-2] and found.stride() == tensor.mT.stride()
+        if part is not None and turned:
             self.parts.append(part._replace(tensor=found, turned=not part.turned))
         return found
 
@@ -305,8 +312,10 @@ class _ExpertsObserver(TorchFunctionMode):
                 return left, _show(part, gather, left), *rest
             if func is torch.bmm and part.turned and isinstance(experts, Tensor):
                 return left, _show_batch(part, left), *rest
-            if func is torch.bmm and part.turned and experts is None:
-                return left, _show(part, layer.gather_each, left), *rest
+            if func in BATCHED and part.turned and experts is None:
+                by_expert = left if left.ndim == 3 else left.expand(layer.blocks, *left.shape)
+                if by_expert.ndim == 3:
+                    return left, _show(part, layer.gather_each, by_expert), *rest
             ends = kwargs.get("offs", rest[0] if rest else None)
             if _is_grouped(func) and part.turned and experts is None and ends is not None:
                 return left, _show(part, functools.partial(layer.gather_sorted, ends), left), *rest

@@ -21,7 +21,13 @@ from gls_fused.capture.conv import (
 )
 from gls_fused.capture.custom import ObservedLayer, TurnedObservedLayer, why_not_observed
 from gls_fused.capture.derived import Place, source_of
-from gls_fused.capture.experts import EXPERTS, known_experts, why_not_experts
+from gls_fused.capture.experts import (
+    ExpertsLayer,
+    bias_key_of,
+    known_experts,
+    register_experts,
+    why_not_experts,
+)
 from gls_fused.capture.layer import Layer
 from gls_fused.capture.lending import Lender
 from gls_fused.capture.linear import LinearLayer, TurnedLinearLayer, why_not_linear
@@ -80,6 +86,8 @@ ALIKE_KINDS: dict[str, tuple[Kind, type[nn.Module]]] = {
     "observed": (Kind(ObservedLayer, why_not_observed), nn.Module),
     "turned observed": (Kind(TurnedObservedLayer, why_not_observed), nn.Module),
 }
+# The others that `register` takes, and whether a matrix of theirs is [inputs, outputs].
+EXPERT_KINDS = {"experts": False, "turned experts": True}
 KNOWN_KINDS = {
     **ALIKE_KINDS,
     "standardized conv2d": (Kind(StandardizedConv2dLayer, why_not_conv), nn.Conv2d),
@@ -172,7 +180,7 @@ def find_layers(
         name = names[0]
         if roles[0] != "weight":
             name = _join(name, roles[0].removesuffix("_weight"))
-        layer = kind.layer(name, list(modules), bias, tables.get(key))
+        layer = kind.layer(name, list(modules), bias, tables.get(key), roles[0])
         layers.append(layer)
         if isinstance(layer, Lender):
             layer.find_holders(holders)
@@ -252,10 +260,19 @@ def register(module_class: type[nn.Module], kind: str) -> None:
         "observed"         with a weight [outputs, inputs]
         "turned observed"  with a weight [inputs, outputs]
 
+    or whose parameters of three axes hold a matrix for each of its experts:
+
+        "experts"         [experts, outputs, inputs]
+        "turned experts"  [experts, inputs, outputs]
+
     For the first three, forward takes the inputs and nothing else. In a step that gathers rows, GLS
     computes the product in its stead; a class that changes weight or inputs first, or the outputs
     after, is not one of these. A bias is None or not there where it has none. Subclasses that
     override forward are classes of their own.
+
+    The rows of experts are seen in `weight[i]` times them, in `torch.bmm` and `torch.matmul` of all
+    experts, and in torch's grouped product. A bias is what is called `<weight>_bias`, [experts,
+    outputs].
 
     Raises:
         TypeError: no class of modules, or for a convolution none of torch's own.
@@ -264,8 +281,12 @@ def register(module_class: type[nn.Module], kind: str) -> None:
     given: Any = module_class
     if not (isinstance(given, type) and issubclass(given, nn.Module)):
         raise TypeError(f"module_class: expected a subclass of nn.Module, got {given!r}")
-    if kind not in ALIKE_KINDS:
-        raise ValueError(f"kind: expected {', '.join(ALIKE_KINDS)}, got {kind!r}")
+    if kind not in ALIKE_KINDS and kind not in EXPERT_KINDS:
+        kinds = ", ".join([*ALIKE_KINDS, *EXPERT_KINDS])
+        raise ValueError(f"kind: expected {kinds}, got {kind!r}")
+    if kind in EXPERT_KINDS:
+        register_experts(module_class, turned=EXPERT_KINDS[kind])
+        return
     _, base = ALIKE_KINDS[kind]
     name = describe_class(module_class)
     if not issubclass(module_class, base):
@@ -285,9 +306,9 @@ def _cover(module_class: type[nn.Module], kind: str) -> None:
 
 def kind_of(module: nn.Module, role: str = "weight") -> Kind | None:
     """What covers the parameter of this name in modules of this class."""
-    experts = known_experts(module) if role in EXPERTS else None
+    experts = known_experts(module)
     if experts is not None and role in experts.keys:
-        return Kind(EXPERTS[role], why_not_experts, EXPERTS[role].bias_key)
+        return Kind(ExpertsLayer, why_not_experts, bias_key_of(role))
     for base in plain_class(module).__mro__:
         if role != "weight":
             if base in RECURRENT:

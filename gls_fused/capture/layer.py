@@ -55,6 +55,7 @@ class Layer(Rows):
         blocks: of a stack, how many matrices of one shape the weight is, each with inputs and a P
             of its own, along its first axis; None where it is one.
         bias: [m] or None.
+        weight_key: the name of the parameter that the weight is, in the modules.
         table: an embedding that looks the same weight up, or None. Its part of the gradient has no
             rows, and P acts on the sum, so that p.grad keeps the gradient until the step.
         places: where each module has the weight, see gls_fused.capture.derived.
@@ -93,10 +94,17 @@ class Layer(Rows):
     missed: ClassVar[str] = "its module is not called, its weight is used elsewhere"
 
     def __init__(
-        self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None
+        self,
+        name: str,
+        modules: list[nn.Module],
+        bias: Tensor | None,
+        table: str | None = None,
+        key: str | None = None,
     ) -> None:
         self.name = name
         self.table = table
+        if key is not None:
+            self.weight_key = key
         self.modules = modules
         # Those whose forward is this layer's op.
         self.routed = modules
@@ -155,7 +163,7 @@ class Layer(Rows):
 
     def __reduce__(self) -> tuple[type[Layer], tuple[Any, ...]]:
         # A copy has statistics of its own, and captures nothing until it is told to.
-        return type(self), (self.name, self.modules, self.bias, self.table)
+        return type(self), (self.name, self.modules, self.bias, self.table, self.weight_key)
 
     def turn(self, tensor: Tensor) -> Tensor:
         """See `Rows.turn`. What is spread over ranks by its first axis is so before and after."""

@@ -43,9 +43,14 @@ class Lender(Layer):
     calls: ClassVar[Sequence[Any]] = ()
 
     def __init__(
-        self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None
+        self,
+        name: str,
+        modules: list[nn.Module],
+        bias: Tensor | None,
+        table: str | None = None,
+        key: str | None = None,
     ) -> None:
-        super().__init__(name, modules, bias, table)
+        super().__init__(name, modules, bias, table, key)
         self.holders: list[nn.Module] = []
         self.watched = False
 

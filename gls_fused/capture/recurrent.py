@@ -33,11 +33,16 @@ class RecurrentLayer(LinearLayer):
     calls = (*OPS, *CELL_OPS)
 
     def __init__(
-        self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None
+        self,
+        name: str,
+        modules: list[nn.Module],
+        bias: Tensor | None,
+        table: str | None = None,
+        key: str | None = None,
     ) -> None:
-        self.weight_key = name.rpartition(".")[2]
-        self.bias_key = self.weight_key.replace("weight", "bias")
-        super().__init__(name, modules, bias, table)
+        assert key is not None
+        self.bias_key = key.replace("weight", "bias")
+        super().__init__(name, modules, bias, table, key)
         # Its forward is more than this layer's op, and is watched instead.
         self.routed = []
 

@@ -1,0 +1,153 @@
+"""Experts of a user's own class: registered, they take the steps of a layer for each of them."""
+
+import pytest
+import torch
+from tolerances import SAME_STEPS, SOLVE, assert_near, relative_error
+from torch import nn
+from torch.nn import functional as F
+
+import gls_fused
+from gls_fused import GLS
+
+EXPERTS, WIDTH, INNER = 4, 8, 16
+# Who has which rows; the third expert has none.
+SIZES = [3, 5, 0, 4]
+
+
+class Experts(nn.Module):
+    """Two weights for every expert, and rows sorted by expert."""
+
+    def __init__(self, multiply, turned):
+        super().__init__()
+        self.multiply, self.turned = multiply, turned
+        shapes = (EXPERTS, INNER, WIDTH), (EXPERTS, WIDTH, INNER)
+        self.up, self.down = (
+            nn.Parameter(torch.randn(shape).mT.contiguous() if turned else torch.randn(shape))
+            for shape in shapes
+        )
+        # No matrix of an expert.
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, rows):
+        hidden = torch.tanh(self.multiply(rows, self.up, self.turned) / 4)
+        return self.multiply(hidden, self.down, self.turned) * self.scale
+
+    def matrices(self):
+        found = [*self.up.detach(), *self.down.detach()]
+        return [each.T if self.turned else each for each in found]
+
+
+class Turned(Experts):
+    pass
+
+
+class Layers(nn.Module):
+    """The same, of an nn.Linear for each expert."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.layers = nn.ModuleList(map(linear_of, experts.matrices()))
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, rows):
+        up, down = self.layers[:EXPERTS], self.layers[EXPERTS:]
+        parts = zip(rows.split(SIZES), up, down, strict=True)
+        found = [down(torch.tanh(up(part) / 4)) for part, up, down in parts if len(part)]
+        return torch.cat(found) * self.scale
+
+    def matrices(self):
+        return [layer.weight.detach() for layer in self.layers]
+
+
+def linear_of(matrix):
+    found = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
+    found.weight = nn.Parameter(matrix.clone())
+    return found
+
+
+def by_index(rows, weight, turned):
+    parts = enumerate(rows.split(SIZES))
+    return torch.cat([x @ weight[i] if turned else F.linear(x, weight[i]) for i, x in parts])
+
+
+def by_transposing(rows, weight, turned):
+    parts = enumerate(rows.split(SIZES))
+    return torch.cat([F.linear(x, weight[i].T) if turned else x @ weight[i].t() for i, x in parts])
+
+
+def by_walking(rows, weight, turned):
+    parts = zip(rows.split(SIZES), weight, strict=True)
+    return torch.cat([torch.mm(x, each if turned else each.mT) for x, each in parts])
+
+
+def padded(rows):
+    return torch.stack([F.pad(x, (0, 0, 0, max(SIZES) - len(x))) for x in rows.split(SIZES)])
+
+
+def unpadded(outputs):
+    return torch.cat([x[:size] for x, size in zip(outputs, SIZES, strict=True)])
+
+
+def by_batch(rows, weight, turned):
+    return unpadded(torch.bmm(padded(rows), weight if turned else weight.transpose(1, 2)))
+
+
+def by_broadcast(rows, weight, turned):
+    return unpadded(padded(rows) @ (weight if turned else weight.mT))
+
+
+def by_group(rows, weight, turned):
+    ends = torch.tensor(SIZES, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(rows, weight if turned else weight.mT, offs=ends)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setattr(gls_fused.capture.experts, "_REGISTERED", {})
+    gls_fused.register(Experts, "experts")
+    gls_fused.register(Turned, "turned experts")
+
+
+@pytest.mark.parametrize("site", ["step", "backward"])
+@pytest.mark.parametrize("kind", [Experts, Turned])
+@pytest.mark.parametrize(
+    "multiply", [by_index, by_transposing, by_walking, by_batch, by_broadcast, by_group]
+)
+def test_trains_as_layers(registered, multiply, kind, site):
+    # torch has no grouped product of float64.
+    dtype = torch.float32 if multiply is by_group else torch.float64
+    torch.manual_seed(0)
+    ours = kind(multiply, kind is Turned).to(dtype)
+    theirs = Layers(ours).to(dtype)
+    start = [p.clone() for p in ours.matrices()]
+    options = {"rank": 4, "curvature_every": 2, "lr": 0.02, "site": site, "normalize": "factored"}
+    for model in (ours, theirs):
+        optimizer = GLS(model, **options)
+        for step in range(5):
+            rows = torch.randn(sum(SIZES), WIDTH, generator=torch.Generator().manual_seed(step))
+            rows = rows.to(dtype)
+            (model(rows) - rows).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if model is ours:
+            assert optimizer.report().count("GLS (Experts") == 2
+    tolerance = SAME_STEPS if dtype == torch.float64 else SOLVE[dtype]
+    pairs = zip(ours.matrices(), theirs.matrices(), start, strict=True)
+    for place, (p, q, before) in enumerate(pairs):
+        assert_near(p, q, tolerance)
+        assert (relative_error(p, before) > 1e-3) == (place % EXPERTS != 2)
+    assert_near(ours.scale, theirs.scale, tolerance)
+
+
+def test_all_experts_may_have_the_same_rows(registered):
+    """Of a mixture that is not sparse."""
+
+    def to_all(rows, weight, turned):
+        return rows @ weight.mT
+
+    torch.manual_seed(0)
+    model = Experts(to_all, False)
+    optimizer = GLS(model, rank=4)
+    model(torch.randn(6, WIDTH)).square().mean().backward()
+    for layer in optimizer._preconditioner.layers:
+        assert layer.sums.view(EXPERTS, -1)[:, 0].tolist() == [6] * EXPERTS
