@@ -16,8 +16,6 @@ from gls_fused import GLS
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 STEPS, CUT = 20, 10
 RATE = 1e-3
-# "auto" takes an orthogonal step, whose root mean square is .2 lr; AdamW's first ones have lr.
-SHORT_STEPS = "its layers take orthogonal steps, a fifth as long as AdamW's are at first"
 
 
 @dataclass(frozen=True)
@@ -27,12 +25,10 @@ class Case:
     Attributes:
         package: that it needs.
         share: of the trained parameters, in layers with a P once it trains; at least.
-        behind: why it is behind AdamW after some steps, if it is.
     """
 
     package: str
     share: float
-    behind: str | None = None
     slow: bool = False
 
 
@@ -48,7 +44,7 @@ CASES = {
     "swin_timm": Case("timm", 0.95, slow=True),
     "resnext": Case("timm", 0.97),
     "efficientnet": Case("torchvision", 0.94),
-    "unet": Case("torch", 0.98, behind=SHORT_STEPS),
+    "unet": Case("torch", 0.98),
     "gcn": Case("torch_geometric", 0.95),
     "lora": Case("peft", 1.0),
     "dora": Case("peft", 0.91),
@@ -57,13 +53,11 @@ CASES = {
 }
 
 
-def of_each(mark_behind=False):
+def of_each():
     """Parametrizes a test by the models."""
     params = []
     for name, case in CASES.items():
         marks = [pytest.mark.slow] if case.slow else []
-        if mark_behind and case.behind:
-            marks.append(pytest.mark.xfail(reason=case.behind, strict=True))
         params.append(pytest.param(name, marks=marks))
     return pytest.mark.parametrize("name", params)
 
@@ -113,7 +107,7 @@ def test_share_with_a_preconditioner(name):
     assert share >= CASES[name].share
 
 
-@of_each(mark_behind=True)
+@of_each()
 def test_twenty_steps_on_one_batch_are_no_worse_than_adamws(name):
     model, loss_of = build(name)
     start = loss_of(model).item()
