@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
+from gls_fused.capture.layer import Found
 from gls_fused.capture.linear import LinearLayer
 
 
@@ -21,15 +22,8 @@ class InputProjection(LinearLayer):
     weight_key = "in_proj_weight"
     bias_key: str | None = "in_proj_bias"
 
-    def __init__(
-        self,
-        name: str,
-        modules: list[nn.Module],
-        bias: Tensor | None,
-        table: str | None = None,
-        key: str | None = None,
-    ) -> None:
-        super().__init__(name, modules, bias, table, key)
+    def __init__(self, found: Found) -> None:
+        super().__init__(found)
         # Its forward is more than this layer's op, and uses the weight by itself.
         self.routed = []
 

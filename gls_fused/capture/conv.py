@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from gls_fused.capture.layer import Layer, autocast_inputs, bias_of
+from gls_fused.capture.layer import Found, Layer, autocast_inputs, bias_of
 from gls_fused.capture.modules import describe_class, plain_class, why_not_own
 from gls_fused.capture.observed import observe
 from gls_fused.capture.rows import SKETCH_ROWS, Rows, outside_autocast, sample_places
@@ -136,19 +136,12 @@ class Convolution(torch.autograd.Function):
 class ConvLayer(ImageRows, Layer):
     """A convolution: every output position is a row for each group, the group's im2col patch."""
 
-    def __init__(
-        self,
-        name: str,
-        modules: list[nn.Module],
-        bias: Tensor | None,
-        table: str | None = None,
-        key: str | None = None,
-    ) -> None:
-        module = modules[0]
+    def __init__(self, found: Found) -> None:
+        module = found.modules[0]
         assert isinstance(module, _ConvNd)
         # Of which the weight's shape tells nothing where it is turned.
         self.groups = module.groups
-        super().__init__(name, modules, bias, table, key)
+        super().__init__(found)
         self.by_rows = self.groups == 1 and not self.turned and not self.derived
         self.window, self.padding_before = window_of(module)
         self.kind = f"Conv{'Transpose' * self.turned}{len(module.kernel_size)}d"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gls_fused.capture import observed
-from gls_fused.capture.layer import Layer, autocast_inputs
+from gls_fused.capture.layer import Found, Layer, autocast_inputs
 from gls_fused.capture.linear import LinearRows
 from gls_fused.capture.modules import KEY, captured_by, tie_module
 from gls_fused.capture.rows import outside_autocast
@@ -72,15 +72,8 @@ class ObservedLayer(LinearRows, Layer):
     kind = "observed"
     missed = "its module's forward does not call gls_fused.observe"
 
-    def __init__(
-        self,
-        name: str,
-        modules: list[nn.Module],
-        _bias: Tensor | None,
-        table: str | None = None,
-        key: str | None = None,
-    ) -> None:
-        super().__init__(name, modules, None, table, key)
+    def __init__(self, found: Found) -> None:
+        super().__init__(found._replace(bias=None))
 
     def capture(self) -> None:
         for module in self.modules:

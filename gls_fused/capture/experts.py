@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from gls_fused.capture.layer import autocast_inputs, without_tangent
+from gls_fused.capture.layer import Found, autocast_inputs, without_tangent
 from gls_fused.capture.linear import LinearLayer
 from gls_fused.capture.modules import describe_class, plain_class
 from gls_fused.capture.observed import observe
@@ -43,20 +43,12 @@ class ExpertsLayer(LinearLayer):
     stacked = True
     blocks: int
 
-    def __init__(
-        self,
-        name: str,
-        modules: list[nn.Module],
-        bias: Tensor | None,
-        table: str | None = None,
-        key: str | None = None,
-    ) -> None:
-        known = known_experts(modules[0])
+    def __init__(self, found: Found) -> None:
+        known = known_experts(found.modules[0])
         assert known is not None
-        assert key is not None
         self.turned = known.turned
-        self.bias_key = bias_key_of(key)
-        super().__init__(name, modules, bias, table, key)
+        self.bias_key = bias_key_of(found.key)
+        super().__init__(found)
         # Its forward is more than this layer's op, and uses the weight by itself.
         self.routed = []
 

@@ -28,7 +28,7 @@ from gls_fused.capture.experts import (
     register_experts,
     why_not_experts,
 )
-from gls_fused.capture.layer import Layer
+from gls_fused.capture.layer import Found, Layer
 from gls_fused.capture.lending import Lender
 from gls_fused.capture.linear import LinearLayer, TurnedLinearLayer, why_not_linear
 from gls_fused.capture.modules import ALIKE, describe_class, plain_class
@@ -180,7 +180,7 @@ def find_layers(
         name = names[0]
         if roles[0] != "weight":
             name = _join(name, roles[0].removesuffix("_weight"))
-        layer = kind.layer(name, list(modules), bias, tables.get(key), roles[0])
+        layer = kind.layer(Found(name, list(modules), roles[0], bias, tables.get(key)))
         layers.append(layer)
         if isinstance(layer, Lender):
             layer.find_holders(holders)
@@ -284,17 +284,17 @@ def register(module_class: type[nn.Module], kind: str) -> None:
     if kind not in ALIKE_KINDS and kind not in EXPERT_KINDS:
         kinds = ", ".join([*ALIKE_KINDS, *EXPERT_KINDS])
         raise ValueError(f"kind: expected {kinds}, got {kind!r}")
+    name = describe_class(module_class)
+    if module_class in OWN:
+        raise ValueError(f"module_class: {name} is covered as it is")
     if kind in EXPERT_KINDS:
         register_experts(module_class, turned=EXPERT_KINDS[kind])
         return
     _, base = ALIKE_KINDS[kind]
-    name = describe_class(module_class)
     if not issubclass(module_class, base):
         raise TypeError(
             f"module_class: expected a subclass of nn.{base.__name__} for {kind!r}, got {name}"
         )
-    if module_class in OWN:
-        raise ValueError(f"module_class: {name} is covered as it is")
     _cover(module_class, kind)
 
 

@@ -13,7 +13,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,19 +45,36 @@ from gls_fused.distributed.sharding import (
 from gls_fused.reference import Inverse, SubspaceInverse, undo_inverse
 
 
+class Found(NamedTuple):
+    """What has been found of one weight in a model.
+
+    Attributes:
+        name: qualified name of the weight's first module.
+        modules: that use the weight.
+        key: the name of the parameter that the weight is, in these modules.
+        bias: [m] or None.
+        table: an embedding that looks the same weight up, or None.
+    """
+
+    name: str
+    modules: list[nn.Module]
+    key: str
+    bias: Tensor | None
+    table: str | None
+
+
 class Layer(Rows):
     """A weight and bias with the modules that use them, and what passes between them and a step.
 
     Attributes:
-        name: qualified name of the weight's first module.
+        found: its name, and what is in the model.
         weight: [m, k], or [m, c, kh, kw]; [k, m] and the like where it is turned.
         shape: the weight's, its outputs first; of a stack, that of one of its matrices.
         blocks: of a stack, how many matrices of one shape the weight is, each with inputs and a P
             of its own, along its first axis; None where it is one.
-        bias: [m] or None.
-        weight_key: the name of the parameter that the weight is, in the modules.
-        table: an embedding that looks the same weight up, or None. Its part of the gradient has no
-            rows, and P acts on the sum, so that p.grad keeps the gradient until the step.
+        weight_key: `found.key`.
+        table: of `found`. Its part of the gradient has no rows, and P acts on the sum, so that
+            p.grad keeps the gradient until the step.
         places: where each module has the weight, see gls_fused.capture.derived.
         derived: whether the modules compute with what they make of it.
         dim: d, the length of a row with its one.
@@ -93,26 +110,17 @@ class Layer(Rows):
     # Why no rows are seen where nothing else is known.
     missed: ClassVar[str] = "its module is not called, its weight is used elsewhere"
 
-    def __init__(
-        self,
-        name: str,
-        modules: list[nn.Module],
-        bias: Tensor | None,
-        table: str | None = None,
-        key: str | None = None,
-    ) -> None:
-        self.name = name
-        self.table = table
-        if key is not None:
-            self.weight_key = key
+    def __init__(self, found: Found) -> None:
+        self.found = found
+        self.name, modules, self.weight_key, bias, self.table = found
         self.modules = modules
         # Those whose forward is this layer's op.
         self.routed = modules
-        found = [source_of(module) if self.weight_key == "weight" else None for module in modules]
-        self.derived = any(found)
+        sources = [source_of(module) if found.key == "weight" else None for module in modules]
+        self.derived = any(sources)
         places = [
-            place or Place(module, self.weight_key)
-            for place, module in zip(found, modules, strict=True)
+            source or Place(module, found.key)
+            for source, module in zip(sources, modules, strict=True)
         ]
         self.places = dict(zip(modules, places, strict=True))
         weight = places[0].param
@@ -163,7 +171,7 @@ class Layer(Rows):
 
     def __reduce__(self) -> tuple[type[Layer], tuple[Any, ...]]:
         # A copy has statistics of its own, and captures nothing until it is told to.
-        return type(self), (self.name, self.modules, self.bias, self.table, self.weight_key)
+        return type(self), (self.found,)
 
     def turn(self, tensor: Tensor) -> Tensor:
         """See `Rows.turn`. What is spread over ranks by its first axis is so before and after."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gls_fused.capture.layer import Layer, autocast_inputs, without_tangent
+from gls_fused.capture.layer import Found, Layer, autocast_inputs, without_tangent
 from gls_fused.capture.modules import plain_class
 from gls_fused.capture.observed import observe
 from gls_fused.capture.uses import (
@@ -42,15 +42,8 @@ class Lender(Layer):
 
     calls: ClassVar[Sequence[Any]] = ()
 
-    def __init__(
-        self,
-        name: str,
-        modules: list[nn.Module],
-        bias: Tensor | None,
-        table: str | None = None,
-        key: str | None = None,
-    ) -> None:
-        super().__init__(name, modules, bias, table, key)
+    def __init__(self, found: Found) -> None:
+        super().__init__(found)
         self.holders: list[nn.Module] = []
         self.watched = False
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gls_fused.capture.layer import autocast_inputs, without_tangent
+from gls_fused.capture.layer import Found, autocast_inputs, without_tangent
 from gls_fused.capture.linear import LinearLayer
 from gls_fused.capture.observed import observe
 from gls_fused.capture.uses import Use, rewatch_module, unwatch_module, watch_module
@@ -32,17 +32,9 @@ class RecurrentLayer(LinearLayer):
     gated = True
     calls = (*OPS, *CELL_OPS)
 
-    def __init__(
-        self,
-        name: str,
-        modules: list[nn.Module],
-        bias: Tensor | None,
-        table: str | None = None,
-        key: str | None = None,
-    ) -> None:
-        assert key is not None
-        self.bias_key = key.replace("weight", "bias")
-        super().__init__(name, modules, bias, table, key)
+    def __init__(self, found: Found) -> None:
+        self.bias_key = found.key.replace("weight", "bias")
+        super().__init__(found)
         # Its forward is more than this layer's op, and is watched instead.
         self.routed = []
 

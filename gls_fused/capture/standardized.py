@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gls_fused.capture.conv import ConvLayer
-from gls_fused.capture.layer import autocast_inputs, without_tangent
+from gls_fused.capture.layer import Found, autocast_inputs, without_tangent
 from gls_fused.capture.modules import plain_class
 from gls_fused.capture.observed import observe
 
@@ -23,10 +23,8 @@ from gls_fused.capture.observed import observe
 class StandardizedConv2dLayer(ConvLayer):
     """See above."""
 
-    def __init__(
-        self, name: str, modules: list[nn.Module], bias: Tensor | None, table: str | None = None
-    ) -> None:
-        super().__init__(name, modules, bias, table)
+    def __init__(self, found: Found) -> None:
+        super().__init__(found)
         self.kind, self.derived = "standardized Conv2d", True
 
     def forward(self, module: nn.Module, inputs: Tensor) -> Tensor:
