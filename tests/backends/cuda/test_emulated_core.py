@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cuda_emulation.emulator import EmulationError, Emulator
+from cuda_emulation.emulator import VARIANT, EmulationError, Emulator
 from tolerances import SOLVE, assert_near
 
 from gls_fused import reference
@@ -70,7 +70,8 @@ def test_layers_of_all_sizes_in_one_launch(emulator, dtype, power):
     with emulator.memory(), emulator.traffic() as moved:
         samples = [torch.tensor(count, dtype=dtype) for count in (1, 2, 3, 24, 28, 40, 200)]
         check(emulator, cores, traces, [len(core) + 20 for core in cores], power, samples)
-    assert len(moved) == 1
+    # The sanitized build traces nothing.
+    assert len(moved) == (VARIANT == "traced")
 
 
 @pytest.mark.parametrize("power", [1, 0.5])
