@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
+from gls_fused.apply.matrices import Copied, by_matrix, write_back_
 from gls_fused.backends.dispatch import resolve_backend
 from gls_fused.capture.find import Uncovered, find_layers, plain_name
 from gls_fused.capture.layer import Layer
@@ -134,12 +135,8 @@ class Attachment:
         # Nor has a backward left D of what is not the rows' alone.
         whole = [layer for layer in self._layers if layer.stays_whole and layer.inverse is not None]
         for layer in dict.fromkeys([*self._started, *whole]):
-            gradients = [p.grad for p in layer.params if p.grad is not None]
-            if not layer.turns_by_copy:
-                gradients = list(map(rows_here, gradients))
             if layer.weight.grad is not None:
-                for gradient, sought in zip(gradients, layer.direction(gradients), strict=True):
-                    gradient.copy_(sought)
+                _precondition_gradients_(layer)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -257,3 +254,15 @@ class Attachment:
         return diagnose([("", self._layers, self._options)], self._states, lambda _: [])
 
     __repr__ = report
+
+
+def _precondition_gradients_(layer: Layer) -> None:
+    """D0 in p.grad becomes D, of what a layer has on this rank."""
+    gradients = [param.grad for param in layer.params if param.grad is not None]
+    size, copied = len(gradients), list[Copied]()
+    matrices = list(map(rows_here, by_matrix([layer], [size], gradients, copied)))
+    for place, inverse in enumerate(layer.inverses_for(size == len(layer.params))[layer.here]):
+        mine = matrices[place * size : (place + 1) * size]
+        for gradient, sought in zip(mine, layer.upright_direction(mine, inverse), strict=True):
+            gradient.copy_(sought)
+    write_back_(copied)

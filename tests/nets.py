@@ -135,6 +135,15 @@ class Net(nn.Module):
         return self.head(hidden.flatten(1))
 
 
+def linear_of(weight, bias=None):
+    """An nn.Linear of copies of a weight [m, k] and a bias [m]."""
+    found = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    found.weight = nn.Parameter(weight.clone())
+    if bias is not None:
+        found.bias = nn.Parameter(bias.clone())
+    return found
+
+
 def make_net(kind, **options):
     torch.manual_seed(0)
     return Net(kind, **options).double()

@@ -32,7 +32,6 @@ from gls_fused.curvature.estimate import State, make_curvature
 from gls_fused.distributed.sharding import (
     is_sharded,
     part_here,
-    rows_here,
     spread_over_first,
 )
 
@@ -148,16 +147,6 @@ class Layer(Passes):
     def turns_by_copy(self) -> bool:
         spread = self.shards is not None and not self.stacked
         return super().turns_by_copy or (self.turned and spread)
-
-    def direction(self, gradients: list[Tensor]) -> list[Tensor]:
-        if not is_sharded(gradients[0]):
-            return super().direction(gradients)
-        upright = [self.turn(gradient) for gradient in gradients]
-        here = list(map(rows_here, upright))
-        found = self._upright_direction(here, self.inverse_for(len(gradients) == 2))
-        for mine, direction in zip(here, found, strict=True):
-            mine.copy_(direction)
-        return [self.turn(each) for each in upright]
 
     # ---- what an optimizer tells it --------------------------------------------------------------
 

@@ -172,10 +172,11 @@ class Rows(abc.ABC):
         return [torch.stack(each) for each in zip(*found, strict=True)]
 
     def _direction(self, gradients: Sequence[Tensor], inverse: Inverse) -> list[Tensor]:
-        weight, *bias = self._upright_direction([self.turn(each) for each in gradients], inverse)
+        weight, *bias = self.upright_direction([self.turn(each) for each in gradients], inverse)
         return [self.turn(weight), *bias]
 
-    def _upright_direction(self, gradients: Sequence[Tensor], inverse: Inverse) -> list[Tensor]:
+    def upright_direction(self, gradients: Sequence[Tensor], inverse: Inverse) -> list[Tensor]:
+        """D = D0 P of one of the `matrices`, and of its bias where that has a gradient."""
         weight, *bias = gradients
         direction, bias_direction = self.backend.precondition_gradient(
             weight.flatten(1), bias[0] if bias else None, inverse

@@ -10,6 +10,7 @@ from nets import (
     assert_equal,
     assert_same_state,
     gradients,
+    linear_of,
     loss_of,
     make_batch,
     make_net,
@@ -100,14 +101,6 @@ def parts_of(experts):
         bias = getattr(experts, f"{name}_bias", None)
         weights = weights.mT if experts.is_transposed else weights
         yield weights, [None] * EXPERTS if bias is None else bias.detach()
-
-
-def linear_of(weight, bias):
-    found = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    found.weight = nn.Parameter(weight.clone())
-    if bias is not None:
-        found.bias = nn.Parameter(bias.clone())
-    return found
 
 
 def make_model(kind, implementation="eager", **options):

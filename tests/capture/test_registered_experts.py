@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from nets import linear_of
 from tolerances import SAME_STEPS, SOLVE, assert_near, relative_error
 from torch import nn
 from torch.nn import functional as F
@@ -57,12 +58,6 @@ class Layers(nn.Module):
 
     def matrices(self):
         return [layer.weight.detach() for layer in self.layers]
-
-
-def linear_of(matrix):
-    found = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
-    found.weight = nn.Parameter(matrix.clone())
-    return found
 
 
 def by_index(rows, weight, turned):

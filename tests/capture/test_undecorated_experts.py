@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from nets import snapshot
+from nets import linear_of, snapshot
 from tolerances import SAME_STEPS, assert_near, relative_error
 from torch import nn
 
@@ -88,12 +88,6 @@ class Model(nn.Module):
             return projection(rows, sizes)
         parts = zip(projection, rows.split(sizes), strict=True)
         return torch.cat([layer(part) for layer, part in parts if len(part)])
-
-
-def linear_of(weight):
-    found = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    found.weight = nn.Parameter(weight.clone())
-    return found
 
 
 def matrices_of(model):

@@ -195,16 +195,14 @@ for name, options in {
     "spectral": {"normalize": "spectral", "split": 2, "max_change": 0.1},
     "dense": {"curvature": "dense"},
 }.items():
-    CASES[f"turned_{name}"] = lambda options=options: check_turned(options)
+    # Weights [inputs, outputs], whose inputs are spread over the ranks.
+    CASES[f"turned_{name}"] = lambda options=options: check_equals_one_process(
+        "turned", {**OPTIONS, **options}
+    )
 for reshard in (True, False):
     CASES[f"reshard_after_forward_{reshard}"] = lambda reshard=reshard: check_equals_one_process(
         "mlp", {**OPTIONS, "site": "backward"}, reshard_after_forward=reshard
     )
-
-
-def check_turned(options):
-    """Weights [inputs, outputs], whose inputs are spread over the ranks."""
-    check_equals_one_process("turned", {**OPTIONS, **options})
 
 
 @case
