@@ -218,8 +218,6 @@ def _problem_of(param: Tensor, modules: Sequence[nn.Module], roles: Sequence[str
         return "its weight is empty"
     if not is_sharded(param) and type(param) not in PLAIN_TENSORS:
         return f"its weight is a {type(param).__name__}, which may compute otherwise"
-    if is_sharded(param) and kind.layer.turned and getattr(modules[0], "groups", 1) > 1:
-        return "its groups are spread over ranks by their inputs"
     return sharding_problem(param, _bias_of(modules[0], kind))
 
 

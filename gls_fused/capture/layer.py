@@ -32,7 +32,9 @@ from gls_fused.curvature.estimate import State, make_curvature
 from gls_fused.distributed.sharding import (
     is_sharded,
     part_here,
+    spread_as,
     spread_over_first,
+    whole_on_each,
 )
 
 
@@ -138,10 +140,13 @@ class Layer(Passes):
 
     def turn(self, tensor: Tensor) -> Tensor:
         """See `Rows.turn`. What is spread over ranks by its first axis is so before and after."""
+        if self.shards is None or not self.turned or not is_sharded(tensor):
+            return super().turn(tensor)
+        if self.groups > 1:
+            # A view by group can be of the whole alone, where ranks share groups.
+            return spread_as(tensor, super().turn(whole_on_each(tensor)))
         turned = super().turn(tensor)
-        if self.shards is None or turned is tensor or not is_sharded(turned):
-            return turned
-        return spread_over_first(turned)
+        return turned if turned is tensor else spread_over_first(turned)
 
     @property
     def turns_by_copy(self) -> bool:

@@ -3,7 +3,8 @@
 Weight and bias are DTensors then, sharded over the outputs. P acts on columns, so each rank takes
 its rows of D = D0 P by itself; only the norms of a whole layer ("rms", "sgd") and of its columns
 ("factored") need all ranks, and orthogonal factors, which are in `factors`. Of a weight [inputs,
-outputs] a rank has columns, which it exchanges for rows before the update and gets back after it.
+outputs] a rank has columns, which it exchanges for rows before the update and gets back after it;
+where it has groups besides, each rank has all of it for that.
 """
 
 from __future__ import annotations
@@ -98,6 +99,19 @@ def spread_over_first(tensor: Any) -> Tensor:
 
     placements = [Shard(0) if each.is_shard() else each for each in tensor.placements]
     found: Tensor = tensor.redistribute(placements=placements)
+    return found
+
+
+def whole_on_each(tensor: Any) -> Any:
+    """A DTensor, all of it on every rank: an all-gather."""
+    from torch.distributed.tensor import Replicate
+
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+
+
+def spread_as(tensor: Any, whole: Any) -> Tensor:
+    """A DTensor that every rank has all of, spread as another one is: nothing is sent."""
+    found: Tensor = whole.redistribute(placements=tensor.placements)
     return found
 
 

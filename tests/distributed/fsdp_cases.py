@@ -137,8 +137,8 @@ def make(kind):
     if kind not in ("uneven", "attention", "upsampling"):
         return make_net(kind)
     if kind == "upsampling":
-        layers = nn.ConvTranspose1d(2, 7, 3), nn.Tanh(), nn.Flatten(), nn.Linear(56, 3)
-        return nn.Sequential(*layers).double()
+        layers = nn.ConvTranspose1d(2, 9, 3), nn.Tanh(), nn.ConvTranspose1d(9, 15, 3, groups=3)
+        return nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.Linear(150, 3)).double()
     if kind == "uneven":
         return Uneven().double()
     return nn.Sequential(nn.Linear(6, 8), Attention(), nn.Linear(8, 3)).double()
@@ -174,6 +174,9 @@ CASES["grouped"] = lambda: check_equals_one_process("grouped", OPTIONS)
 for kind in (*RECURRENT, *NORMS):
     CASES[kind] = lambda kind=kind: check_equals_one_process(kind, OPTIONS)
 CASES["transposed"] = lambda: check_equals_one_process("upsampling", OPTIONS)
+CASES["transposed_adam"] = lambda: check_equals_one_process(
+    "upsampling", {**OPTIONS, "normalize": "adam"}
+)
 for normalize in ("row", "factored", "spectral", "adam", "sgd", "none"):
     CASES[f"normalize_{normalize}"] = lambda normalize=normalize: check_equals_one_process(
         "uneven", {**OPTIONS, "normalize": normalize, "weight_decay": 0.1}
@@ -560,13 +563,6 @@ def sharded_over_its_inputs_takes_adams_update():
     place = lambda p: Shard(1) if p.shape == (8, 8) else Shard(0)  # noqa: E731
     model = fully_shard(model, mesh=line_mesh(), shard_placement_fn=place)
     assert "not sharded over its first axis alone" in GLS(model).report()
-
-
-@case
-def groups_of_turned_weights_take_adams_update():
-    model = sharded(nn.Sequential(nn.ConvTranspose1d(2, 8, 3, groups=2)))
-    report = GLS(model, **OPTIONS).report()
-    assert "0.weight: Adam (its groups are spread over ranks by their inputs)" in report
 
 
 @case
