@@ -4,12 +4,13 @@ Each expert has a P of its own, from the rows that were routed to it. The module
 under a mode that is shown where the parameter, or an expert of it, enters a product: the loop over
 experts, torch's grouped product of rows sorted by expert, and the batched product of a matrix for
 each row, or of every matrix with rows of its own. Rows that other kernels multiply are not seen.
+A graph that torch.compile traces shows the same products, but for those of experts that the loop
+takes from the parameter itself.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +22,15 @@ from gls_fused.capture.layer import Found, autocast_inputs, without_tangent
 from gls_fused.capture.linear import LinearLayer
 from gls_fused.capture.modules import describe_class, plain_class
 from gls_fused.capture.observed import observe
-from gls_fused.capture.rows import outside_autocast
+from gls_fused.capture.routed import Shown, add_routed_
+from gls_fused.capture.traced import flatten_rows
 from gls_fused.capture.uses import MATMULS, Use, has_new_hooks, saved_tensors_hooks
 
-Gather = Callable[[Tensor], None]
 TRANSPOSES = (
     *(torch.transpose, Tensor.transpose, torch.t, Tensor.t),
     *(Tensor.T.__get__, Tensor.mT.__get__),  # type: ignore[attr-defined]
+    # These two as dynamo shows them.
+    *(torch.ops.aten.numpy_T, torch.ops.aten.mT),
 )
 SPLITS = (torch.unbind, Tensor.unbind)
 # Products of the matrices of all experts at once.
@@ -38,7 +41,7 @@ class ExpertsLayer(LinearLayer):
     """The matrices [experts, m, k] of one parameter; [experts, k, m] where they are turned."""
 
     kind = "Experts"
-    missed = "its products are in a graph of torch.compile, or a kernel's own"
+    missed = "its products are of a kind that is not seen"
     by_rows = False
     stacked = True
     blocks: int
@@ -63,50 +66,21 @@ class ExpertsLayer(LinearLayer):
         """Nothing: it stays watched."""
 
     def watches(self, module: nn.Module) -> bool:
-        # How many rows an expert has is no shape that a graph knows.
-        return not torch.compiler.is_compiling() and super().watches(module)
+        # A graph has an op that shows rows, and none that applies P.
+        return not (torch.compiler.is_compiling() and self.promised) and super().watches(module)
 
-    def gather_expert(self, expert: int, inputs: Tensor) -> None:
-        """Add the rows of one expert to the sums of the step."""
+    def gather_routed(self, whose: Tensor | int, inputs: Tensor) -> None:
+        """Add rows to the sums of the step.
+
+        Args:
+            whose: the expert that all are of; or that each is of, [n], `blocks` where it is none's.
+            inputs: [n, k].
+        """
         self.called = True
         basis = self.sketched_with()
-        if basis is not None and basis.ndim == 3:
-            basis = basis[expert]
         if self.sums is None:
             self.sums = self.no_sums()
-        own = self.sums.view(self.blocks, -1)[expert]
-        found = self.add_rows(None, inputs, basis)
-        if found is not None:
-            own += found
-
-    def gather_sorted(self, ends: Tensor, inputs: Tensor) -> None:
-        """Add rows that are sorted by expert; those after the last end are nobody's.
-
-        Args:
-            ends: [experts]; where the rows of each end.
-        """
-        first = 0
-        for expert, last in enumerate(ends.tolist()):
-            self.gather_expert(expert, inputs[first:last])
-            first = last
-
-    def gather_mixed(self, experts: Tensor, inputs: Tensor) -> None:
-        """Add rows in any order.
-
-        Args:
-            experts: [n]; whose each row is.
-        """
-        ends = torch.bincount(experts, minlength=self.blocks).cumsum(0)
-        self.gather_sorted(ends, inputs[experts.argsort(stable=True)])
-
-    def gather_each(self, inputs: Tensor) -> None:
-        """Add rows of which zeros are of inputs that have been routed to other experts.
-
-        Args:
-            inputs: [experts, n, k].
-        """
-        for expert, rows in enumerate(inputs):
-            self.gather_expert(expert, rows[rows.any(1)])
+        add_routed_(self, self.sums.view(self.blocks, -1), whose, inputs, basis)
 
 
 class Known(NamedTuple):
@@ -166,33 +140,6 @@ def why_not_experts(modules: Sequence[nn.Module]) -> str | None:
         if any(weight is not None and weight.ndim != 3 for weight in held):
             return f"{describe_class(plain_class(module))} holds its experts otherwise"
     return None
-
-
-class _Shown(torch.autograd.Function):
-    """The identity on a weight as one product uses it; its backward has the rows gathered."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, layer: ExpertsLayer, gather: Gather, inputs: Tensor, weight: Tensor
-    ) -> Tensor:
-        ctx.layer, ctx.gather = layer, gather
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inputs)
-        return weight.detach()
-
-    @staticmethod
-    def jvp(
-        ctx: Any, _layer: None, _gather: None, _inputs: Tensor | None, weight: Tensor | None
-    ) -> Tensor | None:
-        return weight
-
-    @staticmethod
-    @outside_autocast
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        if gradient is not None and ctx.layer.enter(ctx, 1)[0]:
-            with torch.no_grad():
-                ctx.gather(ctx.saved_tensors[0])
-        return None, None, None, gradient
 
 
 class _Part(NamedTuple):
@@ -297,20 +244,20 @@ class _ExpertsObserver(TorchFunctionMode):
         left, right, *rest = args
         part = self.find(right)
         if part is not None and isinstance(left, Tensor):
-            layer, experts = part.layer, part.experts
+            experts, count = part.experts, part.layer.blocks
             rows_by_matrix = func in MATMULS if part.turned else func is F.linear
             if rows_by_matrix and isinstance(experts, int):
-                gather: Gather = functools.partial(layer.gather_expert, experts)
-                return left, _show(part, gather, left), *rest
+                return left, _show(part, experts, left), *rest
             if func is torch.bmm and part.turned and isinstance(experts, Tensor):
                 return left, _show_batch(part, left), *rest
             if func in BATCHED and part.turned and experts is None:
-                by_expert = left if left.ndim == 3 else left.expand(layer.blocks, *left.shape)
+                by_expert = left if left.ndim == 3 else left.expand(count, *left.shape)
                 if by_expert.ndim == 3:
-                    return left, _show(part, layer.gather_each, by_expert), *rest
+                    return left, _show(part, _whose_zeros_are_not(by_expert), by_expert), *rest
             ends = kwargs.get("offs", rest[0] if rest else None)
             if _is_grouped(func) and part.turned and experts is None and ends is not None:
-                return left, _show(part, functools.partial(layer.gather_sorted, ends), left), *rest
+                places = torch.arange(len(left), device=ends.device, dtype=ends.dtype)
+                return left, _show(part, torch.searchsorted(ends, places, right=True), left), *rest
         part = self.find(left)
         batched = func is torch.bmm and part is not None and isinstance(part.experts, Tensor)
         if batched and part is not None and not part.turned:
@@ -325,17 +272,30 @@ def _is_grouped(func: Any) -> bool:
     return getattr(func, "_qualified_op_name", None) == "transformers::grouped_mm_fallback"
 
 
-def _show(part: _Part, gather: Gather, inputs: Tensor) -> Tensor:
+def _whose_zeros_are_not(inputs: Tensor) -> Tensor:
+    """Whose rows [experts, n, k] are, of which zeros are of inputs routed to other experts."""
+    experts, n, _ = inputs.shape
+    own = torch.arange(experts, device=inputs.device)[:, None].expand(experts, n)
+    return torch.where(inputs.any(-1), own, experts).flatten()
+
+
+def _show(part: _Part, whose: Tensor | int, inputs: Tensor) -> Tensor:
     layer = part.layer
     (inputs,) = autocast_inputs(inputs)
     if not (layer.gathers and layer.sees(inputs)):
         return part.tensor
-    return _Shown.apply(layer, gather, without_tangent(inputs), part.tensor)  # type: ignore[no-any-return]
+    rows = without_tangent(inputs).flatten(0, -2)
+    if not torch.compiler.is_compiling():
+        return Shown.apply(layer, whose, rows, None, part.tensor)  # type: ignore[no-any-return]
+    if isinstance(whose, int):
+        whose = torch.full((len(rows),), whose, device=rows.device)
+    arguments = flatten_rows(layer, layer.backend_name, layer.tally)
+    return torch.ops.gls_fused.traced_experts(  # type: ignore[no-any-return]
+        rows, part.tensor, None, *arguments, whose, layer.blocks
+    )
 
 
 def _show_batch(part: _Part, inputs: Tensor) -> Tensor:
     """Of rows [matrices, n, k]."""
     assert isinstance(part.experts, Tensor)
-    experts = part.experts.repeat_interleave(inputs.shape[1])
-    gather = functools.partial(part.layer.gather_mixed, experts)
-    return _show(part, gather, inputs.flatten(0, 1))
+    return _show(part, part.experts.repeat_interleave(inputs.shape[1]), inputs)

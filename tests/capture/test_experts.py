@@ -414,21 +414,68 @@ def test_products_that_are_not_seen_are_reported():
         model(batch_of(seed)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert "up_proj: Adam (its products are in a graph of torch.compile, or a kernel's own)" in (
-        optimizer.report()
-    )
+    assert "up_proj: Adam (its products are of a kind that is not seen)" in (optimizer.report())
+
+
+def steps_of(kind, implementation, dtype, run, **options):
+    torch._dynamo.reset()
+    model = make_model(kind, implementation).to(dtype)
+    optimizer = GLS(model, **OPTIONS, **options)
+    forward = run(model)
+    for seed in range(STEPS):
+        for part in range(2):
+            forward(batch_of(10 * seed + part).to(dtype)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return snapshot(model), optimizer
+
+
+def assert_all_near(actual, expected, dtype):
+    tolerance = SAME_STEPS if dtype == torch.float64 else SOLVE[dtype]
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_near(ours, theirs, tolerance)
+
+
+def in_one_graph(model):
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "implementation", "options"),
+    [
+        ("gpt-oss", "grouped_mm", {}),
+        pytest.param("mixtral", "batched_mm", {}, marks=pytest.mark.slow),
+        pytest.param("mixtral", "grouped_mm_fallback", {}, marks=pytest.mark.slow),
+        pytest.param("gpt-oss", "batched_mm", {"curvature": "dense"}, marks=pytest.mark.slow),
+        pytest.param("nemotron", "grouped_mm", {"site": "step"}, marks=pytest.mark.slow),
+    ],
+)
+def test_steps_in_a_graph_are_those_of_eager(monkeypatch, kind, implementation, options):
+    if implementation == "grouped_mm_fallback":
+        moe = pytest.importorskip("transformers.integrations.moe")
+        monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
+    # torch has no grouped product of float64.
+    dtype = torch.float32 if implementation == "grouped_mm" else torch.float64
+    expected, _ = steps_of(kind, implementation, dtype, lambda model: model, **options)
+    steps, optimizer = steps_of(kind, implementation, dtype, in_one_graph, **options)
+    assert_all_near(steps, expected, dtype)
+    assert "Adam (its" not in optimizer.report()
 
 
 @pytest.mark.slow
-def test_compiled_model_trains_as_adam():
-    torch._dynamo.reset()
-    model = make_model("mixtral", "batched_mm")
-    optimizer = GLS(model, **OPTIONS)
-    compiled = torch.compile(model, backend="aot_eager")
-    for seed in range(MOST_MISSES + 1):
-        compiled(batch_of(seed)).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert "experts.down_proj: Adam (its products are in a graph of torch.compile" in (
+# torch's own, of inputs that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_loop_over_experts_breaks_the_graph_and_is_seen():
+    expected, _ = steps_of("mixtral", "eager", torch.float64, lambda model: model)
+    run = lambda model: torch.compile(model, backend="aot_eager")  # noqa: E731
+    steps, optimizer = steps_of("mixtral", "eager", torch.float64, run)
+    assert_all_near(steps, expected, torch.float64)
+    assert "Adam (its" not in optimizer.report()
+
+
+@pytest.mark.slow
+def test_backward_site_in_a_graph_takes_adams_update():
+    _, optimizer = steps_of("mixtral", "batched_mm", torch.float64, in_one_graph, site="backward")
+    assert "experts.down_proj: Adam (its products are of a kind that is not seen)" in (
         optimizer.report()
     )

@@ -1,5 +1,7 @@
 """Experts of a user's own class: registered, they take the steps of a layer for each of them."""
 
+import copy
+
 import pytest
 import torch
 from nets import linear_of
@@ -146,3 +148,24 @@ def test_all_experts_may_have_the_same_rows(registered):
     model(torch.randn(6, WIDTH)).square().mean().backward()
     for layer in optimizer._preconditioner.layers:
         assert layer.sums.view(EXPERTS, -1)[:, 0].tolist() == [6] * EXPERTS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("multiply", [by_index, by_transposing, by_batch, by_broadcast])
+def test_graph_of_torch_compile(registered, multiply):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Experts(multiply, False).double()
+    models = model, copy.deepcopy(model)
+    for each in models:
+        optimizer = GLS(each, rank=4, curvature_every=2, lr=0.02)
+        compiled = torch.compile(each, backend="aot_eager", fullgraph=True)
+        run = compiled if each is model else each
+        for step in range(5):
+            rows = torch.randn(sum(SIZES), WIDTH, generator=torch.Generator().manual_seed(step))
+            run(rows.double()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert optimizer.report().count("GLS (Experts") == 2
+    for p, q in zip(*(each.parameters() for each in models), strict=True):
+        assert_near(p, q, SAME_STEPS)
