@@ -2,8 +2,9 @@
 
 Each expert has a P of its own, from the rows that were routed to it. The module's forward runs
 under a mode that is shown where the parameter, or an expert of it, enters a product: the loop over
-experts, torch's grouped product of rows sorted by expert, and the batched product of a matrix for
-each row, or of every matrix with rows of its own. Rows that other kernels multiply are not seen.
+experts, torch's grouped product of rows sorted by expert, and the batched product, or einsum, of a
+matrix for each row, or of every matrix with rows of its own. Rows that other kernels multiply are
+not seen.
 A graph that torch.compile traces shows the same products, but for those of experts that the loop
 takes from the parameter itself.
 """
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from gls_fused.capture.einsum import rows_of_einsum
 from gls_fused.capture.layer import Found, autocast_inputs, without_tangent
 from gls_fused.capture.linear import LinearLayer
 from gls_fused.capture.modules import describe_class, plain_class
@@ -241,28 +243,44 @@ class _ExpertsObserver(TorchFunctionMode):
 
     def show(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         """The arguments of a product, its weight shown with the rows; of anything else, as is."""
+        if func is torch.einsum:
+            return self.show_einsum(*args)
         left, right, *rest = args
+        if not isinstance(left, Tensor):
+            return args
         part = self.find(right)
-        if part is not None and isinstance(left, Tensor):
-            experts, count = part.experts, part.layer.blocks
-            rows_by_matrix = func in MATMULS if part.turned else func is F.linear
-            if rows_by_matrix and isinstance(experts, int):
-                return left, _show(part, experts, left), *rest
-            if func is torch.bmm and part.turned and isinstance(experts, Tensor):
-                return left, _show_batch(part, left), *rest
-            if func in BATCHED and part.turned and experts is None:
-                by_expert = left if left.ndim == 3 else left.expand(count, *left.shape)
-                if by_expert.ndim == 3:
-                    return left, _show(part, _whose_zeros_are_not(by_expert), by_expert), *rest
+        if part is not None:
+            rows = None
+            if isinstance(part.experts, int):
+                rows = left if func in (MATMULS if part.turned else (F.linear,)) else None
+            elif func in BATCHED and part.turned and left.ndim in (2, 3):
+                rows = left.expand(len(right), *left.shape[-2:])
+            if rows is not None:
+                return left, _show(part, rows), *rest
             ends = kwargs.get("offs", rest[0] if rest else None)
-            if _is_grouped(func) and part.turned and experts is None and ends is not None:
+            if _is_grouped(func) and part.turned and part.experts is None and ends is not None:
                 places = torch.arange(len(left), device=ends.device, dtype=ends.dtype)
-                return left, _show(part, torch.searchsorted(ends, places, right=True), left), *rest
+                whose = torch.searchsorted(ends, places, right=True)
+                return left, _show_rows(part, whose, left), *rest
         part = self.find(left)
-        batched = func is torch.bmm and part is not None and isinstance(part.experts, Tensor)
-        if batched and part is not None and not part.turned:
-            return _show_batch(part, right.mT), right, *rest
+        if part is not None and func in BATCHED and not part.turned and right.ndim in (2, 3):
+            rows = right.mT
+            if not isinstance(part.experts, int):
+                rows = rows.expand(len(left), *rows.shape[-2:])
+            return _show(part, rows), right, *rest
         return args
+
+    def show_einsum(self, equation: Any, *operands: Any) -> tuple[Any, ...]:
+        parts = list(map(self.find, operands))
+        if len(parts) == 2 and parts.count(None) == 1:
+            place = int(parts[0] is None)
+            part, inputs = parts[place], operands[1 - place]
+            assert part is not None
+            rows = rows_of_einsum(equation, place, part.tensor, inputs, turned=part.turned)
+            if rows is not None:
+                shown = _show(part, rows)
+                return (equation, shown, inputs) if place == 0 else (equation, inputs, shown)
+        return equation, *operands
 
 
 def _is_grouped(func: Any) -> bool:
@@ -279,7 +297,16 @@ def _whose_zeros_are_not(inputs: Tensor) -> Tensor:
     return torch.where(inputs.any(-1), own, experts).flatten()
 
 
-def _show(part: _Part, whose: Tensor | int, inputs: Tensor) -> Tensor:
+def _show(part: _Part, rows: Tensor) -> Tensor:
+    """The tensor, shown with rows [..., k] of an expert, or [matrices, n, k]."""
+    if isinstance(part.experts, int):
+        return _show_rows(part, part.experts, rows)
+    if part.experts is None:
+        return _show_rows(part, _whose_zeros_are_not(rows), rows)
+    return _show_rows(part, part.experts.repeat_interleave(rows.shape[1]), rows)
+
+
+def _show_rows(part: _Part, whose: Tensor | int, inputs: Tensor) -> Tensor:
     layer = part.layer
     (inputs,) = autocast_inputs(inputs)
     if not (layer.gathers and layer.sees(inputs)):
@@ -293,9 +320,3 @@ def _show(part: _Part, whose: Tensor | int, inputs: Tensor) -> Tensor:
     return torch.ops.gls_fused.traced_experts(  # type: ignore[no-any-return]
         rows, part.tensor, None, *arguments, whose, layer.blocks
     )
-
-
-def _show_batch(part: _Part, inputs: Tensor) -> Tensor:
-    """Of rows [matrices, n, k]."""
-    assert isinstance(part.experts, Tensor)
-    return _show(part, part.experts.repeat_interleave(inputs.shape[1]), inputs)

@@ -268,9 +268,9 @@ def register(module_class: type[nn.Module], kind: str) -> None:
     after, is not one of these. A bias is None or not there where it has none. Subclasses that
     override forward are classes of their own.
 
-    The rows of experts are seen in `weight[i]` times them, in `torch.bmm` and `torch.matmul` of all
-    experts, and in torch's grouped product. A bias is what is called `<weight>_bias`, [experts,
-    outputs].
+    The rows of experts are seen in products with `weight[i]`, with `weight[whose]` and with all of
+    the weight, by `@`, `torch.bmm`, `torch.matmul` or `torch.einsum`, and in torch's grouped
+    product. A bias is what is called `<weight>_bias`, [experts, outputs].
 
     Raises:
         TypeError: no class of modules, or for a convolution none of torch's own.

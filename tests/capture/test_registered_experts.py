@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import gls_fused
 from gls_fused import GLS
+from gls_fused.capture.einsum import rows_of_einsum
 
 EXPERTS, WIDTH, INNER = 4, 8, 16
 # Who has which rows; the third expert has none.
@@ -93,9 +94,51 @@ def by_broadcast(rows, weight, turned):
     return unpadded(padded(rows) @ (weight if turned else weight.mT))
 
 
+def by_einsum(rows, weight, turned):
+    return unpadded(
+        torch.einsum("enk,ekm->enm" if turned else "enk,emk->enm", padded(rows), weight)
+    )
+
+
+def by_einsum_of_one(rows, weight, turned):
+    parts, sum_of = enumerate(rows.split(SIZES)), "km,nk->nm" if turned else "mk,nk->nm"
+    return torch.cat([torch.einsum(sum_of, weight[i], x) for i, x in parts])
+
+
+def by_choice(rows, weight, turned):
+    whose = torch.arange(EXPERTS).repeat_interleave(torch.tensor(SIZES))
+    chosen = weight[whose].mT if turned else weight[whose]
+    return (chosen @ rows[:, :, None]).squeeze(2)
+
+
+def by_einsum_of_choice(rows, weight, turned):
+    whose = torch.arange(EXPERTS).repeat_interleave(torch.tensor(SIZES))
+    return torch.einsum("nk,nkm->nm" if turned else "nk,nmk->nm", rows, weight[whose])
+
+
+def by_columns(rows, weight, turned):
+    parts = enumerate(rows.split(SIZES))
+    return torch.cat([((weight[i].T if turned else weight[i]) @ x.T).T for i, x in parts])
+
+
 def by_group(rows, weight, turned):
     ends = torch.tensor(SIZES, dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return F.grouped_mm(rows, weight if turned else weight.mT, offs=ends)
+
+
+PRODUCTS = (
+    *(
+        by_index,
+        by_transposing,
+        by_walking,
+        by_columns,
+        by_batch,
+        by_broadcast,
+        by_choice,
+        by_group,
+    ),
+    *(by_einsum, by_einsum_of_one, by_einsum_of_choice),
+)
 
 
 @pytest.fixture
@@ -107,9 +150,7 @@ def registered(monkeypatch):
 
 @pytest.mark.parametrize("site", ["step", "backward"])
 @pytest.mark.parametrize("kind", [Experts, Turned])
-@pytest.mark.parametrize(
-    "multiply", [by_index, by_transposing, by_walking, by_batch, by_broadcast, by_group]
-)
+@pytest.mark.parametrize("multiply", PRODUCTS)
 def test_trains_as_layers(registered, multiply, kind, site):
     # torch has no grouped product of float64.
     dtype = torch.float32 if multiply is by_group else torch.float64
@@ -151,7 +192,7 @@ def test_all_experts_may_have_the_same_rows(registered):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("multiply", [by_index, by_transposing, by_batch, by_broadcast])
+@pytest.mark.parametrize("multiply", [by_index, by_transposing, by_broadcast, by_einsum])
 def test_graph_of_torch_compile(registered, multiply):
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -169,3 +210,13 @@ def test_graph_of_torch_compile(registered, multiply):
         assert optimizer.report().count("GLS (Experts") == 2
     for p, q in zip(*(each.parameters() for each in models), strict=True):
         assert_near(p, q, SAME_STEPS)
+
+
+@pytest.mark.parametrize(
+    "equation",
+    # Of an input that is summed over beforehand, of the outputs, of a diagonal, of unknown axes.
+    ["enk,emk->em", "enm,emk->enk", "enk,ekk->en", "e...k,emk->e...m", "enk,emk", "nk,emk->enm,"],
+)
+def test_sums_that_have_no_rows(equation):
+    weight, inputs = torch.zeros(2, 3, 3), torch.zeros(2, 4, 3)
+    assert rows_of_einsum(equation, 1, weight, inputs, turned=False) is None
