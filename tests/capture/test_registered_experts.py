@@ -194,6 +194,8 @@ def test_all_experts_may_have_the_same_rows(registered):
 @pytest.mark.slow
 @pytest.mark.parametrize("multiply", [by_index, by_transposing, by_broadcast, by_einsum])
 def test_graph_of_torch_compile(registered, multiply):
+    if multiply is by_broadcast and torch.__version__ < "2.14":
+        pytest.skip("older dynamo does not show modes `Tensor.mT`")
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Experts(multiply, False).double()
