@@ -236,8 +236,11 @@ struct CapturedLinear : torch::autograd::Function<CapturedLinear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& inputs, const Tensor& weight,
                         const std::optional<Tensor>& bias,
                         const c10::intrusive_ptr<LinearCapture>& capture) {
-    ctx->save_for_backward({inputs, weight, bias.value_or(Tensor())});
-    ctx->saved_data["has_bias"] = bias.has_value();
+    // As torch's own op: who needs no gradient of the inputs may change the weight meanwhile, and the
+    // bias whoever likes. They are asked for their nodes alone then.
+    ctx->save_for_backward({inputs, inputs.requires_grad() ? weight : Tensor()});
+    ctx->saved_data["weight"] = weight;
+    ctx->saved_data["bias"] = bias;
     ctx->saved_data["capture"] = c10::IValue::make_capsule(capture);
     const Tensor outputs = at::linear(inputs, weight, bias);
     // A view made in here could not be modified in place, as ReLU(inplace=True) does.
@@ -247,23 +250,22 @@ struct CapturedLinear : torch::autograd::Function<CapturedLinear> {
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {
     const Tensor& output_gradient = gradients[0];
     const auto saved = ctx->get_saved_variables();
-    const Tensor &inputs = saved[0], &weight = saved[1], &bias = saved[2];
+    const Tensor &inputs = saved[0], weight = ctx->saved_data["weight"].toTensor();
+    const std::optional<Tensor> bias = ctx->saved_data["bias"].toOptional<Tensor>();
     const auto capture = c10::static_intrusive_pointer_cast<LinearCapture>(
         ctx->saved_data["capture"].toCapsule());
     const Tensor gradient = output_gradient.reshape({-1, weight.size(0)});
     // Without a bias autograd has no third edge to ask about.
-    const bool needs_bias =
-        ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2);
+    const bool needs_bias = bias.has_value() && ctx->needs_input_grad(2);
     const bool needs_weight = ctx->needs_input_grad(1);
     const bool applies = needs_weight && applies_to(*capture, weight);
 
     Tensor input_gradient, weight_gradient, bias_gradient;
     if (ctx->needs_input_grad(0)) {
-      Tensor factor = weight;
+      Tensor factor = saved[1];
       if (at::GradMode::is_enabled() && weight.requires_grad() && capture->at_backward()) {
-        const bool owned = capture->ones && bias.defined() && bias.requires_grad();
-        const auto own = owned ? std::make_optional(bias) : std::nullopt;
-        factor = ObservedWeight::apply(weight, own, capture)[0];
+        const bool owned = capture->ones && bias.has_value() && bias->requires_grad();
+        factor = ObservedWeight::apply(factor, owned ? bias : std::nullopt, capture)[0];
       }
       input_gradient = at::matmul(output_gradient, factor);
     }

@@ -17,6 +17,7 @@ from gls_fused.backends.dispatch import resolve_backend
 from gls_fused.capture.find import Uncovered, find_layers, plain_name
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
+from gls_fused.curvature.precision import without_autocast
 from gls_fused.diagnostics import describe, diagnose
 from gls_fused.distributed.ranks import Ranks, unwrapped
 from gls_fused.distributed.sharding import rows_here
@@ -121,6 +122,7 @@ class Attachment:
         self._preconditioner.expect(self._layers, self._states, self._step, self._options)
 
     @_disable_dynamo
+    @without_autocast()
     @torch.no_grad()
     def pre_step(self, skip: Tensor | None = None) -> None:
         """Before the optimizer's step: layers that start their statistics get D into p.grad.
@@ -139,6 +141,7 @@ class Attachment:
                 _precondition_gradients_(layer)
 
     @_disable_dynamo
+    @without_autocast()
     @torch.no_grad()
     def commit(self, skip: Tensor | None = None) -> None:
         """After the optimizer's step: the rows of the step enter the statistics.

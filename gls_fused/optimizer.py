@@ -1,4 +1,4 @@
-"""GLS, the optimizer: `step` reads as the algorithm."""
+"""GLS, the optimizer: `_take_step` reads as the algorithm."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from gls_fused.backends.dispatch import resolve_backend
 from gls_fused.capture.find import Uncovered, find_layers
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import check_device, recast
+from gls_fused.curvature.precision import without_autocast
 from gls_fused.diagnostics import describe, diagnose
 from gls_fused.distributed.ranks import Ranks, unwrapped
 from gls_fused.groups import (
@@ -196,12 +197,21 @@ class GLS(torch.optim.Optimizer):
         except BaseException:
             self.detach()
             raise
-        if self._model is None and not any(members.modules for members in waiting):
+        alone = self._model is None and not any(members.modules for members in waiting)
+        if alone or not self._params_are_in_model():
+            given = "without the model" if alone else "with a model that holds none of them"
             warnings.warn(
-                "params: given without the model, so that GLS sees no layer and all parameters "
+                f"params: given {given}, so that GLS sees no layer and all parameters "
                 "take Adam's update; pass GLS(params, model=model)",
                 stacklevel=2,
             )
+
+    def _params_are_in_model(self) -> bool:
+        """Whether some are, where there is a model."""
+        if self._model is None:
+            return True
+        held = set(self._model.parameters())
+        return any(param in held for group in self.param_groups for param in group["params"])
 
     def _open(self, preconditioner: Preconditioner) -> None:
         """Begin without layers, and leave the model alone once nobody refers to the optimizer."""
@@ -322,6 +332,11 @@ class GLS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with without_autocast():
+            self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
         groups, preconditioner = self._groups(), self._preconditioner
         check_dense(self.param_groups)
         self._check_states()
@@ -333,7 +348,7 @@ class GLS(torch.optim.Optimizer):
             for group, layers in groups:
                 prime_states(group, layers, self.state)
             preconditioner.discard_sums()
-            return loss
+            return
         skip = take_flag(self)
         sums = self._take_sums(groups, skip)
         bits = {id(group): make_bits(group) for group, _ in groups}
@@ -366,7 +381,6 @@ class GLS(torch.optim.Optimizer):
             for layer in layers:
                 layer.finish_step()
             preconditioner.expect(layers, self.state, group["step"], group)
-        return loss
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:

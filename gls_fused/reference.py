@@ -48,6 +48,9 @@ UpdatesOf: TypeAlias = Callable[[Sequence[Tensor], int], list[Tensor]]
 # Sigma's mean eigenvalue over the mu of `blend_subspace`.
 SHIFT = 256
 
+# Root mean square of a matrix below which `orthogonalize` does not scale it up to norm 1.
+LEAST_RMS = 1e-12
+
 # The a, b and c of `orthogonalize`, step by step.
 POLAR_EXPRESS = tuple(
     (a / 1.01, b / 1.01**3, c / 1.01**5)
@@ -787,17 +790,23 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     """orth(X) by products alone: five steps of X <- a X + (b A + c A A) X, A = X X'.
 
     Numerics: a singular value of 2e-3 of ||X||_F or more comes within 13% of 1; one that is smaller
-        is multiplied by up to 940, and 0 stays 0.
+        is multiplied by up to 940, and 0 stays 0. So does next to all of a matrix with a root mean
+        square far below LEAST_RMS, whose norm float32 does not hold.
     Source: Amsel et al., 2025, "The Polar Express", arXiv 2505.16932: the coefficients are the
         best for singular values from 1e-3 to 1, the 1.01 is theirs against rounding.
     """
     wide = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
     norm = torch.linalg.matrix_norm(wide, keepdim=True)
-    x: Tensor = wide / (1.01 * norm).clamp(min=torch.finfo(matrix.dtype).tiny)
+    x: Tensor = wide / (1.01 * norm).clamp(min=least_norm(wide))
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if matrix.shape[-2] > matrix.shape[-1] else x
+
+
+def least_norm(matrix: Tensor) -> float:
+    """What ||X||_F of a matrix [..., m, k] counts for at least, as squares of less underflow."""
+    return LEAST_RMS * math.sqrt(matrix.shape[-2:].numel())
 
 
 def measure_weights_(

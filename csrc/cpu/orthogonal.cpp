@@ -57,6 +57,9 @@ void transpose(const T* from, int64_t from_row, int64_t rows, int64_t columns, T
 }
 
 // A step of X <- X p(A), p(A) = a + b A + c A A.
+// LEAST_RMS of gls_fused.reference.
+constexpr double kLeastRms = 1e-12;
+
 struct Polynomial {
   double a, b, c;
 };
@@ -84,7 +87,8 @@ class Factor {
   void run(const T* from, int64_t rows, const std::vector<Polynomial>& steps, double length, T* to) {
     const bool wide = rows != b_;
     const T norm = static_cast<T>(std::sqrt(sum_squares(from, s_ * b_)));
-    const T scale = 1 / std::max(static_cast<T>(1.01) * norm, std::numeric_limits<T>::min());
+    const T least = static_cast<T>(kLeastRms * std::sqrt(static_cast<double>(s_ * b_)));
+    const T scale = 1 / std::max(static_cast<T>(1.01) * norm, least);
     if (row_ != s_) std::fill(x_, x_ + b_ * row_, T(0));
     if (wide) {
       transpose(from, b_, s_, b_, scale, x_, row_);

@@ -5,6 +5,7 @@ The rate is at most max_change * max(rms(W), 1 / sqrt(3 d)) / rms(update).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,6 +77,35 @@ def count_held_(
     else:
         weights = torch.where(skip, 0.0, weight).to(bounds.dtype)
         torch._foreach_lerp_(kept, now, [weights] * len(kept))
+
+
+def hold_idle(gradients: Sequence[Tensor], bounds: Tensor | None) -> Tensor | None:
+    """The bounds of layers that take orthogonal steps, 0 where the weight has a gradient of zeros.
+
+    The momentum alone shrinks, but the step that it leads to would not.
+
+    Args:
+        gradients: of the weights.
+        bounds: of the rates, [layers]; None without any.
+    """
+    here, shards = [rows_here(gradient) for gradient in gradients], shards_of(gradients[0])
+    if shards is None and here[0].is_cpu:
+        # A few entries tell most often.
+        moving = [bool(x.flatten(1).diagonal().any() or x.any()) for x in here]
+        if all(moving):
+            return bounds
+        flags = torch.tensor(moving)
+    else:
+        norms = torch._foreach_norm([x if x.numel() else x.new_zeros(1) for x in here], math.inf)
+        flags = torch.stack(norms) != 0
+    if shards is not None:
+        found = flags.float()
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=shards[0].get_group(shards[1]))
+        flags = found != 0
+    if bounds is None:
+        dtype = torch.promote_types(here[0].dtype, torch.float32)
+        bounds = torch.full((len(here),), math.inf, dtype=dtype, device=here[0].device)
+    return torch.where(flags, bounds, 0.0)
 
 
 def root_mean_squares(

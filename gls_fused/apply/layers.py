@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gls_fused.apply.bounds import bound_rates, count_held_, root_mean_squares
+from gls_fused.apply.bounds import bound_rates, count_held_, hold_idle, root_mean_squares
 from gls_fused.apply.kept import Alike, Kept
 from gls_fused.apply.low_precision import Bits, close_copies, open_copies
 from gls_fused.apply.matrices import Copied, Steps, by_matrix, write_back_
@@ -88,6 +89,9 @@ def _step_together_(
                 gradients, averages, steps.by_matrix, inverses, sizes, options
             )
         count_held_(layers, alike.firsts, lr_bounds, options, skip)
+    if normalize == "spectral":
+        firsts = itertools.accumulate(sizes[:-1], initial=0)
+        lr_bounds = hold_idle([gradients[first] for first in firsts], lr_bounds)
     update_(
         written,
         gradients,

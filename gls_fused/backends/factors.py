@@ -22,6 +22,7 @@ from gls_fused.reference import (
     Inverse,
     UpdatesOf,
     kept_where,
+    least_norm,
     spectral_length,
 )
 
@@ -241,7 +242,7 @@ def cpu_has_tiles() -> bool:
 def scale_to_norm(x: Tensor) -> Tensor:
     """Matrices [layers, s, b], each with a Frobenius norm a little below 1."""
     norms = torch.linalg.matrix_norm(x, keepdim=True)
-    scaled: Tensor = x / (1.01 * norms).clamp(min=torch.finfo(x.dtype).tiny)
+    scaled: Tensor = x / (1.01 * norms).clamp(min=least_norm(x))
     return scaled
 
 

@@ -48,10 +48,6 @@ class ImageRows(Rows):
             return False
         return math.prod(count_patches(images, self.window)) < outputs
 
-    def gather_padded(self, images: Tensor) -> None:
-        """`gather` of images that have what padding the window does not do itself."""
-        super().gather(images)
-
     def sample(self, inputs: Tensor) -> tuple[Tensor, float]:
         total = math.prod(count_patches(inputs, self.window, self.groups))
         if total <= SKETCH_ROWS:
@@ -86,14 +82,15 @@ class Convolution(torch.autograd.Function):
         tally: Tensor | None,
         rows: ImageRows,
     ) -> Tensor:
-        ctx.save_for_backward(images, weight, bias)
-        ctx.rows = rows
+        # As torch's own op: the bias may change.
+        ctx.save_for_backward(images, weight)
+        ctx.rows, ctx.bias = rows, bias
         return convolve(images, weight, bias, rows.window, rows.groups)
 
     @staticmethod
     @outside_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        images, weight, bias = ctx.saved_tensors
+        images, weight = ctx.saved_tensors
         rows: ImageRows = ctx.rows
         needs_images, needs_weight, needs_bias, tallies, _ = ctx.needs_input_grad
         counts = applies = False
@@ -104,7 +101,7 @@ class Convolution(torch.autograd.Function):
         factor = weight
         if needs_images and needs_weight and torch.is_grad_enabled():
             # A second derivative reaches the weight through this product, and P acts on it too.
-            own = bias if rows.ones and needs_bias else None
+            own = ctx.bias if rows.ones and needs_bias else None
             factor = observe(rows, None, weight, own)[0]
         needs = [needs_images, needs_weight and not by_rows, needs_bias and not by_rows]
         image_gradient, weight_gradient, bias_gradient = convolve_backward(
@@ -113,7 +110,7 @@ class Convolution(torch.autograd.Function):
         if not needs_weight:
             return image_gradient, None, bias_gradient, None, None
         if counts:
-            rows.gather_padded(images)
+            rows.gather(images)
         sums = rows.take_sums() if tallies else None
         if by_rows:
             patches = rows.backend.take_patches(images, rows.window)
@@ -150,13 +147,10 @@ class ConvLayer(ImageRows, Layer):
         # Patches have to be built.
         return self.by_rows and self.size * (self.outputs - 2 * rows) >= LEAST_SAVED
 
-    def gather(self, inputs: Tensor) -> None:
-        self.gather_padded(self._pad(inputs))
-
     def precondition(self, module: nn.Module, inputs: Tensor) -> Tensor:
         if not (self.by_rows and self.takes_rows(module, inputs)):
             return super().precondition(module, inputs)
-        images = self._pad(inputs)
+        images = self.rows_source(inputs)
         if not self.are_few(images, self.outputs):
             return super().precondition(module, inputs)
         operands = autocast_inputs(images, self.used_by(module), bias_of(module))
@@ -178,15 +172,15 @@ class ConvLayer(ImageRows, Layer):
         self, inputs: Tensor, weight: Tensor, bias: Tensor | None, window: Window | None = None
     ) -> Tensor:
         """The output of inputs, weight and bias in a graph that torch.compile traces."""
-        images = self._pad(inputs)
-        arguments = flatten_rows(self, self.backend_name, self.tally)
+        images = self.rows_source(inputs)
+        arguments = flatten_rows(self, self.backend_name)
         outputs: Tensor = torch.ops.gls_fused.traced_convolution(
             images, weight, bias, *arguments, *(window or self.window), self.groups
         )
         return outputs if inputs.ndim == images.ndim else outputs[0]
 
-    def _pad(self, inputs: Tensor) -> Tensor:
-        """[N, c, h, w], padded by what the window does not pad itself."""
+    def rows_source(self, inputs: Tensor) -> Tensor:
+        """The images [N, c, h, w], padded by what the window does not pad itself."""
         mode, amounts = self.padding_before
         if any(amounts):
             inputs = F.pad(inputs, amounts, mode)
@@ -229,7 +223,7 @@ class ConvTransposeLayer(ConvLayer):
         )  # fmt: skip
         rows.statistics_dtype, rows.window = self.statistics_dtype, window
         with torch.no_grad():
-            self.sums = rows.add_rows(self.sums, self._pad(inputs), self.sketched_with())
+            self.sums = rows.add_rows(self.sums, inputs, self.sketched_with())
 
     def forward_more(
         self,

@@ -95,7 +95,7 @@ class ObservedLayer(LinearRows, Layer):
             )
         (inputs,) = autocast_inputs(inputs.detach())
         if torch.compiler.is_compiling():
-            arguments = flatten_rows(self, self.backend_name, self.tally)
+            arguments = flatten_rows(self, self.backend_name)
             turned = self.turn(weight)
             shown = torch.ops.gls_fused.traced_observe(inputs, turned, None, *arguments)
             return self.turn(shown)

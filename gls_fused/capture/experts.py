@@ -316,7 +316,7 @@ def _show_rows(part: _Part, whose: Tensor | int, inputs: Tensor) -> Tensor:
         return Shown.apply(layer, whose, rows, None, part.tensor)  # type: ignore[no-any-return]
     if isinstance(whose, int):
         whose = torch.full((len(rows),), whose, device=rows.device)
-    arguments = flatten_rows(layer, layer.backend_name, layer.tally)
+    arguments = flatten_rows(layer, layer.backend_name)
     return torch.ops.gls_fused.traced_experts(  # type: ignore[no-any-return]
         rows, part.tensor, None, *arguments, whose, layer.blocks
     )

@@ -232,7 +232,8 @@ class Layer(Passes):
         if weight is None or not (weight.requires_grad and torch.is_grad_enabled()):
             return False
         if torch.compiler.is_compiling():
-            return (self.at_backward or self.gathers) and not _is_exporting()
+            applies = self.at_backward and self.promised
+            return (applies or self.gathers) and not _is_exporting()
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 f"layer {self.name!r}: torch.func's transforms (grad, vmap, ...) would give "
@@ -310,9 +311,13 @@ class Layer(Passes):
         # P couples weight and bias; without it the bias need not be observed.
         owned = self.at_backward and self.ones and self.owns_bias_of(module)
         owned = owned and bias is not None and bias.requires_grad
-        rows = without_tangent(inputs) if seen else None
+        rows = self.rows_source(without_tangent(inputs)) if seen else None
         weight, own = observe(self, rows, self.used_by(module), bias if owned else None, gather)
         return inputs, weight, own if owned else bias
+
+    def rows_source(self, inputs: Tensor) -> Tensor:
+        """What of the inputs is kept for `gather`, as the module's own op keeps it."""
+        return inputs
 
     def takes_rows(self, module: nn.Module, inputs: Tensor) -> bool:
         """Whether a node of ours may compute the output, with rows and gradients in its backward.

@@ -56,8 +56,9 @@ class Linear(torch.autograd.Function):
         tally: Tensor | None,
         rows: LinearRows,
     ) -> Tensor:
-        ctx.save_for_backward(inputs, weight, bias)
-        ctx.rows = rows
+        # As torch's own op: the weight may change where nobody needs it, and the bias always.
+        ctx.save_for_backward(inputs, weight if ctx.needs_input_grad[0] else None)
+        ctx.rows, ctx.bias = rows, bias
         outputs = F.linear(inputs, weight, bias)
         # A view made in here could not be modified in place, as ReLU(inplace=True) does.
         if outputs._is_view():
@@ -67,7 +68,7 @@ class Linear(torch.autograd.Function):
     @staticmethod
     @outside_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight, bias = ctx.saved_tensors
+        inputs, weight = ctx.saved_tensors
         rows: LinearRows = ctx.rows
         needs_inputs, needs_weight, needs_bias, tallies, _ = ctx.needs_input_grad
         counts = applies = False
@@ -78,7 +79,7 @@ class Linear(torch.autograd.Function):
             factor = weight
             if torch.is_grad_enabled() and needs_weight:
                 # A second derivative reaches the weight through this product, and P acts on it too.
-                own = bias if rows.ones and needs_bias else None
+                own = ctx.bias if rows.ones and needs_bias else None
                 factor = rows.turn(observe(rows, None, rows.turn(weight), own)[0])
             input_gradient = gradient @ factor
         if not needs_weight:
@@ -134,7 +135,7 @@ class LinearLayer(LinearRows, Lender):
         return self.traced_product(*self._operands(module, inputs))
 
     def traced_product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        arguments = flatten_rows(self, self.backend_name, self.tally)
+        arguments = flatten_rows(self, self.backend_name)
         return torch.ops.gls_fused.traced_linear(inputs, weight, bias, *arguments)  # type: ignore[no-any-return]
 
     def _operands(self, module: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -63,6 +63,7 @@ class Passes(Rows):
         self.marks: Any = None
         self.tally: Tensor | None = None
         self.reduced: Tensor | None = None
+        self._left: tuple[weakref.ref[Tensor], int] | None = None
         self._watch: Any = None
         self._task = -1
 
@@ -269,6 +270,10 @@ class Passes(Rows):
 
     def finish_step(self) -> None:
         """Forget what belonged to the step that has been taken."""
+        gradient = self.weight.grad
+        if self.at_backward and not self.promised and self.marks.has_marks and gradient is not None:
+            # Until somebody writes to it.
+            self._left = weakref.ref(gradient), gradient._version
         self.forget()
         self.cleared = False
 
@@ -283,6 +288,9 @@ class Passes(Rows):
         gradient = self.weight.grad
         assert gradient is not None
         if not self.marks.has_marks:
+            if self._left is not None and self._left[0]() is gradient:
+                # What an earlier step has taken already.
+                return self._left[1] == gradient._version
             # Nothing, or what somebody has made of D and put there after it was cleared.
             if not (self.cleared and gradient.any()):
                 return False
@@ -293,8 +301,10 @@ class Passes(Rows):
 
     @torch.no_grad()
     def restore_gradient(self) -> None:
-        """What of D is in p.grad becomes D0."""
-        if self.marks.has_marks and self.inverse is not None:
+        """What of D is in p.grad becomes D0; what somebody has put there instead stays."""
+        gradient = self.weight.grad
+        there = gradient is not None and self.marks.has_marks and self.marks.match(gradient)
+        if there and self.inverse is not None:
             params = [param for param in self.params if param.grad is not None]
             inverses = self.inverses_for(len(params) == len(self.params))
             stacks = [self.matrices(param.grad) for param in params]  # type: ignore[arg-type]

@@ -106,8 +106,8 @@ class Late:
             return
         self._reverse = reverse
         outputs, first = without_tangent(outputs), without_tangent(first)
-        # The output, not its node, which torch 2.11 empties when the output goes.
-        self._kept = _Kept.apply(weight, outputs.detach(), first.detach(), sizes)
+        # A copy, as torch lets what it gives out be changed in place.
+        self._kept = _Kept.apply(weight, outputs.detach().clone(), first.detach(), sizes)
 
     def enter(self, ctx: Any, weight: int) -> tuple[bool, bool]:
         """See `Rows.enter`; the rows are added to the sums where they count."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gls_fused.backends.dispatch import resolve_backend
+from gls_fused.capture.passes import Passes
 from gls_fused.capture.rows import Rows
 from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse
 
@@ -40,13 +41,15 @@ def define_traced(name: str, run: Callable[..., Tensor], geometry: str = "") -> 
 
 
 def flatten_rows(
-    rows: Rows, backend: str, tally: Tensor | None
+    layer: Passes, backend: str
 ) -> tuple[Tensor | None, Tensor | None, Tensor | int | None, list[Tensor], bool, bool, str]:
     """What is in force for a layer, as arguments of its op."""
-    inverse = [] if rows.inverse is None else list(rows.inverse)
-    if not rows.gathers:
-        return None, None, None, inverse, rows.ones, rows.at_backward, backend
-    return tally, rows.test_matrix, rows.draw, inverse, rows.ones, rows.at_backward, backend
+    inverse = [] if layer.inverse is None else list(layer.inverse)
+    # What a graph leaves in p.grad has no marks by which the step would know it.
+    parts = inverse, layer.ones, layer.at_backward and layer.promised, backend
+    if not layer.gathers:
+        return None, None, None, *parts
+    return layer.tally, layer.test_matrix, layer.draw, *parts
 
 
 def fill_rows(

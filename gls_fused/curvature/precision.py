@@ -7,7 +7,7 @@ beside the damping.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -28,3 +28,15 @@ def without_tf32() -> Iterator[None]:
     finally:
         for owner, value in zip(_OWNERS, before, strict=True):
             owner.fp32_precision = value
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Inside, ops have the dtypes of their tensors, whatever a loop under torch.autocast asks."""
+    accelerator = torch.accelerator.current_accelerator()
+    devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    with ExitStack() as stack:
+        for device in devices:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield

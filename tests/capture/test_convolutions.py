@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from nets import NORMALIZATIONS
+from nets import NORMALIZATIONS, assert_equal, snapshot
 from tolerances import PRODUCT, TRAJECTORY, assert_near, relative_error
 from torch import nn
 from torch.func import functional_call, jacrev
@@ -310,3 +310,23 @@ def test_auto_takes_convolutions_of_few_patches_at_the_backward():
     first, second, *_ = optimizer.report().splitlines()
     assert "site backward" in first
     assert "site step" in second
+
+
+@pytest.mark.parametrize(
+    "padding", [{"padding": 1, "padding_mode": "circular"}, {"padding": "same", "kernel_size": 4}]
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_inputs_of_a_padded_convolution_may_be_changed_in_place(padding):
+    """Torch's own op keeps the padded copy, and so do the rows."""
+    torch.manual_seed(0)
+    convs = [nn.Conv1d(4, 4, **{"kernel_size": 3, **padding}).double() for _ in range(2)]
+    convs[1].load_state_dict(convs[0].state_dict())
+    for conv in convs:
+        optimizer = GLS(conv, curvature_every=1)
+        inputs = torch.ones(2, 4, 6, dtype=torch.float64)
+        outputs = conv(inputs)
+        if conv is convs[0]:
+            inputs += 1
+        outputs.square().sum().backward()
+        optimizer.step()
+    assert_equal(snapshot(convs[0]), snapshot(convs[1]))

@@ -465,3 +465,25 @@ def test_projections_and_shared_weights():
     a = torch.cat([x[:2].flatten(0, 1), torch.ones(2 * BATCH, 1, dtype=x.dtype)], 1)
     gram = optimizer.state[first.weight_ih]["gram"]
     assert_near(gram, a.T @ a / len(a), SOLVE[a.dtype])
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_outputs_may_be_changed_in_place(kind):
+    """As far as torch lets them; the rows of the inner weight are the states as they were."""
+    torch.manual_seed(0)
+    rnn = kind(4, 6).double()
+    models = rnn, copy.deepcopy(rnn)
+    sums = []
+    for model in models:
+        optimizer = GLS(model, curvature_every=1)
+        outputs = model(torch.ones(3, 2, 4, dtype=torch.float64))[0]
+        if model is rnn:
+            outputs += 1
+        else:
+            outputs = outputs + 1
+        outputs.square().sum().backward()
+        sums.append([layer.sums for layer in optimizer._preconditioner.layers])
+        optimizer.step()
+    assert len(sums[0]) == 2
+    assert_equal(*sums)
+    assert_equal(snapshot(models[0]), snapshot(models[1]))

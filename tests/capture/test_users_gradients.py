@@ -295,3 +295,90 @@ def test_sample_of_a_periodic_layout_is_fair(n, most, draws, period):
         sample, weight = take_sample(kinds, most, torch.tensor(draw))
         counts += weight * torch.bincount(sample, minlength=period) / draws
     torch.testing.assert_close(counts, torch.bincount(kinds).float(), rtol=0.1, atol=0.0)
+
+
+def release_by_detaching(model, optimizer):
+    optimizer.detach()
+
+
+def release_by_another(model, optimizer):
+    GLS(model).detach()
+
+
+def hook_and_call(model, optimizer):
+    model[0].weight.register_hook(lambda gradient: gradient)
+    loss_of(model, 9)
+
+
+def ask_to_differentiate_again(model, optimizer):
+    torch.autograd.grad(loss_of(model, 9), list(model.parameters()), create_graph=True)
+
+
+LEAVES = [release_by_detaching, release_by_another, hook_and_call, ask_to_differentiate_again]
+
+
+@pytest.mark.parametrize("leave", LEAVES)
+def test_layers_leave_the_backward_site_after_their_gradient_was_cleared(backend, leave):
+    model = make_mlp()
+    optimizer = GLS(model, backend=backend, **OPTIONS)
+    fit(model, optimizer, range(3))
+    assert optimizer.report().count("site backward") == 2
+    loss_of(model, 5).backward()
+    model.zero_grad()
+    leave(model, optimizer)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("leave", LEAVES)
+def test_gradient_that_was_written_instead_stays(backend, leave):
+    model = make_mlp()
+    optimizer = GLS(model, backend=backend, **OPTIONS)
+    fit(model, optimizer, range(3))
+    loss_of(model, 5).backward()
+    written = [torch.randn_like(p) for p in model.parameters()]
+    for p, gradient in zip(model.parameters(), written, strict=True):
+        p.grad = gradient.clone()
+    leave(model, optimizer)
+    for p, gradient in zip(model.parameters(), written, strict=True):
+        assert torch.equal(p.grad, gradient)
+
+
+def test_two_steps_on_the_same_gradients(backend):
+    """Between two steps that gather, so that P is the same for both."""
+    models = [make_mlp(torch.float64) for _ in range(2)]
+    for model, site in zip(models, ("auto", "step"), strict=True):
+        optimizer = GLS(model, backend=backend, site=site, curvature_every=4, max_change=None)
+        fit(model, optimizer, range(5))
+        before = params_of(model)
+        optimizer.zero_grad()
+        loss_of(model, 7).backward()
+        optimizer.step()
+        optimizer.step()
+        assert optimizer.report().count("site backward") == 2 * (site == "auto")
+    moved = params_of(models[1]) - before
+    error = (params_of(models[0]) - params_of(models[1])).norm() / moved.norm()
+    assert error < 1e-9
+
+
+@pytest.mark.parametrize("changes", ["weight", "bias"])
+def test_what_no_gradient_needs_may_change_before_the_backward(backend, changes):
+    """As with torch's own op: the weight where the inputs need no gradient, the bias always."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64))
+    optimizer = GLS(model, backend=backend)
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = model(torch.randn(6, 8)).square().mean()
+        with torch.no_grad():
+            if changes == "weight":
+                model[0].weight.mul_(0.99)
+            else:
+                model[2].bias.mul_(0.99)
+        loss.backward()
+        optimizer.step()
+    assert optimizer.report().count("site backward") == 2
+    loss = model(torch.randn(6, 8)).square().mean()
+    with torch.no_grad():
+        model[2].weight.mul_(0.99)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

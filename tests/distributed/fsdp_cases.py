@@ -123,8 +123,26 @@ NORMS = {
 }
 
 
+class Mask(nn.Module):
+    """From the third call on it hides half of its inputs, a rank's outputs of the layer before."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, inputs):
+        self.calls += 1
+        hidden = slice(0 if self.calls < 3 else 4, None)
+        mask = torch.zeros_like(inputs)
+        mask[:, hidden] = 1
+        return inputs * mask
+
+
 def make(kind):
     torch.manual_seed(0)
+    if kind == "masked":
+        layers = nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), Mask(), nn.Linear(8, 3)
+        return nn.Sequential(*layers).double()
     if kind in RECURRENT:
         return Recurrent(RECURRENT[kind]()).double()
     if kind in NORMS:
@@ -151,7 +169,7 @@ def sizes_of(kind):
 
 def check_equals_one_process(kind, options, **policy):
     expected, model, sizes = make(kind), sharded(make(kind), **policy), sizes_of(kind)
-    alike = dict.fromkeys(("uneven", *RECURRENT, *NORMS), "mlp")
+    alike = dict.fromkeys(("uneven", "masked", *RECURRENT, *NORMS), "mlp")
     data = {**alike, "upsampling": "conv1d"}.get(kind, kind)
     train_on_all(expected, GLS(expected, **options, process_group=alone()), data, sum(sizes))
     optimizer = GLS(model, **options)
@@ -174,6 +192,9 @@ CASES["grouped"] = lambda: check_equals_one_process("grouped", OPTIONS)
 for kind in (*RECURRENT, *NORMS):
     CASES[kind] = lambda kind=kind: check_equals_one_process(kind, OPTIONS)
 CASES["transposed"] = lambda: check_equals_one_process("upsampling", OPTIONS)
+CASES["orthogonal_steps_of_partly_zero_gradients"] = lambda: check_equals_one_process(
+    "masked", {**OPTIONS, "normalize": "spectral"}
+)
 CASES["transposed_adam"] = lambda: check_equals_one_process(
     "upsampling", {**OPTIONS, "normalize": "adam"}
 )

@@ -325,3 +325,33 @@ def test_inputs_of_any_size_under_float16_autocast(backend, rows, size, bias, cu
         optimizer.detach()
     for sought, expected in zip(found["backward"], found["step"], strict=True):
         assert_near(sought, expected, PRODUCT[torch.float16])
+
+
+def follow(net, backend, **options):
+    """SGD with GLS's directions. What `attach` returns lives as long as the optimizer."""
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    attach(net, optimizer, backend=backend, **options)
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "options"),
+    [
+        (GLS, {}),
+        (GLS, {"curvature": "dense"}),
+        (GLS, {"normalize": "spectral"}),
+        (follow, {}),
+        (follow, {"curvature": "dense"}),
+    ],
+)
+def test_step_under_autocast_is_one_without(backend, make_optimizer, options):
+    nets = [make_net("mlp").float() for _ in range(2)]
+    for net, enabled in zip(nets, (True, False), strict=True):
+        optimizer = make_optimizer(net, backend=backend, rank=4, curvature_every=2, **options)
+        for seed in range(5):
+            inputs, targets = make_batch("mlp", 8, seed)
+            optimizer.zero_grad()
+            loss_of(net, (inputs.float(), targets.float())).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                optimizer.step()
+    assert_equal(snapshot(nets[0]), snapshot(nets[1]))

@@ -186,6 +186,12 @@ def test_parameters_without_their_module_take_adams_update():
     assert_equal(snapshot(ours), snapshot(theirs))
 
 
+def test_model_that_holds_none_of_the_parameters_is_warned_of():
+    ours, copied = make_net("mlp"), make_net("mlp")
+    with pytest.warns(UserWarning, match="given with a model that holds none of them"):
+        GLS(ours.parameters(), model=copied)
+
+
 def test_adams_steps_before_the_statistics_start_leave_no_trace(backend):
     """Without usable rows a layer takes Adam's steps; its averages start anew with GLS's."""
     found = []
