@@ -55,16 +55,18 @@ def describe(
     """A report: the layers' lines, then what becomes of the rest, and how much the layers cover.
 
     Args:
-        params: all that are trained.
+        params: of the optimizer; those that are frozen do not count.
         otherwise: what those get that no layer covers.
     """
+    uncovered = [each for each in uncovered if each.param.requires_grad]
     known = {each.param for each in uncovered}
     known |= {param for layer in layers for param in layer.params}
     # What is not initialised yet has no shape.
-    sizes = {param: 0 if is_lazy(param) else param.numel() for param in params}
+    trained = [param for param in params if param.requires_grad]
+    sizes = {param: 0 if is_lazy(param) else param.numel() for param in trained}
     small = [each for each in uncovered if not is_lazy(each.param) and each.param.ndim < 2]
     large = [each for each in uncovered if each not in small]
-    bare = [param for param in params if param not in known]
+    bare = [param for param in trained if param not in known]
     found = [*lines, *(f"{each.name}: {otherwise} ({each.reason})" for each in large)]
     if small:
         found.append(f"{len(small)} norms, biases and other vectors: {otherwise}")

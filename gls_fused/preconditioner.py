@@ -426,12 +426,17 @@ def describe_layers(
 ) -> list[str]:
     """A line per layer: kind, shape, rows, rank, site, backend; what an orthogonal step costs.
 
+    Those whose weight is frozen share one.
+
     Args:
         groups: of the weights, where the layers' steps are scaled by them.
     """
     lines = []
+    frozen = sum(not layer.weight.requires_grad for layer in preconditioner.layers)
     for layer in preconditioner.layers:
         name = layer.name or layer.kind
+        if not layer.weight.requires_grad:
+            continue
         if layer.idle is not None:
             lines.append(f"{name}: Adam ({layer.idle})")
             continue
@@ -445,6 +450,8 @@ def describe_layers(
             f"{'' if layer.table is None else f', tied to {layer.table}'}"
             f"{_describe_scale(layer, state, (groups or {}).get(layer.weight))})"
         )
+    if frozen:
+        lines.append(f"{frozen} frozen layers: not trained")
     return lines
 
 

@@ -101,6 +101,7 @@ KNOWN = {
     "timm.layers.std_conv.StdConv2d": "standardized conv2d",
     "timm.layers.std_conv.StdConv2dSame": "standardized conv2d",
     "torch_geometric.nn.dense.linear.Linear": "linear",
+    "transformers.models.bit.modeling_bit.WeightStandardizedConv2d": "standardized conv2d",
     "transformers.models.falcon.modeling_falcon.FalconLinear": "linear",
     "transformers.pytorch_utils.Conv1D": "turned linear",
 }

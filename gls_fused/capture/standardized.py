@@ -1,4 +1,4 @@
-"""timm's StdConv2d, ScaledStdConv2d and their Same: convolutions whose weight is standardized.
+"""Convolutions whose weight is standardized: timm's StdConv2d and the like, transformers' of BiT.
 
     W_i = the weight's row less its mean, over its standard deviation, times a gain or not
 
@@ -40,7 +40,8 @@ class StandardizedConv2dLayer(ConvLayer):
             return self.traced_product(inputs, weight, bias)
         (inputs,) = autocast_inputs(inputs)
         if self.gathers and self.sees(inputs):
-            weight, _ = observe(self, without_tangent(inputs), weight, None)
+            rows = self.rows_source(without_tangent(inputs))
+            weight, _ = observe(self, rows, weight, None)
         return torch.conv2d(inputs, weight, *rest)
 
 

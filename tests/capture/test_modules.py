@@ -56,7 +56,9 @@ def test_low_rank_correction_of_a_frozen_layer(backend, site):
     lines = lines_of(optimizer)
     for name, shape in (("down", "6 -> 2, 12 rows"), ("up", "2 -> 8, 12 rows")):
         assert lines[f"0.{name}"].startswith(f"GLS (Linear {shape}")
-    assert "no rows yet" in lines["0.base"]
+    assert lines["1 frozen layers"] == "not trained"
+    assert "0.base" not in lines
+    assert lines["share covered"] == f"100.0% of {6 * 2 + 2 * 8 + 8 * 3 + 3} parameters"
     assert not optimizer.state[model[0].base.weight]
     for p, q in zip(snapshot(model[0].base), frozen, strict=True):
         assert torch.equal(p, q)

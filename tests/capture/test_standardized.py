@@ -1,4 +1,4 @@
-"""timm's convolutions with a standardized weight: P on the parameter, of the rows of their op."""
+"""Convolutions with a standardized weight: P on the parameter, of the rows of their op."""
 
 import copy
 
@@ -13,12 +13,16 @@ from gls_fused import GLS
 
 std_conv = pytest.importorskip("timm.layers.std_conv")
 OPTIONS = {"rank": 4, "curvature_every": 2, "lr": 0.01}
-CLASSES = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+BIT = "WeightStandardizedConv2d"
+CLASSES = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame", BIT)
 
 
 def make_model(name, groups=1):
     torch.manual_seed(0)
-    layer = getattr(std_conv, name)(2, 4, 3, stride=2, bias=True, groups=groups)
+    holder = std_conv
+    if name == BIT:
+        holder = pytest.importorskip("transformers.models.bit.modeling_bit")
+    layer = getattr(holder, name)(2, 4, 3, stride=2, bias=True, groups=groups)
     return nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)).double()
 
 
