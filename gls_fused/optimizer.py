@@ -340,9 +340,12 @@ class GLS(torch.optim.Optimizer):
         groups, preconditioner = self._groups(), self._preconditioner
         check_dense(self.param_groups)
         self._check_states()
-        for _, layers in groups:
+        for group, layers in groups:
             if preconditioner.adopt(layers, self.state, known=bool(self._kept)):
                 self._kept.clear()
+            if group["normalize"] == "sgd":
+                # Where it was another scale in the backward, p.grad may hold D.
+                preconditioner.leave_backward_sites(layers)
         unscale_(self, self._owners)
         if is_priming(self.param_groups, self.state):
             for group, layers in groups:

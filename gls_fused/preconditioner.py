@@ -275,6 +275,12 @@ class Preconditioner:
                 if layer.lent and inverse is not None:
                     state["lent"] = 1
 
+    def leave_backward_sites(self, layers: Sequence[Layer]) -> None:
+        """p.grad holds the gradient from here on, but for layers whose user asked for D there."""
+        for layer in layers:
+            if layer.at_backward and not layer.promised:
+                layer.leave_backward_site()
+
     def rest(self, layers: Sequence[Layer]) -> None:
         """Layers that nobody trains: their gradients are true, and their rows are not looked at."""
         for layer in layers:

@@ -360,6 +360,19 @@ def test_two_steps_on_the_same_gradients(backend):
     assert error < 1e-9
 
 
+def test_scale_of_the_gradient_chosen_after_the_backward(backend):
+    """It needs the gradient's norm, where p.grad holds the direction."""
+    models = [make_mlp(torch.float64) for _ in range(2)]
+    for model, site in zip(models, ("auto", "step"), strict=True):
+        optimizer = GLS(model, backend=backend, site=site, normalize="none", lr=0.1, **OPTIONS)
+        fit(model, optimizer, range(3))
+        optimizer.zero_grad()
+        loss_of(model, 7).backward()
+        optimizer.param_groups[0]["normalize"] = "sgd"
+        optimizer.step()
+    torch.testing.assert_close(params_of(models[0]), params_of(models[1]))
+
+
 @pytest.mark.parametrize("changes", ["weight", "bias"])
 def test_what_no_gradient_needs_may_change_before_the_backward(backend, changes):
     """As with torch's own op: the weight where the inputs need no gradient, the bias always."""
