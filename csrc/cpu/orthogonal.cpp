@@ -56,10 +56,10 @@ void transpose(const T* from, int64_t from_row, int64_t rows, int64_t columns, T
   }
 }
 
-// A step of X <- X p(A), p(A) = a + b A + c A A.
 // LEAST_RMS of gls_fused.reference.
 constexpr double kLeastRms = 1e-12;
 
+// A step of X <- X p(A), p(A) = a + b A + c A A.
 struct Polynomial {
   double a, b, c;
 };

@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from gls_fused.capture.graph import Reach, at_end_of_pass, reach_of, running_task
 from gls_fused.capture.rows import Rows
 from gls_fused.distributed.sharding import rows_here, shards_of
-from gls_fused.reference import Inverse, SubspaceInverse, undo_inverse
+from gls_fused.reference import Inverse, undo_inverse
 
 
 class Passes(Rows):
@@ -127,7 +127,6 @@ class Passes(Rows):
 
     def gather(self, inputs: Tensor) -> None:
         self.called = True
-        self.sketched_with()
         super().gather(inputs)
 
     def add_sample(
@@ -146,11 +145,9 @@ class Passes(Rows):
 
     def sketched_with(self) -> Tensor | None:
         """U, or the test matrix, which is made when the first rows come; None where dense."""
-        if isinstance(self.inverse, SubspaceInverse):
-            return self.inverse.basis
         if self.inverse is None and self.test_matrix is None:
             self.test_matrix = self.curvature.test_matrix(self.statistics_dtype, self.device)
-        return self.test_matrix
+        return super().sketched_with()
 
     def add_traced(self, sums: Tensor) -> None:
         """Add what a traced graph has summed over rows whose gradient counts."""

@@ -17,7 +17,6 @@ from gls_fused.backends.dispatch import backend_name, resolve_backend
 from gls_fused.capture.linear import LinearRows
 from gls_fused.capture.rows import outside_autocast
 from gls_fused.capture.traced import define_traced, fill_rows
-from gls_fused.reference import SubspaceInverse
 
 
 def add_routed_(
@@ -99,19 +98,17 @@ class Shown(torch.autograd.Function):
 
 
 class _TracedRows(LinearRows):
-    """The rows of one product."""
+    """The rows of one product; `nothing` are the sums over no row, [experts, ...]."""
 
-    experts: int
+    nothing: Tensor
 
     def gather_routed(self, whose: Tensor, inputs: Tensor) -> None:
         """See `ExpertsLayer.gather_routed`."""
-        basis = self.test_matrix
-        if isinstance(self.inverse, SubspaceInverse):
-            basis = self.inverse.basis
-        self.sums = torch.ops.gls_fused.sum_routed(
-            inputs, whose, basis, self.draw, self.experts, self.ones, self.statistics_dtype,
+        found = torch.ops.gls_fused.sum_routed(
+            self.nothing, whose, inputs, self.sketched_with(), self.draw, self.ones,
             backend_name(self.backend),
         )  # fmt: skip
+        self.sums = found.flatten()
 
 
 def _run_experts(
@@ -119,7 +116,8 @@ def _run_experts(
 ) -> Tensor:
     *of_rows, whose, experts = arguments
     rows = fill_rows(_TracedRows(), tally, *of_rows)
-    rows.experts = experts
+    if tally is not None and rows.gathers:
+        rows.nothing = torch.zeros_like(tally).view(experts, -1)
     return Shown.apply(rows, whose, inputs, tally, weight)  # type: ignore[no-any-return]
 
 
@@ -128,42 +126,21 @@ define_traced("traced_experts", _run_experts, ", Tensor whose, int experts")
 
 @torch.library.custom_op("gls_fused::sum_routed", mutates_args=())
 def _sum_routed(
-    inputs: Tensor,
+    sums: Tensor,
     whose: Tensor,
+    inputs: Tensor,
     basis: Tensor | None,
     draw: Tensor,
-    experts: int,
     ones: bool,
-    dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    """The sums over rows by expert, one after the other, see `add_routed_`."""
+    """The sums with these rows added, see `add_routed_`."""
     rows = LinearRows()
     rows.backend = resolve_backend(backend, ())
-    rows.ones, rows.draw, rows.statistics_dtype = ones, draw, dtype
-    sums = _no_sums(inputs, basis, experts, ones, dtype)
+    rows.ones, rows.draw, rows.statistics_dtype = ones, draw, sums.dtype
+    sums = sums.clone()
     add_routed_(rows, sums, whose, inputs, basis)
-    return sums.flatten()
+    return sums
 
 
-@_sum_routed.register_fake
-def _(
-    inputs: Tensor,
-    whose: Tensor,
-    basis: Tensor | None,
-    draw: Tensor,
-    experts: int,
-    ones: bool,
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    return _no_sums(inputs, basis, experts, ones, dtype).flatten()
-
-
-def _no_sums(
-    inputs: Tensor, basis: Tensor | None, experts: int, ones: bool, dtype: torch.dtype
-) -> Tensor:
-    """[experts, ...]; see gls_fused.curvature.estimate."""
-    dim = inputs.shape[1] + ones
-    each = 2 + (dim * dim if basis is None else basis.shape[-1] * (basis.shape[-1] + dim))
-    return inputs.new_zeros(experts, each, dtype=dtype)
+_sum_routed.register_fake(lambda sums, *_: torch.empty_like(sums))

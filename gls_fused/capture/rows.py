@@ -9,7 +9,6 @@ to a kind of layer is in the file of that kind.
 from __future__ import annotations
 
 import abc
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gls_fused.curvature.estimate import add_sums
-from gls_fused.curvature.precision import without_tf32
+from gls_fused.curvature.precision import without_autocast, without_tf32
 from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse
 
 # Of more rows in one backward pass so many stand for all: some tens of directions are known from
@@ -84,10 +83,13 @@ class Rows(abc.ABC):
     @torch.no_grad()
     def gather(self, inputs: Tensor) -> None:
         """Add the rows of these inputs to the sums of the step."""
-        basis = self.test_matrix
+        self.sums = self.add_rows(self.sums, inputs, self.sketched_with())
+
+    def sketched_with(self) -> Tensor | None:
+        """U, or the test matrix; None where dense."""
         if isinstance(self.inverse, SubspaceInverse):
-            basis = self.inverse.basis
-        self.sums = self.add_rows(self.sums, inputs, basis)
+            return self.inverse.basis
+        return self.test_matrix
 
     def add_rows(self, sums: Tensor | None, inputs: Tensor, basis: Tensor | None) -> Tensor | None:
         """The sums, with the rows of these inputs added."""
@@ -234,11 +236,7 @@ def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: Tensor | None) -> Any:
-        devices = {gradient.device.type for gradient in gradients if gradient is not None}
-        with contextlib.ExitStack() as stack:
-            for device in devices:
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
+        with without_autocast():
             return backward(ctx, *gradients)
 
     return run

@@ -108,6 +108,11 @@ def make_model(kind, implementation="eager", **options):
     return Model(kind, implementation, **options).double()
 
 
+def use_fallback(monkeypatch):
+    moe = pytest.importorskip("transformers.integrations.moe")
+    monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
+
+
 def batch_of(seed, n=8):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, WIDTH, generator=generator, dtype=torch.float64)
@@ -172,8 +177,7 @@ def test_every_implementation(monkeypatch, kind, implementation, site):
         # torch has no kernel for float64.
         dtype = torch.float32
     elif implementation == "grouped_mm_fallback":
-        moe = pytest.importorskip("transformers.integrations.moe")
-        monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
+        use_fallback(monkeypatch)
     assert_trains_as_layers(kind, implementation, dtype, normalize="factored", site=site)
 
 
@@ -230,8 +234,7 @@ def rows_of(experts, inputs, routes):
 def test_sketch_is_that_of_the_experts_own_rows(monkeypatch, kind, implementation):
     """With routes that leave an expert out, and give one expert all of its rows twice."""
     if implementation == "grouped_mm_fallback":
-        moe = pytest.importorskip("transformers.integrations.moe")
-        monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
+        use_fallback(monkeypatch)
     model = make_model(kind, implementation)
     optimizer = GLS(model, rank=3)
     inputs, routes = batch_of(0), torch.tensor([[0, 1], [1, 3], [3, 0], [1, 0]] * 2)
@@ -452,8 +455,7 @@ def in_one_graph(model):
 )
 def test_steps_in_a_graph_are_those_of_eager(monkeypatch, kind, implementation, options):
     if implementation == "grouped_mm_fallback":
-        moe = pytest.importorskip("transformers.integrations.moe")
-        monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
+        use_fallback(monkeypatch)
     # torch has no grouped product of float64.
     dtype = torch.float32 if implementation == "grouped_mm" else torch.float64
     expected, _ = steps_of(kind, implementation, dtype, lambda model: model, **options)

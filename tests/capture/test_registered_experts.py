@@ -126,19 +126,8 @@ def by_group(rows, weight, turned):
     return F.grouped_mm(rows, weight if turned else weight.mT, offs=ends)
 
 
-PRODUCTS = (
-    *(
-        by_index,
-        by_transposing,
-        by_walking,
-        by_columns,
-        by_batch,
-        by_broadcast,
-        by_choice,
-        by_group,
-    ),
-    *(by_einsum, by_einsum_of_one, by_einsum_of_choice),
-)
+PRODUCTS = [by_index, by_transposing, by_walking, by_columns, by_batch, by_broadcast, by_choice]
+PRODUCTS += [by_group, by_einsum, by_einsum_of_one, by_einsum_of_choice]
 
 
 @pytest.fixture
