@@ -33,7 +33,7 @@ from gls_fused.capture.lending import Lender
 from gls_fused.capture.linear import LinearLayer, TurnedLinearLayer, why_not_linear
 from gls_fused.capture.modules import ALIKE, describe_class, plain_class
 from gls_fused.capture.recurrent import RecurrentLayer, why_not_recurrent
-from gls_fused.capture.standardized import StandardizedConv2dLayer
+from gls_fused.capture.standardized import SamePaddedConv2dLayer, StandardizedConv2dLayer
 from gls_fused.distributed.sharding import is_sharded, sharding_problem
 
 # What torch.compile and activation checkpointing put into the names of what they wrap.
@@ -91,10 +91,12 @@ EXPERT_KINDS = {"experts": False, "turned experts": True}
 KNOWN_KINDS = {
     **ALIKE_KINDS,
     "standardized conv2d": (Kind(StandardizedConv2dLayer, why_not_conv), nn.Conv2d),
+    "same-padded conv2d": (Kind(SamePaddedConv2dLayer, why_not_conv), nn.Conv2d),
 }
 # Classes of other packages by their path, as importing them takes seconds.
 KNOWN = {
     "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXSafeConv3d": "conv3d",
+    "timm.layers.conv2d_same.Conv2dSame": "same-padded conv2d",
     "timm.layers.linear.Linear": "linear",
     "timm.layers.std_conv.ScaledStdConv2d": "standardized conv2d",
     "timm.layers.std_conv.ScaledStdConv2dSame": "standardized conv2d",

@@ -1,9 +1,12 @@
-"""Convolutions whose weight is standardized: timm's StdConv2d and the like, transformers' of BiT.
+"""Convolutions whose module standardizes the weight, or pads the images, before torch.conv2d.
+
+timm's StdConv2d and the like, and transformers' of BiT:
 
     W_i = the weight's row less its mean, over its standard deviation, times a gain or not
 
 As in `gls_fused.capture.derived`: the rows are those of the op with W, and P acts at the step on
-the gradient of the module's own parameter. The module's forward makes W, and pads.
+the gradient of the module's own parameter. timm's Conv2dSame, whose W is that parameter, pads by
+the size of the images.
 """
 
 from __future__ import annotations
@@ -43,6 +46,14 @@ class StandardizedConv2dLayer(ConvLayer):
             rows = self.rows_source(without_tangent(inputs))
             weight, _ = observe(self, rows, weight, None)
         return torch.conv2d(inputs, weight, *rest)
+
+
+class SamePaddedConv2dLayer(StandardizedConv2dLayer):
+    """Of timm's Conv2dSame."""
+
+    def __init__(self, found: Found) -> None:
+        super().__init__(found)
+        self.kind = "Conv2dSame"
 
 
 class _Shown(TorchFunctionMode):

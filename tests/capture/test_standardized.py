@@ -1,4 +1,4 @@
-"""Convolutions with a standardized weight: P on the parameter, of the rows of their op."""
+"""Convolutions that standardize or pad before their op: P on the parameter, of the op's rows."""
 
 import copy
 
@@ -13,8 +13,9 @@ from gls_fused import GLS
 
 std_conv = pytest.importorskip("timm.layers.std_conv")
 OPTIONS = {"rank": 4, "curvature_every": 2, "lr": 0.01}
-BIT = "WeightStandardizedConv2d"
-CLASSES = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame", BIT)
+BIT, SAME = "WeightStandardizedConv2d", "Conv2dSame"
+CLASSES = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame", BIT, SAME)
+GROUPED = (("StdConv2d", 2), (SAME, 2))
 
 
 def make_model(name, groups=1):
@@ -22,6 +23,8 @@ def make_model(name, groups=1):
     holder = std_conv
     if name == BIT:
         holder = pytest.importorskip("transformers.models.bit.modeling_bit")
+    if name == SAME:
+        holder = pytest.importorskip("timm.layers.conv2d_same")
     layer = getattr(holder, name)(2, 4, 3, stride=2, bias=True, groups=groups)
     return nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)).double()
 
@@ -39,7 +42,7 @@ def train(model, optimizer, seeds):
     return snapshot(model)
 
 
-@pytest.mark.parametrize(("name", "groups"), [*((name, 1) for name in CLASSES), ("StdConv2d", 2)])
+@pytest.mark.parametrize(("name", "groups"), [*((name, 1) for name in CLASSES), *GROUPED])
 def test_direction_is_that_of_the_rows(name, groups, monkeypatch):
     model = make_model(name, groups)
     optimizer = GLS(
@@ -65,7 +68,8 @@ def test_direction_is_that_of_the_rows(name, groups, monkeypatch):
     found = [optimizer.state[param]["exp_avg"] for param in (weight, bias)]
     assert_near(found[0], 0.5 * d[:, :-1].reshape(weight.shape), SOLVE[a.dtype])
     assert_near(found[1], 0.5 * d[:, -1], SOLVE[a.dtype])
-    assert f"0: GLS (standardized Conv2d {18 // groups + 1} -> 4" in optimizer.report()
+    kind = SAME if name == SAME else "standardized Conv2d"
+    assert f"0: GLS ({kind} {18 // groups + 1} -> 4" in optimizer.report()
 
 
 @pytest.mark.parametrize("name", CLASSES)
