@@ -100,8 +100,12 @@ class Known(NamedTuple):
 _GATED = ("gate_up_proj", "down_proj")
 # Of classes that `register_experts` has been told of, whether a matrix is [k, m].
 _REGISTERED: dict[type[nn.Module], bool] = {}
-# Classes that transformers' `use_experts_implementation` has not decorated, by their path.
-_UNDECORATED = {
+# Others by their path: of torch_geometric those with a matrix for each relation, step or type, and
+# of transformers those that its `use_experts_implementation` does not decorate.
+_KNOWN = {
+    "torch_geometric.nn.conv.gated_graph_conv.GatedGraphConv": Known(("weight",), turned=True),
+    "torch_geometric.nn.conv.rgcn_conv.RGCNConv": Known(("weight",), turned=True),
+    "torch_geometric.nn.dense.linear.HeteroLinear": Known(("weight",), turned=True),
     "transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts": Known(("weight",)),
     "transformers.models.llama4.modeling_llama4.Llama4TextExperts": Known(_GATED, turned=True),
     "transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": Known(_GATED),
@@ -128,7 +132,7 @@ def known_experts(module: nn.Module) -> Known | None:
             params = module._parameters.items()
             keys = tuple(key for key, param in params if param is not None and param.ndim == 3)
             return Known(keys, _REGISTERED[base])
-        found = _UNDECORATED.get(f"{base.__module__}.{base.__qualname__}")
+        found = _KNOWN.get(f"{base.__module__}.{base.__qualname__}")
         if found is not None:
             return found
     return None

@@ -352,7 +352,10 @@ def _reason(module: nn.Module, role: str, param: nn.Parameter) -> str:
     problem = _uncovered(module, role)
     if problem is not None:
         return problem
-    return "shared otherwise than the weight it belongs to" if role == "bias" else "not covered"
+    kind = kind_of(module)
+    if kind is not None and role == kind.bias:
+        return "shared otherwise than the weight it belongs to"
+    return "not covered"
 
 
 def _join(prefix: str, name: str) -> str:
