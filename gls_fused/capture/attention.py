@@ -7,28 +7,19 @@ Its out_proj is an nn.Linear whose weight is used alike; see `gls_fused.capture.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
-from gls_fused.capture.layer import Found
-from gls_fused.capture.linear import LinearLayer
+from gls_fused.capture.products import ProductsLayer
 
 
-class InputProjection(LinearLayer):
+class InputProjection(ProductsLayer):
     """The packed weight of query, key and value."""
 
     kind = "MultiheadAttention"
     weight_key = "in_proj_weight"
     bias_key: str | None = "in_proj_bias"
-
-    def __init__(self, found: Found) -> None:
-        super().__init__(found)
-        # Its forward is more than this layer's op, and uses the weight by itself.
-        self.routed = []
-
-    def find_holders(self, holders: Mapping[int, Sequence[nn.Module]]) -> None:
-        self.holders, self.watched = list(self.modules), True
 
 
 class QueryProjection(InputProjection):

@@ -32,6 +32,7 @@ from gls_fused.capture.layer import Found, Layer
 from gls_fused.capture.lending import Lender
 from gls_fused.capture.linear import LinearLayer, TurnedLinearLayer, why_not_linear
 from gls_fused.capture.modules import ALIKE, describe_class, plain_class
+from gls_fused.capture.products import products_layer, register_products, why_not_products
 from gls_fused.capture.recurrent import RecurrentLayer, why_not_recurrent
 from gls_fused.capture.standardized import SamePaddedConv2dLayer, StandardizedConv2dLayer
 from gls_fused.distributed.sharding import is_sharded, sharding_problem
@@ -86,8 +87,13 @@ ALIKE_KINDS: dict[str, tuple[Kind, type[nn.Module]]] = {
     "observed": (Kind(ObservedLayer, why_not_observed), nn.Module),
     "turned observed": (Kind(TurnedObservedLayer, why_not_observed), nn.Module),
 }
-# The others that `register` takes, and whether a matrix of theirs is [inputs, outputs].
-EXPERT_KINDS = {"experts": False, "turned experts": True}
+# The others that `register` takes: who is told, and whether a matrix is [inputs, outputs].
+OTHER_KINDS: dict[str, tuple[Callable[..., None], bool]] = {
+    "products": (register_products, False),
+    "turned products": (register_products, True),
+    "experts": (register_experts, False),
+    "turned experts": (register_experts, True),
+}
 KNOWN_KINDS = {
     **ALIKE_KINDS,
     "standardized conv2d": (Kind(StandardizedConv2dLayer, why_not_conv), nn.Conv2d),
@@ -261,6 +267,11 @@ def register(module_class: type[nn.Module], kind: str) -> None:
         "observed"         with a weight [outputs, inputs]
         "turned observed"  with a weight [inputs, outputs]
 
+    or whose forward itself multiplies its parameters of two axes with rows:
+
+        "products"         [outputs, inputs], by F.linear(x, w), x @ w.t() or w @ x.t()
+        "turned products"  [inputs, outputs], by x @ w
+
     or whose parameters of three axes hold a matrix for each of its experts:
 
         "experts"         [experts, outputs, inputs]
@@ -270,6 +281,9 @@ def register(module_class: type[nn.Module], kind: str) -> None:
     computes the product in its stead; a class that changes weight or inputs first, or the outputs
     after, is not one of these. A bias is None or not there where it has none. Subclasses that
     override forward are classes of their own.
+
+    Of products, `@`, torch.matmul and torch.mm are seen, of a parameter by whatever name. Biases
+    are no part of it, and a parameter that no such product shows takes Adam's update.
 
     The rows of experts are seen in products with `weight[i]`, with `weight[whose]` and with all of
     the weight, by `@`, `torch.bmm`, `torch.matmul` or `torch.einsum`, and in torch's grouped
@@ -282,14 +296,15 @@ def register(module_class: type[nn.Module], kind: str) -> None:
     given: Any = module_class
     if not (isinstance(given, type) and issubclass(given, nn.Module)):
         raise TypeError(f"module_class: expected a subclass of nn.Module, got {given!r}")
-    if kind not in ALIKE_KINDS and kind not in EXPERT_KINDS:
-        kinds = ", ".join([*ALIKE_KINDS, *EXPERT_KINDS])
+    if kind not in ALIKE_KINDS and kind not in OTHER_KINDS:
+        kinds = ", ".join([*ALIKE_KINDS, *OTHER_KINDS])
         raise ValueError(f"kind: expected {kinds}, got {kind!r}")
     name = describe_class(module_class)
     if module_class in OWN:
         raise ValueError(f"module_class: {name} is covered as it is")
-    if kind in EXPERT_KINDS:
-        register_experts(module_class, turned=EXPERT_KINDS[kind])
+    if kind in OTHER_KINDS:
+        tell, turned = OTHER_KINDS[kind]
+        tell(module_class, turned=turned)
         return
     _, base = ALIKE_KINDS[kind]
     if not issubclass(module_class, base):
@@ -310,6 +325,9 @@ def kind_of(module: nn.Module, role: str = "weight") -> Kind | None:
     experts = known_experts(module)
     if experts is not None and role in experts.keys:
         return Kind(ExpertsLayer, why_not_experts, bias_key_of(role))
+    products = products_layer(module, role)
+    if products is not None:
+        return Kind(products, why_not_products, None)
     for base in plain_class(module).__mro__:
         if role != "weight":
             if base in RECURRENT:

@@ -131,7 +131,8 @@ class Lender(Layer):
         Args:
             owner: the module whose parameters weight and bias are.
             inputs: [..., k].
-            weight: the layer's, or some rows of it: [m', k].
+            weight: the layer's, or some rows of it: [m', k]; all of one [k, m] of a layer that is
+                turned.
             bias: what is added, the layer's own or not.
             compute: gives the output of inputs, weight and bias, by torch's own op.
             turned: whether the output has its columns in its last axis but one.
@@ -142,7 +143,8 @@ class Lender(Layer):
             inputs, weight, bias = autocast_inputs(inputs, weight, bias)
             # P is not for the gradient of somebody else's bias.
             apart = bias if self.ones and not own else None
-            outputs = self.traced_product(inputs, weight, bias if apart is None else None)
+            ours = bias if apart is None else None
+            outputs = self.traced_product(inputs, self.turn(weight), ours)
             outputs = outputs if apart is None else outputs + apart
             return outputs.transpose(-2, -1) if turned else outputs
         if self.at_backward and not self.promised:

@@ -228,7 +228,7 @@ class Observer(TorchFunctionMode):
         return use.layer.lend(use.owner, input, weight, bias, F.linear)
 
     def matmul(self, left: Tensor, right: Tensor) -> Tensor:
-        """X @ W' and W @ x'."""
+        """X @ W' and W @ x', and X @ W of a weight that is turned."""
         use = self.find(left)
         if use is not None and right.ndim > 1 and self.find(right) is None:
 
@@ -237,23 +237,35 @@ class Observer(TorchFunctionMode):
 
             rows = right.transpose(-2, -1)
             return use.layer.lend(use.owner, rows, left, None, multiply, turned=True)
-        if use is None and right.ndim == 2 and self.find(turned := right.t()) is not None:
-            use = self.find(turned)
+        turned = self.find_turned(right)
+        if use is None and turned is not None:
+            return turned.layer.lend(turned.owner, left, right, None, _multiply)
+        if use is None and right.ndim == 2 and self.find(view := right.t()) is not None:
+            use = self.find(view)
             assert use is not None
 
             def multiply(rows: Tensor, weight: Tensor, _bias: None) -> Tensor:
                 return torch.matmul(rows, weight.t())
 
-            return use.layer.lend(use.owner, left, turned, None, multiply)
+            return use.layer.lend(use.owner, left, view, None, multiply)
         return torch.matmul(left, right)
 
+    def find_turned(self, weight: Tensor) -> Use | None:
+        """Whose weight [k, m] it is."""
+        if has_new_hooks(self.hooks):
+            return None
+        found = (use for use in self.uses if use.layer.turned and use.weight is weight)
+        return next(found, None)
+
     def find(self, weight: Tensor) -> Use | None:
-        """Whose weight it is, or some rows of whose."""
+        """Whose weight [m, k] it is, or some rows of whose."""
         if has_new_hooks(self.hooks):
             # Checkpointed inside the module, it would be computed again outside of this mode.
             return None
         for use in self.uses:
             known = use.weight
+            if use.layer.turned:
+                continue
             if weight is known:
                 return use
             if (
@@ -264,6 +276,10 @@ class Observer(TorchFunctionMode):
             ):
                 return use
         return None
+
+
+def _multiply(rows: Tensor, weight: Tensor, _bias: None) -> Tensor:
+    return torch.matmul(rows, weight)
 
 
 def saved_tensors_hooks() -> Any:
