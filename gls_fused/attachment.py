@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from gls_fused.state import (
     check_curvature,
     check_version,
     copy_tensors,
+    saved_state,
     upgrade_layer,
 )
 
@@ -60,8 +62,9 @@ def attach(
         model: the layers that GLS covers have their gradients changed; others stay as they are.
         optimizer: a torch optimizer over the model's parameters.
     Raises:
-        ValueError: an option out of its range, a model without a layer that GLS covers,
-            nn.DataParallel, FullyShardedDataParallel.
+        ValueError: an option out of its range, a model without a layer that GLS covers, an
+            optimizer of other parameters, nn.DataParallel, FullyShardedDataParallel.
+        TypeError: no module, no optimizer of torch's, an option that is no number.
         RuntimeError: the backend is not available.
     """
     options = {
@@ -73,10 +76,26 @@ def attach(
         "curvature_every": curvature_every,
     }
     check_options(options)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
     layers, uncovered = find_layers([("", unwrapped(model))])
     if not layers:
         raise ValueError("model: got a model without a layer that GLS covers")
+    if optimizer is not None:
+        _check_optimizer(optimizer, layers)
     return Attachment(layers, uncovered, optimizer, options, backend, Ranks(process_group))
+
+
+def _check_optimizer(optimizer: Any, layers: Sequence[Layer]) -> None:
+    if not hasattr(optimizer, "register_step_pre_hook"):
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer: expected one of torch's, or None, got {kind}")
+    held = {param for group in optimizer.param_groups for param in group["params"]}
+    if held.isdisjoint(layer.weight for layer in layers):
+        raise ValueError(
+            "optimizer: expected one over the model's parameters, got one that holds the weight of "
+            "no layer that GLS covers"
+        )
 
 
 class Attachment:
@@ -173,7 +192,7 @@ class Attachment:
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics by layer, the step and the version: tensors and plain numbers only."""
-        layers = {layer.name: dict(self._states[layer.weight]) for layer in self._layers}
+        layers = {layer.name: saved_state(self._states[layer.weight]) for layer in self._layers}
         return {"version": VERSION, "step": self._step, "layers": layers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -183,6 +202,8 @@ class Attachment:
             ValueError: the state is of other layers, another rank or a later version; nothing
                 changes.
         """
+        if not isinstance(state_dict.get("layers"), dict):
+            raise ValueError(f"state_dict: expected one of attach, got keys {sorted(state_dict)}")
         check_version(state_dict)
         layers = state_dict["layers"].items()
         saved = {plain_name(name): upgrade_layer(state) for name, state in layers}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gls_fused.apply.low_precision import MOST_SEEDS, POLICIES
 from gls_fused.capture.layer import Layer
+from gls_fused.curvature.estimate import make_curvature
 from gls_fused.distributed.ranks import unwrapped
 from gls_fused.preconditioner import check_choice, check_count, check_number, check_options
 from gls_fused.reference import Normalize
@@ -20,6 +21,8 @@ NORMALIZATIONS = ("auto", "spectral", "factored", "row", "rms", "adam", "sgd", "
 
 # Keys that a group may have besides the options of GLS; others are kept as well.
 FREE_KEYS = {"params", "param_names", "name", "initial_lr", "step", "version"}
+# What a group cannot have of its own.
+WHOLE = ("model", "site", "backend", "process_group")
 
 
 class Members(NamedTuple):
@@ -31,11 +34,31 @@ class Members(NamedTuple):
 
 
 def check_group_options(options: Mapping[str, Any], site: str) -> None:
-    """Raises ValueError naming the first option that is out of range."""
-    lr = options["lr"]
-    if isinstance(lr, Tensor) and lr.ndim:
-        raise ValueError(f"lr: expected a number or a tensor of no dimension, got {[*lr.shape]}")
-    check_number("lr", lr, 0)
+    """Raises what `check_number` does, naming the first option that is out of range."""
+    check_rate(options["lr"])
+    check_rest(options, site)
+
+
+def check_rate(lr: Any, *, waits: bool = True) -> None:
+    """Raises what `check_number` does, and ValueError for a tensor of more than a number.
+
+    Args:
+        waits: for a device that has it; else such a tensor is not looked into.
+    """
+    if isinstance(lr, nn.Module):
+        raise TypeError("lr: expected a number, got a module; pass it as GLS(params, model=model)")
+    if isinstance(lr, Tensor):
+        if lr.ndim:
+            shape = [*lr.shape]
+            raise ValueError(f"lr: expected a number or a tensor of no dimension, got {shape}")
+        if not (waits or lr.is_cpu):
+            return
+        lr = lr.item()
+    check_number("lr", lr, 0, closed=True)
+
+
+def check_rest(options: Mapping[str, Any], site: str) -> None:
+    """The same of all options but lr."""
     check_number("momentum", options["momentum"], 0, 1, closed=True)
     check_number("beta2", options["beta2"], 0, 1, closed=True)
     check_number("eps", options["eps"], 0)
@@ -67,12 +90,35 @@ def check_split(layer: Layer, options: Mapping[str, Any], *, last: bool) -> None
         )
 
 
+def check_kept(layer: Layer, options: Mapping[str, Any]) -> None:
+    """Raises ValueError where a group asks for other statistics than its layer was made with."""
+    kind, rank = options["curvature"], options["rank"]
+    asked = make_curvature(kind, layer.dim, layer.outputs, rank, layer.backend, layer.blocks)
+    if asked.shapes() != layer.curvature.shapes():
+        raise ValueError(
+            f"curvature, rank: expected those that the statistics of layer {layer.name!r} were "
+            f"made with, got {kind!r}, {rank!r}; build a new optimizer to change them"
+        )
+
+
 def check_site(normalize: str, site: str) -> None:
     """Raises ValueError where the site does not keep what the step's size is made of."""
     if normalize == "sgd" and site == "backward":
         raise ValueError(
             "site: normalize='sgd' needs the true gradient, expected auto, step, got 'backward'"
         )
+
+
+def check_keys(group: Mapping[str, Any]) -> None:
+    """Raises ValueError for what a group cannot have of its own."""
+    for key in WHOLE:
+        if key in group:
+            raise ValueError(
+                f"group: {key!r} is an option of the whole optimizer, not of a group, "
+                f"got {group[key]!r}"
+            )
+    if group.get("maximize"):
+        raise ValueError("group: GLS minimizes, expected no 'maximize', got True")
 
 
 def warn_of_misspellings(group: Mapping[str, Any], options: Iterable[str]) -> None:
@@ -151,7 +197,7 @@ def split_group(entry: Any) -> Members:
 def name_params(members: Members, index: int, model: nn.Module | None) -> dict[Tensor, str]:
     """Qualified names of a group's parameters, or the numbers of those that no module has."""
     names = {param: f"{number} of group {index}" for number, param in enumerate(members.params)}
-    roots = members.modules if model is None else [("", model)]
+    roots = members.modules if model is None else [*members.modules, ("", model)]
     for prefix, module in roots:
         own = module.named_parameters(prefix)
         names.update({param: name for name, param in own if param in names})

@@ -34,6 +34,10 @@ from gls_fused.groups import (
     Scale,
     check_dense,
     check_group_options,
+    check_kept,
+    check_keys,
+    check_rate,
+    check_rest,
     check_site,
     check_split,
     describe_options,
@@ -58,6 +62,9 @@ from gls_fused.state import (
     copy_state,
     is_priming,
     prime_states,
+    saved_group,
+    saved_layer,
+    saved_state,
     upgrade_group,
     upgrade_state,
 )
@@ -83,7 +90,7 @@ class GLS(torch.optim.Optimizer):
         params: the model; or, with `model`, whatever torch.optim takes: parameters, named
             parameters, or dicts of either with options of their own. The "params" of a dict may
             also be a module or a list of modules, whose layers are then found without `model`.
-        lr: > 0; it means what it means for Adam, but with "sgd" and "none".
+        lr: >= 0; it means what it means for Adam, but with "sgd" and "none".
         model: where the layers of the parameters are found. A weight and its bias may be in
             different groups; all options but lr and weight_decay are those of the weight's.
         damping: > 0, dimensionless: relative to the mean eigenvalue of A'A/n.
@@ -120,7 +127,7 @@ class GLS(torch.optim.Optimizer):
     Raises:
         ValueError: an option out of its range, a model or module without parameters,
             nn.DataParallel, FullyShardedDataParallel.
-        TypeError: neither a module nor parameters.
+        TypeError: neither a module nor parameters, an option that is no number.
         RuntimeError: the backend is not available.
     Numerics: rows with a NaN or an infinity, and rows that are all zero, do not enter the
         statistics; a gradient that is not finite does to the weights what it does with Adam.
@@ -182,6 +189,7 @@ class GLS(torch.optim.Optimizer):
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a module or None, got {type(model).__name__}")
         groups = read_groups(params, model)
+        model = params if model is None and isinstance(params, nn.Module) else model
         self._model = None if model is None else unwrapped(model)
         self._names: dict[Tensor, str] = {}
         self._uncovered: list[Uncovered] = []
@@ -197,21 +205,20 @@ class GLS(torch.optim.Optimizer):
         except BaseException:
             self.detach()
             raise
-        alone = self._model is None and not any(members.modules for members in waiting)
-        if alone or not self._params_are_in_model():
+        self._warn_of_unseen(waiting)
+
+    def _warn_of_unseen(self, added: Sequence[Members]) -> None:
+        """Warns of groups that no layer can be found of."""
+        alone = self._model is None
+        held = set() if self._model is None else set(self._model.parameters())
+        known = any(members.modules or held.intersection(members.params) for members in added)
+        if not known:
             given = "without the model" if alone else "with a model that holds none of them"
             warnings.warn(
                 f"params: given {given}, so that GLS sees no layer and all parameters "
                 "take Adam's update; pass GLS(params, model=model)",
-                stacklevel=2,
+                stacklevel=3,
             )
-
-    def _params_are_in_model(self) -> bool:
-        """Whether some are, where there is a model."""
-        if self._model is None:
-            return True
-        held = set(self._model.parameters())
-        return any(param in held for group in self.param_groups for param in group["params"])
 
     def _open(self, preconditioner: Preconditioner) -> None:
         """Begin without layers, and leave the model alone once nobody refers to the optimizer."""
@@ -222,6 +229,8 @@ class GLS(torch.optim.Optimizer):
         self._seen: list[int] = []
         # By a group's id, what its layers' updates take; for these states and what they held.
         self._kept: dict[int, Kept] = defaultdict(Kept)
+        # By a group's id, the options that have been found in range.
+        self._checked: dict[int, list[Any]] = {}
         self._known: list[Any] = []
         self._probes: list[tuple[Tensor, str, Tensor]] = []
         self._finalizer = weakref.finalize(self, release_all, preconditioner.layers)
@@ -231,12 +240,16 @@ class GLS(torch.optim.Optimizer):
         """Add a group of modules, parameters or named parameters, with options of its own."""
         members = split_group(param_group["params"])
         options = {**self.defaults, **param_group}
+        check_keys(param_group)
         warn_of_misspellings(param_group, self.defaults)
         check_group_options(options, self._preconditioner.site)
         if members.modules and not members.params:
             raise ValueError("params: got no parameters (an empty model, or one without any)")
         # Before anything is changed; at first a bias may be in a group that is still to come.
-        found = None if self._waiting is not None else self._find([members])
+        found = None
+        if self._waiting is None:
+            found = self._find([members])
+            self._check_splits(found[0], dict.fromkeys(members.params, options))
         params = (
             list(zip(members.names, members.params, strict=True))
             if members.names
@@ -248,6 +261,7 @@ class GLS(torch.optim.Optimizer):
             self._waiting.append(members)
         if found is not None:
             self._cover(*found)
+            self._warn_of_unseen([members])
 
     def _find(self, added: Sequence[Members]) -> tuple[list[Layer], list[Uncovered]]:
         """The layers that new groups bring along, and the parameters that no layer owns.
@@ -260,24 +274,52 @@ class GLS(torch.optim.Optimizer):
         known = {layer.weight for layer in self._preconditioner.layers}
         roots = [members.modules for members in added]
         if self._model is not None:
-            roots = [[("", self._model)]]
+            held = set(self._model.parameters())
+            modules = itertools.chain.from_iterable(roots)
+            outside = [each for each in modules if not held.issuperset(each[1].parameters())]
+            roots = [[("", self._model)], outside]
         layers: list[Layer] = []
         uncovered: list[Uncovered] = []
         for root in roots:
             found, rest = find_layers(root, trained)
             layers += [layer for layer in found if layer.weight not in known]
+            known.update(layer.weight for layer in found)
             uncovered += [each for each in rest if each.param in new]
         resolve_backend(self._preconditioner.backend, {p.weight.device.type for p in layers})
         return layers, uncovered
 
     def _cover(self, layers: Sequence[Layer], uncovered: Sequence[Uncovered]) -> None:
         groups = {param: group for group in self.param_groups for param in group["params"]}
+        self._check_splits(layers, groups)
         for layer in layers:
-            check_split(layer, groups[layer.weight], last=layer is layers[-1])
             self._preconditioner.add([layer], groups[layer.weight])
         self._uncovered += uncovered
         self._preconditioner.ranks.disagree()
         self._expect()
+
+    @staticmethod
+    def _check_splits(layers: Sequence[Layer], groups: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        for layer in layers:
+            if layer.weight in groups:
+                check_split(layer, groups[layer.weight], last=layer is layers[-1])
+
+    def _check_options(self, groups: Sequence[tuple[dict[str, Any], list[Layer]]]) -> None:
+        """What somebody may have changed by hand since the last step, before anything moves.
+
+        Raises:
+            ValueError, TypeError: an option out of its range, or one that layers cannot change.
+        """
+        for group, layers in groups:
+            check_rate(group["lr"], waits=False)
+            now = [self._seen, *(group[key] for key in self._options if key != "lr")]
+            known = self._checked.get(id(group), [])
+            if len(now) == len(known) and all(map(operator.is_, now, known)):
+                continue
+            check_rest(group, self._preconditioner.site)
+            for layer in layers:
+                check_split(layer, group, last=layer.last)
+                check_kept(layer, group)
+            self._checked[id(group)] = now
 
     def _expect(self) -> None:
         """Tell the layers what the coming step asks of them."""
@@ -303,6 +345,8 @@ class GLS(torch.optim.Optimizer):
             (group, [layer for layer in layers if self._owners.get(layer.weight) is group])
             for group in self.param_groups
         ]
+        for layer in layers:
+            layer.bias_trains = layer.bias in self._owners
         self._preconditioner.rest([p for p in layers if p.weight not in self._owners])
         return self._layers_of
 
@@ -339,6 +383,7 @@ class GLS(torch.optim.Optimizer):
     def _take_step(self) -> None:
         groups, preconditioner = self._groups(), self._preconditioner
         check_dense(self.param_groups)
+        self._check_options(groups)
         self._check_states()
         for group, layers in groups:
             if preconditioner.adopt(layers, self.state, known=bool(self._kept)):
@@ -353,6 +398,7 @@ class GLS(torch.optim.Optimizer):
             preconditioner.discard_sums()
             return
         skip = take_flag(self)
+        entries = self._count_entries()
         sums = self._take_sums(groups, skip)
         bits = {id(group): make_bits(group) for group, _ in groups}
         # By identity, as a tensor's own hash is a call of Python's.
@@ -384,12 +430,41 @@ class GLS(torch.optim.Optimizer):
             for layer in layers:
                 layer.finish_step()
             preconditioner.expect(layers, self.state, group["step"], group)
+        if self._count_entries() != entries:
+            # Who empties the states leaves what this step has found.
+            self._known = []
+
+    def _count_entries(self) -> int:
+        return len(self.state) + sum(map(len, self.state.values()))
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and forget the rows that led to them."""
+        # The gradients of a group that has been taken out are somebody else's.
+        self._groups()
         super().zero_grad(set_to_none)
         self._preconditioner.discard_sums()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, plain numbers and names, by torch's keys; see `gls_fused.state`."""
+
+        def lay_out(_: torch.optim.Optimizer, found: dict[str, Any]) -> dict[str, Any]:
+            states = {key: saved_state(state) for key, state in found["state"].items()}
+            saved = list(map(saved_group, found["param_groups"]))
+            for (group, layers), numbers in zip(self._groups(), saved, strict=True):
+                places = dict(zip(group["params"], numbers["params"], strict=True))
+                for layer in layers:
+                    place = places[layer.weight]
+                    if place in states:
+                        states[place] = saved_layer(layer, states[place], group)
+            return {**found, "state": states, "param_groups": saved}
+
+        # Before the hooks that may change what is saved.
+        hook = self.register_state_dict_post_hook(lay_out, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state that `state_dict` gave, of an optimizer over the same model.
@@ -408,6 +483,7 @@ class GLS(torch.optim.Optimizer):
             return checked
 
         def restore(_: torch.optim.Optimizer) -> None:
+            self._preconditioner.restore_gradients(self._preconditioner.layers)
             # torch has cast the state to the parameters' dtypes, and shares what it had not to.
             copy_state(checked, self.param_groups, self.state)
             self._restart()
@@ -603,5 +679,6 @@ class GLS(torch.optim.Optimizer):
         for param in (param for layer in (*started, *primed) for param in layer.params):
             forget_adam(self.state[param])
         for layer in primed:
-            for key in ("rows", "outputs", "weight_rms", "held", *layer.curvature.shapes()):
+            plain = "rows", "outputs", "at_step", "lent", "weight_rms", "held"
+            for key in (*plain, *layer.curvature.shapes()):
                 self.state[layer.weight].pop(key, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from numbers import Real
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from gls_fused.apply.spectral import factor_share, normalize_of
 from gls_fused.backends.dispatch import describe_backend
 from gls_fused.capture.layer import Layer
+from gls_fused.capture.modules import captured_by
 from gls_fused.curvature.estimate import (
     State,
     check_device,
@@ -39,17 +41,25 @@ States: TypeAlias = MutableMapping[Tensor, State]
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str | Real) or value not in choices:
         raise ValueError(f"{name}: expected {', '.join(map(str, choices))}, got {value!r}")
 
 
 def check_number(
     name: str, value: Any, low: float, high: float = math.inf, *, closed: bool = False
 ) -> None:
-    """Raises ValueError unless low < value < high, or low <= value with `closed`."""
+    """Checks that low < value < high, or low <= value with `closed`.
+
+    Raises:
+        TypeError: it is no int or float, be it Python's or numpy's.
+        ValueError: it is out of this range, or not a number.
+    """
+    expected = f"{'[' if closed else '('}{low}, {high})"
+    plain = isinstance(value, int | float) or (isinstance(value, Real) and hasattr(value, "item"))
+    if not plain:
+        raise TypeError(f"{name}: expected a number in {expected}, got {value!r}")
     if not ((low <= value if closed else low < value) and value < high):
-        bracket = "[" if closed else "("
-        raise ValueError(f"{name}: expected a value in {bracket}{low}, {high}), got {value}")
+        raise ValueError(f"{name}: expected a value in {expected}, got {value}")
 
 
 def check_count(name: str, value: Any, otherwise: str = "") -> None:
@@ -102,6 +112,11 @@ class Preconditioner:
         """Capture layers, which share these options."""
         for layer in layers:
             promised = self.site == "backward"
+            for earlier in filter(None, map(captured_by, layer.modules)):
+                # Of a weight that has been replaced, by this one.
+                if earlier is not layer and earlier in self.layers:
+                    self.layers.remove(earlier)
+                    earlier.release()
             layer.assign(options["curvature"], options["rank"], self.backend, promised=promised)
             layer.capture()
             if self.layers:
@@ -198,7 +213,7 @@ class Preconditioner:
                 state = states.setdefault(layer.weight, {})
                 for key in layer.curvature.shapes():
                     state.pop(key, None)
-                state.update(rows=rows, outputs=layer.outputs)
+                state.update(rows=rows, outputs=layer.outputs, at_step=0, lent=0)
                 moments = layer.curvature.start(state, layer.sketched_with(), mine[:-1])
                 started.append((layer, state, moments))
             elif layer.weight.grad is not None and (mine is None or mine[-1] == 0):
@@ -283,10 +298,18 @@ class Preconditioner:
 
     def rest(self, layers: Sequence[Layer]) -> None:
         """Layers that nobody trains: their gradients are true, and their rows are not looked at."""
+        self.restore_gradients(layers)
         for layer in layers:
             layer.forget()
             self._told.pop(layer, None)
             layer.expect(None, gathers=False, at_backward=False)
+
+    @staticmethod
+    def restore_gradients(layers: Iterable[Layer]) -> None:
+        """Where p.grad holds D by the site's own choice, it holds the gradient again."""
+        for layer in layers:
+            if layer.at_backward and not layer.promised:
+                layer.restore_gradient()
 
     def restart(self) -> None:
         """The layers' states may have been replaced: `expect` is to be called."""

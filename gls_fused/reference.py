@@ -456,14 +456,14 @@ def multiply_inverse(matrix: Tensor, inverse: Inverse) -> Tensor:
 def undo_inverse(matrix: Tensor, inverse: Inverse) -> Tensor:
     """X P^-1 for X [*, d]: from D = D0 P back to D0, in the dtype of X.
 
-    P^-1 = lambda' I - lambda'^2 U C (I + lambda' C)^-1 U'
+    P^-1 = lambda' I - lambda'^2 U C (I + lambda' U'U C)^-1 U',    where U'U = I unless P is cut
     """
     restored: Tensor
     if isinstance(inverse, DenseInverse):
         restored = torch.linalg.solve(inverse.matrix, matrix.to(inverse.matrix), left=False)
         return restored.to(matrix.dtype)
     basis, core_inverse, shift = inverse
-    inner = eye_like(core_inverse) + shift * core_inverse
+    inner = eye_like(core_inverse) + shift * basis.T @ basis @ core_inverse
     product = matrix.to(basis) @ basis @ core_inverse
     product = torch.linalg.solve(inner, product, left=False) @ basis.T
     restored = shift * (matrix - shift * product)

@@ -2,14 +2,16 @@
 
     every parameter   step (0-d), exp_avg and exp_avg_sq (shaped as it; exp_avg_sq 0-d, on a layer's
                       weight, for "rms"), master (shaped as it, float32)
-    a layer's weight  rows and outputs (plain numbers), at_step (1, where its p.grad has turned
-                      out to be in use), lent (1, where another module uses it by itself; none is
-                      as good as 0), weight_rms and held of max_change (0-d), and the tensors of
-                      gls_fused.curvature.estimate
+    a layer's weight  rows and outputs (plain numbers), at_step (whether its p.grad has turned out
+                      to be in use) and lent (whether another module uses it by itself), 1 or 0,
+                      and none is as good as 0, weight_rms and held of max_change (0-d), and the
+                      tensors of gls_fused.curvature.estimate
     a stack's weight  the same, with the matrices as first axis of all tensors but step
     a group           its options, step and version: numbers and names
 
-All tensors are of float32, or float64 for parameters of float64; step is float32.
+All tensors are of float32, or float64 for parameters of float64; step is float32. In a saved state
+the basis lies in memory by rows, as a tensor that is received from another rank does; in an
+optimizer's it lies by columns.
 """
 
 from __future__ import annotations
@@ -25,7 +27,14 @@ from gls_fused.apply.buffers import fill_layer_states, square_shapes, zeros_of
 from gls_fused.apply.fallback import start_adam
 from gls_fused.apply.low_precision import open_copies
 from gls_fused.capture.layer import Layer
-from gls_fused.curvature.estimate import Dense, State, Subspace, empty_state, make_curvature
+from gls_fused.curvature.estimate import (
+    Dense,
+    State,
+    Subspace,
+    by_columns,
+    empty_state,
+    make_curvature,
+)
 from gls_fused.distributed.sharding import is_sharded
 
 # 0: without a version, "low_precision", "seed" and "outputs". 1: without "at_step". 2: without
@@ -127,8 +136,8 @@ def check_state(
             known = "rows" in states.get(layer.weight, {})
             for param in (param for param in layer.params if param in states):
                 shapes = _shapes(param)
-                if known:
-                    shapes |= _layer_shapes(layer, param, saved_group)
+                if known and param is layer.weight:
+                    shapes |= _layer_shapes(layer, saved_group)
                 _check_sharding(names.get(param, ""), param, states[param])
                 _check_layer(layer, param, states[param])
                 _check_shapes(f"layer {layer.name!r}", states[param], shapes)
@@ -150,6 +159,37 @@ def check_curvature(layer: Layer, state: Mapping[str, Any]) -> None:
     _check_shapes(f"layer {layer.name!r}", state, layer.curvature.shapes())
 
 
+def saved_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state as it is saved: it shares what lies in memory as its shape has it."""
+    found = dict(state)
+    if isinstance(basis := state.get("basis"), Tensor):
+        found["basis"] = basis.contiguous()
+    return found
+
+
+def saved_layer(layer: Layer, state: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved state of a layer's weight, without mean squares that its next step begins anew.
+
+    They are of another way to normalize than the group's, which somebody has changed since.
+    """
+    if "rows" not in state:
+        return dict(state)
+    kept = square_shapes(layer, group)
+    return {
+        key: value
+        for key, value in state.items()
+        if key not in ("exp_avg_sq", "exp_avg_sq_columns") or kept.get(key) == tuple(value.shape)
+    }
+
+
+def saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options as they are saved: numpy's numbers, which schedulers leave, as Python's."""
+    return {
+        key: value.item() if hasattr(value, "item") and not isinstance(value, Tensor) else value
+        for key, value in group.items()
+    }
+
+
 def copy_state(
     state_dict: Mapping[str, Any], groups: Groups, states: MutableMapping[Tensor, State]
 ) -> None:
@@ -169,6 +209,8 @@ def copy_tensors(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
             found[key] = value
         elif key in OWN_TENSORS:
             found[key] = value.to(param.device, torch.float32 if key == "step" else wide, copy=True)
+            if key == "basis":
+                found[key] = by_columns(found[key])
         else:
             # Another package's, in its own dtype.
             found[key] = value.to(param.device, copy=True)
@@ -198,7 +240,7 @@ def prime_states(
         owned.update(mine)
         found = [states[param] for param in mine]
         empty = empty_state(layer.curvature, layer.statistics_dtype, layer.weight.device)
-        found[0].update(empty, rows=0, outputs=layer.outputs)
+        found[0].update(empty, rows=0, outputs=layer.outputs, at_step=0, lent=0)
         if group["max_change"] is not None:
             found[0]["weight_rms"] = torch.zeros(
                 layer.stack, dtype=layer.statistics_dtype, device=layer.weight.device
@@ -218,11 +260,8 @@ def _shapes(param: Tensor) -> dict[str, Sequence[int]]:
     return {"step": (), "exp_avg": shape, "exp_avg_sq": shape, "master": shape}
 
 
-def _layer_shapes(
-    layer: Layer, param: Tensor, group: Mapping[str, Any]
-) -> dict[str, Sequence[int]]:
-    if param is not layer.weight:
-        return {}
+def _layer_shapes(layer: Layer, group: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    """Of what the state of a layer's weight may hold."""
     squares = square_shapes(layer, group)
     return {**layer.curvature.shapes(), **squares, "weight_rms": layer.stack, "held": layer.stack}
 

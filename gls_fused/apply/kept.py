@@ -86,19 +86,18 @@ class Alike:
     def inverses(self) -> list[Inverse | None]:
         """P by matrix, None where p.grad holds D."""
         now = [layer.inverse for layer in self.layers]
-        if any(layer.at_backward for layer in self.layers):
-            self._known = []
-        elif self._known and all(map(operator.is_, now, self._known)):
+        anew = any(layer.at_backward for layer in self.layers)
+        if not anew and self._known and all(map(operator.is_, now, self._known)):
             return self._inverses
-        else:
-            self._known = now
+        self._known = []
         found: list[Inverse | None] = []
         for layer, size in zip(self.layers, self.sizes, strict=True):
             if layer.holds_direction():
                 found += [None] * layer.matrices_here
             else:
                 found += layer.inverses_for(size == len(layer.params))[layer.here]
-        self._inverses = found
+        # Last, as an interrupt may come before.
+        self._inverses, self._known = found, [] if anew else now
         return found
 
 

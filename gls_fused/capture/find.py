@@ -75,7 +75,9 @@ PARTS: dict[type[nn.Module], dict[str, Kind]] = {
 }
 # Theirs have the layer's number in their names.
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-OWN = frozenset(KINDS)
+OWN: frozenset[Any] = frozenset(
+    {*KINDS, *PARTS, nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell}
+)
 
 # What `register` takes: a kind, and what its classes are subclasses of.
 ALIKE_KINDS: dict[str, tuple[Kind, type[nn.Module]]] = {
@@ -291,17 +293,21 @@ def register(module_class: type[nn.Module], kind: str) -> None:
 
     Raises:
         TypeError: no class of modules, or for a convolution none of torch's own.
-        ValueError: an unknown kind, or a class that torch has and GLS covers already.
+        ValueError: an unknown kind, or a class of torch's that GLS covers already or that looks
+            rows up.
     """
     given: Any = module_class
+    asked: Any = kind
     if not (isinstance(given, type) and issubclass(given, nn.Module)):
         raise TypeError(f"module_class: expected a subclass of nn.Module, got {given!r}")
-    if kind not in ALIKE_KINDS and kind not in OTHER_KINDS:
+    if not isinstance(asked, str) or (kind not in ALIKE_KINDS and kind not in OTHER_KINDS):
         kinds = ", ".join([*ALIKE_KINDS, *OTHER_KINDS])
         raise ValueError(f"kind: expected {kinds}, got {kind!r}")
     name = describe_class(module_class)
     if module_class in OWN:
         raise ValueError(f"module_class: {name} is covered as it is")
+    if module_class in TABLES:
+        raise ValueError(f"module_class: {name} looks rows up, and multiplies none")
     if kind in OTHER_KINDS:
         tell, turned = OTHER_KINDS[kind]
         tell(module_class, turned=turned)

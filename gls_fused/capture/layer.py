@@ -350,12 +350,12 @@ class Layer(Passes):
     def owns_bias_of(self, module: nn.Module) -> bool:
         """Whether the bias that a module has now, if any, is as it was, so that P acts on it too.
 
-        Somebody may have replaced it, put a mask or a parametrization on it, or call the module by
-        torch.func.functional_call with another.
+        Somebody may have replaced it, put a mask or a parametrization on it, taken it out of the
+        optimizer, or call the module by torch.func.functional_call with another.
         """
         if not self.ones or self.shards is not None:
             return True
-        return module._parameters.get(str(self.bias_key)) is self.bias
+        return self.bias_trains and module._parameters.get(str(self.bias_key)) is self.bias
 
     @abc.abstractmethod
     def compute(

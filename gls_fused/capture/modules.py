@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +130,24 @@ def _set_class(module: Any, kind: type[Any]) -> None:
     object.__dict__["__class__"].__set__(module, kind)
 
 
-@functools.cache
+def once_per_class(make: Callable[[Any], type[Any]]) -> Callable[[Any], type[Any]]:
+    """The subclass that `make` makes of a class, the same as long as somebody has it.
+
+    Neither class is kept alive: those that a function defines are gone when it is done with them.
+    """
+    known: weakref.WeakKeyDictionary[Any, weakref.ref[type[Any]]] = weakref.WeakKeyDictionary()
+
+    def find(plain: Any) -> type[Any]:
+        found = known[plain]() if plain in known else None
+        if found is None:
+            found = make(plain)
+            known[plain] = weakref.ref(found)
+        return found
+
+    return find
+
+
+@once_per_class
 def _captured_class(plain: Any) -> type[Any]:
     # By this name the inputs may be given.
     _, first, *_ = inspect.signature(plain.forward).parameters

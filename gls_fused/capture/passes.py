@@ -35,6 +35,7 @@ class Passes(Rows):
             gls_fused.distributed.sharding.
         curvature: the kind of running estimate.
         promised: whether D in p.grad is what the user asked for, and not this layer's own choice.
+        bias_trains: whether the optimizer still has the bias, where there is one.
         stays_at_step: whether p.grad has turned out to be in use, so that it keeps the gradient.
         compiled: whether a graph that torch.compile traced has shown rows.
         captured: False once another optimizer has taken the modules over.
@@ -59,6 +60,7 @@ class Passes(Rows):
         self.shards = shards_of(weight)
         self.promised = self.stays_at_step = self.compiled = self.captured = False
         self.called = self.cleared = False
+        self.bias_trains = True
         self.idle: str | None = None
         self.marks: Any = None
         self.tally: Tensor | None = None
@@ -302,7 +304,8 @@ class Passes(Rows):
         gradient = self.weight.grad
         there = gradient is not None and self.marks.has_marks and self.marks.match(gradient)
         if there and self.inverse is not None:
-            params = [param for param in self.params if param.grad is not None]
+            ours = self.params if self.bias_trains else [self.weight]
+            params = [param for param in ours if param.grad is not None]
             inverses = self.inverses_for(len(params) == len(self.params))
             stacks = [self.matrices(param.grad) for param in params]  # type: ignore[arg-type]
             for inverse, *gradients in zip(inverses, *stacks, strict=True):

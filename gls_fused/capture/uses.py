@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Sequence
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +26,7 @@ from gls_fused.capture.modules import (
     captured_by,
     is_captured,
     make_class,
+    once_per_class,
     plain_class,
 )
 
@@ -118,7 +120,7 @@ def unwatch_module(module: nn.Module, layer: Lender) -> None:
             module.__class__ = plain_class(module)
 
 
-@functools.cache
+@once_per_class
 def _watched_class(plain: Any) -> type[Any]:
     key = WATCH_KEY
 
@@ -141,12 +143,20 @@ def _watched_class(plain: Any) -> type[Any]:
 # ---- which modules may use a weight ------------------------------------------------------------
 
 
-@functools.cache
+_READS: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
 def reads_weights(plain: Any) -> bool:
     """Whether a module's forward, or a method that it names, reads an attribute named weight.
 
     Those that do not may get hold of one in another way, and those that do may do anything with it.
     """
+    if plain not in _READS:
+        _READS[plain] = _reads_weights(plain)
+    return _READS[plain]
+
+
+def _reads_weights(plain: Any) -> bool:
     if issubclass(plain, nn.MultiheadAttention):
         return True
     if plain.__module__.startswith("torch.nn."):

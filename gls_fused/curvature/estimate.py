@@ -169,7 +169,7 @@ class Subspace:
             self.dim, self.rank, generator=generator, dtype=torch.float64, device="cpu"
         )
         basis: Tensor = torch.linalg.qr(gaussian)[0]
-        return _by_columns(basis.to(dtype).to(device))
+        return by_columns(basis.to(dtype).to(device))
 
     def start(self, state: State, test_matrix: Tensor | None, sums: Tensor) -> Moments:
         assert test_matrix is not None
@@ -255,7 +255,7 @@ def empty_state(curvature: Curvature, dtype: torch.dtype, device: torch.device) 
         for name, shape in curvature.shapes().items()
     }
     if "basis" in state:
-        state["basis"] = _by_columns(state["basis"])
+        state["basis"] = by_columns(state["basis"])
     return state
 
 
@@ -380,7 +380,7 @@ def settle(
         _store(
             states,
             skip,
-            basis=[_by_columns(basis) for basis in bases],
+            basis=[by_columns(basis) for basis in bases],
             core=cores,
             trace=traces,
             samples=samples,
@@ -422,7 +422,7 @@ def _by_matrix(layers: Sequence[tuple[Curvature, State, Any]]) -> list[tuple[Any
     return found
 
 
-def _by_columns(matrix: Tensor) -> Tensor:
+def by_columns(matrix: Tensor) -> Tensor:
     """The same matrix, or matrices, with contiguous columns."""
     return matrix.mT.contiguous().mT
 

@@ -6,9 +6,10 @@ beside the damping.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,17 +18,31 @@ _mkldnn: Any = torch.backends.mkldnn
 _OWNERS: tuple[Any, ...] = (torch.backends.cuda.matmul, _mkldnn.matmul)
 
 
+class _Inside:
+    """How many are inside of `without_tf32`, in all threads, and what the first one found."""
+
+    lock = threading.Lock()
+    count = 0
+    before: ClassVar[list[str]] = []
+
+
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Inside, products of float32 are float32's own."""
-    before = [owner.fp32_precision for owner in _OWNERS]
-    for owner in _OWNERS:
-        owner.fp32_precision = "ieee"
+    """Inside, products of float32 are float32's own; the setting is the process's."""
+    with _Inside.lock:
+        if not _Inside.count:
+            _Inside.before = [owner.fp32_precision for owner in _OWNERS]
+            for owner in _OWNERS:
+                owner.fp32_precision = "ieee"
+        _Inside.count += 1
     try:
         yield
     finally:
-        for owner, value in zip(_OWNERS, before, strict=True):
-            owner.fp32_precision = value
+        with _Inside.lock:
+            _Inside.count -= 1
+            if not _Inside.count:
+                for owner, value in zip(_OWNERS, _Inside.before, strict=True):
+                    owner.fp32_precision = value
 
 
 @contextmanager

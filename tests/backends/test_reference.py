@@ -155,6 +155,19 @@ def test_subspace_of_full_rank_is_dense(n, d, damping, seed):
     assert_near(as_matrix(whole), as_matrix(dense), SOLVE[torch.float64])
 
 
+@pytest.mark.parametrize("cut", [0, 1])
+@given(n=st.integers(1, 20), d=st.integers(2, 12), r=st.integers(1, 6), seed=seeds)
+def test_undo_inverse(cut, n, d, r, seed):
+    """Also of a P without its last row and column, whose U is not orthonormal."""
+    sigma = covariance(spread_rows(n, d, seed=seed))
+    basis, core = start(sigma, min(r, d), seed=seed + 1)
+    whole = subspace_inverse(basis, core, sigma.trace(), 1.0)
+    inverse = whole._replace(basis=whole.basis[: d - cut])
+    rows = spread_rows(3, d - cut, seed=seed + 2)
+    found = reference.undo_inverse(reference.multiply_inverse(rows, inverse), inverse)
+    assert_near(found, rows, SOLVE[torch.float64])
+
+
 @given(d=st.integers(2, 12), r=st.integers(1, 6), rank=st.integers(1, 6), seed=seeds)
 def test_start_is_exact_when_the_rows_span_no_more_than_the_rank(d, r, rank, seed):
     r = min(r, d)

@@ -1,6 +1,8 @@
 """Modules that wrap, compute, share or make their weights later; and torch.func."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from nets import KINDS, loss_of, make_batch, make_net, snapshot
 from tolerances import PRODUCT, SAME_STEPS, assert_near
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
+from torch.nn import functional as F
 
 from gls_fused import GLS
 
@@ -231,3 +234,32 @@ def test_convolutions_that_share_a_weight_but_not_their_geometry():
     optimizer = GLS(model)
     assert torch.equal(model(images), expected)
     assert "differ in stride, padding, dilation or groups" in optimizer.report()
+
+
+def test_classes_are_not_kept_alive():
+    """As of a trial that defines its model, with what its methods close over."""
+
+    def trial():
+        class Own(nn.Linear):
+            pass
+
+        class Holder(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner, self.other = nn.Linear(3, 3), Own(3, 3)
+
+            def forward(self, inputs):
+                return F.linear(self.other(inputs), self.inner.weight)
+
+        model = Holder()
+        optimizer = GLS(model)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(4, 3)).sum().backward()
+            optimizer.step()
+        assert optimizer.report().count("GLS (Linear") == 2
+        return weakref.ref(Holder), weakref.ref(Own)
+
+    classes = trial()
+    gc.collect()
+    assert [each() for each in classes] == [None, None]

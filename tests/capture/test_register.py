@@ -191,7 +191,10 @@ def test_weight_of_another_shape():
             r"a subclass of nn.Conv2d for 'conv2d', got test_register",
         ),
         ((Product, "linea"), ValueError, r"kind: expected linear, turned linear, .*, got 'linea'"),
+        ((Product, ["linear"]), ValueError, r"kind: expected linear, .*, got \['linear'\]"),
         ((nn.Linear, "turned linear"), ValueError, "module_class: Linear is covered as it is"),
+        ((nn.LSTM, "experts"), ValueError, "module_class: LSTM is covered as it is"),
+        ((nn.Embedding, "linear"), ValueError, "module_class: Embedding looks rows up"),
     ],
 )
 def test_bad_arguments(arguments, error, message):

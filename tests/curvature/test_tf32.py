@@ -9,6 +9,8 @@ Inputs are centred, or three standard deviations off: then the mean's direction 
 D is a difference of large numbers along it.
 """
 
+import threading
+
 import pytest
 import torch
 from nets import loss_of, make_batch, make_net
@@ -137,3 +139,23 @@ def test_sketches_are_float32s_own_on_every_backend(allowed, backend):
     )
     exact = torch.cat([torch.tensor([500.0, trace]), core.flatten(), sketch.T.flatten()])
     assert_near(layer.sums, exact, PRODUCT[torch.float32])
+
+
+def test_threads_leave_the_users_setting(allowed):
+    """Who comes in second finds what the first one has set, and leaves after it."""
+    inside, leave = threading.Event(), threading.Event()
+    before = precisions()
+
+    def first():
+        with precision.without_tf32():
+            inside.set()
+            assert leave.wait(60)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert inside.wait(60)
+    with precision.without_tf32():
+        leave.set()
+        thread.join()
+        assert precisions() == {"ieee"}
+    assert precisions() == before != {"ieee"}

@@ -31,6 +31,12 @@ from ranks import (
 )
 from tolerances import PRODUCT, assert_near
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
@@ -556,6 +562,32 @@ def resumes_bit_for_bit_from_a_sharded_checkpoint():
         dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(folder[0])
+
+
+@case
+def resumes_bit_for_bit_from_a_whole_state():
+    """Of every rank, or of the first, which the others get it from."""
+    for kind, from_first in itertools.product(("uneven", "attention"), (False, True)):
+        sizes, data = sizes_of("mlp"), "mlp" if kind == "uneven" else kind
+        options = {**OPTIONS, "normalize": "factored"}
+        how = StateDictOptions(
+            full_state_dict=True, cpu_offload=from_first, broadcast_from_rank0=from_first
+        )
+        whole_run = sharded(make(kind))
+        optimizer = GLS(whole_run, **options)
+        train_on_part(whole_run, optimizer, data, sizes, range(5))
+        # They share what is not sharded.
+        weights, state = copy.deepcopy(get_state_dict(whole_run, optimizer, options=how))
+        train_on_part(whole_run, optimizer, data, sizes, range(5, 10))
+
+        model = sharded(make(kind))
+        other = GLS(model, **options)
+        # Together, a rank without weights would not take part.
+        set_model_state_dict(model, weights, options=how)
+        set_optimizer_state_dict(model, other, state, options=how)
+        train_on_part(model, other, data, sizes, range(5, 10))
+        for p, q in zip(model.parameters(), whole_run.parameters(), strict=True):
+            assert torch.equal(whole(p), whole(q))
 
 
 @case

@@ -2,10 +2,11 @@
 
 import copy
 import math
+from fractions import Fraction
 
 import pytest
 import torch
-from nets import KINDS, assert_equal, loss_of, make_batch, make_net, snapshot
+from nets import KINDS, assert_equal, assert_same_state, loss_of, make_batch, make_net, snapshot
 from torch import nn
 
 from gls_fused import GLS, attach
@@ -18,7 +19,6 @@ EVERY_STEP = {"rank": 4, "curvature_every": 1}
 
 
 BAD_OPTIONS = [
-    ("lr", 0.0),
     ("lr", -1e-3),
     ("lr", math.nan),
     ("lr", math.inf),
@@ -97,6 +97,122 @@ def test_option_of_a_group_out_of_range(name, value):
         GLS([{"params": model[0]}, {"params": model[1], name: value}])
     assert_names(error, name, value)
     assert type(model[0]) is model[0].__class__
+
+
+WRONG_TYPES = [
+    ("lr", "1e-3"),
+    ("lr", None),
+    ("lr", [1e-3]),
+    ("momentum", (0.9, 0.999)),
+    ("beta", torch.tensor(0.9)),
+    ("eps", Fraction(1, 10**8)),
+    ("max_change", "0.1"),
+    ("damping", 1j),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_TYPES)
+def test_option_of_another_type(name, value):
+    model = nn.Linear(3, 2)
+    makes = [lambda: GLS(model, **{name: value}), lambda: GLS([{"params": model, name: value}])]
+    if name in dict(BAD_STATISTICS):
+        makes.append(lambda: attach(model, **{name: value}))
+    for make in makes:
+        with pytest.raises(TypeError, match=f"{name}: expected a number in") as error:
+            make()
+        assert repr(value) in str(error.value)
+    assert type(model) is model.__class__
+
+
+def test_model_in_the_place_of_lr():
+    model = nn.Linear(3, 2)
+    with pytest.raises(TypeError, match=r"lr: .* pass it as GLS\(params, model=model\)"):
+        GLS(model.parameters(), model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("site", "step", "an option of the whole optimizer, not of a group, got 'step'"),
+        ("backend", "reference", "an option of the whole optimizer, not of a group"),
+        ("maximize", True, "GLS minimizes"),
+    ],
+)
+def test_what_a_group_cannot_have(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        GLS([{"params": nn.Linear(3, 2), key: value}])
+    GLS([{"params": nn.Linear(3, 2), "maximize": False}])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name, value in BAD_OPTIONS if name not in ("seed", "max_change")),
+        *((name, value) for name, value in BAD_STATISTICS if name != "backend"),
+        ("lr", "1e-3"),
+        ("split", 2),
+        ("curvature", "dense"),
+        ("rank", 2),
+    ],
+)
+def test_option_changed_by_hand(name, value):
+    """Nothing moves before the error, and the run goes on once the option is mended."""
+    found = []
+    for wrong in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        optimizer = GLS(model, rank=4, curvature_every=2)
+        (group,) = optimizer.param_groups
+        for step in range(4):
+            optimizer.zero_grad()
+            inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+            model(inputs).square().mean().backward()
+            if wrong and step == 3:
+                before = snapshot(model), copy.deepcopy(optimizer.state_dict())
+                kept, group[name] = group[name], value
+                with pytest.raises((TypeError, ValueError), match=name) as error:
+                    optimizer.step()
+                assert "expected" in str(error.value)
+                group[name] = kept
+                assert_equal(snapshot(model), before[0])
+                assert_same_state(optimizer.state_dict(), before[1])
+            optimizer.step()
+        found.append(snapshot(model))
+    assert_equal(*found)
+
+
+def test_rate_of_zero_moves_nothing():
+    model = nn.Linear(3, 2)
+    optimizer = GLS(model, lr=0.0)
+    before = snapshot(model)
+    model(torch.randn(4, 3)).square().mean().backward()
+    optimizer.step()
+    assert_equal(snapshot(model), before)
+
+
+@pytest.mark.parametrize("make", [GLS, attach])
+def test_what_is_refused_leaves_others_alone(make):
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    optimizer = GLS(model)
+    with pytest.raises((TypeError, ValueError), match=r"split|optimizer"):
+        GLS(model, split=3) if make is GLS else attach(model, "sgd")
+    model(torch.randn(8, 6)).square().mean().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="split: expected a divisor of the 4 outputs"):
+        optimizer.add_param_group({"params": nn.Linear(2, 4), "split": 3, "spectral_head": True})
+    assert len(optimizer.param_groups) == 1
+    optimizer.step()
+
+
+def test_attach_is_told_of_the_right_things():
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    with pytest.raises(TypeError, match="model: expected a module, got generator"):
+        attach(model.parameters())
+    with pytest.raises(ValueError, match=r"optimizer: .* holds the weight of no layer"):
+        attach(model, torch.optim.SGD(other.parameters()))
+    handle = attach(model)
+    with pytest.raises(ValueError, match="state_dict: expected one of attach, got keys"):
+        handle.load_state_dict(torch.optim.SGD(other.parameters()).state_dict())
 
 
 @pytest.mark.parametrize(

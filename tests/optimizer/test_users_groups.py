@@ -216,3 +216,75 @@ def test_group_added_later_is_reported_once():
     assert report.count("0.weight: Adam") == 1
     assert report.count(": GLS") == 2
     assert report.endswith(f"of {sum(p.numel() for p in model.parameters())} parameters")
+
+
+def gradients_of(model, seed):
+    """Of a copy that no optimizer has captured."""
+    plain = make_mlp()
+    plain.load_state_dict(model.state_dict())
+    backward(plain, seed)
+    return {name: param.grad for name, param in plain.named_parameters()}
+
+
+def backward(model, seed):
+    inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed))
+    F.mse_loss(model(inputs), inputs[:, :3]).backward()
+
+
+@pytest.mark.parametrize("taken", ["biases", "group"])
+def test_gradient_of_what_was_taken_out_is_the_gradient(backend, taken):
+    """Somebody else steps on it from the next backward on."""
+    model = make_mlp()
+    optimizer = GLS([{"params": model[0]}, {"params": model[2:]}], backend=backend, **OPTIONS)
+    fit(model, optimizer, range(3))
+    if taken == "group":
+        mine = {f"{i}.{name}" for i in (2, 3, 4) for name in ("weight", "bias")}
+        gone = optimizer.param_groups.pop()["params"]
+    else:
+        mine = {"0.bias", "2.bias"}
+        gone = [model[0].bias, model[2].bias]
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if all(p is not q for q in gone)]
+    for param in gone:
+        optimizer.state.pop(param, None)
+    for seed in (3, 4, 5):
+        optimizer.zero_grad()
+        model.zero_grad()
+        expected = gradients_of(model, seed)
+        backward(model, seed)
+        if seed != 4:
+            optimizer.step()
+        for name, param in model.named_parameters():
+            if name in mine:
+                torch.testing.assert_close(param.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_weight_that_was_replaced_is_added(backend):
+    model = make_mlp()
+    optimizer = GLS(model, backend=backend, **OPTIONS)
+    fit(model, optimizer, range(3))
+    old, model[4].weight = model[4].weight, nn.Parameter(torch.randn(3, 32))
+    group = optimizer.param_groups[0]
+    group["params"] = [param for param in group["params"] if param is not old]
+    optimizer.state.pop(old)
+    optimizer.add_param_group({"params": [model[4].weight]})
+    fit(model, optimizer, range(3, 8))
+    assert optimizer.report().count("4: GLS") == 1
+    assert "no rows yet" not in optimizer.report()
+
+
+def test_what_is_found_of_groups_that_are_added(recwarn):
+    """Parameters of the model that was given, and modules outside of it; others are warned of."""
+    model = make_mlp()
+    optimizer = GLS(model, **OPTIONS)
+    model.adapter = nn.Linear(3, 5)
+    optimizer.add_param_group({"params": model.adapter.parameters()})
+    optimizer.add_param_group({"params": nn.Linear(4, 6)})
+    assert "share covered: 9" in optimizer.report()
+    assert "adapter: GLS (Linear 4 -> 5" in optimizer.report()
+    assert "Linear: GLS (Linear 5 -> 6" in optimizer.report()
+    assert not recwarn
+    with pytest.warns(UserWarning, match="given with a model that holds none of them"):
+        optimizer.add_param_group({"params": nn.Linear(2, 2).parameters()})
+    beside = GLS([{"params": make_mlp()}, {"params": nn.Linear(4, 6)}], model=model)
+    assert beside.report().count("GLS (Linear") == 4

@@ -1,8 +1,10 @@
 """What users do to the state, the model's dtype and torch's defaults: it goes on."""
 
 import copy
+import io
 from collections import defaultdict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -217,3 +219,89 @@ def test_default_device_elsewhere(backend, options):
     finally:
         torch.set_default_device(None)
     assert params_of(model).isfinite().all()
+
+
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize("how", ["clear", "anew"])
+def test_emptied_after_the_first_step(backend, how, every):
+    """As after a dry run: what follows begins anew, and is in the state."""
+    model = make_mlp()
+    optimizer = GLS(model, rank=4, curvature_every=every, backend=backend)
+    fit(model, optimizer, range(1))
+    if how == "clear":
+        optimizer.state.clear()
+    else:
+        optimizer.state = defaultdict(dict)
+    before = params_of(model)
+    fit(model, optimizer, range(1, 5))
+    assert 0 < (params_of(model) - before).abs().max() < 0.02
+    for param in model.parameters():
+        assert "exp_avg" in optimizer.state[param]
+        assert 0 < optimizer.state[param].get("step", 1) <= 4
+    weights = [module.weight for module in model if isinstance(module, nn.Linear)]
+    assert all("basis" in optimizer.state[weight] for weight in weights)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_loaded_between_backward_and_step(rows):
+    """Its gradient is the step's, whatever the backward has made of it."""
+    found = []
+    for site in ("step", "auto"):
+        model = make_mlp(torch.float64)
+        optimizer = GLS(model, site=site, **OPTIONS)
+        saved = copy.deepcopy(optimizer.state_dict())
+        fit(model, optimizer, range(3))
+        if rows:
+            saved = copy.deepcopy(optimizer.state_dict())
+        optimizer.zero_grad()
+        loss_of(model, 3).backward()
+        optimizer.load_state_dict(saved)
+        optimizer.step()
+        found.append(params_of(model))
+    assert (found[0] - found[1]).abs().max() < 1e-6
+
+
+def test_saved_state_is_laid_out_by_rows():
+    """As a rank receives it that another one broadcasts to; and back by columns."""
+    model = make_mlp()
+    optimizer = GLS(model, **OPTIONS)
+    fit(model, optimizer, range(2))
+    weight = model[0].weight
+    assert not optimizer.state[weight]["basis"].is_contiguous()
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert all(x.is_contiguous() for x in tree_leaves(saved) if isinstance(x, torch.Tensor))
+    other = GLS(model, **OPTIONS)
+    other.load_state_dict(saved)
+    assert other.state[weight]["basis"].stride() == optimizer.state[weight]["basis"].stride()
+    assert torch.equal(other.state[weight]["basis"], optimizer.state[weight]["basis"])
+    assert (saved["state"][0]["at_step"], saved["state"][0]["lent"]) == (0, 0)
+
+
+def test_numbers_of_numpy_are_saved_as_pythons():
+    model = make_mlp()
+    optimizer = GLS(model, lr=np.float64(1e-3), **OPTIONS)
+    fit(model, optimizer, range(2))
+    optimizer.param_groups[0]["lr"] = np.float32(1e-4)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)["param_groups"][0]
+    assert type(loaded["lr"]) is float
+    assert loaded["lr"] == float(np.float32(1e-4))
+
+
+SCALES = ("auto", "spectral", "factored", "row", "rms", "adam", "sgd", "none")
+
+
+@pytest.mark.parametrize("before", SCALES)
+def test_saved_after_another_normalize_was_chosen(before):
+    for after in SCALES:
+        for steps in (0, 1):
+            model = make_mlp()
+            optimizer = GLS(model, normalize=before, lr=1e-3, **OPTIONS)
+            fit(model, optimizer, range(3))
+            optimizer.param_groups[0]["normalize"] = after
+            fit(model, optimizer, range(3, 3 + steps))
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            fit(model, optimizer, range(4, 6))
+            assert params_of(model).isfinite().all()
