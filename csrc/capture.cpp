@@ -92,6 +92,7 @@ bool any_nonzero(const std::vector<double>& values) {
 
 void LinearCapture::clear_marks() {
   parts = 0;
+  epsilon = 0;
   sums.clear();
   sizes.clear();
 }
@@ -105,6 +106,7 @@ void LinearCapture::add_marks(const Tensor& part) {
     sizes[i] += std::abs(found[i]);
   }
   ++parts;
+  epsilon = std::max(epsilon, epsilon_of(part.scalar_type()));
 }
 
 bool LinearCapture::match(const Tensor& gradient) const {
@@ -125,8 +127,9 @@ bool LinearCapture::match(const Tensor& gradient) const {
     difference = std::max(difference, std::abs(found[i] - factor * (sums[i] / scale)));
     size = std::max(size, std::abs(factor) * (sizes[i] / scale) + std::abs(found[i]));
   }
-  // Each part, and the sum, is rounded to the gradient's dtype, and scaled a few times.
-  const double rounding = (4 + 2 * parts) * epsilon_of(gradient.scalar_type());
+  // Each part, and the sum, is rounded to its dtype or the gradient's, and scaled a few times.
+  const double widest = std::max(epsilon, epsilon_of(gradient.scalar_type()));
+  const double rounding = (4 + 2 * parts) * widest;
   return !finite || !(difference > rounding * size);
 }
 

@@ -24,6 +24,8 @@ struct LinearCapture : torch::CustomClassHolder {
   // Over the parts of D in .grad: sums of their entries, of absolute ones, and how many they are.
   std::vector<double> sums, sizes;
   int64_t parts = 0;
+  // The largest of the parts' dtypes.
+  double epsilon = 0;
   int64_t task = -1;        // the backward pass that was here last
 
   // P as it applies from here on, or nothing.

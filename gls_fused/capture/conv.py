@@ -102,7 +102,8 @@ class Convolution(torch.autograd.Function):
         if needs_images and needs_weight and torch.is_grad_enabled():
             # A second derivative reaches the weight through this product, and P acts on it too.
             own = ctx.bias if rows.ones and needs_bias else None
-            factor = observe(rows, None, weight, own)[0]
+            seen, once = images if rows.gathers else None, functools.partial(rows.gather_once, ctx)
+            factor = observe(rows, seen, weight, own, once)[0]
         needs = [needs_images, needs_weight and not by_rows, needs_bias and not by_rows]
         image_gradient, weight_gradient, bias_gradient = convolve_backward(
             gradient, images, factor, rows.window, needs, rows.groups
@@ -110,7 +111,7 @@ class Convolution(torch.autograd.Function):
         if not needs_weight:
             return image_gradient, None, bias_gradient, None, None
         if counts:
-            rows.gather(images)
+            rows.gather_once(ctx, images)
         sums = rows.take_sums() if tallies else None
         if by_rows:
             patches = rows.backend.take_patches(images, rows.window)

@@ -102,7 +102,7 @@ class ObservedLayer(LinearRows, Layer):
         if self.at_backward and not self.promised and self._gradient_is_in_use():
             self.leave_backward_site()
         seen = self.gathers and self.sees(inputs)
-        if not (seen or self.at_backward):
+        if not (seen or self.by_node):
             return weight
         return observed.observe(self, inputs if seen else None, weight, None)[0]
 

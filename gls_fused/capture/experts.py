@@ -174,7 +174,7 @@ class _ExpertsObserver(TorchFunctionMode):
         for use in uses:
             layer: Any = use.layer
             weight = use.weight
-            if layer.at_backward:
+            if layer.by_node:
                 bias = use.owner._parameters[layer.bias_key] if layer.ones else None
                 if bias is not None and not (bias.requires_grad and layer.owns_bias_of(use.owner)):
                     bias = None

@@ -174,7 +174,7 @@ class Layer(Passes):
         self.take_sums()
         self.inverse = self.test_matrix = self.tally = None
         self.marks = Marks(choose_places(self.weight.numel()))
-        self.at_backward = False
+        self.at_backward = self.by_node = False
 
     @property
     def fits(self) -> bool:
@@ -240,7 +240,7 @@ class Layer(Passes):
                 "gradients of rows that GLS does not see; use a copy.deepcopy of the model, "
                 "or call detach() of the optimizer first"
             )
-        if not (self.at_backward or self.gathers):
+        if not (self.by_node or self.gathers):
             return False
         if torch._C._get_tracing_state() is not None:
             return False
@@ -262,7 +262,7 @@ class Layer(Passes):
         if torch.compiler.is_compiling():
             return self.traced(module, inputs)
         self.leave_where_in_use(module)
-        if self.at_backward:
+        if self.by_node:
             return self.precondition(module, inputs)
         if not self.gathers:
             return self.plain(module, inputs)
@@ -306,10 +306,10 @@ class Layer(Passes):
         bias = bias_of(module)
         (inputs,) = autocast_inputs(inputs)
         seen = self.gathers and self.sees(inputs)
-        if not (seen or self.at_backward):
+        if not (seen or self.by_node):
             return inputs, self.used_by(module), bias
         # P couples weight and bias; without it the bias need not be observed.
-        owned = self.at_backward and self.ones and self.owns_bias_of(module)
+        owned = self.by_node and self.ones and self.owns_bias_of(module)
         owned = owned and bias is not None and bias.requires_grad
         rows = self.rows_source(without_tangent(inputs)) if seen else None
         weight, own = observe(self, rows, self.used_by(module), bias if owned else None, gather)
@@ -322,10 +322,10 @@ class Layer(Passes):
     def takes_rows(self, module: nn.Module, inputs: Tensor) -> bool:
         """Whether a node of ours may compute the output, with rows and gradients in its backward.
 
-        Rows that are no plain tensor, or have a tangent, take torch's own op; so does the bias of
-        somebody else.
+        Rows that are no plain tensor, or may have a tangent, take torch's own op; so does the bias
+        of somebody else.
         """
-        plain = type(inputs) in (Tensor, nn.Parameter) and self.sees(inputs)
+        plain = type(inputs) in (Tensor, nn.Parameter) and self.sees(inputs) and not _has_level()
         return plain and self.owns_bias_of(module)
 
     def precondition(self, module: nn.Module, inputs: Tensor) -> Tensor:
@@ -378,7 +378,7 @@ class Layer(Passes):
         if type(inputs).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             self.unseen = f"its inputs are {type(inputs).__name__}s"
             return False
-        return not (self.at_backward and _has_level())
+        return True
 
     unseen: str | None = None
 

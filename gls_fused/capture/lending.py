@@ -152,9 +152,9 @@ class Lender(Layer):
         self.stays_at_step = not self.promised
         (inputs,) = autocast_inputs(inputs)
         seen = self.gathers and self.sees(inputs)
-        if not (seen or self.at_backward):
+        if not (seen or self.by_node):
             return compute(inputs, weight, bias)
-        owned = self.at_backward and own and bias is not None and bias.requires_grad
+        owned = self.by_node and own and bias is not None and bias.requires_grad
         rows = without_tangent(inputs) if seen else None
         weight, theirs = observe(self, rows, weight, bias if owned else None)
         return compute(inputs, weight, theirs if owned else bias)

@@ -80,13 +80,15 @@ class Linear(torch.autograd.Function):
             if torch.is_grad_enabled() and needs_weight:
                 # A second derivative reaches the weight through this product, and P acts on it too.
                 own = ctx.bias if rows.ones and needs_bias else None
-                factor = rows.turn(observe(rows, None, rows.turn(weight), own)[0])
+                seen = inputs if rows.gathers else None
+                once = functools.partial(rows.gather_once, ctx)
+                factor = rows.turn(observe(rows, seen, rows.turn(weight), own, once)[0])
             input_gradient = gradient @ factor
         if not needs_weight:
             bias_gradient = gradient.reshape(-1, gradient.shape[-1]).sum(0) if needs_bias else None
             return input_gradient, None, bias_gradient, None, None
         if counts:
-            rows.gather(inputs)
+            rows.gather_once(ctx, inputs)
         sums = rows.take_sums() if tallies else None
         gradients = rows.weight_gradient(inputs, gradient, needs_bias, applies)
         if applies:

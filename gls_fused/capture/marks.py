@@ -34,7 +34,7 @@ class Marks:
 
     def clear_marks(self) -> None:
         """Forget them."""
-        self._parts = 0
+        self._parts, self._eps = 0, 0.0
         self._sums = self._sizes = torch.zeros((), device="cpu")
 
     def add_marks(self, part: Tensor) -> None:
@@ -42,6 +42,7 @@ class Marks:
         found = self._read(part)
         self._sums, self._sizes = self._sums + found, self._sizes + found.abs()
         self._parts += 1
+        self._eps = max(self._eps, torch.finfo(part.dtype).eps)
 
     def match(self, gradient: Tensor) -> bool:
         """Whether a gradient is the sum of the parts up to one factor, and to rounding."""
@@ -52,8 +53,9 @@ class Marks:
         unit = self._sums / scale
         square = unit.square().sum()
         factor = (found @ unit) / square if square > 0 else square
-        # Each part, and the sum, is rounded to the gradient's dtype, and scaled a few times.
-        rounding = (4 + 2 * self._parts) * torch.finfo(gradient.dtype).eps
+        # Each part, and the sum, is rounded to its dtype or the gradient's, and scaled a few times.
+        eps = max(self._eps, torch.finfo(gradient.dtype).eps)
+        rounding = (4 + 2 * self._parts) * eps
         sizes = factor.abs() * self._sizes / scale + found.abs()
         return not (found - factor * unit).abs().max() > rounding * sizes.max()
 

@@ -32,7 +32,9 @@ def observe(
         bias: the layer's own, as P acts on both; None where it has none.
         gather: adds the rows of these inputs to the sums; None for `Rows.gather`.
     """
-    return Observed.apply(rows, gather or rows.gather, inputs, weight, bias)  # type: ignore[no-any-return]
+    # For gradients of the inputs alone, autograd need not come here.
+    seen = None if inputs is None else inputs.detach()
+    return Observed.apply(rows, gather or rows.gather, seen, weight, bias)  # type: ignore[no-any-return]
 
 
 class Observed(torch.autograd.Function):

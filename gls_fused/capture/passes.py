@@ -35,6 +35,7 @@ class Passes(Rows):
             gls_fused.distributed.sharding.
         curvature: the kind of running estimate.
         promised: whether D in p.grad is what the user asked for, and not this layer's own choice.
+        by_node: whether P applies in the backward, or did at the step's beginning.
         bias_trains: whether the optimizer still has the bias, where there is one.
         stays_at_step: whether p.grad has turned out to be in use, so that it keeps the gradient.
         compiled: whether a graph that torch.compile traced has shown rows.
@@ -59,8 +60,8 @@ class Passes(Rows):
         self.name, self.weight, self.bias = name, weight, bias
         self.shards = shards_of(weight)
         self.promised = self.stays_at_step = self.compiled = self.captured = False
-        self.called = self.cleared = False
-        self.bias_trains = True
+        self.called = self.cleared = self._counted = False
+        self.by_node, self.bias_trains = False, True
         self.idle: str | None = None
         self.marks: Any = None
         self.tally: Tensor | None = None
@@ -82,6 +83,7 @@ class Passes(Rows):
     def expect(self, inverse: Inverse | None, *, gathers: bool, at_backward: bool) -> None:
         """What the coming step asks of the layer; see `Rows`."""
         self.inverse, self.gathers, self.at_backward = inverse, gathers, at_backward
+        self.by_node = at_backward
         if inverse is not None:
             self.test_matrix = None
         if not self.weight.requires_grad or self.idle is not None:
@@ -110,6 +112,9 @@ class Passes(Rows):
             return False, False
         if reach is Reach.GRADIENT:
             self._begin_pass()
+            self._counted = True
+        # Beside those that p.grad is made of, rows of a gradient that somebody asks for are others.
+        beside = reach is Reach.CAPTURED and self._counted and self.weight.grad is not None
         if self.at_backward and torch.is_grad_enabled():
             if self.promised:
                 raise RuntimeError(
@@ -121,7 +126,7 @@ class Passes(Rows):
         applies = self.at_backward and (self.promised or reach is Reach.GRADIENT)
         if self.gathers and self.idle is not None:
             self.sums = self.no_sums()
-        return self.gathers and self.idle is None, applies
+        return self.gathers and self.idle is None and not beside, applies
 
     def deposit(self, direction: Tensor) -> None:
         if not self.promised:
@@ -263,6 +268,7 @@ class Passes(Rows):
         # Asked in every step: in most there is nothing.
         if self.sums is not None or self.reduced is not None or self._watch is not None:
             self.take_sums()
+        self._counted = False
         if self.marks.has_marks:
             self.cleared = True
             self.marks.clear_marks()
@@ -321,6 +327,8 @@ class Passes(Rows):
         self.restore_gradient()
         self.stays_at_step = True
         self.expect(self.inverse, gathers=self.gathers, at_backward=False)
+        # A checkpoint may compute again what has been computed so, with the same tensors.
+        self.by_node = True
 
     def _warn_of_use(self) -> None:
         self.stays_at_step = True

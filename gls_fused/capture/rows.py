@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gls_fused.capture.graph import running_task
 from gls_fused.curvature.estimate import add_sums
 from gls_fused.curvature.precision import without_autocast, without_tf32
 from gls_fused.reference import DenseInverse, Inverse, SubspaceInverse
@@ -84,6 +85,19 @@ class Rows(abc.ABC):
     def gather(self, inputs: Tensor) -> None:
         """Add the rows of these inputs to the sums of the step."""
         self.sums = self.add_rows(self.sums, inputs, self.sketched_with())
+
+    def gather_once(self, ctx: Any, inputs: Tensor) -> None:
+        """Add a call's rows once in a backward pass that reaches its weight by two ways.
+
+        They are the op's own backward, and a product in that which has been differentiated.
+
+        Args:
+            ctx: of the call, which keeps the last pass.
+        """
+        task = running_task()
+        if getattr(ctx, "task", None) != task:
+            ctx.task = task
+            self.gather(inputs)
 
     def sketched_with(self) -> Tensor | None:
         """U, or the test matrix; None where dense."""
