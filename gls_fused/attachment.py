@@ -55,7 +55,8 @@ def attach(
 ) -> Attachment:
     """From here on the model's backward leaves D = D0 P in p.grad, for any optimizer to step on.
 
-    With an optimizer the handle follows its steps by its hooks; without one, call the handle's
+    With an optimizer the handle follows its steps by its hooks, in the place of an earlier one;
+    without one, call the handle's
     `pre_step()` before and `commit()` after each step. The other arguments are those of `GLS`.
 
     Args:
@@ -98,6 +99,10 @@ def _check_optimizer(optimizer: Any, layers: Sequence[Layer]) -> None:
         )
 
 
+# Who follows an optimizer, as it can be followed once.
+_followers: weakref.WeakKeyDictionary[Any, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
+
+
 class Attachment:
     """What `attach` returns: keeps the statistics, and takes them off the model again.
 
@@ -128,6 +133,11 @@ class Attachment:
         self._finalizer.atexit = False
         self._expect()
         if optimizer is not None:
+            # As where a cell of a notebook has run before.
+            earlier = _followers.get(optimizer, lambda: None)()
+            if earlier is not None:
+                earlier.detach()
+            _followers[optimizer] = weakref.ref(self)
             self._hooks = [
                 optimizer.register_step_pre_hook(lambda own, *_: self.pre_step(take_flag(own))),
                 optimizer.register_step_post_hook(lambda own, *_: self.commit(take_flag(own))),

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from nets import assert_equal, gradients, loss_of, make_batch, make_net
+from nets import assert_equal, gradients, loss_of, make_batch, make_net, snapshot
 from tolerances import SAME_STEPS, assert_near
 
 from gls_fused import GLS, attach
@@ -159,3 +159,17 @@ def test_detach_gives_the_true_gradient_back():
     assert all(torch.equal(p, q) for p, q in zip(gradients(model), gradients(plain), strict=True))
     optimizer.step()
     assert "forward" not in model.stem.__dict__
+
+
+def test_attached_again_takes_the_place_of_the_first():
+    """As where a cell of a notebook runs twice."""
+    found = []
+    for times in (1, 2):
+        model = make_net("mlp")
+        optimizer = adam(model)
+        for _ in range(times):
+            handle = attach(model, optimizer, rank=4, curvature_every=2)
+        train(model, optimizer, "mlp", 6)
+        assert "no rows yet" not in handle.report()
+        found.append(snapshot(model))
+    assert_equal(*found)
