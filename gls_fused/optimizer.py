@@ -230,7 +230,7 @@ class GLS(torch.optim.Optimizer):
         # By a group's id, what its layers' updates take; for these states and what they held.
         self._kept: dict[int, Kept] = defaultdict(Kept)
         # By a group's id, the options that have been found in range.
-        self._checked: dict[int, list[Any]] = {}
+        self._checked: dict[int, tuple[list[Any], list[Any]]] = {}
         self._known: list[Any] = []
         self._probes: list[tuple[Tensor, str, Tensor]] = []
         self._finalizer = weakref.finalize(self, release_all, preconditioner.layers)
@@ -261,7 +261,8 @@ class GLS(torch.optim.Optimizer):
             self._waiting.append(members)
         if found is not None:
             self._cover(*found)
-            self._warn_of_unseen([members])
+            if any(param.ndim > 1 for param in members.params):
+                self._warn_of_unseen([members])
 
     def _find(self, added: Sequence[Members]) -> tuple[list[Layer], list[Uncovered]]:
         """The layers that new groups bring along, and the parameters that no layer owns.
@@ -312,14 +313,16 @@ class GLS(torch.optim.Optimizer):
         for group, layers in groups:
             check_rate(group["lr"], waits=False)
             now = [self._seen, *(group[key] for key in self._options if key != "lr")]
-            known = self._checked.get(id(group), [])
-            if len(now) == len(known) and all(map(operator.is_, now, known)):
+            known = self._checked.get(id(group), ([], []))
+            if _are_same(now, known[0]):
                 continue
             check_rest(group, self._preconditioner.site)
-            for layer in layers:
+            # A schedule may change the others in every step.
+            made = [self._seen, *map(group.get, ("curvature", "rank", "split", "spectral_head"))]
+            for layer in [] if _are_same(made, known[1]) else layers:
                 check_split(layer, group, last=layer.last)
                 check_kept(layer, group)
-            self._checked[id(group)] = now
+            self._checked[id(group)] = now, made
 
     def _expect(self) -> None:
         """Tell the layers what the coming step asks of them."""
@@ -635,7 +638,7 @@ class GLS(torch.optim.Optimizer):
         now: list[Any] = list(self.state.values())
         now += itertools.chain.from_iterable([state.values() for state in now])
         now.append(self._seen)
-        if len(now) == len(self._known) and all(map(operator.is_, now, self._known)):
+        if _are_same(now, self._known):
             return
         self._known = now
         self._kept.clear()
@@ -682,3 +685,8 @@ class GLS(torch.optim.Optimizer):
             plain = "rows", "outputs", "at_step", "lent", "weight_rms", "held"
             for key in (*plain, *layer.curvature.shapes()):
                 self.state[layer.weight].pop(key, None)
+
+
+def _are_same(now: Sequence[Any], known: Sequence[Any]) -> bool:
+    """Of two lists of objects."""
+    return len(now) == len(known) and all(map(operator.is_, now, known))

@@ -283,6 +283,8 @@ def test_what_is_found_of_groups_that_are_added(recwarn):
     assert "share covered: 9" in optimizer.report()
     assert "adapter: GLS (Linear 4 -> 5" in optimizer.report()
     assert "Linear: GLS (Linear 5 -> 6" in optimizer.report()
+    optimizer.add_param_group({"params": []})
+    optimizer.add_param_group({"params": nn.Parameter(torch.zeros(2))})
     assert not recwarn
     with pytest.warns(UserWarning, match="given with a model that holds none of them"):
         optimizer.add_param_group({"params": nn.Linear(2, 2).parameters()})
