@@ -118,7 +118,7 @@ def trained_statistics(site, backend, run):
     return {key: found[key] for key in found if key.endswith(("/trace", "/samples"))}
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 @pytest.mark.parametrize("site", ["step", "auto", "backward", "attach"])
 @pytest.mark.parametrize("run", [forces, forward_mode, monitored])
 def test_statistics_are_of_the_rows_that_led_to_the_gradients(backend, site, run):

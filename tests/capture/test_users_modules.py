@@ -108,7 +108,7 @@ def test_bias_that_is_no_parameter_any_more(backend, site, change, steps):
 
 
 # torch's own decompositions, which it loads at the first.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("site", SITES)
 def test_forward_mode(backend, site, steps):
