@@ -56,8 +56,8 @@ def attach(
     """From here on the model's backward leaves D = D0 P in p.grad, for any optimizer to step on.
 
     With an optimizer the handle follows its steps by its hooks, in the place of an earlier one;
-    without one, call the handle's
-    `pre_step()` before and `commit()` after each step. The other arguments are those of `GLS`.
+    without one, call the handle's `pre_step()` before and `commit()` after each step. The other
+    arguments are those of `GLS`.
 
     Args:
         model: the layers that GLS covers have their gradients changed; others stay as they are.

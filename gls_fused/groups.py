@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from gls_fused.apply.low_precision import MOST_SEEDS, POLICIES
 from gls_fused.capture.layer import Layer
-from gls_fused.curvature.estimate import make_curvature
 from gls_fused.distributed.ranks import unwrapped
 from gls_fused.preconditioner import check_choice, check_count, check_number, check_options
 from gls_fused.reference import Normalize
@@ -93,8 +92,7 @@ def check_split(layer: Layer, options: Mapping[str, Any], *, last: bool) -> None
 def check_kept(layer: Layer, options: Mapping[str, Any]) -> None:
     """Raises ValueError where a group asks for other statistics than its layer was made with."""
     kind, rank = options["curvature"], options["rank"]
-    asked = make_curvature(kind, layer.dim, layer.outputs, rank, layer.backend, layer.blocks)
-    if asked.shapes() != layer.curvature.shapes():
+    if layer.curvature_of(kind, rank).shapes() != layer.curvature.shapes():
         raise ValueError(
             f"curvature, rank: expected those that the statistics of layer {layer.name!r} were "
             f"made with, got {kind!r}, {rank!r}; build a new optimizer to change them"

@@ -401,7 +401,6 @@ class GLS(torch.optim.Optimizer):
             preconditioner.discard_sums()
             return
         skip = take_flag(self)
-        entries = self._count_entries()
         sums = self._take_sums(groups, skip)
         bits = {id(group): make_bits(group) for group, _ in groups}
         # By identity, as a tensor's own hash is a call of Python's.
@@ -433,12 +432,10 @@ class GLS(torch.optim.Optimizer):
             for layer in layers:
                 layer.finish_step()
             preconditioner.expect(layers, self.state, group["step"], group)
-        if self._count_entries() != entries:
-            # Who empties the states leaves what this step has found.
+        entries = len(self.state) + sum(map(len, self.state.values()))
+        if entries != len(self._known) - 1:
+            # Who empties the states leaves what this step has found, see `_follow_states`.
             self._known = []
-
-    def _count_entries(self) -> int:
-        return len(self.state) + sum(map(len, self.state.values()))
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -175,8 +175,7 @@ class Preconditioner:
                 continue
             # Another estimate: the rows of this step were sketched with a basis that is gone, and D
             # in p.grad was made with its P.
-            if layer.at_backward and not layer.promised:
-                layer.restore_gradient()
+            self.restore_gradients([layer])
             layer.forget()
             self._told.pop(layer, None)
             layer.expect(found, gathers=found is None, at_backward=False)

@@ -33,7 +33,6 @@ from gls_fused.curvature.estimate import (
     Subspace,
     by_columns,
     empty_state,
-    make_curvature,
 )
 from gls_fused.distributed.sharding import is_sharded
 
@@ -286,8 +285,7 @@ def _check_layer(layer: Layer, param: Tensor, state: Mapping[str, Any]) -> None:
 
 
 def _check_kind(layer: Layer, saved_group: Mapping[str, Any]) -> None:
-    kind, rank = saved_group["curvature"], saved_group["rank"]
-    saved = make_curvature(kind, layer.dim, layer.outputs, rank, layer.backend, layer.blocks)
+    saved = layer.curvature_of(saved_group["curvature"], saved_group["rank"])
     if saved.shapes() != layer.curvature.shapes():
         raise ValueError(
             f"layer {layer.name!r}: expected {_describe(layer.curvature.shapes())}, got a state "

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from gls_fused.capture.layer import Found, Layer, autocast_inputs, bias_of
 from gls_fused.capture.modules import describe_class, plain_class, why_not_own
-from gls_fused.capture.observed import observe
+from gls_fused.capture.observed import observe_factor
 from gls_fused.capture.rows import SKETCH_ROWS, Rows, outside_autocast, sample_places
 from gls_fused.capture.traced import define_traced, fill_rows, flatten_rows
 from gls_fused.reference import Window, convolve, convolve_backward, count_patches
@@ -100,10 +100,7 @@ class Convolution(torch.autograd.Function):
         by_rows = applies and rows.are_few(images, gradient.shape[1])
         factor = weight
         if needs_images and needs_weight and torch.is_grad_enabled():
-            # A second derivative reaches the weight through this product, and P acts on it too.
-            own = ctx.bias if rows.ones and needs_bias else None
-            seen, once = images if rows.gathers else None, functools.partial(rows.gather_once, ctx)
-            factor = observe(rows, seen, weight, own, once)[0]
+            factor = observe_factor(ctx, images, weight, biased=needs_bias)
         needs = [needs_images, needs_weight and not by_rows, needs_bias and not by_rows]
         image_gradient, weight_gradient, bias_gradient = convolve_backward(
             gradient, images, factor, rows.window, needs, rows.groups

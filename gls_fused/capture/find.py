@@ -32,7 +32,7 @@ from gls_fused.capture.layer import Found, Layer
 from gls_fused.capture.lending import Lender
 from gls_fused.capture.linear import LinearLayer, TurnedLinearLayer, why_not_linear
 from gls_fused.capture.modules import ALIKE, describe_class, plain_class
-from gls_fused.capture.products import products_layer, register_products, why_not_products
+from gls_fused.capture.products import products_layer, register_products
 from gls_fused.capture.recurrent import RecurrentLayer, why_not_recurrent
 from gls_fused.capture.standardized import SamePaddedConv2dLayer, StandardizedConv2dLayer
 from gls_fused.distributed.sharding import is_sharded, sharding_problem
@@ -333,7 +333,7 @@ def kind_of(module: nn.Module, role: str = "weight") -> Kind | None:
         return Kind(ExpertsLayer, why_not_experts, bias_key_of(role))
     products = products_layer(module, role)
     if products is not None:
-        return Kind(products, why_not_products, None)
+        return Kind(products, lambda _: None, None)
     for base in plain_class(module).__mro__:
         if role != "weight":
             if base in RECURRENT:

@@ -28,7 +28,7 @@ from gls_fused.capture.modules import (
 )
 from gls_fused.capture.observed import observe
 from gls_fused.capture.passes import Passes
-from gls_fused.curvature.estimate import State, make_curvature
+from gls_fused.curvature.estimate import Curvature, State, make_curvature
 from gls_fused.distributed.sharding import (
     is_sharded,
     part_here,
@@ -167,14 +167,16 @@ class Layer(Passes):
         self.dtype, self.device = self.weight.dtype, self.weight.device
         self.backend = resolve_backend(backend, {self.device.type})
         self.backend_name = backend_name(self.backend)
-        self.curvature = make_curvature(
-            kind, self.dim, self.outputs, rank, self.backend, self.blocks
-        )
+        self.curvature = self.curvature_of(kind, rank)
         self.statistics_dtype = torch.promote_types(self.dtype, torch.float32)
         self.take_sums()
         self.inverse = self.test_matrix = self.tally = None
         self.marks = Marks(choose_places(self.weight.numel()))
         self.at_backward = self.by_node = False
+
+    def curvature_of(self, kind: str, rank: Any) -> Curvature:
+        """The running estimate that these options name, for a weight of this shape."""
+        return make_curvature(kind, self.dim, self.outputs, rank, self.backend, self.blocks)
 
     @property
     def fits(self) -> bool:

@@ -16,7 +16,7 @@ from gls_fused.capture.layer import autocast_inputs, bias_of
 from gls_fused.capture.lending import Lender
 from gls_fused.capture.marks import choose_places
 from gls_fused.capture.modules import why_not_own
-from gls_fused.capture.observed import observe
+from gls_fused.capture.observed import observe_factor
 from gls_fused.capture.rows import SKETCH_ROWS, Rows, outside_autocast, take_sample
 from gls_fused.capture.traced import define_traced, fill_rows, flatten_rows
 from gls_fused.curvature.estimate import Subspace
@@ -78,11 +78,8 @@ class Linear(torch.autograd.Function):
         if needs_inputs:
             factor = weight
             if torch.is_grad_enabled() and needs_weight:
-                # A second derivative reaches the weight through this product, and P acts on it too.
-                own = ctx.bias if rows.ones and needs_bias else None
-                seen = inputs if rows.gathers else None
-                once = functools.partial(rows.gather_once, ctx)
-                factor = rows.turn(observe(rows, seen, rows.turn(weight), own, once)[0])
+                shown = observe_factor(ctx, inputs, rows.turn(weight), biased=needs_bias)
+                factor = rows.turn(shown)
             input_gradient = gradient @ factor
         if not needs_weight:
             bias_gradient = gradient.reshape(-1, gradient.shape[-1]).sum(0) if needs_bias else None

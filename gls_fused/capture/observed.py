@@ -9,6 +9,7 @@ backward site, by linearity to whatever this call adds to the gradient, second d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,21 @@ def observe(
     # For gradients of the inputs alone, autograd need not come here.
     seen = None if inputs is None else inputs.detach()
     return Observed.apply(rows, gather or rows.gather, seen, weight, bias)  # type: ignore[no-any-return]
+
+
+def observe_factor(ctx: Any, inputs: Tensor, weight: Tensor, *, biased: bool) -> Tensor:
+    """The weight as the product of a backward has it, which is differentiated for second ones.
+
+    P acts on what reaches the weight through it, too, and rows count once in a pass.
+
+    Args:
+        ctx: of the op, with its `rows` and `bias`.
+        biased: whether the bias has a gradient in this backward.
+    """
+    rows: Rows = ctx.rows
+    own = ctx.bias if rows.ones and biased else None
+    seen = inputs if rows.gathers else None
+    return observe(rows, seen, weight, own, functools.partial(rows.gather_once, ctx))[0]
 
 
 class Observed(torch.autograd.Function):

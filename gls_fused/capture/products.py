@@ -60,8 +60,3 @@ def products_layer(module: nn.Module, role: str) -> type[ProductsLayer] | None:
         if of_transformers and base.__qualname__.lower().endswith("topkrouter"):
             return ProductsLayer
     return None
-
-
-def why_not_products(_modules: Sequence[nn.Module]) -> str | None:
-    """See `gls_fused.capture.find.Kind`."""
-    return None

@@ -247,7 +247,7 @@ class Observer(TorchFunctionMode):
 
             rows = right.transpose(-2, -1)
             return use.layer.lend(use.owner, rows, left, None, multiply, turned=True)
-        turned = self.find_turned(right)
+        turned = self.find(right, turned=True)
         if use is None and turned is not None:
             return turned.layer.lend(turned.owner, left, right, None, _multiply)
         if use is None and right.ndim == 2 and self.find(view := right.t()) is not None:
@@ -260,26 +260,20 @@ class Observer(TorchFunctionMode):
             return use.layer.lend(use.owner, left, view, None, multiply)
         return torch.matmul(left, right)
 
-    def find_turned(self, weight: Tensor) -> Use | None:
-        """Whose weight [k, m] it is."""
-        if has_new_hooks(self.hooks):
-            return None
-        found = (use for use in self.uses if use.layer.turned and use.weight is weight)
-        return next(found, None)
-
-    def find(self, weight: Tensor) -> Use | None:
-        """Whose weight [m, k] it is, or some rows of whose."""
+    def find(self, weight: Tensor, *, turned: bool = False) -> Use | None:
+        """Whose weight [m, k] it is, or some rows of whose; or whose [k, m], where it is turned."""
         if has_new_hooks(self.hooks):
             # Checkpointed inside the module, it would be computed again outside of this mode.
             return None
         for use in self.uses:
             known = use.weight
-            if use.layer.turned:
+            if use.layer.turned != turned:
                 continue
             if weight is known:
                 return use
             if (
-                weight._base is known
+                not turned
+                and weight._base is known
                 and weight.ndim == known.ndim
                 and weight.shape[1:] == known.shape[1:]
                 and weight.stride()[1:] == known.stride()[1:]
