@@ -233,7 +233,8 @@ class GLS(torch.optim.Optimizer):
         self._checked: dict[int, tuple[list[Any], list[Any]]] = {}
         self._known: list[Any] = []
         self._probes: list[tuple[Tensor, str, Tensor]] = []
-        self._finalizer = weakref.finalize(self, release_all, preconditioner.layers)
+        # Which a shallow copy of the optimizer shares.
+        self._finalizer = weakref.finalize(preconditioner, release_all, preconditioner.layers)
         self._finalizer.atexit = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -502,6 +503,12 @@ class GLS(torch.optim.Optimizer):
     def detach(self) -> None:
         """Leave the model exactly as it was before; `step` raises from here on."""
         release_all(self._preconditioner.layers)
+
+    def __copy__(self) -> Self:
+        """Another with the same groups, states and layers, as a shallow copy of torch's own."""
+        copied = type(self).__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         preconditioner = self._preconditioner

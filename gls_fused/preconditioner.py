@@ -350,7 +350,9 @@ class Preconditioner:
     def _draw(self, device: torch.device, step: int) -> Tensor:
         """The number of the step's sample on a device, for graphs that must not depend on it."""
         if device not in self._draws:
-            self._draws[device] = torch.zeros((), dtype=torch.int64, device=device)
+            # To be written in later steps, also where the optimizer is built in inference mode.
+            with torch.inference_mode(False):
+                self._draws[device] = torch.zeros((), dtype=torch.int64, device=device)
         return self._draws[device].fill_(step % (1 << 31))
 
     def _miss(self, layer: Layer) -> None:

@@ -241,23 +241,15 @@ class Observer(TorchFunctionMode):
         """X @ W' and W @ x', and X @ W of a weight that is turned."""
         use = self.find(left)
         if use is not None and right.ndim > 1 and self.find(right) is None:
-
-            def multiply(rows: Tensor, weight: Tensor, _bias: None) -> Tensor:
-                return torch.matmul(weight, rows.transpose(-2, -1))
-
             rows = right.transpose(-2, -1)
-            return use.layer.lend(use.owner, rows, left, None, multiply, turned=True)
+            return use.layer.lend(use.owner, rows, left, None, _multiply_from_left, turned=True)
         turned = self.find(right, turned=True)
         if use is None and turned is not None:
             return turned.layer.lend(turned.owner, left, right, None, _multiply)
         if use is None and right.ndim == 2 and self.find(view := right.t()) is not None:
             use = self.find(view)
             assert use is not None
-
-            def multiply(rows: Tensor, weight: Tensor, _bias: None) -> Tensor:
-                return torch.matmul(rows, weight.t())
-
-            return use.layer.lend(use.owner, left, view, None, multiply)
+            return use.layer.lend(use.owner, left, view, None, _multiply_by_transposed)
         return torch.matmul(left, right)
 
     def find(self, weight: Tensor, *, turned: bool = False) -> Use | None:
@@ -284,6 +276,14 @@ class Observer(TorchFunctionMode):
 
 def _multiply(rows: Tensor, weight: Tensor, _bias: None) -> Tensor:
     return torch.matmul(rows, weight)
+
+
+def _multiply_by_transposed(rows: Tensor, weight: Tensor, _bias: None) -> Tensor:
+    return torch.matmul(rows, weight.t())
+
+
+def _multiply_from_left(rows: Tensor, weight: Tensor, _bias: None) -> Tensor:
+    return torch.matmul(weight, rows.transpose(-2, -1))
 
 
 def saved_tensors_hooks() -> Any:

@@ -1,6 +1,7 @@
 """Copies and pickles of an optimizer, with the model that it trains."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -39,6 +40,18 @@ def test_copy_of_a_detached_optimizer_is_detached():
     copied = copy.deepcopy(optimizer)
     with pytest.raises(RuntimeError, match="no longer captured"):
         copied.step()
+
+
+def test_shallow_copy_shares_everything_and_may_go():
+    alone = make_trained()
+    model, optimizer = make_trained()
+    copied = copy.copy(optimizer)
+    train(model, optimizer, [4])
+    train(model, copied, [5])
+    del copied
+    gc.collect()
+    assert_equal(train(model, optimizer, [6]), train(*alone, range(4, 7)))
+    assert_same_state(optimizer.state_dict(), alone[1].state_dict())
 
 
 def test_pickle_without_layers_is_refused():

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from nets import loss_of, make_batch, make_net, snapshot
+from nets import OPTIONS, assert_equal, loss_of, make_batch, make_net, snapshot, train
 from tolerances import PRODUCT, SAME_STEPS, assert_near
 from torch import nn
 from torch.nn import functional as F
@@ -93,6 +93,14 @@ def test_resumes_bit_for_bit(kind, options, dtype):
     run(model, optimizer, range(4, 9))
     for p, q in zip(model.parameters(), whole.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_may_be_built_in_inference_mode():
+    models = [make_net("mlp") for _ in range(2)]
+    with torch.inference_mode():
+        optimizers = [GLS(models[0], **OPTIONS)]
+    optimizers.append(GLS(models[1], **OPTIONS))
+    assert_equal(*(train(*pair, range(4)) for pair in zip(models, optimizers, strict=True)))
 
 
 def test_groups_have_their_own_options():
