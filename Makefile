@@ -60,11 +60,14 @@ data: ## Install Fashion-MNIST, as Debian's package, where apt-get can
 demo: $(DEMO_STAMP) data ## Run the demonstration; its last line is the report's path
 	@$(BIN)/python -m benchmarks demo
 
+# A test uses one thread. Tests of one file share what they compile.
+WORKERS := -n auto --maxprocesses 4 --dist loadfile
+
 test: lint test-quick ## Lint, then run the quick tests
 
 test-quick: setup ## Run the quick tests
-	@$(BIN)/python -m pytest -m "not slow"
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/backends/triton
+	@$(BIN)/python -m pytest $(WORKERS) -m "not slow"
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) -m "not slow" tests/backends/triton
 
 # Of build/, only what was compiled may be older than the checkout.
 wheel: setup ## Build dist/gls_fused-*.whl, for the torch of .venv, which needs no compiler
@@ -86,11 +89,11 @@ test-torch: ## Run the quick tests with another torch, as `make test-torch TORCH
 	@$(MAKE) --no-print-directory -C $(COPY) VENV=$(CURDIR)/.venv-torch-$(TORCH) test-quick
 
 test-models: setup ## Run the tests of real models, the slow ones too
-	@$(BIN)/python -m pytest tests/models
+	@$(BIN)/python -m pytest $(WORKERS) tests/models
 
 test-slow: setup ## Run the slow tests
-	@$(BIN)/python -m pytest -m slow
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow tests/backends/triton
+	@$(BIN)/python -m pytest $(WORKERS) -m slow
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) -m slow tests/backends/triton
 
 # Built apart from the package; ASan's runtime must be loaded before Python. Python and torch leak by
 # design, and torch frees with `delete` what it allocated otherwise.

@@ -333,6 +333,35 @@ inline std::vector<size_t> check_update(at::TensorList params, at::TensorList gr
   return layer_of;
 }
 
+// Of round_params_.
+inline void check_rounded(at::TensorList params, at::TensorList values, at::IntArrayRef seeds,
+                          at::TensorList steps) {
+  const size_t count = params.size();
+  TORCH_CHECK(values.size() == count && seeds.size() == count && steps.size() == count,
+              "round_params_: expected ", count, " values, seeds and steps, got ", values.size(),
+              ", ", seeds.size(), " and ", steps.size());
+  for (size_t i = 0; i < count; ++i) {
+    const at::ScalarType type = params[i].scalar_type();
+    TORCH_CHECK(type == at::kBFloat16 || type == at::kHalf,
+                "round_params_: expected parameters of BFloat16 or Half, got ", type);
+    TORCH_CHECK(type == params[0].scalar_type(),
+                "round_params_: expected parameters of one dtype, got ", type, " beside ",
+                params[0].scalar_type());
+    TORCH_CHECK(values[i].sizes() == params[i].sizes() && values[i].scalar_type() == at::kFloat,
+                "round_params_: expected values ", params[i].sizes(), " of Float, got ",
+                values[i].sizes(), " of ", values[i].scalar_type());
+    TORCH_CHECK(steps[i].numel() == 1 && (steps[i].scalar_type() == at::kFloat ||
+                                          steps[i].scalar_type() == at::kDouble),
+                "round_params_: expected steps of one Float or Double, got ", steps[i].sizes(),
+                " of ", steps[i].scalar_type());
+    TORCH_CHECK(seeds[i] >= 0 && seeds[i] < (int64_t(1) << 32),
+                "round_params_: expected seeds in [0, 2^32), got ", seeds[i]);
+    for (const at::Tensor& other : {params[i], values[i], steps[i]}) {
+      check_device("round_params_", params[0], other);
+    }
+  }
+}
+
 // `tensor` itself where its memory is laid out as `like`'s and of this dtype, else a copy that is.
 inline at::Tensor in_layout_of(const at::Tensor& tensor, const at::Tensor& like,
                                at::ScalarType type) {

@@ -20,7 +20,7 @@ from gls_fused.apply.bounds import measure_weights
 from gls_fused.apply.fallback import adam_, forget_adam
 from gls_fused.apply.kept import Kept
 from gls_fused.apply.layers import step_layers_
-from gls_fused.apply.low_precision import Bits, make_bits
+from gls_fused.apply.low_precision import Seeds, make_seeds
 from gls_fused.apply.spectral import MOST_SHARE
 from gls_fused.backends.dispatch import resolve_backend
 from gls_fused.capture.find import Uncovered, find_layers
@@ -403,7 +403,7 @@ class GLS(torch.optim.Optimizer):
             return
         skip = take_flag(self)
         sums = self._take_sums(groups, skip)
-        bits = {id(group): make_bits(group) for group, _ in groups}
+        seeds = self._seeds_of({id(group): make_seeds(group) for group, _ in groups})
         # By identity, as a tensor's own hash is a call of Python's.
         ready: set[int] = set()
         for group, layers in groups:
@@ -416,14 +416,13 @@ class GLS(torch.optim.Optimizer):
                 kept.measured = True
             mine = [p for p in layers if p.weight.grad is not None and p.inverse is not None]
             ready.update(id(param) for layer in mine for param in layer.params)
-        draw = self._bits_of(bits)
         for group, layers in groups:
             stepping = [layer for layer in layers if id(layer.weight) in ready]
             kept = self._kept[id(group)]
-            step_layers_(stepping, self.state, group, self._owners, kept, draw, skip)
+            step_layers_(stepping, self.state, group, self._owners, kept, seeds, skip)
             others = [p for p in group["params"] if id(p) not in ready and p.grad is not None]
             own = [self.state[p] for p in others]
-            adam_(others, own, group, draw, skip, preconditioner.backend_for(others))
+            adam_(others, own, group, seeds, skip, preconditioner.backend_for(others))
         for group, layers in groups:
             preconditioner.commit(layers, self.state, sums, group, skip)
             if group["max_change"] is not None:
@@ -672,9 +671,9 @@ class GLS(torch.optim.Optimizer):
         layers = [layer for _, layers in groups for layer in layers]
         return take_sums(layers, preconditioner.ranks, skip)
 
-    def _bits_of(self, bits: Mapping[int, Bits]) -> Bits:
-        """What rounds a parameter stochastically, by its group."""
-        return lambda param: bits[id(self._owners[param])](param)
+    def _seeds_of(self, seeds: Mapping[int, Seeds]) -> Seeds:
+        """Of every parameter, by its group."""
+        return lambda param: seeds[id(self._owners[param])](param)
 
     def _forget_earlier(self, layers: Sequence[Layer], started: Sequence[Layer]) -> None:
         """What layers got before they started were Adam's updates, averages of another quantity.

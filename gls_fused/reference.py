@@ -829,6 +829,78 @@ def measure_weights_(
         result.copy_(found if skip is None else torch.where(skip, result, found))
 
 
+def round_params_(
+    params: Sequence[Tensor],
+    values: Sequence[Tensor],
+    seeds: Sequence[int],
+    steps: Sequence[Tensor],
+) -> None:
+    """Values rounded into parameters of 16 bits, up or down, so that the mean is right; in place.
+
+        W_i = high_i where u_i (|high_i| - |low_i|) < |x_i| - |low_i|, else low_i
+
+    low and high are the two numbers of the parameter's dtype around x_i, low the nearer to zero.
+
+    Args:
+        params: bfloat16 or float16.
+        values: x, float32, shaped as the parameters.
+        seeds: in [0, 2**32), one each.
+        steps: 0-d, one each: steps taken, so that each step has draws of its own.
+    Numerics: values that the dtype holds stay as they are; what it rounds to infinity, and NaN, are
+        rounded as `values.to(dtype)` is.
+    """
+    for param, value, seed, step in zip(params, values, seeds, steps, strict=True):
+        # As the parameter lies in memory, whose elements the draws are numbered by.
+        rounded = torch.empty_like(param)
+        laid = torch.empty_like(param, dtype=torch.float32).copy_(value)
+        draws = draw_uniform(param.numel(), seed, step)
+        flat = _through_memory(rounded)
+        flat.copy_(_round_by(_through_memory(laid), param.dtype, draws))
+        param.copy_(rounded)
+
+
+def draw_uniform(count: int, seed: int, step: Tensor) -> Tensor:
+    """Draws u [count] in [0, 1), float32, a function of seed, step and place alone.
+
+        key = mix(mix(seed + 0x9E3779B9 step) + high)
+        u = floor(mix(mix(low ^ key) + key) / 2^8) / 2^24
+
+    Place i = low + 2^32 high, whose parts, as all that is mixed, have 32 bits.
+    """
+    place = torch.arange(count, device=step.device)
+    low, high = place & _LOW, place >> 32
+    key = _mix(_mix(seed + 0x9E3779B9 * step.to(torch.int64)) + high)
+    bits = _mix(_mix(low ^ key) + key)
+    return (bits >> 8).to(torch.float32) * 2.0**-24
+
+
+_LOW = (1 << 32) - 1
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finalizer of MurmurHash3 (Appleby, 2011), of the low 32 bits of int64."""
+    x = x & _LOW
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _LOW
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _LOW
+    return x ^ (x >> 16)
+
+
+def _round_by(values: Tensor, dtype: torch.dtype, draws: Tensor) -> Tensor:
+    nearest = values.to(dtype)
+    # Sign and magnitude: one less in the bits is the next number towards zero.
+    bits = nearest.view(torch.int16)
+    inner = bits - (nearest.float().abs() > values.abs()).to(torch.int16)
+    outer = inner + 1
+    low, high = (x.view(dtype).float().abs() for x in (inner, outer))
+    chosen = torch.where(draws * (high - low) < values.abs() - low, outer, inner)
+    return torch.where(nearest.isfinite(), chosen.view(dtype), nearest)
+
+
+def _through_memory(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order of its memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
 def layer_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Frobenius norm of a layer's weight and bias taken together, 0-d."""
     norms = torch.stack([torch.linalg.vector_norm(x) for x in tensors])

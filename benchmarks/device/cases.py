@@ -80,6 +80,7 @@ def make_cases(shapes: Shapes, device: torch.device) -> Iterator[Case]:
             yield _update(shapes, draw, normalize, formed=formed)
     yield _spectral(shapes, draw)
     yield _measured(shapes, draw)
+    yield _rounded(shapes, draw)
 
 
 class _Draw:
@@ -325,3 +326,22 @@ def _measured(shapes: Shapes, draw: _Draw) -> Case:
 
     what = f"{len(shapes.layers)} layers"
     return Case("measure_weights_", what, make, FLOAT * count, 2 * count, PRODUCT)
+
+
+def _rounded(shapes: Shapes, draw: _Draw) -> Case:
+    """The end of a step of parameters in bfloat16, whatever dtype is asked for."""
+    count = sum(m * k for m, k in shapes.layers)
+
+    def make(_: torch.dtype) -> Call:
+        values = [draw.normal(*shape, seed=8).float() for shape in shapes.layers]
+        steps = _ones([()] * len(values), draw, torch.float32)
+
+        def call(backend: ModuleType) -> Sequence[Tensor]:
+            params = [torch.empty_like(value, dtype=torch.bfloat16) for value in values]
+            backend.round_params_(params, values, list(range(len(values))), steps)
+            return params
+
+        return call
+
+    what = f"{len(shapes.layers)} layers in bfloat16"
+    return Case("round_params_", what, make, (FLOAT + 2) * count, 20 * count, PRODUCT)

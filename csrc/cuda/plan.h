@@ -9,6 +9,7 @@
 #include "axis_update.h"
 #include "core.h"
 #include "product.h"
+#include "round.h"
 #include "sketch.h"
 #include "subspace.h"
 #include "tile_update.h"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from gls_fused.apply.low_precision import Bits, close_copies, open_copies
+from gls_fused.apply.low_precision import Seeds, close_copies, open_copies, widen
 from gls_fused.distributed.sharding import gradient_here, rows_here
 
 
@@ -38,7 +38,7 @@ def adam_(
     params: Sequence[Tensor],
     states: Sequence[dict[str, Any]],
     options: Mapping[str, Any],
-    bits: Bits,
+    seeds: Seeds,
     skip: Tensor | None = None,
     backend: ModuleType | None = None,
 ) -> None:
@@ -48,7 +48,7 @@ def adam_(
         params: any shapes, floating point, dense gradients.
         states: of the same length; filled at the first step with step, exp_avg and exp_avg_sq.
         options: lr, momentum (Adam's beta1), beta2, eps, weight_decay, low_precision.
-        bits: what rounds stochastically.
+        seeds: of what rounds stochastically.
         skip: 0-d bool; where it is true nothing changes.
         backend: of the layers. Where it says so it takes these parameters at once, for which
             torch's op has a launch, or wakes its threads, for every few of them.
@@ -58,10 +58,9 @@ def adam_(
     for param, state in zip(params, states, strict=True):
         start_adam(param, state)
     copies = open_copies(params, states, options)
-    pairs = zip(params, copies, strict=True)
     # Element by element, so a rank's parts are enough; torch refuses a mix of shards and the rest.
     mine = [rows_here(copy) for copy in copies]
-    gradients = [gradient_here(p).to(copy.dtype) for p, copy in pairs]
+    gradients = widen([gradient_here(param) for param in params])
     averages, squares = (
         [rows_here(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq")
     )
@@ -88,7 +87,7 @@ def adam_(
         )
     # torch's fused kernel does not tell autograd.
     torch.autograd.graph.increment_version(params)
-    close_copies(params, copies, options, bits)
+    close_copies(params, copies, options, seeds, steps, backend)
 
 
 def _update_by_(

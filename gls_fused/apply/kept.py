@@ -19,6 +19,8 @@ from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.reference import Inverse
 
+# Elements of layers of 16 bits that take their step together: 8 bytes each while they do.
+MOST_COPIED = 1 << 24
 # The options of a group by which layers are sorted, and their states filled.
 CHOICES = ("normalize", "momentum", "low_precision", "split", "spectral_head", "spectral_share")
 
@@ -41,6 +43,7 @@ class Alike:
         averages: m of the parameters; none without momentum.
         squares: v, and whatever else the layers are scaled by.
         steps: steps taken, 0-d, by layer.
+        steps_of_params: the same, by parameter.
         matrix_sizes: `sizes`, by matrix of this rank.
     """
 
@@ -79,6 +82,8 @@ class Alike:
         self.squares = [state[key] for state in holders for key in keys]
         self.averages = [s["exp_avg"] for s in self.states] if options["momentum"] else []
         self.steps = [state["step"] for state in self.firsts]
+        pairs = zip(self.steps, self.sizes, strict=True)
+        self.steps_of_params = [step for step, size in pairs for _ in range(size)]
         self.matrix_sizes = of_each_matrix(layers, self.sizes)
         self._known: list[Inverse | None] = []
         self._inverses: list[Inverse | None] = []
@@ -143,6 +148,7 @@ def _sort(
     layers: Sequence[Layer], states: Mapping[Tensor, State], options: Mapping[str, Any]
 ) -> list[tuple[str, list[Layer]]]:
     found: dict[tuple[object, ...], list[Layer]] = {}
+    elements = 0
     for layer in layers:
         key: tuple[object, ...] = (
             normalize_of(layer, states[layer.weight], options),
@@ -152,10 +158,11 @@ def _sort(
             layer.shards,
             layer.shards is not None and layer.stacked,
         )
-        # One by one, so that the float32 copies of a single layer are alive at a time.
-        # Not where they share an all-reduce.
-        alone = layer.shards is None and options["low_precision"] == "stochastic"
-        if alone and is_low(layer.weight):
-            key = (*key, layer.name)
+        # So that the float32 copies of so many are alive at a time; not where they share an
+        # all-reduce.
+        copied = layer.shards is None and options["low_precision"] == "stochastic"
+        if copied and is_low(layer.weight):
+            key = (*key, elements // MOST_COPIED)
+            elements += layer.weight.numel()
         found.setdefault(key, []).append(layer)
     return [(str(key[0]), alike) for key, alike in found.items()]

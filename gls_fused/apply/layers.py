@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gls_fused.apply.bounds import bound_rates, count_held_, hold_idle, root_mean_squares
 from gls_fused.apply.kept import Alike, Kept
-from gls_fused.apply.low_precision import Bits, close_copies, open_copies
+from gls_fused.apply.low_precision import Seeds, close_copies, open_copies, widen
 from gls_fused.apply.matrices import Copied, Steps, by_matrix, write_back_
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
@@ -27,7 +27,7 @@ def step_layers_(
     options: Mapping[str, Any],
     groups: Mapping[Tensor, Mapping[str, Any]],
     kept: Kept,
-    bits: Bits,
+    seeds: Seeds,
     skip: Tensor | None,
 ) -> None:
     """One step of layers that have a P and a gradient, in place; P where the backward has not.
@@ -37,23 +37,23 @@ def step_layers_(
         options: of the group of the layers' weights.
         groups: of every parameter that is to move; a bias has lr and weight decay of its own.
         kept: of this group.
-        bits: what rounds stochastically.
+        seeds: of what rounds stochastically.
         skip: 0-d bool; where it is true nothing changes.
     """
     for alike in kept.sort(layers, states, options, groups):
-        _step_together_(alike, options, bits, skip)
+        _step_together_(alike, options, seeds, skip)
 
 
 def _step_together_(
-    alike: Alike, options: Mapping[str, Any], bits: Bits, skip: Tensor | None
+    alike: Alike, options: Mapping[str, Any], seeds: Seeds, skip: Tensor | None
 ) -> None:
     layers, normalize, params = alike.layers, alike.normalize, alike.params
     # The backends round to the nearest themselves.
     copies: Sequence[Tensor] = params
+    gradients = [param.grad for param in params if param.grad is not None]
     if options["low_precision"] != "nearest":
         copies = open_copies(params, alike.states, options)
-    pairs = zip(params, copies, strict=True)
-    gradients = [p.grad if copy is p else p.grad.float() for p, copy in pairs if p.grad is not None]
+        gradients = widen(gradients)
     inverses = alike.inverses()
     apart = Apart(copies, options, alike.elsewhere, alike.zeros)
     copied: list[Copied] = []
@@ -111,7 +111,7 @@ def _step_together_(
     )
     write_back_(copied)
     apart.close_(skip)
-    close_copies(params, copies, options, bits)
+    close_copies(params, copies, options, seeds, alike.steps_of_params, backend)
 
 
 class Apart:

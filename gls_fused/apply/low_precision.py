@@ -4,20 +4,23 @@
     stochastic  rounded up or down with the probability that makes its mean exact
     master      a float32 copy in the state takes the step, the parameter is that copy rounded
 
-The update is made on float32 copies of parameters and gradients, with float32 averages.
+The update is made on float32 copies of parameters and gradients, with float32 averages. Copies are
+made, and rounded, of many parameters at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from gls_fused.distributed.sharding import rows_here
+from gls_fused import reference
+from gls_fused.distributed.sharding import is_sharded, rows_here
 
-Bits: TypeAlias = Callable[[Tensor], torch.Generator]
+Seeds: TypeAlias = Callable[[Tensor], int]
 
 MOST_SEEDS = 1 << 32
 LOW_DTYPES = frozenset((torch.bfloat16, torch.float16))
@@ -29,27 +32,38 @@ def is_low(tensor: Tensor) -> bool:
     return tensor.dtype in LOW_DTYPES
 
 
-def make_bits(options: Mapping[str, Any]) -> Bits:
-    """The generators of one step of a group, by parameter.
+def make_seeds(options: Mapping[str, Any]) -> Seeds:
+    """What a group's parameters are rounded by, beside the steps that they have taken.
 
-    A parameter's bits are the same on every rank, whatever the rank holds of others, and after a
+    A parameter's seed is the same on every rank, whatever the rank holds of others, and after a
     resume.
 
     Args:
-        options: params, seed, and step, the calls of `step` so far.
+        options: params and seed.
     """
     places: dict[Tensor, int] = {}
 
-    def make(param: Tensor) -> torch.Generator:
+    def seed_of(param: Tensor) -> int:
         if not places:
             places.update((other, place) for place, other in enumerate(options["params"]))
-        # The CPU's generator knows 32 bits of a seed; odd factors keep seeds, steps and parameters
-        # apart.
-        mixed = options["seed"] * 0x9E3779B1 + options["step"] * 0x85EBCA77
-        mixed += places[param] * 0xC2B2AE3D
-        return torch.Generator(param.device).manual_seed(mixed % MOST_SEEDS)
+        # Odd factors keep seeds and parameters apart.
+        mixed: int = options["seed"] * 0x9E3779B1 + places[param] * 0xC2B2AE3D
+        return mixed % MOST_SEEDS
 
-    return make
+    return seed_of
+
+
+def widen(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """float32 copies of those of 16 bits, by one op of torch's; the others themselves."""
+    found = list(tensors)
+    # Of tensors that are spread over ranks not all ops of torch's know.
+    at_once = [place for place, x in enumerate(found) if is_low(x) and not is_sharded(x)]
+    copies = [torch.empty_like(found[place], dtype=torch.float32) for place in at_once]
+    if copies:
+        torch._foreach_copy_(copies, [found[place] for place in at_once])
+    for place, copy in zip(at_once, copies, strict=True):
+        found[place] = copy
+    return [x.float() if is_low(x) else x for x in found]
 
 
 def open_copies(
@@ -60,20 +74,16 @@ def open_copies(
     With "master" the copy is kept as state["master"]. An element of the parameter that is not the
     copy's rounding was changed elsewhere, and the copy follows it.
     """
-    if not any(map(is_low, params)):
-        return list(params)
-    copies: list[Tensor] = []
-    for param, state in zip(params, states, strict=True):
-        if not is_low(param):
-            copies.append(param)
-            continue
-        wide = param.float()
-        if options["low_precision"] == "master":
+    copies = widen(params)
+    if options["low_precision"] != "master":
+        return copies
+    for place, (param, state) in enumerate(zip(params, states, strict=True)):
+        wide = copies[place]
+        if wide is not param:
             master = state.setdefault("master", wide)
             if master is not wide:
                 master.copy_(torch.where(master.to(param.dtype) == param, master, wide))
-            wide = master
-        copies.append(wide)
+            copies[place] = master
     return copies
 
 
@@ -81,32 +91,26 @@ def close_copies(
     params: Sequence[Tensor],
     copies: Sequence[Tensor],
     options: Mapping[str, Any],
-    bits: Bits,
+    seeds: Seeds,
+    steps: Sequence[Tensor],
+    backend: ModuleType | None,
 ) -> None:
-    """Round what `open_copies` gave, and the update wrote to, into the parameters."""
-    for param, copy in zip(params, copies, strict=True):
-        if copy is param:
-            continue
-        if options["low_precision"] == "stochastic":
-            copy = round_stochastically(rows_here(copy), param.dtype, bits(param))
-        rows_here(param).copy_(rows_here(copy))
-
-
-def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """One of the two neighbours in `dtype`, so that the mean over many draws is the value.
+    """Round what `open_copies` gave, and the update wrote to, into the parameters.
 
     Args:
-        values: float32, any shape.
-        dtype: bfloat16 or float16.
-    Numerics: values that `dtype` holds stay as they are; what it rounds to infinity, and NaN, are
-        rounded as `values.to(dtype)` is.
+        steps: taken, of each parameter.
+        backend: whose kernels round stochastically; None, the reference's ops.
     """
-    nearest = values.to(dtype)
-    # Sign and magnitude: one less in the bits is the next number towards zero.
-    bits = nearest.view(torch.int16)
-    inner = bits - (nearest.float().abs() > values.abs()).to(torch.int16)
-    outer = inner + 1
-    low, high = (x.view(dtype).float().abs() for x in (inner, outer))
-    draws = torch.empty_like(values).uniform_(generator=generator)
-    chosen = torch.where(draws * (high - low) < values.abs() - low, outer, inner)
-    return torch.where(nearest.isfinite(), chosen.view(dtype), nearest)
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, (param, copy) in enumerate(zip(params, copies, strict=True)):
+        if copy is not param:
+            alike.setdefault((param.device, param.dtype), []).append(place)
+    for mine in alike.values():
+        written = [rows_here(params[place]) for place in mine]
+        values = [rows_here(copies[place]) for place in mine]
+        if options["low_precision"] == "stochastic":
+            drawn = [seeds(params[place]) for place in mine]
+            counts = [steps[place] for place in mine]
+            (backend or reference).round_params_(written, values, drawn, counts)
+        else:
+            torch._foreach_copy_(written, values)

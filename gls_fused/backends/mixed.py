@@ -38,6 +38,7 @@ __all__ = [
     "precondition_rows",
     "refresh_subspace",
     "refresh_subspaces",
+    "round_params_",
     "sketch_rows",
     "sum_gram",
     "take_patches",
@@ -59,6 +60,8 @@ update_layers_ = _chosen("update_layers_").update_layers_
 TAKES_OTHERS = _chosen("update_layers_").TAKES_OTHERS
 # The C++ kernels have none: there it is a few of torch's ops.
 measure_weights_ = triton.measure_weights_
+# A launch of either.
+round_params_ = triton.round_params_
 orthogonal_updates = _chosen("orthogonal_updates").orthogonal_updates
 update_spectral_layers_ = functools.partial(
     factors.update_spectral_layers_, precondition_gradient, orthogonal_updates

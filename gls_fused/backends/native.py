@@ -53,6 +53,7 @@ __all__ = [
     "precondition_rows",
     "refresh_subspace",
     "refresh_subspaces",
+    "round_params_",
     "sketch_rows",
     "sum_gram",
     "take_patches",
@@ -292,6 +293,17 @@ def measure_weights_(
         if skip is not None:
             found = [torch.where(skip, *pair) for pair in zip(kept, found, strict=True)]
         torch._foreach_copy_(kept, found)
+
+
+def round_params_(
+    params: Sequence[Tensor],
+    values: Sequence[Tensor],
+    seeds: Sequence[int],
+    steps: Sequence[Tensor],
+) -> None:
+    """See `gls_fused.reference.round_params_`; parameters of one dtype and device."""
+    _ops.round_params_(params, values, seeds, steps)
+    increment_version(list(params))
 
 
 update_spectral_layers_ = functools.partial(

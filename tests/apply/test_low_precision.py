@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.workloads.data import load_dataset
-from gls_fused import GLS
-from gls_fused.apply.low_precision import POLICIES, make_bits, round_stochastically
+from gls_fused import GLS, reference
+from gls_fused.apply.low_precision import POLICIES, make_seeds
+from gls_fused.backends.dispatch import resolve_backend
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -28,6 +29,12 @@ def neighbours(values, dtype):
     return every[below], every[above]
 
 
+def round_stochastically(values, dtype, seed=1, step=0, backend=reference):
+    param = torch.empty_like(values, dtype=dtype)
+    backend.round_params_([param], [values], [seed], [torch.tensor(float(step))])
+    return param
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-7, 1e4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounds_to_one_of_the_neighbours_and_right_in_the_mean(dtype, scale):
@@ -35,7 +42,7 @@ def test_rounds_to_one_of_the_neighbours_and_right_in_the_mean(dtype, scale):
     values = torch.randn(50, generator=seeded()) * scale
     low, high = neighbours(values, dtype)
     draws = values.expand(4000, -1).contiguous()
-    rounded = round_stochastically(draws, dtype, seeded(1)).double()
+    rounded = round_stochastically(draws, dtype).double()
     assert ((rounded == low) | (rounded == high)).all()
     error = (rounded.mean(0) - values.double()).abs()
     assert (error <= 5 * (high - low) / (2 * 4000**0.5)).all()
@@ -47,10 +54,24 @@ def test_rounds_to_one_of_the_neighbours_and_right_in_the_mean(dtype, scale):
 def test_what_the_dtype_holds_stays(dtype):
     held = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     held = held[~held.isnan()]
-    assert torch.equal(round_stochastically(held.float(), dtype, seeded()), held)
+    assert torch.equal(round_stochastically(held.float(), dtype), held)
     odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 3.4e38, -3.4e38])
-    found = round_stochastically(odd, dtype, seeded())
+    found = round_stochastically(odd, dtype)
     assert torch.equal(found.nan_to_num(7), odd.to(dtype).nan_to_num(7))
+
+
+def test_draws_are_uniform_and_have_nothing_to_do_with_one_another():
+    """Within 5 standard errors, beside their neighbours, those of other seeds and other steps."""
+    count, step = 100_000, torch.tensor(3.0)
+    draws = reference.draw_uniform(count, 7, step).double()
+    shares = torch.histc(draws, bins=16, min=0, max=1) / count
+    assert (shares - 1 / 16).abs().max() < 5 * (1 / 16 / count) ** 0.5
+    others = [reference.draw_uniform(count, seed, step) for seed in (0, 6, 8, 7 + 2**31)]
+    others += [reference.draw_uniform(count, 7, step + more) for more in (-3, 1, 2**20)]
+    others += [draws.roll(shift) for shift in (1, 2, 3, 64, 2**15)]
+    for other in others:
+        both = torch.corrcoef(torch.stack([draws, other.double()]))
+        assert both[0, 1].abs() < 5 / count**0.5
 
 
 def train(dtype, steps=5, kind="mlp", **options):
@@ -76,14 +97,35 @@ def test_bits_are_those_of_the_seed(dtype, normalize):
     assert not all(torch.equal(p, q) for p, q in zip(first, other, strict=True))
 
 
-def test_every_step_of_every_seed_has_bits_of_its_own():
+def test_every_step_of_every_seed_has_draws_of_its_own():
     drawn, params = set(), [torch.ones(1), torch.ones(1)]
     for seed in range(20):
+        seeds = make_seeds({"seed": seed, "params": params})
         for step in range(10):
-            bits = make_bits({"seed": seed, "step": step, "params": params})
-            drawn.update(torch.rand((), generator=bits(param)).item() for param in params)
+            count = torch.tensor(float(step))
+            drawn.update(reference.draw_uniform(1, seeds(param), count).item() for param in params)
     # Of 400 draws of 24 bits two are alike with a probability of 1 in 200.
     assert len(drawn) == 400
+
+
+def test_layers_step_together_up_to_so_many_elements(monkeypatch, backend):
+    """Copies and roundings are of all of a run at once, and a run is of so many elements."""
+    monkeypatch.setattr("gls_fused.apply.kept.MOST_COPIED", 150)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))).to(torch.bfloat16)
+    optimizer = GLS(model, backend=backend, normalize="row")
+    module = resolve_backend(backend, ["cpu"])
+    sizes, plain = [], module.round_params_
+    monkeypatch.setattr(
+        module,
+        "round_params_",
+        lambda params, *rest: sizes.append(len(params)) or plain(params, *rest),
+    )
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(9, 8, dtype=torch.bfloat16)).float().square().mean().backward()
+        optimizer.step()
+    # Weights and biases of three, and of two.
+    assert sizes == [6, 4] * 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

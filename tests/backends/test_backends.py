@@ -217,6 +217,34 @@ def test_weights_are_measured(name, dtype):
     assert_same(results[:1], [weights[1].double().square().mean().sqrt().to(wide)], PRODUCT, wide)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_are_rounded_by_the_same_draws(backend, dtype):
+    check_rounding(backend, dtype)
+
+
+def check_rounding(backend, dtype):
+    """Turned, channels last, with gaps, empty; one that threads share; what is not finite."""
+    shapes = [(7, 33), (40, 70), (2, 3, 4, 5), (4, 3), (0, 3), (70_000,)]
+    values = [1e-3 * draw(*shape, dtype=torch.float32) for shape in shapes]
+    values.append(torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-8, -3e-7, 0.0]))
+    start = [torch.full_like(value, torch.nan, dtype=dtype) for value in values]
+    start[1] = start[1].T.contiguous().T
+    start[2] = start[2].to(memory_format=torch.channels_last)
+    start[3] = torch.full((4, 7), torch.nan, dtype=dtype)[:, 1::2]
+    seeds, steps = list(range(7)), [torch.tensor(3.0 + i) for i in range(7)]
+    found, sought = [list(start) for _ in range(2)]
+    for params in (found, sought):
+        params[:3] = [param.clone() for param in start[:3]]
+        params[3] = torch.full((4, 7), torch.nan, dtype=dtype)[:, 1::2]
+        params[4:] = [param.clone() for param in start[4:]]
+    backend.round_params_(found, values, seeds, steps)
+    reference.round_params_(sought, values, seeds, steps)
+    for actual, expected, value in zip(found, sought, values, strict=True):
+        assert actual.isnan().equal(value.isnan())
+        assert expected.isnan().equal(value.isnan())
+        assert actual[~value.isnan()].equal(expected[~value.isnan()])
+
+
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_some_layers_at_once(name, dtype):

@@ -28,6 +28,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def command_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As outside of pytest, whose workers have no arguments, and tell what they start to rest."""
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "tested"])
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 def make_run(
     losses: Sequence[float | None],
     *,

@@ -82,7 +82,8 @@ def test_loss_curves(monkeypatch, kind, offset):
     other_batches = min(distance(seed=seed) for seed in (1, 2))
     split = distance(multiply_inverse=with_products(multiply_tf32x3))
     short = distance(multiply_inverse=with_products(multiply_tf32))
-    assert 0 < split <= own
+    # That P's products are replaced at all, the last line shows.
+    assert split <= own
     assert own < short <= other_batches / 4
 
 

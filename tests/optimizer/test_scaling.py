@@ -200,10 +200,8 @@ without_a_driver = pytest.mark.skipif(
 @without_a_driver
 @pytest.mark.parametrize("low_precision", ["nearest", "stochastic", "master"])
 @pytest.mark.parametrize("normalize", ["rms", "row", "factored", "adam", "sgd", "none"])
-def test_host_never_waits(monkeypatch, normalize, low_precision):
+def test_host_never_waits(normalize, low_precision):
     """Tensors on a device that have no values: whoever asks for one raises."""
-    # There is no generator on a device that is not there.
-    monkeypatch.setattr("gls_fused.optimizer.make_bits", lambda *_: lambda _: torch.Generator())
     options = {"rank": 4, "normalize": normalize, "low_precision": low_precision}
     dtype = torch.float32 if low_precision == "nearest" else torch.bfloat16
     where = {"device": "cuda", "dtype": dtype}
@@ -221,9 +219,8 @@ def test_host_never_waits(monkeypatch, normalize, low_precision):
 
 
 @without_a_driver
-def test_model_on_several_devices(monkeypatch):
+def test_model_on_several_devices():
     """The scaler leaves its flag on one of them. Without values, as above."""
-    monkeypatch.setattr("gls_fused.optimizer.make_bits", lambda *_: lambda _: torch.Generator())
     with FakeTensorMode():
         model = nn.Sequential(
             nn.Linear(6, 8, device="cuda:0"),

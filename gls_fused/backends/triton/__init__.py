@@ -8,6 +8,7 @@
     subspace.py        the bases move: Cholesky QR, twice, all layers in five launches
     update.py          the update of all layers at once; its tables are made in update_plan.py, its
                        kernels are in update_kernels.py and, of tiles of weights, tile_kernels.py
+    rounding.py        parameters of 16 bits, all of a dtype in one launch
     measure.py         root mean squares of the weights, all layers in one launch
     symmetric.py       orthogonal steps: symmetric products of all weights of one shape
     configs.py         block sizes, a table
@@ -25,6 +26,7 @@ from gls_fused.backends.triton.blend import blend_subspace, blend_subspaces
 from gls_fused.backends.triton.commit import commit_subspaces_, commits
 from gls_fused.backends.triton.core import invert_core, invert_cores
 from gls_fused.backends.triton.measure import measure_weights_
+from gls_fused.backends.triton.rounding import round_params_
 from gls_fused.backends.triton.rows import precondition_gradient, precondition_rows
 from gls_fused.backends.triton.sketch import sketch_rows, sum_images, sum_rows
 from gls_fused.backends.triton.subspace import refresh_subspace, refresh_subspaces
@@ -47,6 +49,7 @@ __all__ = [
     "precondition_rows",
     "refresh_subspace",
     "refresh_subspaces",
+    "round_params_",
     "sketch_rows",
     "sum_gram",
     "sum_images",

@@ -61,6 +61,10 @@ def valid_arguments(op):
             "weights": [ones(2, 3), ones(3, 2).T], "updates": [ones(2, 3), ones(2, 3)],
             "lr": 0.1, "weight_decay": 0.0, "lr_bounds": None,
         },
+        "round_params_": {
+            "params": [ones(2, 3, dtype=torch.bfloat16), ones(4, dtype=torch.bfloat16)],
+            "values": [ones(2, 3), ones(4)], "seeds": [0, 2**32 - 1], "steps": [ones(), ones()],
+        },
         "update_layers_": update_options(
             exp_avgs=[ones(2, 3), ones(2)],
             exp_avg_sqs=[ones()],

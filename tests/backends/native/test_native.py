@@ -118,7 +118,9 @@ def test_offsets_that_32_bits_do_not_hold(far):
         *ops.invert_core(core_inverse @ core_inverse, ones(), 7, 0.3),
         sums,
     )
-    assert all(map(torch.equal, found, sought))
+    # Not to the last bit, as BLAS may take other strides in another way.
+    for actual, expected in zip(found, sought, strict=True):
+        assert_near(actual, expected, PRODUCT[torch.float32])
 
 
 @pytest.mark.parametrize("normalize", ["rms", "row", "factored", "adam", "sgd", "none"])

@@ -19,6 +19,7 @@ from gls_fused.backends.triton import (
     commit,
     core,
     measure,
+    rounding,
     rows,
     sketch,
     subspace,
@@ -26,7 +27,9 @@ from gls_fused.backends.triton import (
     update_plan,
 )
 
-MODULES = (rows, sketch, blend, commit, core, measure, subspace, symmetric, update_plan)
+MODULES = (
+    *(rows, sketch, blend, commit, core, measure, rounding, subspace, symmetric, update_plan),
+)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),

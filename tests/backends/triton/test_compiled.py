@@ -25,6 +25,7 @@ FEW, MANY, SIZE = 128, 8192, 1024
 # 32-bit or narrower accesses that are not of a stream: (loads, stores) at most.
 #   rows: lambda'.  sums over rows: of a block of them Y'Y, 1'Y and ||A||_F^2; those are added with
 #   a lane for each element.
+#   roundings: seed and step.
 #   updates: the step's counter and v, by the layer's last program.
 #   tiles: the bias, its averages and U's last row, for which stores alone are counted; sums of rows
 #   and columns have a lane each.
@@ -33,6 +34,7 @@ NARROW = {
     "_project_rows_kernel": (0, 9),
     "_sum_rows_kernel": (None, 2),
     "_measure_kernel": (0, 1),
+    "_round_kernel": (2, 0),
     "_flat_update_kernel": (2, 2),
     "_walk_gradients_kernel": (None, 4),
     "_tile_update_kernel": (None, 4),
@@ -83,6 +85,12 @@ def launch_measures():
     for dtype in (torch.float32, torch.bfloat16):
         weight, result = torch.zeros(SIZE, SIZE, dtype=dtype), torch.ones(())
         backend.measure_weights_([weight, weight], [result, result], [0.1, 0.2])
+
+
+def launch_roundings():
+    for dtype, kind in ((torch.bfloat16, torch.float32), (torch.float16, torch.float64)):
+        param, value = torch.zeros(SIZE, SIZE, dtype=dtype), torch.zeros(SIZE, SIZE)
+        backend.round_params_([param], [value], [1], [torch.ones((), dtype=kind)])
 
 
 def launch_updates(
@@ -182,6 +190,7 @@ def test_streams_are_16_bytes_wide(launches, target, dtype, tmp_path):
     launch_products(dtype, RANK, ones=False)
     launch_updates(dtype, RANK)
     launch_measures()
+    launch_roundings()
     names = {launch.name for launch in launches}
     assert names >= NARROW.keys()
     check(launches, target, tmp_path, streams=True)

@@ -12,6 +12,7 @@ from test_backends import (
     POWERS,
     assert_same,
     assert_same_estimate,
+    check_rounding,
     draw,
     draw_estimates,
     make_inverse,
@@ -333,6 +334,15 @@ def test_weights_are_measured_at_once(monkeypatch):
     assert len(launches) == 2
     assert_near(results[0], weights[0].square().mean().sqrt(), PRODUCT[torch.float32])
     assert_near(torch.stack(results[1:]), torch.tensor([50.0, 0.2]), PRODUCT[torch.float32])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_are_rounded_at_once(monkeypatch, dtype):
+    """As by the reference, which draws the same, in one launch."""
+    launches = record_launches(monkeypatch, backend.rounding)
+    check_rounding(backend, dtype)
+    assert len(launches) == 1
 
 
 @pytest.mark.parametrize("skip", [False, True])

@@ -125,9 +125,13 @@ class CountedOps(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layers", [2, 4])
-def test_launches_of_a_step(monkeypatch, layers):
-    """Of layers of two ranks and a norm: four, and two a layer and four more where it gathers."""
+def test_launches_of_a_step(monkeypatch, layers, dtype):
+    """Of layers of two ranks and a norm: four, and two a layer and four more where it gathers.
+
+    In 16 bits layers and norm are copied and rounded, which is three more of each.
+    """
     launches = []
 
     def record(kernel, *arguments, do, **named):
@@ -140,13 +144,13 @@ def test_launches_of_a_step(monkeypatch, layers):
         monkeypatch.setattr(module, "launch", functools.partial(record, do=module.launch))
     widths = [4, 17, 5, 6, 4][: layers + 1]
     parts = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
-    model = nn.Sequential(*parts, nn.LayerNorm(widths[-1]))
+    model = nn.Sequential(*parts, nn.LayerNorm(widths[-1])).to(dtype)
     options = {"site": "step", "curvature_every": 2, "normalize": "factored"}
     optimizer = GLS(model, backend="triton", **options)
     counts = []
     for _ in range(5):
         optimizer.zero_grad()
-        loss = model(torch.randn(6, 4)).square().mean()
+        loss = model(torch.randn(6, 4, dtype=dtype)).square().mean()
         launches.clear()
         loss.backward()
         gathered = len(launches)
@@ -154,8 +158,12 @@ def test_launches_of_a_step(monkeypatch, layers):
             optimizer.step()
         counts.append((gathered, len(launches) - gathered, ops.names))
     # Torch's two make the bounds of the layers' rates; three more count where they hold.
-    assert counts[3] == (0, 4, ["stack", "mul"])
-    assert counts[4] == (2 * layers, 8, ["stack", "mul", "lt", "_to_copy", "_foreach_lerp_"])
+    bounds, held = ["stack", "mul"], ["lt", "_to_copy", "_foreach_lerp_"]
+    low = dtype == torch.bfloat16
+    # Of parameters and of gradients; roundings are launches of ours.
+    copies = ["_foreach_copy_"] * 2 * low
+    assert counts[3] == (0, 4 + 2 * low, [*copies, *bounds, *copies])
+    assert counts[4] == (2 * layers, 8 + 2 * low, [*copies, *bounds, *held, *copies])
 
 
 def test_ops_have_the_reference_signatures():
