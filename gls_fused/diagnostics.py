@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from gls_fused.apply.bounds import most_rms
 from gls_fused.apply.spectral import normalize_of
 from gls_fused.capture.find import Uncovered
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.distributed.sharding import everywhere
-from gls_fused.reference import SPECTRAL_RMS, bias_correction, damping_of
+from gls_fused.reference import bias_correction, damping_of
 
 
 def diagnose(
@@ -103,8 +104,8 @@ def _of_layer(
         values["update_rms"] = corrected.sqrt()
     if options.get("max_change") is not None and "weight_rms" in state:
         if normalize not in ("sgd", "none"):
-            step = SPECTRAL_RMS if normalize == "spectral" else 1.0
-            bound = state["weight_rms"].mean() * options["max_change"] / step
+            share = options["max_change"] / most_rms(str(normalize), options)
+            bound = state["weight_rms"].mean() * share
             values["lr_share"] = (bound / options["lr"]).clamp(max=1)
         if "held" in state:
             values["held"] = everywhere(state["held"].mean())

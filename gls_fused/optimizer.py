@@ -60,6 +60,7 @@ from gls_fused.state import (
     VERSION,
     check_state,
     copy_state,
+    forget_orthogonal,
     is_priming,
     prime_states,
     saved_group,
@@ -104,7 +105,8 @@ class GLS(torch.optim.Optimizer):
             one per output; "factored", one per output and input; "adam", one per element;
             "sgd", scaled to the gradient's norm; "none", the plain step. "spectral": its
             orthogonal factor, of weights but the last layer's; "auto": the same where it costs
-            little and the weight's shorter side is 16 or more; the others "factored".
+            little and the weight's shorter side is 16 or more, but for linear layers of models that
+            normalise no activations; the others "factored".
         max_change: > 0 or None; the root mean square of a layer's step is at most so much of its
             weight's (or of 1 / sqrt(3 d) if that is more), about.
         split: >= 1; how many matrices a weight is, one above the other, for "spectral": 3 for a
@@ -486,6 +488,8 @@ class GLS(torch.optim.Optimizer):
             self._preconditioner.restore_gradients(self._preconditioner.layers)
             # torch has cast the state to the parameters' dtypes, and shares what it had not to.
             copy_state(checked, self.param_groups, self.state)
+            for group, layers in self._groups():
+                forget_orthogonal(layers, self.state, group)
             self._restart()
 
         # After the hooks that may change what is loaded, before those that see it loaded.

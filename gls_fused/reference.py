@@ -252,11 +252,17 @@ def blend_subspace(
 def start_subspace(test_matrix: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`blend_subspace` of the first rows, that Omega [d, r], orthonormal, was taken for U with.
 
-    Z = A'Y / n + mu S Omega,   M = Y'Y / n + mu Omega' S Omega,   t = ||A||_F^2 / n,   s = n
+        Z = A'Y / n + mu S Omega,   M = Y'Y / n + mu Omega' S Omega + nu I
+        t = ||A||_F^2 / n,   s = n
+
+    Numerics: rows that show fewer than r inputs leave Omega' S Omega singular; nu, 64 units of
+        rounding of t, is more than what the sum over n rows has been rounded by.
     """
     _, trace, core, sketch = split_sums(sums / sums[0], *test_matrix.shape)
     shift, seen = sketch_shift(trace, len(test_matrix)), seen_rows(sketch, test_matrix)
-    return sketch + shift * seen, core + shift * (seen.T @ seen), trace.clone(), sums[0].clone()
+    least = 64 * torch.finfo(trace.dtype).eps * trace
+    moved = core + shift * (seen.T @ seen) + least * eye_like(core)
+    return sketch + shift * seen, moved, trace.clone(), sums[0].clone()
 
 
 def seen_rows(sketch: Tensor, basis: Tensor) -> Tensor:

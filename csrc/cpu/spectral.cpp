@@ -93,7 +93,7 @@ void move_bias(T* bias, const T* direction, T* exp_avg, T* exp_avg_sq, const dou
   for (int64_t i = 0; i < m; ++i) {
     const double own = direction[i], mean = (squares[i] + own * own) / (columns + 1);
     exp_avg[i] = lerp(exp_avg[i], direction[i], T(1 - momentum));
-    exp_avg_sq[i] += (static_cast<T>(mean) - exp_avg_sq[i]) * static_cast<T>(1 - beta2);
+    exp_avg_sq[i] = blend_square(exp_avg_sq[i], mean, beta2);
     const double root = std::sqrt(exp_avg_sq[i] / correction) + eps;
     bias[i] = static_cast<T>(bias[i] * decayed - rate * exp_avg[i] / root);
   }

@@ -32,6 +32,13 @@ inline void advance(const at::Tensor& step) {
   }
 }
 
+// v <- beta2 v + (1 - beta2) mean(D^2), held in the dtype of the state, as the other backends do. Not by
+// their difference, in which a mean that has fallen far below v is lost.
+template <typename T>
+T blend_square(T square, double mean, double beta2) {
+  return square * static_cast<T>(beta2) + static_cast<T>(mean) * static_cast<T>(1 - beta2);
+}
+
 // min(lr, bound) of each layer.
 inline std::vector<double> bounded(double lr, const std::optional<at::Tensor>& bounds,
                                    size_t layers) {

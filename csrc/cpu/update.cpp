@@ -120,7 +120,7 @@ inline Value update_element(Value param, Value direction, Value& exp_avg, Value&
     average = exp_avg;
   }
   if constexpr (kElementwise) {
-    exp_avg_sq = exp_avg_sq + (direction * direction - exp_avg_sq) * Value(Scalar(1) - beta2);
+    exp_avg_sq = exp_avg_sq * Value(beta2) + direction * direction * Value(Scalar(1) - beta2);
     Value root;
     if constexpr (std::is_arithmetic_v<Value>) {
       root = std::sqrt(exp_avg_sq / correction);
@@ -184,10 +184,9 @@ void update_flat(const std::vector<Slice<param_t, state_t>>& slices, at::TensorL
     double scale = 1;
     corrections[layer] = 1 - std::pow(scalars.beta2, step);
     if (normalize == Normalize::kRms) {
-      // Held in the dtype of the state, as the other backends do.
       state_t& v = *exp_avg_sqs[layer].data_ptr<state_t>();
       const double mean = numels[layer] > 0 ? squares[layer] / numels[layer] : 0;
-      v += (static_cast<state_t>(mean) - v) * static_cast<state_t>(1 - scalars.beta2);
+      v = blend_square(v, mean, scalars.beta2);
       scale = 1 / (std::sqrt(v / corrections[layer]) + scalars.eps);
     } else if (normalize == Normalize::kSgd) {
       const double norm = std::sqrt(squares[layer]);
@@ -366,10 +365,8 @@ class AxesStep {
 
   double root_of(double square) const { return std::sqrt(square / correction_); }
 
-  // Held in the dtype of the state, as the other backends do.
   state_t blend(state_t& square, double sum, int64_t count) const {
-    const state_t mean = static_cast<state_t>(count > 0 ? sum / count : 0);
-    return square += (mean - square) * static_cast<state_t>(1 - scalars_.beta2);
+    return square = blend_square(square, count > 0 ? sum / count : 0, scalars_.beta2);
   }
 
   // Sums across lines are taken in a fixed number of stretches and then in their order, so that the

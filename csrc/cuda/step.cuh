@@ -46,7 +46,9 @@ __device__ inline W step_element(W param, W direction, W& exp_avg, W& exp_avg_sq
     average = exp_avg;
   }
   if constexpr (kElementwise) {
-    exp_avg_sq += (direction * direction - exp_avg_sq) * rates.square;
+    // Not by their difference, in which a square far below the average is lost.
+    exp_avg_sq -= exp_avg_sq * rates.square;
+    exp_avg_sq += direction * direction * rates.square;
     average *= 1 / (std::sqrt(exp_avg_sq * rates.correction) + rates.eps);
   }
   return param * rates.decayed - rates.rate * average;

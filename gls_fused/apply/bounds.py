@@ -23,17 +23,30 @@ from gls_fused.distributed.sharding import (
     rows_here,
     shards_of,
 )
-from gls_fused.reference import Inverse, bias_correction, layer_directions
+from gls_fused.reference import SPECTRAL_RMS, Inverse, bias_correction, layer_directions
 from gls_fused.scaling import where_flag
 
 
+def most_rms(normalize: str, options: Mapping[str, Any]) -> float:
+    """The most that the root mean square of an update can be, about; 1 where it is not known.
+
+    Divided by a mean square of which D is a share of 1 - beta2, m, of which D is a share of
+    1 - momentum, is at most (1 - momentum) / sqrt(1 - beta2) where D grows at once.
+    """
+    if normalize == "spectral":
+        return SPECTRAL_RMS
+    if normalize in ("sgd", "none"):
+        return 1.0
+    return max(1.0, float((1 - options["momentum"]) / math.sqrt(1 - options["beta2"])))
+
+
 def bound_rates(
-    layers: Sequence[Layer], states: Sequence[State], options: Mapping[str, Any]
+    layers: Sequence[Layer], states: Sequence[State], normalize: str, options: Mapping[str, Any]
 ) -> Tensor:
     """The most that the learning rate may be in each layer's step, [layers]; by matrix of stacks.
 
-    Of updates with a root mean square of 1, which those that are divided by their mean squares have
-    at most, about: a layer's weight then moves by max_change of its root mean square at most.
+    A layer's weight then moves by max_change of its root mean square at most, but for "sgd" and
+    "none", where what the update has is still to be divided by.
     """
     sizes: list[Tensor] = [state["weight_rms"] for state in states]
     if all(layer.blocks is None for layer in layers):
@@ -41,7 +54,7 @@ def bound_rates(
     else:
         pairs = zip(layers, sizes, strict=True)
         found = torch.cat([size.view(-1)[layer.here] for layer, size in pairs])
-    bounds: Tensor = found * options["max_change"]
+    bounds: Tensor = found * (options["max_change"] / most_rms(normalize, options))
     return bounds
 
 

@@ -18,7 +18,6 @@ from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.distributed.factors import update_spectral_shards_
 from gls_fused.distributed.sharding import update_shards_
-from gls_fused.reference import SPECTRAL_RMS
 
 
 def step_layers_(
@@ -81,10 +80,8 @@ def _step_together_(
         how = {"split": options["split"]}
     lr_bounds = None
     if options["max_change"] is not None:
-        lr_bounds = bound_rates(layers, alike.firsts, options)
-        if normalize == "spectral":
-            lr_bounds /= SPECTRAL_RMS
-        elif normalize in ("sgd", "none"):
+        lr_bounds = bound_rates(layers, alike.firsts, normalize, options)
+        if normalize in ("sgd", "none"):
             lr_bounds /= root_mean_squares(
                 gradients, averages, steps.by_matrix, inverses, sizes, options
             )
@@ -159,7 +156,10 @@ class Apart:
         # A device is not asked: see `close_`.
         known = not isinstance(self.lr, Tensor) or self.lr.is_cpu
         if known and self.lr == 0:
-            self.lr = 1.0
+            # The largest of theirs, with which the bound of the layer's rate is compared.
+            rates = [own["lr"] for own, _ in self._groups]
+            asked = [float(r) for r in rates if not isinstance(r, Tensor) or r.is_cpu]
+            self.lr = max(asked, default=0.0) or 1.0
             for place in set(range(len(copies))).difference(ours):
                 self.written[place] = copies[place].clone()
 

@@ -7,7 +7,8 @@
     "auto"      of these, the layers whose factor takes at most `spectral_share` of the flops of
                 their forward and backward for the rows they saw in their first step, and whose
                 shorter side is `LEAST_SIDE` or more: narrower ones, as low-rank adapters, train
-                better with scales.
+                better with scales. So do linear layers, and convolutions of one tap, where nothing
+                in the model normalises activations: physics-informed nets, coordinate networks.
 
 The others take the step of "factored".
 """
@@ -52,7 +53,8 @@ def _keeps_scale(layer: Layer, group: Mapping[str, Any]) -> bool:
 def _pays(layer: Layer, rows: int, group: Mapping[str, Any]) -> bool:
     split = group["split"]
     narrow = min(layer.outputs // split, layer.size) < LEAST_SIDE
-    return not narrow and factor_share(layer, rows, split) <= group["spectral_share"]
+    plain = layer.pointwise and not layer.found.normalized
+    return not (narrow or plain) and factor_share(layer, rows, split) <= group["spectral_share"]
 
 
 def factor_share(layer: Layer, rows: int, split: int) -> float:

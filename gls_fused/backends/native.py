@@ -253,6 +253,8 @@ def update_layers_(
         )  # fmt: skip
         return
     parts = zip(*(inverse or (None, None, None) for inverse in inverses), strict=True)
+    if isinstance(lr, Tensor) and lr.dtype not in (torch.float32, torch.float64):
+        lr = lr.double()
     _ops.update_layers_(
         params,
         gradients,

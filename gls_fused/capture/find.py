@@ -33,6 +33,7 @@ from gls_fused.capture.lending import Lender
 from gls_fused.capture.linear import LinearLayer, TurnedLinearLayer, why_not_linear
 from gls_fused.capture.modules import ALIKE, describe_class, plain_class
 from gls_fused.capture.products import products_layer, register_products
+from gls_fused.capture.reads import normalizes
 from gls_fused.capture.recurrent import RecurrentLayer, why_not_recurrent
 from gls_fused.capture.standardized import SamePaddedConv2dLayer, StandardizedConv2dLayer
 from gls_fused.distributed.sharding import is_sharded, sharding_problem
@@ -139,11 +140,13 @@ def find_layers(
     holders: dict[int, list[nn.Module]] = {}
     derived: set[Place] = set()
     seen: set[int] = set()
+    normalized = False
     for root_name, root in roots:
         for name, module in root.named_modules(prefix=root_name):
             if id(module) in seen:
                 continue
             seen.add(id(module))
+            normalized = normalized or normalizes(plain_class(module))
             source = source_of(module)
             if source is not None and source.param is not None and kind_of(module) is not None:
                 # What the module makes of it is its weight.
@@ -154,8 +157,10 @@ def find_layers(
                 if param is not None and (module, key) not in derived:
                     params[id(param)] = param
                     users.setdefault(id(param), []).append((plain_name(name), module, key))
-            for child in filter(None, module._modules.values()):
-                holders.setdefault(id(child), []).append(module)
+            for child in module._modules.values():
+                # Not its truth value, which torch.compile's modules do not have.
+                if child is not None:
+                    holders.setdefault(id(child), []).append(module)
 
     layers: list[Layer] = []
     owned: set[int] = set()
@@ -191,7 +196,8 @@ def find_layers(
         name = names[0]
         if roles[0] != "weight":
             name = _join(name, roles[0].removesuffix("_weight"))
-        layer = kind.layer(Found(name, list(modules), roles[0], bias, tables.get(key)))
+        found = Found(name, list(modules), roles[0], bias, tables.get(key), normalized)
+        layer = kind.layer(found)
         layers.append(layer)
         if isinstance(layer, Lender):
             layer.find_holders(holders)

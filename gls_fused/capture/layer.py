@@ -47,6 +47,7 @@ class Found(NamedTuple):
         key: the name of the parameter that the weight is, in these modules.
         bias: [m] or None.
         table: an embedding that looks the same weight up, or None.
+        normalized: whether something in the model normalises activations.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Found(NamedTuple):
     key: str
     bias: Tensor | None
     table: str | None
+    normalized: bool
 
 
 class Layer(Passes):
@@ -88,7 +90,7 @@ class Layer(Passes):
 
     def __init__(self, found: Found) -> None:
         self.found = found
-        name, modules, self.weight_key, bias, self.table = found
+        name, modules, self.weight_key, bias, self.table, _ = found
         self.modules = modules
         # Those whose forward is this layer's op.
         self.routed = modules
@@ -133,6 +135,11 @@ class Layer(Passes):
     def one_matrix(self) -> bool:
         """Whether the weight, or each of a stack, is one matrix, which has an orthogonal factor."""
         return self.groups == 1 and not self.gated
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether a row is what one place has, as of nn.Linear and convolutions of one tap."""
+        return self.shape[2:].numel() == 1
 
     def __reduce__(self) -> tuple[type[Layer], tuple[Any, ...]]:
         # A copy has statistics of its own, and captures nothing until it is told to.

@@ -17,13 +17,8 @@ from torch import Tensor, nn
 from gls_fused.capture.layer import Found, Layer, autocast_inputs, without_tangent
 from gls_fused.capture.modules import plain_class
 from gls_fused.capture.observed import observe
-from gls_fused.capture.uses import (
-    Observer,
-    reads_weights,
-    rewatch_module,
-    unwatch_module,
-    watch_module,
-)
+from gls_fused.capture.reads import reads_weights
+from gls_fused.capture.uses import Observer, rewatch_module, unwatch_module, watch_module
 from gls_fused.curvature.estimate import State
 
 if TYPE_CHECKING:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import weakref
 from collections.abc import Sequence
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -138,49 +137,6 @@ def _watched_class(plain: Any) -> type[Any]:
         # Which torch.compile leaves as they are.
         return make_class(plain, _disable_dynamo(found))
     return make_class(plain, found)
-
-
-# ---- which modules may use a weight ------------------------------------------------------------
-
-
-_READS: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-
-
-def reads_weights(plain: Any) -> bool:
-    """Whether a module's forward, or a method that it names, reads an attribute named weight.
-
-    Those that do not may get hold of one in another way, and those that do may do anything with it.
-    """
-    if plain not in _READS:
-        _READS[plain] = _reads_weights(plain)
-    return _READS[plain]
-
-
-def _reads_weights(plain: Any) -> bool:
-    if issubclass(plain, nn.MultiheadAttention):
-        return True
-    if plain.__module__.startswith("torch.nn."):
-        # Containers, and what only looks at weights to choose a fast path of evaluation.
-        return False
-    found: set[str] = set()
-    pending = ["forward"]
-    while pending:
-        name = pending.pop()
-        method = inspect.unwrap(getattr(plain, name, None))  # type: ignore[arg-type]
-        theirs = name != "forward" and hasattr(nn.Module, name)
-        if name in found or theirs or not inspect.isfunction(method):
-            continue
-        found.add(name)
-        names = _names_in(method.__code__)
-        if "weight" in names:
-            return True
-        pending += names
-    return False
-
-
-def _names_in(code: CodeType) -> set[str]:
-    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
-    return set(code.co_names).union(*map(_names_in, inner))
 
 
 # ---- a call of a watched module ----------------------------------------------------------------

@@ -374,7 +374,10 @@ def settle(
         backend, dims = kinds[0].backend, [kind.dim for kind in kinds]
         bases, cores = zip(*backend.refresh_subspaces(cores, sketches), strict=True)
         added = [sketch_shift(trace, dim) for trace, dim in zip(traces, dims, strict=True)]
-        torch._foreach_sub_([core.diagonal() for core in cores], added)
+        diagonals = [core.diagonal() for core in cores]
+        # Where the basis was completed by directions of no sketch there is none of it.
+        found = [torch.minimum(*pair) for pair in zip(diagonals, added, strict=True)]
+        torch._foreach_sub_(diagonals, found)
         inverses = backend.invert_cores(cores, traces, dims, damping, power, samples)
         core_inverses, shifts = zip(*inverses, strict=True)
         _store(

@@ -217,6 +217,26 @@ def test_weights_are_measured(name, dtype):
     assert_same(results[:1], [weights[1].double().square().mean().sqrt().to(wide)], PRODUCT, wide)
 
 
+@each_backend
+@pytest.mark.parametrize("normalize", ["rms", "row", "factored", "adam"])
+def test_mean_square_that_falls_at_once_is_kept(name, normalize):
+    """Without decay, by 1e-12: a difference of two such numbers in float32 is 0."""
+    found = []
+    for module in (resolve_backend(name, ["cpu"]), reference):
+        torch.manual_seed(0)
+        param, gradient = torch.randn(8, 16), torch.randn(8, 16)
+        shapes = {"rms": [()], "row": [(8,)], "factored": [(8,), (16,)], "adam": [(8, 16)]}
+        squares = [torch.zeros(shape) for shape in shapes[normalize]]
+        step = torch.zeros(())
+        for scale in (1, 1e-6):
+            module.update_layers_(
+                [param], [scale * gradient], [], squares, [step], [None], layer_sizes=[1],
+                normalize=normalize, lr=0.1, momentum=0.0, beta2=0.0, eps=0.0, weight_decay=0.0,
+            )  # fmt: skip
+        found.append([param, *squares])
+    assert_same(*found, PRODUCT, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parameters_are_rounded_by_the_same_draws(backend, dtype):
     check_rounding(backend, dtype)

@@ -1,5 +1,6 @@
 """torch.compile: the same steps as eager, in whole graphs, of which there are few."""
 
+import copy
 import functools
 import gc
 import itertools
@@ -218,6 +219,26 @@ def test_autocast(kind, how):
 @pytest.mark.parametrize("kind", KINDS)
 def test_inductor(kind, dtype):
     assert_trains_as_eager(kind, PRODUCT[dtype], "inductor", dtype=dtype)
+
+
+def test_parts_that_were_compiled_before():
+    """Regional compilation: what torch.compile makes of a module has no truth value."""
+    plain = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 3)).double()
+    parts = copy.deepcopy(plain)
+    for place in (0, 2):
+        parts[place] = torch.compile(parts[place], backend="aot_eager")
+    found = []
+    for model in (plain, parts):
+        optimizer = GLS(model, site="step", **OPTIONS)
+        assert "share covered: 100.0%" in optimizer.report()
+        for step in range(5):
+            generator = torch.Generator().manual_seed(step)
+            inputs = torch.randn(9, 8, generator=generator, dtype=torch.float64)
+            optimizer.zero_grad()
+            (model(inputs) - 1).square().mean().backward()
+            optimizer.step()
+        found.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert_near(found[1], found[0], SAME_STEPS)
 
 
 def test_layers_of_one_shape_share_their_graphs():

@@ -241,6 +241,27 @@ def test_transposed_convolution_with_groups_takes_the_steps_of_the_plain_one(nor
     assert relative_error(model.weight, start) > 1e-2
 
 
+@pytest.mark.parametrize("options", [{"kernel_size": 4, "stride": 2}, {"kernel_size": 1}], ids=str)
+def test_depthwise_transposed_convolution_by_channels(options):
+    """Of groups with one output each, in channels last, a view has the outputs on one axis."""
+    torch.manual_seed(0)
+    start = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ConvTranspose2d(8, 8, groups=8, **options)
+    ).double()
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = copy.deepcopy(start).to(memory_format=layout)
+        optimizer = GLS(model, lr=0.01, curvature_every=2)
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            images = torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64)
+            optimizer.zero_grad()
+            (model(images) - 1).square().mean().backward()
+            optimizer.step()
+        found.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert_near(found[1], found[0], TRAJECTORY)
+
+
 def test_transposed_convolution_with_groups_refuses_another_number_of_outputs():
     saved = GLS(model := nn.ConvTranspose2d(4, 6, 3, groups=2))
     model(torch.randn(3, 4, 2, 2)).sum().backward()

@@ -234,6 +234,8 @@ class IndependentGLS:
                 bound = bound / update.square().mean().sqrt()
             if normalize == "spectral":
                 bound = bound / 0.6
+            if normalize in ("rms", "row", "factored", "adam"):
+                bound = bound / max(1, (1 - self.momentum) / (1 - self.beta2) ** 0.5)
             lr = min(lr, bound)
         weight = weight * (1 - self.lr * self.weight_decay) - lr * update
         layer.weight.copy_(weight[:, : layer.in_features])

@@ -116,3 +116,55 @@ def test_rows_are_counted_by_their_weights(backend, curvature):
         assert found["samples"] == pytest.approx(count.item(), rel=10 * PRODUCT[torch.float64])
         damping = 0.2 * found["trace"] / min(40, count.item())
         assert found["damping"] == pytest.approx(damping, rel=10 * PRODUCT[torch.float64])
+
+
+# What the first rows show of the inputs: nothing but the bias's one, or some numbers.
+FEW = {
+    "zeros": torch.zeros,
+    "a constant": lambda rows, dim: F.pad(torch.ones(rows, 1), (0, dim - 1)),
+    "three": lambda rows, dim: F.pad(torch.randn(rows, 3), (0, dim - 3)),
+    "one row": lambda rows, dim: torch.randn(1, dim).expand(rows, dim),
+    "three one-hot": lambda rows, dim: F.one_hot(torch.randint(3, (rows,)), dim),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", FEW)
+def test_first_rows_may_show_fewer_inputs_than_there_are_directions(backend, kind, dtype):
+    """As behind a layer of zeros, or of dead units: all of Sigma is in a few directions then."""
+    for seed, (dim, outputs, rows) in enumerate(
+        [(16, 10, 300), (20, 6, 1024), (20, 8, 1000), (100, 32, 512), (12, 12, 64)]
+    ):
+        torch.manual_seed(seed)
+        layer = nn.Linear(dim, outputs).to(dtype)
+        optimizer = GLS(layer, backend=backend, lr=1e-3)
+        inputs = FEW[kind](rows, dim).to(dtype)
+        layer(inputs).square().sum().backward()
+        optimizer.step()
+        assert layer.weight.isfinite().all()
+        state = optimizer.state[layer.weight]
+        found = state["basis"] @ state["core"] @ state["basis"].T
+        sample = torch.cat([inputs, inputs.new_ones(rows, 1)], dim=1)
+        # A 256th of the mean eigenvalue is added on the way and taken off again.
+        assert_near(found, sample.T @ sample / rows, 2e-3)
+
+
+@pytest.mark.parametrize("damping", [1e-2, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_little_damping_stands_few_inputs(backend, dtype, damping):
+    """No direction that the first rows do not show has less than none of Sigma."""
+    for shown in (0, 2, 8):
+        torch.manual_seed(0)
+        layer = nn.Linear(16, 8).to(dtype)
+        optimizer = GLS(layer, backend=backend, damping=damping, curvature_every=1)
+        for step in range(4):
+            inputs = torch.randn(64, 16, dtype=dtype) * torch.logspace(0, 2, 16, dtype=dtype)
+            if step == 0:
+                inputs[:, shown:] = 0
+            optimizer.zero_grad()
+            layer(inputs).square().mean().backward()
+            optimizer.step()
+            state = optimizer.state[layer.weight]
+            least = torch.linalg.eigvalsh(state["core"])[0]
+            assert least >= -100 * torch.finfo(dtype).eps * state["trace"]
+        assert layer.weight.isfinite().all()

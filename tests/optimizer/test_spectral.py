@@ -7,6 +7,7 @@ import torch
 from nets import assert_equal, loss_of, make_batch, make_net, train
 from tolerances import SAME_STEPS, assert_near, relative_error
 from torch import nn
+from torch.nn import functional as F
 
 from gls_fused import GLS
 from gls_fused.apply.spectral import MOST_SHARE, normalize_of
@@ -141,7 +142,7 @@ def test_auto_goes_by_the_rows_of_the_first_step():
     ):
         assert (80 / rows > share) == (chosen == "factored")
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Tanh(), nn.Linear(16, 4))
+        model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.LayerNorm(16), nn.Linear(16, 4))
         optimizer = GLS(model, normalize="auto", spectral_share=share, **OPTIONS)
         step(model, optimizer, torch.randn(rows, 16))
         # Later steps, of fewer or more rows, do not change it.
@@ -162,6 +163,7 @@ def test_auto_leaves_narrow_and_gated_weights_their_scales():
         nn.GRU(16, 16),
         Last(),
         nn.Linear(16, 9),
+        nn.LayerNorm(9),
     )
     narrow = {"0": "factored", "1": "factored"}
     others = {"2": "spectral", "3.weight_ih_l0": "factored", "3.weight_hh_l0": "factored"}
@@ -171,6 +173,103 @@ def test_auto_leaves_narrow_and_gated_weights_their_scales():
         step(twin, optimizer, torch.randn(60, 9, 32))
         expected = narrow if normalize == "auto" else dict.fromkeys(narrow, "spectral")
         assert scales(optimizer) == {**expected, **others, "5": "factored"}
+
+
+class Plain(nn.Module):
+    def forward(self, inputs):
+        return inputs / (1 + inputs.norm())
+
+
+class FunctionalNorm(nn.Module):
+    def forward(self, inputs):
+        return F.rms_norm(inputs, inputs.shape[-1:])
+
+
+def prenorm(inputs):
+    return inputs * inputs.square().mean(-1, keepdim=True).rsqrt()
+
+
+class OwnNorm(nn.Module):
+    """By a function of its own, from a method."""
+
+    def forward(self, inputs):
+        return self.scale(inputs)
+
+    def scale(self, inputs):
+        return prenorm(inputs)
+
+
+class NormalizedInputs(nn.Module):
+    def forward(self, inputs):
+        return inputs
+
+
+@pytest.mark.parametrize(
+    ("module", "chosen"),
+    [
+        (nn.Tanh(), "factored"),
+        (Plain(), "factored"),
+        (NormalizedInputs(), "factored"),
+        (nn.LPPool1d(2, 1), "factored"),
+        (nn.LayerNorm(16), "spectral"),
+        (nn.BatchNorm1d(16), "spectral"),
+        (FunctionalNorm(), "spectral"),
+        (OwnNorm(), "spectral"),
+    ],
+)
+def test_auto_gives_points_orthogonal_steps_where_something_normalises(module, chosen):
+    model = nn.Sequential(nn.Linear(16, 16), module, nn.Linear(16, 4))
+    optimizer = GLS(model, **OPTIONS)
+    step(model, optimizer, torch.randn(300, 16))
+    assert scales(optimizer) == {"0": chosen, "2": "factored"}
+    image = nn.Sequential(
+        nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3), nn.Tanh(), nn.Conv2d(16, 4, 1)
+    )
+    optimizer = GLS(image, **OPTIONS)
+    step(image, optimizer, torch.randn(9, 16, 9, 9))
+    assert scales(optimizer) == {"0": "factored", "1": "spectral", "3": "factored"}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_coordinate_network_trains_ahead_of_adamw(seed):
+    """A field over the plane, all of it in every step: many rows, and no noise."""
+    losses = {}
+    for name in ("adamw", "gls"):
+        torch.manual_seed(seed)
+        points = torch.rand(1024, 2)
+        features = 2 * torch.pi * points @ (4 * torch.randn(2, 16))
+        inputs = torch.cat([features.sin(), features.cos()], 1)
+        field = torch.sin(9 * points[:, :1]) * torch.cos(7 * points[:, 1:])
+        layers = [nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)]
+        model = nn.Sequential(*layers, nn.ReLU(), nn.Linear(64, 1))
+        adamw = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer = GLS(model, lr=1e-3) if name == "gls" else adamw
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = (model(inputs) - field).square().mean()
+            loss.backward()
+            optimizer.step()
+        losses[name] = loss.item()
+    assert losses["gls"] < losses["adamw"]
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.5, 0.0])
+@pytest.mark.parametrize("normalize", ["row", "rms"])
+def test_bound_holds_for_a_gradient_that_grows_at_once(normalize, momentum):
+    """The average then grows before the mean square does."""
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(64, 32), torch.randn(256, 64)
+    options = {"lr": 1.0, "momentum": momentum, "normalize": normalize, "max_change": 0.01}
+    optimizer = GLS(model, **options)
+    sought = torch.randn(256, 32)
+    for number in range(120):
+        before = model.weight.detach().clone()
+        optimizer.zero_grad()
+        loss = (model(inputs) - sought).square().mean()
+        (loss * (1e4 if number == 119 else 1)).backward()
+        optimizer.step()
+    least = max(before.square().mean().sqrt(), 1 / (3 * 64) ** 0.5)
+    assert (model.weight - before).square().mean().sqrt() < 0.0105 * least
 
 
 @pytest.mark.parametrize("normalize", ["spectral", "auto"])

@@ -248,9 +248,40 @@ def test_state_without_a_version_is_taken():
     assert twin.param_groups[0]["low_precision"] == "nearest"
 
 
+def test_orthogonal_steps_of_before_begin_anew_with_scales(monkeypatch):
+    """As "auto" once gave them to layers of models that normalise nothing."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    inputs = torch.randn(300, 16)
+
+    def train(optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (model(inputs) - 1).square().sum().backward()
+            optimizer.step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gls_fused.capture.find.normalizes", lambda _: True)
+        before = GLS(model)
+        train(before, 20)
+        assert ", spectral: " in before.report()
+    after = GLS(model)
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    assert ", spectral: " not in after.report()
+    start = [param.detach().clone() for param in model.parameters()]
+    train(after, 1)
+    counts = [float(after.state[model[place].weight]["step"]) for place in (0, 2)]
+    assert counts == [1, 21]
+    for param, old in zip(model.parameters(), start, strict=True):
+        # As much as max_change allows is ten times that.
+        assert (param - old).square().mean().sqrt() < 3e-3
+
+
 def test_state_of_version_4_keeps_its_orthogonal_steps():
     """Of layers whose factor takes more than a third of the flops, and at most half."""
-    models = [nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 4)) for _ in range(2)]
+    models = [
+        nn.Sequential(nn.Linear(16, 16, bias=False), nn.LayerNorm(16), nn.Linear(16, 4))
+        for _ in range(2)
+    ]
     optimizers = [GLS(models[0], spectral_share=0.5), GLS(models[1])]
     inputs = torch.randn(200, 16)
     for step in range(4):

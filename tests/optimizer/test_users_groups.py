@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from tolerances import SAME_STEPS, assert_near
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,6 +115,36 @@ def test_warmup_from_zero_of_weights_and_biases_apart(backend, as_tensor):
         schedule.step()
         fit(model, optimizer, [seed])
     assert 0 < (params_of(model) - before).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("normalize", ["factored", "rms", "spectral"])
+def test_bias_steps_at_its_own_rate_beside_a_weight_that_rests(backend, normalize, as_tensor):
+    """A rate of 0 lets the bias take the step that a tiny one does."""
+    moved = []
+    for rate in (1e-9, 0.0):
+        model = make_mlp()
+        rates = [torch.tensor(x, dtype=torch.float64) if as_tensor else x for x in (rate, 1e-3)]
+        groups = [
+            {"params": [p for p in model.parameters() if (p.ndim < 2) == place], "lr": lr}
+            for place, lr in enumerate(rates)
+        ]
+        optimizer = GLS(groups, model=model, backend=backend, normalize=normalize)
+        before = params_of(model)
+        fit(model, optimizer, range(3))
+        moved.append(params_of(model) - before)
+    assert moved[0].abs().max() > 1e-3
+    assert_near(moved[1], moved[0], 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+def test_rate_is_a_tensor_of_any_dtype(backend, dtype):
+    found = []
+    for rate in (torch.tensor(1, dtype=dtype), 1.0):
+        model = make_mlp()
+        fit(model, GLS(model, lr=rate, backend=backend, **OPTIONS), range(3))
+        found.append(params_of(model))
+    assert_near(*found, SAME_STEPS)
 
 
 def test_biases_alone():

@@ -201,7 +201,9 @@ def _turn_kernel(
             t, s = tl.load(rest + rank * rank), tl.load(rest + rank * rank + 1)
             turn = tl.dot(factor, tl.load(triangles + of_layer), out_dtype=tl.float64)
             mu = t * (tl.load(options + 1).to(tl.float64, bitcast=True) / dim).to(tl.float32)
-            moved = move_core(m, turn, rank, EPS).to(tl.float32) - tl.where(i == j, mu, 0.0)
+            moved = move_core(m, turn, rank, EPS).to(tl.float32)
+            # Where the basis was completed by directions of no sketch there is none of it.
+            moved -= tl.where(i == j, tl.minimum(moved, mu), 0.0)
             moved = tl.where(inside, moved, 0.0)
             tl.store(
                 tl.load(line + 1).to(tl.pointer_type(tl.float32)) + i * rank + j, moved, mask=inside

@@ -126,7 +126,8 @@ def _step_elements(
         tl.store(exp_avg + at, average.to(exp_avg.dtype.element_ty), mask=mask)
     if ADAM:
         v = tl.load(exp_avg_sq + at, mask=mask).to(d.dtype)
-        v += (d * d - v) * square_share.to(d.dtype)
+        # Not by their difference, in which a square far below the average is lost.
+        v = v * (1.0 - square_share).to(d.dtype) + d * d * square_share.to(d.dtype)
         tl.store(exp_avg_sq + at, v.to(exp_avg_sq.dtype.element_ty), mask=mask)
         average = average / (tl.sqrt(v * correction.to(d.dtype)) + eps.to(d.dtype))
     w = tl.load(param + at, mask=mask).to(d.dtype)
