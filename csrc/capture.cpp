@@ -240,8 +240,9 @@ struct CapturedLinear : torch::autograd::Function<CapturedLinear> {
                         const std::optional<Tensor>& bias,
                         const c10::intrusive_ptr<LinearCapture>& capture) {
     // As torch's own op: who needs no gradient of the inputs may change the weight meanwhile, and the
-    // bias whoever likes. They are asked for their nodes alone then.
-    ctx->save_for_backward({inputs, inputs.requires_grad() ? weight : Tensor()});
+    // bias whoever likes. They are asked for their nodes alone then. What is kept is the memory that the
+    // weight has now, which somebody may swap for another.
+    ctx->save_for_backward({inputs, inputs.requires_grad() ? weight.detach() : Tensor()});
     ctx->saved_data["weight"] = weight;
     ctx->saved_data["bias"] = bias;
     ctx->saved_data["capture"] = c10::IValue::make_capsule(capture);
@@ -268,7 +269,7 @@ struct CapturedLinear : torch::autograd::Function<CapturedLinear> {
       Tensor factor = saved[1];
       if (at::GradMode::is_enabled() && weight.requires_grad() && capture->at_backward()) {
         const bool owned = capture->ones && bias.has_value() && bias->requires_grad();
-        factor = ObservedWeight::apply(factor, owned ? bias : std::nullopt, capture)[0];
+        factor = ObservedWeight::apply(weight, owned ? bias : std::nullopt, capture)[0];
       }
       input_gradient = at::matmul(output_gradient, factor);
     }

@@ -36,6 +36,7 @@ from gls_fused.state import (
     check_version,
     copy_tensors,
     saved_state,
+    take_due,
     upgrade_layer,
 )
 
@@ -139,13 +140,32 @@ class Attachment:
                 earlier.detach()
             _followers[optimizer] = weakref.ref(self)
             self._hooks = [
-                optimizer.register_step_pre_hook(lambda own, *_: self.pre_step(take_flag(own))),
+                optimizer.register_step_pre_hook(self._before_step),
                 optimizer.register_step_post_hook(lambda own, *_: self.commit(take_flag(own))),
             ]
 
     @property
     def _layers(self) -> list[Layer]:
         return self._preconditioner.layers
+
+    def _before_step(
+        self, own: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """`pre_step`, once the gradients are there: after the closure that the step evaluates."""
+        # The first is the optimizer.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self.pre_step(take_flag(own))
+            return None
+
+        def evaluate() -> Any:
+            loss = closure()
+            self.pre_step(take_flag(own))
+            return loss
+
+        if len(args) > 1:
+            return (args[0], evaluate, *args[2:]), kwargs
+        return args, {**kwargs, "closure": evaluate}
 
     def _expect(self) -> None:
         self._preconditioner.expect(self._layers, self._states, self._step, self._options)
@@ -162,10 +182,12 @@ class Attachment:
         self._preconditioner.check_captured()
         self._preconditioner.adopt(self._layers, self._states)
         waiting = [layer for layer in self._layers if layer.inverse is None]
-        self._started = self._start(self._take_sums(waiting, skip))
+        started = self._start(self._take_sums(waiting, skip))
+        # A closure may be evaluated several times in a step.
+        self._started += started
         # Nor has a backward left D of what is not the rows' alone.
         whole = [layer for layer in self._layers if layer.stays_whole and layer.inverse is not None]
-        for layer in dict.fromkeys([*self._started, *whole]):
+        for layer in dict.fromkeys([*started, *whole]):
             if layer.weight.grad is not None:
                 _precondition_gradients_(layer)
 
@@ -202,7 +224,10 @@ class Attachment:
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics by layer, the step and the version: tensors and plain numbers only."""
-        layers = {layer.name: saved_state(self._states[layer.weight]) for layer in self._layers}
+        layers = {}
+        for layer in self._layers:
+            state = saved_state(self._states[layer.weight])
+            layers[layer.name] = {**state, "due": int(layer.due)} if state else state
         return {"version": VERSION, "step": self._step, "layers": layers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -227,6 +252,7 @@ class Attachment:
         self._step = state_dict["step"]
         for layer in self._layers:
             self._states[layer.weight] = copy_tensors(saved[layer.name], layer.weight)
+        take_due(self._layers, self._states)
         self._restart()
 
     def detach(self) -> None:
@@ -253,6 +279,7 @@ class Attachment:
                 preconditioner.ranks,
             ),
             "states": [self._states[layer.weight] for layer in self._layers],
+            "due": [layer.due for layer in self._layers],
             "step": self._step,
         }
 
@@ -261,6 +288,8 @@ class Attachment:
         Attachment.__init__(self, state["layers"], *state["arguments"])
         pairs = zip(self._layers, state["states"], strict=True)
         self._states, self._step = {layer.weight: own for layer, own in pairs}, state["step"]
+        for layer, due in zip(self._layers, state["due"], strict=True):
+            layer.due = due
         self._restart()
         if not state["captured"]:
             self.detach()

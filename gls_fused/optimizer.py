@@ -66,6 +66,7 @@ from gls_fused.state import (
     saved_group,
     saved_layer,
     saved_state,
+    take_due,
     upgrade_group,
     upgrade_state,
 )
@@ -347,6 +348,7 @@ class GLS(torch.optim.Optimizer):
             group.setdefault("step", 0)
             group.setdefault("version", VERSION)
             self._owners.update(dict.fromkeys(group["params"], group))
+        self._cover_by_hand()
         self._layers_of = [
             (group, [layer for layer in layers if self._owners.get(layer.weight) is group])
             for group in self.param_groups
@@ -355,6 +357,25 @@ class GLS(torch.optim.Optimizer):
             layer.bias_trains = layer.bias in self._owners
         self._preconditioner.rest([p for p in layers if p.weight not in self._owners])
         return self._layers_of
+
+    def _cover_by_hand(self) -> None:
+        """The layers of parameters that somebody has put into the groups without `add_param_group`.
+
+        As callbacks of Lightning do that thaw a model which they resume.
+        """
+        added = [param for param in self._owners if param not in self._names]
+        if not added or self._model is None or self._waiting is not None:
+            return
+        members = Members([], added, [])
+        self._names.update(name_params(members, 0, self._model))
+        layers, uncovered = self._find([members])
+        self._check_splits(layers, self._owners)
+        for layer in layers:
+            group = self._owners[layer.weight]
+            self._preconditioner.add([layer], group)
+            self._preconditioner.expect([layer], self.state, group["step"], group)
+        self._uncovered += uncovered
+        self._preconditioner.ranks.disagree()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -490,6 +511,7 @@ class GLS(torch.optim.Optimizer):
             copy_state(checked, self.param_groups, self.state)
             for group, layers in self._groups():
                 forget_orthogonal(layers, self.state, group)
+                take_due(layers, self.state)
             self._restart()
 
         # After the hooks that may change what is loaded, before those that see it loaded.
@@ -523,6 +545,7 @@ class GLS(torch.optim.Optimizer):
                 "ranks": preconditioner.ranks,
                 "layers": preconditioner.layers,
                 "captured": [layer.captured for layer in preconditioner.layers],
+                "due": [layer.due for layer in preconditioner.layers],
                 "model": self._model,
                 "names": self._names,
                 "uncovered": self._uncovered,
@@ -548,8 +571,9 @@ class GLS(torch.optim.Optimizer):
         parts = {key: own[key] for key in ("site", "backend", "ranks")}
         self._open(Preconditioner(**parts))
         groups = {param: group for group in self.param_groups for param in group["params"]}
-        for layer, captured in zip(own["layers"], own["captured"], strict=True):
+        for layer, captured, due in zip(own["layers"], own["captured"], own["due"], strict=True):
             self._preconditioner.add([layer], groups.get(layer.weight, self.defaults))
+            layer.due = due
             if not captured:
                 layer.release()
         self._restart()

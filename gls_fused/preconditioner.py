@@ -159,6 +159,8 @@ class Preconditioner:
         """
         changed = False
         for layer in layers:
+            # Whose user asked for D in p.grad has it there already.
+            at_backward = layer.at_backward and layer.promised
             if not layer.fits:
                 layer.fit()
                 changed = True
@@ -178,7 +180,7 @@ class Preconditioner:
             self.restore_gradients([layer])
             layer.forget()
             self._told.pop(layer, None)
-            layer.expect(found, gathers=found is None, at_backward=False)
+            layer.expect(found, gathers=found is None, at_backward=at_backward)
             changed = True
         return changed
 
@@ -261,9 +263,12 @@ class Preconditioner:
         self, layers: Sequence[Layer], states: States, step: int, options: Mapping[str, Any]
     ) -> None:
         """Tell the layers what the coming step asks of them: to gather, and where P applies."""
-        due = step % options["curvature_every"] == 0
+        now = step % options["curvature_every"] == 0
         for layer in layers:
             layer.settle_uses(states.get(layer.weight) or {})
+            # One that had no part in the step in which it was due gathers in its next one. Several
+            # ranks would not know of one another's.
+            layer.due = due = now or (layer.due and self.ranks.size == 1)
             if due or layer.inverse is None:
                 layer.draw = self._draw(layer.device, step)
             told = (
@@ -357,7 +362,7 @@ class Preconditioner:
 
     def _miss(self, layer: Layer) -> None:
         layer.misses += 1
-        if layer.misses == MOST_MISSES:
+        if layer.misses >= MOST_MISSES:
             otherwise = layer.missed
             if layer.called:
                 otherwise = "its gradient is cleared and written anew before each step"
@@ -386,8 +391,9 @@ def take_sums(
     taking: list[Layer] = []
     idle: list[Layer] = []
     for layer in layers:
-        # A frozen layer sees no rows on any rank.
-        if layer.gathers and layer.weight.requires_grad:
+        # A frozen layer sees no rows on any rank; on a single one it may have been frozen since.
+        thawed = layer.weight.requires_grad or (ranks.size == 1 and layer.has_rows)
+        if layer.gathers and thawed:
             (taking if layer.idle is None else idle).append(layer)
     own: dict[Layer, Tensor] = {}
     for layer in taking:
@@ -396,6 +402,8 @@ def take_sums(
         if sums is None or layer.weight.grad is None:
             if layer.weight.grad is not None and not layer.called:
                 layer.seek_uses()
+            if layer.weight.grad is not None and layer.inverse is not None and ranks.size == 1:
+                layer.misses += 1
             continue
         if layer.inverse is None or ranks.size > 1:
             sums = _counting(layer, sums, skip)
@@ -406,6 +414,8 @@ def take_sums(
         layer.returned |= layer.take_sums() is not None and layer.weight.grad is not None
         if layer.returned and (ranks.size == 1 or taking):
             own[layer] = layer.no_sums().new_ones(1)
+    for layer in own:
+        layer.due, layer.misses = False, 0
     if ranks.size == 1 or not taking:
         return own
     taking += idle
@@ -473,6 +483,8 @@ def describe_layers(
         state = states.get(layer.weight) or {}
         rank = f"rank {state['basis'].shape[-1]}" if "basis" in state else "dense"
         started = f"{state['rows']} rows, {rank}" if state.get("rows") else "no rows yet"
+        if state.get("rows") and layer.misses >= MOST_MISSES:
+            started += f", none for {layer.misses} steps"
         stack = "" if layer.blocks is None else f"{layer.blocks} x "
         lines.append(
             f"{name}: GLS ({layer.kind} {stack}{layer.dim} -> {layer.outputs}, {started}, "

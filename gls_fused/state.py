@@ -3,9 +3,10 @@
     every parameter   step (0-d), exp_avg and exp_avg_sq (shaped as it; exp_avg_sq 0-d, on a layer's
                       weight, for "rms"), master (shaped as it, float32)
     a layer's weight  rows and outputs (plain numbers), at_step (whether its p.grad has turned out
-                      to be in use) and lent (whether another module uses it by itself), 1 or 0,
-                      and none is as good as 0, weight_rms and held of max_change (0-d), and the
-                      tensors of gls_fused.curvature.estimate
+                      to be in use), lent (whether another module uses it by itself) and, where it
+                      is saved, due (whether it is to gather in its next step), 1 or 0, and none is
+                      as good as 0, weight_rms and held of max_change (0-d), and the tensors of
+                      gls_fused.curvature.estimate
     a stack's weight  the same, with the matrices as first axis of all tensors but step
     a group           its options, step and version: numbers and names
 
@@ -175,11 +176,12 @@ def saved_layer(layer: Layer, state: Mapping[str, Any], group: Mapping[str, Any]
     if "rows" not in state:
         return dict(state)
     kept = square_shapes(layer, group)
-    return {
+    found = {
         key: value
         for key, value in state.items()
         if key not in ("exp_avg_sq", "exp_avg_sq_columns") or kept.get(key) == tuple(value.shape)
     }
+    return {**found, "due": int(layer.due)}
 
 
 def saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,6 +200,12 @@ def copy_state(
         for key, param in zip(saved["params"], group["params"], strict=True):
             if key in state_dict["state"]:
                 states[param] = copy_tensors(state_dict["state"][key], param)
+
+
+def take_due(layers: Iterable[Layer], states: Mapping[Tensor, State]) -> None:
+    """Tell layers what a state that has been loaded says of their next step."""
+    for layer in layers:
+        layer.due = bool((states.get(layer.weight) or {}).pop("due", 0))
 
 
 def forget_orthogonal(

@@ -73,7 +73,8 @@ class Layer(Passes):
         gated: whether the weight is several matrices of the same inputs, as a recurrent layer's.
         lent: whether another module has used the weight by itself, and the rows were seen. Then
             p.grad keeps the gradient, unless `promised`.
-        misses: how many steps its weight has had a gradient in without rows.
+        misses: how many steps its weight has had a gradient in without rows that were asked for.
+        due: whether it is to gather in the next step in which it has a part.
         returned: whether rows of an idle layer have been seen since, with a gradient.
         last: whether it is the last of all that an optimizer covers.
     """
@@ -114,7 +115,7 @@ class Layer(Passes):
         self.shape = torch.Size(shape)
         self.size = self.shape[1:].numel()
         self.dim = self.size + self.ones
-        self.returned = self.lent = self.last = False
+        self.returned = self.lent = self.last = self.due = False
         self.misses = 0
 
     @property
@@ -166,12 +167,23 @@ class Layer(Passes):
         """Choose the kind of running estimate, and the backend by name."""
         self._choice = (kind, rank, backend)
         self.promised = promised
-        self.fit()
+        self.dtype, self.device = self.weight.dtype, self.weight.device
+        self.begin()
 
     def fit(self) -> None:
         """Be of the weight's dtype and device, which change where a model is cast or moved."""
-        kind, rank, backend = self._choice
+        before = self.device, self.statistics_dtype
         self.dtype, self.device = self.weight.dtype, self.weight.device
+        if before == (self.device, torch.promote_types(self.dtype, torch.float32)):
+            # As where weights have 16 bits for the passes and 32 for the step.
+            return
+        if self.at_backward and not self.promised:
+            self.restore_gradient()
+        self.begin()
+
+    def begin(self) -> None:
+        """Without statistics, of the weight's dtype and device."""
+        kind, rank, backend = self._choice
         self.backend = resolve_backend(backend, {self.device.type})
         self.backend_name = backend_name(self.backend)
         self.curvature = self.curvature_of(kind, rank)

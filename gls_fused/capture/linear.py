@@ -56,9 +56,10 @@ class Linear(torch.autograd.Function):
         tally: Tensor | None,
         rows: LinearRows,
     ) -> Tensor:
-        # As torch's own op: the weight may change where nobody needs it, and the bias always.
-        ctx.save_for_backward(inputs, weight if ctx.needs_input_grad[0] else None)
-        ctx.rows, ctx.bias = rows, bias
+        # As torch's own op: the weight may change where nobody needs it, and the bias always. The
+        # memory that the weight has now is kept, as somebody may swap it for another.
+        ctx.save_for_backward(inputs, weight.detach() if ctx.needs_input_grad[0] else None)
+        ctx.rows, ctx.weight, ctx.bias = rows, weight, bias
         outputs = F.linear(inputs, weight, bias)
         # A view made in here could not be modified in place, as ReLU(inplace=True) does.
         if outputs._is_view():
@@ -68,7 +69,7 @@ class Linear(torch.autograd.Function):
     @staticmethod
     @outside_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight = ctx.saved_tensors
+        inputs, factor = ctx.saved_tensors
         rows: LinearRows = ctx.rows
         needs_inputs, needs_weight, needs_bias, tallies, _ = ctx.needs_input_grad
         counts = applies = False
@@ -76,9 +77,8 @@ class Linear(torch.autograd.Function):
             counts, applies = rows.enter(ctx, 1)
         input_gradient = None
         if needs_inputs:
-            factor = weight
             if torch.is_grad_enabled() and needs_weight:
-                shown = observe_factor(ctx, inputs, rows.turn(weight), biased=needs_bias)
+                shown = observe_factor(ctx, inputs, rows.turn(ctx.weight), biased=needs_bias)
                 factor = rows.turn(shown)
             input_gradient = gradient @ factor
         if not needs_weight:
@@ -99,8 +99,8 @@ class LinearLayer(LinearRows, Lender):
     kind = "Linear"
     by_rows = True
 
-    def fit(self) -> None:
-        super().fit()
+    def begin(self) -> None:
+        super().begin()
         # Backends may have an autograd function of their own, for the subspace.
         self.native = None
         has_own = hasattr(self.backend, "LinearCapture") and not self.turned

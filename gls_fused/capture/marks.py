@@ -46,7 +46,8 @@ class Marks:
 
     def match(self, gradient: Tensor) -> bool:
         """Whether a gradient is the sum of the parts up to one factor, and to rounding."""
-        found, scale = self._read(gradient), self._sizes.max()
+        # The model may have been cast to another dtype in between.
+        found, scale = self._read(gradient).to(self._sums.dtype), self._sizes.max()
         if scale == 0:
             return not found.any()
         # At a scale of one, so that no square overflows or is lost.

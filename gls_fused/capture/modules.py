@@ -12,10 +12,10 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: F401  # see _captured_class
+from torch import fx, nn
 
 from gls_fused.capture.derived import source_of
 
@@ -75,8 +75,10 @@ def why_not_own(module: nn.Module, forward: Callable[..., Any]) -> str | None:
             f"{describe_class(plain)} overrides forward, which may change the weight or the product"
             ": see gls_fused.register"
         )
-    instance = module.__dict__.get("forward")
-    if instance is not None and getattr(instance, "__func__", None) is not plain.forward:
+    instance = getattr(module.__dict__.get("forward"), "__func__", None)
+    # It may be that of a captured class, which hooks of other packages put back as they found it.
+    ours = instance is plain.forward or getattr(instance, "__wrapped__", None) is plain.forward
+    if "forward" in module.__dict__ and not ours:
         return "its forward is replaced on the instance"
     return None
 
@@ -151,20 +153,31 @@ def once_per_class(make: Callable[[Any], type[Any]]) -> Callable[[Any], type[Any
 def _captured_class(plain: Any) -> type[Any]:
     # By this name the inputs may be given.
     _, first, *_ = inspect.signature(plain.forward).parameters
+    key, proxy = KEY, fx.Proxy
 
-    @functools.wraps(plain.forward)
-    def forward(self: Any, *args: Tensor, **kwargs: Tensor) -> Any:
-        capture = getattr(self, KEY, None)
+    def forward(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        capture = getattr(self, key, None)
         if capture is not None and capture.module is self:
-            layer = capture.layer
-            if layer.watches(self):
-                more = [*args[1:], *(kwargs[key] for key in kwargs if key != first)]
+            layer, inputs = capture.layer, args[0] if args else kwargs.get(first)
+            # What torch.fx.symbolic_trace hands around has no rows.
+            if not isinstance(inputs, proxy) and layer.watches(self):
+                more = [*args[1:], *(kwargs[name] for name in kwargs if name != first)]
                 if all(each is None for each in more):
-                    return layer.forward(self, args[0] if args else kwargs[first])
+                    return layer.forward(self, inputs)
                 return layer.forward_more(self, *args, **kwargs)
         return plain.forward(self, *args, **kwargs)
 
-    return make_class(plain, forward)
+    return make_class(plain, as_plain(plain, forward))
+
+
+def as_plain(plain: Any, forward: Any) -> Any:
+    """A forward that passes for the plain class's, to torch.jit.script and torch.fx too.
+
+    They read the source of the plain one with the names that this one knows.
+    """
+    names = getattr(inspect.unwrap(plain.forward), "__globals__", globals())
+    found = FunctionType(forward.__code__, names, "forward", None, forward.__closure__)
+    return functools.wraps(plain.forward)(found)
 
 
 def make_class(plain: Any, forward: Any) -> type[Any]:
@@ -180,7 +193,6 @@ def make_class(plain: Any, forward: Any) -> type[Any]:
             rest[0] = {key: value for key, value in rest[0].items() if key not in (KEY, WATCH_KEY)}
         return (make, arguments, *rest)
 
-    # torch.jit.script reads the wrapped forward's source with the names of this module: F is one.
     captured = type(
         plain.__name__,
         (plain,),

@@ -88,9 +88,7 @@ class Passes(Rows):
             self.test_matrix = None
         if not self.weight.requires_grad or self.idle is not None:
             self.test_matrix = None
-        if not self.weight.requires_grad:
-            self.tally = None
-        elif gathers and (self.tally is None or self.tally.numel() != self._sums_size):
+        if gathers and (self.tally is None or self.tally.numel() != self._sums_size):
             if self.idle is None:
                 self.sketched_with()
             zero = torch.zeros(1, dtype=self.statistics_dtype, device=self.device)
@@ -227,6 +225,11 @@ class Passes(Rows):
 
     # ---- the step --------------------------------------------------------------------------------
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether there are sums of this step."""
+        return self.sums is not None or self.reduced is not None
+
     def take_sums(self) -> Tensor | None:
         sums, self.sums = self.sums, None
         if self.reduced is not None:
@@ -266,7 +269,7 @@ class Passes(Rows):
     def forget(self) -> None:
         """Forget the rows of this step, and what of D is in p.grad."""
         # Asked in every step: in most there is nothing.
-        if self.sums is not None or self.reduced is not None or self._watch is not None:
+        if self.has_rows or self._watch is not None:
             self.take_sums()
         self._counted = False
         if self.marks.has_marks:

@@ -8,20 +8,19 @@ some rows of it, go to that layer; everything else stays what it is. Other modul
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Sequence
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from gls_fused.capture.modules import (
     WATCH_KEY,
+    as_plain,
     captured_by,
     is_captured,
     make_class,
@@ -59,9 +58,11 @@ class Watch:
 
     def run(self, plain: Any, /, *args: Any, **kwargs: Any) -> Any:
         """The plain forward, watched where a layer wants to see rows or to apply P now."""
+        # What torch.fx.symbolic_trace hands around has no rows.
+        symbolic = any(isinstance(each, fx.Proxy) for each in (*args, *kwargs.values()))
         uses = [
             Use(layer, owner, layer.held_by(owner))  # type: ignore[arg-type]
-            for layer, owner in self.uses
+            for layer, owner in ([] if symbolic else self.uses)
             if layer.watches(owner)
         ]
         if not uses:
@@ -129,10 +130,7 @@ def _watched_class(plain: Any) -> type[Any]:
             return plain.forward(self, *args, **kwargs)
         return watch.run(plain, *args, **kwargs)
 
-    # torch.jit.script reads the source of the plain one with the names that this one knows.
-    names = getattr(inspect.unwrap(plain.forward), "__globals__", globals())
-    found: Any = FunctionType(forward.__code__, names, "forward", None, forward.__closure__)
-    found = functools.wraps(plain.forward)(found)
+    found: Any = as_plain(plain, forward)
     if issubclass(plain, nn.RNNBase | nn.RNNCellBase):
         # Which torch.compile leaves as they are.
         return make_class(plain, _disable_dynamo(found))

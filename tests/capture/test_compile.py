@@ -221,6 +221,26 @@ def test_inductor(kind, dtype):
     assert_trains_as_eager(kind, PRODUCT[dtype], "inductor", dtype=dtype)
 
 
+def test_thawed_layer_shows_its_rows_at_once():
+    found = []
+    for compiles in (False, True):
+        model = make_net("mlp")
+        first = next(module for module in model.modules() if isinstance(module, nn.Linear))
+        first.requires_grad_(False)
+        optimizer = GLS(model, lr=0.01, site="step", **OPTIONS)
+        net = torch.compile(model, backend="aot_eager") if compiles else model
+        for step in range(6):
+            if step == 2:
+                first.requires_grad_(True)
+            optimizer.zero_grad()
+            loss_of(net, make_batch("mlp", 9, step)).backward()
+            optimizer.step()
+            if step == 2:
+                assert optimizer.state[first.weight]["rows"] == 9
+        found.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert_near(found[1], found[0], SAME_STEPS)
+
+
 def test_parts_that_were_compiled_before():
     """Regional compilation: what torch.compile makes of a module has no truth value."""
     plain = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 3)).double()

@@ -1,17 +1,19 @@
 """What users do to captured modules and optimizers: the module computes as it would without GLS."""
 
 import gc
+import warnings
 import weakref
 
 import pytest
 import torch
+from tolerances import PRODUCT, assert_near
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
-from gls_fused import GLS, attach
+from gls_fused import GLS, attach, register
 
 SITES = ("step", "backward", "auto")
 # After 3 steps the next one does not gather rows, after 4 it does.
@@ -240,3 +242,86 @@ def test_nested_inputs(backend, site, layout):
         optimizer.step()
     assert all(p.isfinite().all() for p in model.parameters())
     assert "its inputs are" in optimizer.report()
+
+
+def multiply(inputs, weight, bias):
+    return F.linear(inputs, weight, bias)
+
+
+class LookAlike(nn.Linear):
+    """Whose forward reads a name of its own file."""
+
+    def forward(self, inputs):
+        return multiply(inputs, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("form", ["within", "alone"])
+@pytest.mark.parametrize("kind", [LookAlike, nn.Linear])
+def test_scripts_and_symbolic_traces(kind, form):
+    """Of a captured model, in a step that gathers and in one that does not."""
+    register(LookAlike, "linear")
+    torch.manual_seed(0)
+    part = kind(5, 4)
+    model = nn.Sequential(part, nn.Tanh()) if form == "within" else part
+    optimizer = GLS(model, **OPTIONS)
+    inputs = torch.randn(6, 5)
+    for _ in range(3):
+        expected = model(inputs)
+        with warnings.catch_warnings():
+            # torch's own, of torch.jit.
+            warnings.simplefilter("ignore")
+            scripted = torch.jit.script(model) if form == "within" else model
+        for each in (torch.fx.symbolic_trace(model), scripted):
+            assert torch.equal(each(inputs), expected)
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+    assert "6 rows" in optimizer.report()
+
+
+def test_forward_that_hooks_of_others_put_back():
+    """Theirs was made of a captured class's, as accelerate's, which are taken off again."""
+    model = make_mlp()
+    first = GLS(model, **OPTIONS)
+    model[0].forward = model[0].forward
+    fit(model, first, range(2))
+    second = GLS(model, **OPTIONS)
+    fit(model, second, range(2))
+    assert "share covered: 100.0%" in second.report()
+    second.detach()
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_memory_of_a_weight_is_swapped_for_its_forward(backend, site):
+    """By hooks, as for fake quantisation: the gradients are of what was computed."""
+    found = []
+    for captured in (True, False):
+        model = make_mlp()
+        kept = {}
+        for module in (model[0], model[2]):
+
+            def quantize(module, args, kept=kept):
+                kept[module] = module.weight.data
+                module.weight.data = (8 * module.weight.data).round() / 8
+
+            def put_back(module, args, output, kept=kept):
+                module.weight.data = kept.pop(module)
+
+            module.register_forward_pre_hook(quantize)
+            module.register_forward_hook(put_back)
+        optimizer = GLS(model, site=site, backend=backend, **OPTIONS) if captured else None
+        gradients = []
+        for seed in range(4):
+            generator = torch.Generator().manual_seed(seed)
+            inputs = torch.randn(16, 8, generator=generator, dtype=torch.float64).requires_grad_()
+            for _ in range(2):
+                model.zero_grad()
+                model(inputs).square().mean().backward()
+            gradients.append(inputs.grad)
+            if optimizer is not None:
+                before = [param.detach().clone() for param in model.parameters()]
+                optimizer.step()
+                with torch.no_grad():
+                    torch._foreach_copy_(list(model.parameters()), before)
+        found.append(torch.cat(gradients))
+    assert_near(*found, PRODUCT[torch.float64])

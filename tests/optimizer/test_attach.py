@@ -1,11 +1,15 @@
 """attach: other optimizers step on D = D0 P."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from nets import assert_equal, gradients, loss_of, make_batch, make_net, snapshot
 from tolerances import SAME_STEPS, assert_near
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from gls_fused import GLS, attach
 
@@ -173,3 +177,65 @@ def test_attached_again_takes_the_place_of_the_first():
         assert "no rows yet" not in handle.report()
         found.append(snapshot(model))
     assert_equal(*found)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("as_keyword", [True, False])
+@pytest.mark.parametrize("kind", ["mlp", "tied", "weight_norm"])
+def test_closure_is_evaluated_before_the_gradients_are_asked_for(kind, as_keyword, batches):
+    """As Lightning steps; where it accumulates, the last batch alone is the closure's."""
+    found = []
+    for closes in (True, False):
+        model = make_net("mlp")
+        if kind == "tied":
+            table, head = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
+            head.weight = table.weight
+            model = nn.Sequential(table, nn.Linear(6, 6), nn.Tanh(), head).double()
+        elif kind == "weight_norm":
+            model = nn.Sequential(weight_norm(nn.Linear(3, 5)), nn.Tanh(), nn.Linear(5, 2)).double()
+        optimizer = sgd(model)
+        attach(model, optimizer, **OPTIONS)
+
+        def backward(seed, model=model):
+            generator = torch.Generator().manual_seed(seed)
+            if kind == "tied":
+                inputs = torch.randint(9, (7,), generator=generator)
+                F.cross_entropy(model(inputs), inputs.flip(0)).backward()
+            else:
+                batch = make_batch("mlp", 9, seed)
+                inputs = batch[0][:, :3] if kind == "weight_norm" else batch[0]
+                model(inputs).square().mean().backward()
+
+        for step in range(6):
+            optimizer.zero_grad()
+            seeds = [10 * step + batch for batch in range(batches)]
+            for seed in seeds[:-1] if closes else seeds:
+                backward(seed)
+            closure = functools.partial(backward, seeds[-1])
+            if not closes:
+                optimizer.step()
+            elif as_keyword:
+                optimizer.step(closure=closure)
+            else:
+                optimizer.step(closure)
+        found.append(snapshot(model))
+    assert_equal(*found)
+
+
+def test_closure_may_be_evaluated_several_times():
+    """By L-BFGS, in whose first step layers start: D each time, once."""
+    torch.manual_seed(0)
+    model = make_net("mlp")
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    handle = attach(model, optimizer, **OPTIONS)
+    batch = make_batch("mlp", 12, 0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(4)]
+    assert losses[-1] < losses[0]
+    assert handle.report().count("12 rows") == len(list(handle.state_dict()["layers"]))

@@ -1,5 +1,6 @@
 """Groups as everybody writes them, and what the report says of them."""
 
+import copy
 import warnings
 
 import pytest
@@ -321,3 +322,30 @@ def test_what_is_found_of_groups_that_are_added(recwarn):
         optimizer.add_param_group({"params": nn.Linear(2, 2).parameters()})
     beside = GLS([{"params": make_mlp()}, {"params": nn.Linear(4, 6)}], model=model)
     assert beside.report().count("GLS (Linear") == 4
+
+
+@pytest.mark.parametrize("how", ["extended", "assigned"])
+def test_parameters_put_into_the_groups_by_hand(backend, how):
+    """As Lightning's callbacks do that thaw a model: its layers are found as by add_param_group."""
+    found = []
+    for by_hand in (True, False):
+        model = make_mlp()
+        parts = [list(model[2:].parameters()), list(model[0].parameters())]
+        optimizer = GLS(parts[0], model=model, backend=backend, **OPTIONS)
+        fit(model, optimizer, range(3))
+        if not by_hand:
+            optimizer.add_param_group({"params": parts[1]})
+        elif how == "assigned":
+            group = {"params": parts[1], "lr": 1e-3}
+            optimizer.param_groups = [*optimizer.param_groups, group]
+        else:
+            optimizer.param_groups[0]["params"].extend(parts[1])
+        fit(model, optimizer, range(3, 7))
+        assert "0: GLS (Linear 9 -> 64, 16 rows" in optimizer.report()
+        found.append((params_of(model), copy.deepcopy(optimizer.state_dict())))
+    assert_near(found[0][0], found[1][0], 2e-3 if how == "extended" else 1e-12)
+    if how == "assigned":
+        twin = GLS(parts[0], model=model, backend=backend, **OPTIONS)
+        twin.param_groups = [*twin.param_groups, {"params": parts[1], "lr": 1e-3}]
+        twin.load_state_dict(found[0][1])
+        fit(model, twin, [7])

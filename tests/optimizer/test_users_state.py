@@ -7,6 +7,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
+from tolerances import assert_near
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -305,3 +306,63 @@ def test_saved_after_another_normalize_was_chosen(before):
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
             fit(model, optimizer, range(4, 6))
             assert params_of(model).isfinite().all()
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_sixteen_bits_for_the_passes_and_more_for_the_step(backend, site):
+    """As CLIP was trained: weights and gradients are cast around every step."""
+    model = make_mlp(torch.bfloat16)
+    optimizer = GLS(model, lr=1e-3, site=site, backend=backend, **OPTIONS)
+
+    def cast(dtype):
+        for param in model.parameters():
+            param.data = param.data.to(dtype)
+            if param.grad is not None:
+                param.grad.data = param.grad.data.to(dtype)
+
+    losses = []
+    for seed in range(30):
+        optimizer.zero_grad()
+        loss = loss_of(model, seed % 3)
+        loss.backward()
+        losses.append(loss.item())
+        cast(torch.float32)
+        optimizer.step()
+        cast(torch.bfloat16)
+    assert "Adam (" not in optimizer.report().replace("Adam (LayerNorm", "")
+    assert "16 rows" in optimizer.report()
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("step", [1, 2])
+def test_model_is_cast_between_backward_and_step(backend, site, step):
+    """What p.grad holds, the gradient or D, it holds in another dtype."""
+    found = []
+    for casts in (True, False):
+        model = make_mlp()
+        optimizer = GLS(model, lr=1e-2, site=site, backend=backend, **OPTIONS)
+        fit(model, optimizer, range(step))
+        optimizer.zero_grad()
+        loss_of(model, 7).backward()
+        if casts:
+            model.double()
+        optimizer.step()
+        found.append(params_of(model))
+    assert_near(*found, 1e-6)
+
+
+def test_states_are_replaced_between_backward_and_step(backend):
+    """With D in p.grad, as the user has asked for."""
+    found = []
+    for replaces in (True, False):
+        model = make_mlp(torch.float64)
+        optimizer = GLS(model, lr=1e-2, site="backward", backend=backend, **OPTIONS)
+        fit(model, optimizer, range(3))
+        optimizer.zero_grad()
+        loss_of(model, 7).backward()
+        if replaces:
+            change_tensors(torch.clone)(model, optimizer)
+        optimizer.step()
+        found.append(params_of(model))
+    assert_near(*found, 1e-6)
