@@ -266,7 +266,8 @@ struct CapturedLinear : torch::autograd::Function<CapturedLinear> {
 
     Tensor input_gradient, weight_gradient, bias_gradient;
     if (ctx->needs_input_grad(0)) {
-      Tensor factor = saved[1];
+      // A second derivative reaches the weight itself.
+      Tensor factor = at::GradMode::is_enabled() ? weight : saved[1];
       if (at::GradMode::is_enabled() && weight.requires_grad() && capture->at_backward()) {
         const bool owned = capture->ones && bias.has_value() && bias->requires_grad();
         factor = ObservedWeight::apply(weight, owned ? bias : std::nullopt, capture)[0];

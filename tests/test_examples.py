@@ -37,6 +37,15 @@ def test_layers_of_ones_own(name, covered):
     assert "no rows yet" not in report
 
 
+def test_physics_informed():
+    """A second of a run that goes on; AdamW is at .38 there."""
+    from examples import physics_informed
+
+    ours, adamw = (physics_informed.train(name, steps=80) for name in ("gls", "adamw"))
+    assert sum(ours[-10:]) < sum(adamw[-10:])
+    assert sum(ours[-10:]) / 10 < ours[0] / 2
+
+
 # ---- Lightning -----------------------------------------------------------------------------------
 
 

@@ -46,7 +46,9 @@ def test_orthogonal_factors_may_be_as_coarse_as_they_are_on_a_gpu(monkeypatch):
         "factor_dtype",
         lambda x: x.dtype if x.dtype == torch.float64 else torch.bfloat16,
     )
-    layers = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 10))
+    layers = nn.Sequential(
+        nn.Flatten(), nn.Linear(16, 16), nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, 10)
+    )
     task = Task("square", "Square", True, lambda _: copy.deepcopy(layers))
     # So many rows that a hidden layer of width 16 takes orthogonal steps.
     verdict = check_gls(task, synthesise((1, 4, 4), 1024), 256)
