@@ -34,6 +34,7 @@ class Alike:
         layers: with a P and a gradient.
         normalize: how their steps are scaled, "auto" and heads resolved.
         params: weight and bias of one layer after the other, of those that are to move.
+        low: whether any of these has 16 bits.
         elsewhere: the groups other than the weights', and the places of their biases in `params`.
         zeros: for what biases of these groups, see `gls_fused.apply.layers.Apart`.
         states: of each, with all its buffers.
@@ -68,6 +69,7 @@ class Alike:
             self.states += own
             self.firsts.append(own[0])
             self.sizes.append(len(mine))
+        self.low = any(map(is_low, self.params))
         places: dict[int, tuple[Mapping[str, Any], list[int]]] = {}
         for place, param in enumerate(self.params):
             group = groups[param]

@@ -50,7 +50,7 @@ def _step_together_(
     # The backends round to the nearest themselves.
     copies: Sequence[Tensor] = params
     gradients = [param.grad for param in params if param.grad is not None]
-    if options["low_precision"] != "nearest":
+    if alike.low and options["low_precision"] != "nearest":
         copies = open_copies(params, alike.states, options)
         gradients = widen(gradients)
     inverses = alike.inverses()
@@ -108,7 +108,8 @@ def _step_together_(
     )
     write_back_(copied)
     apart.close_(skip)
-    close_copies(params, copies, options, seeds, alike.steps_of_params, backend)
+    if copies is not params:
+        close_copies(params, copies, options, seeds, alike.steps_of_params, backend)
 
 
 class Apart:

@@ -31,8 +31,12 @@ from gls_fused.reference import (
 
 
 def knows_shards() -> bool:
-    """Whether there may be DTensors: importing them takes half a second, and who has one has it."""
-    return "torch.distributed.tensor" in sys.modules
+    """Whether there may be DTensors: importing them takes half a second, and who has one has it.
+
+    Nor are there any without a process group.
+    """
+    known = "torch.distributed.tensor" in sys.modules
+    return known and dist.is_available() and dist.is_initialized()
 
 
 def is_sharded(tensor: Any) -> bool:
