@@ -221,6 +221,9 @@ def test_inductor(kind, dtype):
     assert_trains_as_eager(kind, PRODUCT[dtype], "inductor", dtype=dtype)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.14", reason="torch 2.11's graphs give a thawed weight no gradient"
+)
 def test_thawed_layer_shows_its_rows_at_once():
     found = []
     for compiles in (False, True):

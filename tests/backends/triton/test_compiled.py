@@ -331,6 +331,7 @@ def test_amd(launches, dtype, tmp_path):
     check(launches, "gfx942", tmp_path)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="triton 3.6 spills less of this tile")
 def test_a_kernel_that_spills_is_seen(launches, tmp_path, monkeypatch):
     """The reading of the machine code itself: too few warps for the tile."""
     monkeypatch.setattr(backend.core, "core_warps", lambda *_: 1)
