@@ -232,6 +232,8 @@ class GLS(torch.optim.Optimizer):
         self._seen: list[int] = []
         # By a group's id, what its layers' updates take; for these states and what they held.
         self._kept: dict[int, Kept] = defaultdict(Kept)
+        # By a group's id, what its parameters are rounded by.
+        self._seeds: dict[int, Seeds] = {}
         # By a group's id, the options that have been found in range.
         self._checked: dict[int, tuple[list[Any], list[Any]]] = {}
         self._known: list[Any] = []
@@ -295,12 +297,21 @@ class GLS(torch.optim.Optimizer):
 
     def _cover(self, layers: Sequence[Layer], uncovered: Sequence[Uncovered]) -> None:
         groups = {param: group for group in self.param_groups for param in group["params"]}
+        self._add_layers(layers, uncovered, groups)
+        self._expect()
+
+    def _add_layers(
+        self,
+        layers: Sequence[Layer],
+        uncovered: Sequence[Uncovered],
+        groups: Mapping[Tensor, Mapping[str, Any]],
+    ) -> None:
+        """Capture layers; what their next step asks of them is still to be told."""
         self._check_splits(layers, groups)
         for layer in layers:
             self._preconditioner.add([layer], groups[layer.weight])
         self._uncovered += uncovered
         self._preconditioner.ranks.disagree()
-        self._expect()
 
     @staticmethod
     def _check_splits(layers: Sequence[Layer], groups: Mapping[Tensor, Mapping[str, Any]]) -> None:
@@ -348,6 +359,7 @@ class GLS(torch.optim.Optimizer):
             group.setdefault("step", 0)
             group.setdefault("version", VERSION)
             self._owners.update(dict.fromkeys(group["params"], group))
+        self._seeds = {id(group): make_seeds(group) for group in self.param_groups}
         self._cover_by_hand()
         self._layers_of = [
             (group, [layer for layer in layers if self._owners.get(layer.weight) is group])
@@ -369,13 +381,10 @@ class GLS(torch.optim.Optimizer):
         members = Members([], added, [])
         self._names.update(name_params(members, 0, self._model))
         layers, uncovered = self._find([members])
-        self._check_splits(layers, self._owners)
+        self._add_layers(layers, uncovered, self._owners)
         for layer in layers:
             group = self._owners[layer.weight]
-            self._preconditioner.add([layer], group)
             self._preconditioner.expect([layer], self.state, group["step"], group)
-        self._uncovered += uncovered
-        self._preconditioner.ranks.disagree()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -426,7 +435,6 @@ class GLS(torch.optim.Optimizer):
             return
         skip = take_flag(self)
         sums = self._take_sums(groups, skip)
-        seeds = self._seeds_of({id(group): make_seeds(group) for group, _ in groups})
         # By identity, as a tensor's own hash is a call of Python's.
         ready: set[int] = set()
         for group, layers in groups:
@@ -442,10 +450,10 @@ class GLS(torch.optim.Optimizer):
         for group, layers in groups:
             stepping = [layer for layer in layers if id(layer.weight) in ready]
             kept = self._kept[id(group)]
-            step_layers_(stepping, self.state, group, self._owners, kept, seeds, skip)
+            step_layers_(stepping, self.state, group, self._owners, kept, self._seed_of, skip)
             others = [p for p in group["params"] if id(p) not in ready and p.grad is not None]
             own = [self.state[p] for p in others]
-            adam_(others, own, group, seeds, skip, preconditioner.backend_for(others))
+            adam_(others, own, group, self._seed_of, skip, preconditioner.backend_for(others))
         for group, layers in groups:
             preconditioner.commit(layers, self.state, sums, group, skip)
             if group["max_change"] is not None:
@@ -699,9 +707,8 @@ class GLS(torch.optim.Optimizer):
         layers = [layer for _, layers in groups for layer in layers]
         return take_sums(layers, preconditioner.ranks, skip)
 
-    def _seeds_of(self, seeds: Mapping[int, Seeds]) -> Seeds:
-        """Of every parameter, by its group."""
-        return lambda param: seeds[id(self._owners[param])](param)
+    def _seed_of(self, param: Tensor) -> int:
+        return self._seeds[id(self._owners[param])](param)
 
     def _forget_earlier(self, layers: Sequence[Layer], started: Sequence[Layer]) -> None:
         """What layers got before they started were Adam's updates, averages of another quantity.

@@ -400,10 +400,11 @@ def take_sums(
         sums = layer.take_sums()
         # Rows count when the gradient that they led to does.
         if sums is None or layer.weight.grad is None:
-            if layer.weight.grad is not None and not layer.called:
-                layer.seek_uses()
-            if layer.weight.grad is not None and layer.inverse is not None and ranks.size == 1:
-                layer.misses += 1
+            if layer.weight.grad is not None:
+                if not layer.called:
+                    layer.seek_uses()
+                if layer.inverse is not None and ranks.size == 1:
+                    layer.misses += 1
             continue
         if layer.inverse is None or ranks.size > 1:
             sums = _counting(layer, sums, skip)

@@ -6,8 +6,8 @@
 #include <cstring>
 
 #include "../draws.h"
-#include "elements.cuh"
 #include "round.h"
+#include "step.cuh"
 
 namespace gls_fused::cuda {
 
@@ -37,8 +37,7 @@ template <typename T>
 __global__ void __launch_bounds__(kRoundThreads)
     round_kernel(const __grid_constant__ RoundTable table) {
   const Rounded& x = table.entries[find_entry(table, blockIdx.x)];
-  const uint32_t step = uint32_t(int64_t(x.double_step ? *static_cast<const double*>(x.step)
-                                                       : *static_cast<const float*>(x.step)));
+  const uint32_t step = uint32_t(int64_t(load_number(x.step, x.double_step)));
   T* param = static_cast<T*>(x.param);
   const int64_t first = int64_t(blockIdx.x - x.first) * kRoundElements;
   constexpr int kEach = kWidth<T>;

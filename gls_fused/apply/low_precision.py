@@ -56,6 +56,8 @@ def make_seeds(options: Mapping[str, Any]) -> Seeds:
 def widen(tensors: Sequence[Tensor]) -> list[Tensor]:
     """float32 copies of those of 16 bits, by one op of torch's; the others themselves."""
     found = list(tensors)
+    if not any(map(is_low, found)):
+        return found
     # Of tensors that are spread over ranks not all ops of torch's know.
     at_once = [place for place, x in enumerate(found) if is_low(x) and not is_sharded(x)]
     copies = [torch.empty_like(found[place], dtype=torch.float32) for place in at_once]

@@ -167,15 +167,14 @@ class Layer(Passes):
         """Choose the kind of running estimate, and the backend by name."""
         self._choice = (kind, rank, backend)
         self.promised = promised
-        self.dtype, self.device = self.weight.dtype, self.weight.device
         self.begin()
 
     def fit(self) -> None:
         """Be of the weight's dtype and device, which change where a model is cast or moved."""
-        before = self.device, self.statistics_dtype
-        self.dtype, self.device = self.weight.dtype, self.weight.device
-        if before == (self.device, torch.promote_types(self.dtype, torch.float32)):
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        if self.weight.device == self.device and wide is self.statistics_dtype:
             # As where weights have 16 bits for the passes and 32 for the step.
+            self.dtype = self.weight.dtype
             return
         if self.at_backward and not self.promised:
             self.restore_gradient()
@@ -184,6 +183,7 @@ class Layer(Passes):
     def begin(self) -> None:
         """Without statistics, of the weight's dtype and device."""
         kind, rank, backend = self._choice
+        self.dtype, self.device = self.weight.dtype, self.weight.device
         self.backend = resolve_backend(backend, {self.device.type})
         self.backend_name = backend_name(self.backend)
         self.curvature = self.curvature_of(kind, rank)
