@@ -1,8 +1,8 @@
-// Rows times P, and the sketch of rows, on the CPU:
+// Rows times P, on the CPU:
 //
-//   X P = X / lambda' + ((X U) C) U'          Y = A U,  Y'Y,  A'Y,  ||A||_F^2
+//   X P = X / lambda' + ((X U) C) U'
 //
-// For P a block of rows goes through all three products while it is in the second-level cache, so X is
+// A block of rows goes through all three products while it is in the second-level cache, so X is
 // read and X P written once: 8 bytes per float32 element, 4 r flops. A column of ones, or a bias's
 // gradient, is carried as numbers beside the rows. Of an X that lies by columns, as the gradient of a
 // weight [k, m] does, a block of rows is one of columns in memory, and takes the transposed products.
@@ -11,21 +11,16 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/sum.h>
 #include <torch/library.h>
 
 #include <atomic>
-#include <numeric>
 #include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "../check.h"
-#include "../sums.h"
 #include "products.h"
 #include "threads.h"
 
@@ -36,22 +31,8 @@ using at::Tensor;
 
 namespace {
 
-// 16 rows of 3072 float32 take 192 KiB and U' of rank 32 takes 384 KiB: within 1 MiB.
-constexpr int64_t kBlockRows = 16;
-// Flops below which waking another thread takes longer than it saves, about 20 microseconds.
-constexpr int64_t kSerialFlops = 1 << 20;
-
-int64_t grain(int64_t count, int64_t flops) {
-  return flops < kSerialFlops ? std::max<int64_t>(count, 1) : 1;
-}
-
 // Columns in memory of one block of a turned X, and of what of it the second-level cache holds.
 constexpr int64_t kMostColumns = 256, kLeastColumns = 64, kBlockElements = 1 << 18;
-// Terms that are summed at once: what they are taken from stays in the first-level cache, and long
-// sums round as short ones do. 128 rows of 64 float32 take 32 KiB.
-constexpr int64_t kTerms = 128;
-
-Tensor in_rows(const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) < 2 ? x : x.contiguous(); }
 
 template <typename T>
 struct Columns {
@@ -66,20 +47,6 @@ struct Columns {
 constexpr int64_t kPackedRows = 12;
 // Elements of copies worth a second thread.
 constexpr int64_t kParallelPacks = 1 << 18;
-
-// U [d, width] from U' [r, d], with zeros from r on.
-template <typename T>
-void pack(const T* u, int64_t u_row, int64_t rank, int64_t dim, int64_t width, T* packed) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t first = 0; first < dim; first += kBlock) {
-    const int64_t end = std::min(dim, first + kBlock);
-    for (int64_t j = 0; j < width; ++j) {
-      for (int64_t k = first; k < end; ++k) {
-        packed[k * width + j] = j < rank ? u[j * u_row + k] : T(0);
-      }
-    }
-  }
-}
 
 // X [n, k] times P = I / shift + U C U', into `product` [n, k] and `last` [n], all of the basis'
 // dtype. `last` is contiguous, and so is the product, or its transpose where X's is. X has one more
@@ -121,21 +88,14 @@ struct Product {
     else run_rows(first, memory, memory + kBlockRows * width());
   }
 
-  // Of a row of X U in memory: whole vectors.
-  int64_t width() const {
-    constexpr int64_t size = at::vec::Vectorized<T>::size();
-    return (rank + size - 1) / size * size;
-  }
+  int64_t width() const { return packed_width<T>(rank); }
 
   // Rows from `first` on, at most kBlockRows, with memory for as many rows of U and of C.
   void run_rows(int64_t first, T* y, T* yc) const {
     const int64_t rows = std::min(kBlockRows, n - first);
     const T* from = x + first * x_row;
     if (packed) {
-      for (int64_t k = 0; k == 0 || k < size; k += kTerms) {
-        sum_rows<T>(y, width(), k > 0, {from + k, x_row, 1}, rows, packed + k * width(), width(),
-                    std::min(kTerms, size - k), width(), y, width());
-      }
+      sum_terms<T>({from, x_row, 1}, rows, packed, width(), size, width(), y, width());
     } else {
       dot_rows<T>(from, x_row, rows, u, u_row, rank, size, y, width());
     }
@@ -228,7 +188,7 @@ void multiply_inverses(const std::vector<InverseProduct>& products) {
     at::parallel_for(0, copies, each, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const auto& plan = plans[packed_plans[i]];
-        pack(plan.u, plan.u_row, plan.rank, plan.size, plan.width(),
+        pack(plan.u, plan.u_row, plan.rank, 0, plan.size, plan.width(),
              const_cast<scalar_t*>(plan.packed));
       }
     });
@@ -323,63 +283,12 @@ std::tuple<Tensor, Tensor> precondition_gradient(const Tensor& weight_gradient,
                       empty_beside(weight_gradient, basis));
 }
 
-template <typename T>
-double sum_all_squares(const Tensor& rows) {
-  const int64_t n = rows.size(0), size = rows.size(1), row = rows.stride(0);
-  const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
-  const T* from = rows.const_data_ptr<T>();
-  std::vector<double> squares(blocks);
-  share(0, blocks, grain(blocks, n * size), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * kBlockRows; i < std::min(n, end * kBlockRows); ++i) {
-      squares[i / kBlockRows] += sum_squares(from + i * row, size);
-    }
-  });
-  return std::accumulate(squares.begin(), squares.end(), 0.0);
-}
-
-// By BLAS, which these products of few columns fill better than sums over long rows do.
-void sketch_into(const Tensor& rows, const Tensor& basis, bool ones, Sketch sketch) {
-  const int64_t n = rows.size(0), size = rows.size(1);
-  const Tensor inputs = in_rows(rows.to(basis.scalar_type())), weights = basis.narrow(0, 0, size);
-  const Tensor y = ones ? at::addmm(basis[size], inputs, weights) : at::mm(inputs, weights);
-  at::mm_out(sketch.core, y.t(), y);
-  Tensor by_columns = sketch.transposed.narrow(1, 0, size);
-  at::mm_out(by_columns, y.t(), inputs);
-  double total = ones ? n : 0;
-  AT_DISPATCH_FLOATING_TYPES(basis.scalar_type(), "sketch_rows", [&] {
-    total += sum_all_squares<scalar_t>(inputs);
-  });
-  sketch.trace.fill_(total);
-  if (ones) sketch.transposed.select(1, size).copy_(y.sum(0));
-}
-
-std::tuple<Tensor, Tensor, Tensor> sketch_rows(const Tensor& rows, const Tensor& basis,
-                                               bool ones) {
-  check_rows("sketch_rows", rows, basis, ones);
-  const Sketch sketch = make_sketch(basis);
-  sketch_into(rows, basis, ones, sketch);
-  return {sketch.core, sketch.transposed.t(), sketch.trace};
-}
-
-// sums [2 + r r + r d] += [n, ||A||_F^2, Y'Y, (A'Y)'], unless these are not finite or all zero.
-void add_sketch_(const Tensor& rows, const Tensor& basis, bool ones, Tensor& sums) {
-  check_sums(rows, basis, ones, sums);
-  const Tensor fresh = at::empty(sums.sizes(), sums.options());
-  sketch_into(rows, basis, ones, view_sketch(fresh, basis));
-  fresh[0].fill_(rows.size(0));
-  const bool usable =
-      std::isfinite(fresh.sum().item<double>()) && fresh[1].item<double>() > 0;
-  if (usable) sums.add_(fresh);
-}
-
 }  // namespace
 }  // namespace CPU_CAPABILITY
 
 TORCH_LIBRARY_IMPL(gls_fused, CPU, m) {
   m.impl("precondition_rows", &precondition_rows);
   m.impl("precondition_gradient", &precondition_gradient);
-  m.impl("sketch_rows", &sketch_rows);
-  m.impl("add_sketch_", &add_sketch_);
 }
 
 }  // namespace gls_fused
