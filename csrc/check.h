@@ -138,23 +138,24 @@ inline void check_refresh(const at::Tensor& core, const at::Tensor& sketch) {
 }
 
 inline void check_blend(at::TensorList bases, at::TensorList cores, at::TensorList traces,
-                        at::TensorList samples, at::TensorList sums) {
+                        at::TensorList samples, at::TensorList sums,
+                        const char* op = "blend_subspaces") {
   const size_t layers = bases.size();
   TORCH_CHECK(cores.size() == layers && traces.size() == layers && samples.size() == layers &&
                   sums.size() == layers,
-              "blend_subspaces: expected ", layers, " cores, traces, samples and sums, got ",
+              op, ": expected ", layers, " cores, traces, samples and sums, got ",
               cores.size(), ", ", traces.size(), ", ", samples.size(), " and ", sums.size());
   for (size_t i = 0; i < layers; ++i) {
     const at::ScalarType type = bases[i].scalar_type();
     TORCH_CHECK(type == at::kFloat || type == at::kDouble,
-                "blend_subspaces: expected basis of Float or Double, got ", type);
-    TORCH_CHECK(bases[i].dim() == 2, "blend_subspaces: expected basis [d, r], got ",
+                op, ": expected basis of Float or Double, got ", type);
+    TORCH_CHECK(bases[i].dim() == 2, op, ": expected basis [d, r], got ",
                 bases[i].sizes());
     const int64_t d = bases[i].size(0), r = bases[i].size(1);
     const auto check = [&](const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) {
-      check_device("blend_subspaces", bases[i], tensor);
+      check_device(op, bases[i], tensor);
       TORCH_CHECK(tensor.sizes() == sizes && tensor.scalar_type() == type,
-                  "blend_subspaces: expected ", name, " ", sizes, " of ", type, ", got ",
+                  op, ": expected ", name, " ", sizes, " of ", type, ", got ",
                   tensor.sizes(), " of ", tensor.scalar_type());
     };
     check("core", cores[i], {r, r});
@@ -190,6 +191,49 @@ inline void check_cores(at::TensorList cores, at::TensorList traces, at::IntArra
               " and ", dims.size());
   TORCH_CHECK(samples.empty() || samples.size() == cores.size(), "invert_cores: expected ",
               cores.size(), " samples or none, got ", samples.size());
+}
+
+// Estimates as `blend_subspaces` takes them, and C [r, r] and lambda'^p [] of each: all to be written to
+// where they are, U by columns.
+inline void check_commit(at::TensorList bases, at::TensorList cores, at::TensorList traces,
+                         at::TensorList samples, at::TensorList core_inverses,
+                         at::TensorList shifts, at::TensorList sums, at::TensorList gradients,
+                         at::IntArrayRef gradient_counts) {
+  const char* op = "commit_subspaces_";
+  check_blend(bases, cores, traces, samples, sums, op);
+  const size_t layers = bases.size();
+  TORCH_CHECK(core_inverses.size() == layers && shifts.size() == layers &&
+                  gradient_counts.size() == layers,
+              op, ": expected ", layers, " core_inverses, shifts and gradient_counts, got ",
+              core_inverses.size(), ", ", shifts.size(), " and ", gradient_counts.size());
+  int64_t total = 0;
+  for (const int64_t count : gradient_counts) {
+    TORCH_CHECK(count >= 0, op, ": expected gradient_counts of at least 0, got ", gradient_counts);
+    total += count;
+  }
+  TORCH_CHECK(static_cast<int64_t>(gradients.size()) == total, op, ": expected ", total,
+              " gradients, got ", gradients.size());
+  for (size_t i = 0; i < layers; ++i) {
+    for (const auto& [name, like, tensor] :
+         {std::tuple{"core_inverse", &cores[i], &core_inverses[i]},
+          std::tuple{"shift", &traces[i], &shifts[i]}}) {
+      check_device(op, *like, *tensor);
+      TORCH_CHECK(tensor->sizes() == like->sizes() && tensor->scalar_type() == like->scalar_type(),
+                  op, ": expected ", name, " ", like->sizes(), " of ", like->scalar_type(),
+                  ", got ", tensor->sizes(), " of ", tensor->scalar_type());
+    }
+    TORCH_CHECK(bases[i].size(1) <= bases[i].size(0), op, ": expected basis [d, r] with r at most d, got ",
+                bases[i].sizes());
+    TORCH_CHECK(bases[i].t().is_contiguous() && cores[i].is_contiguous() &&
+                    core_inverses[i].is_contiguous(),
+                op, ": expected basis by columns, core and core_inverse by rows, got strides ",
+                bases[i].strides(), ", ", cores[i].strides(), " and ", core_inverses[i].strides());
+  }
+  for (const at::Tensor& gradient : gradients) {
+    check_device(op, bases[0], gradient);
+    TORCH_CHECK(gradient.is_floating_point(), op, ": expected gradients of floating point, got ",
+                gradient.scalar_type());
+  }
 }
 
 // A tensor that is written to element by element.

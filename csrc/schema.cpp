@@ -80,6 +80,12 @@ TORCH_LIBRARY(gls_fused, m) {
   m.def(
       "invert_cores(Tensor[] cores, Tensor[] traces, int[] dims, float damping, float power,"
       " Tensor[] samples) -> (Tensor[], Tensor[])");
+  // These three in place, less mu: of each layer's sums, which count only if one of the next
+  // gradient_counts[i] gradients, where there are any, is not zero.
+  m.def(
+      "commit_subspaces_(Tensor(a!)[] bases, Tensor(b!)[] cores, Tensor(c!)[] traces,"
+      " Tensor(d!)[] samples, Tensor(e!)[] core_inverses, Tensor(f!)[] shifts, Tensor[] sums,"
+      " Tensor[] gradients, int[] gradient_counts, float beta, float damping, float power) -> ()");
   // [n, ||A||_F^2, Y'Y, (A'Y)'] of some rows, added to the sums of a step where they are usable.
   m.def("add_sketch_(Tensor rows, Tensor basis, bool ones, Tensor(a!) sums) -> ()");
   // A length times the orthogonal factor of each matrix [m, k], or of each of `split` matrices of as

@@ -12,6 +12,7 @@
 
 #include "../check.h"
 #include "products.h"
+#include "subspace.h"
 
 namespace gls_fused {
 inline namespace CPU_CAPABILITY {
@@ -22,27 +23,14 @@ namespace {
 
 // Columns that one thread takes at a time; a multiple of any vector.
 constexpr int64_t kPanel = 512;
-// mu is t / (kShift d), as SHIFT of gls_fused.reference has it.
-constexpr int64_t kShift = 256;
+}  // namespace
 
-// One layer's, with its matrices as [r, d] or [r, r] in memory.
+// See gls_fused.reference.blend_subspace.
 template <typename T>
-struct Estimate {
-  int64_t d;
-  int64_t r;
-  const T* basis;
-  const T* core;
-  T trace;
-  T samples;
-  // [n, ||A||_F^2, Y'Y, (A'Y)']
-  const T* sums;
-};
-
-// Z + mu S U as [r, d], M + mu I, t and s: see gls_fused.reference.blend_subspace.
-template <typename T>
-void blend(const Estimate<T>& from, double beta, T* sketch, T* core, T* trace, T* samples) {
+void blend(const Estimate<T>& from, bool counts, double beta, T* sketch, T* core, T* trace,
+           T* samples) {
   const auto [d, r, basis, old, before, rows, sums] = from;
-  const T count = sums[0], n = std::max(count, T(1));
+  const T count = counts ? sums[0] : T(0), n = std::max(count, T(1));
   const T weight = count > 0 ? T(1 - beta) : T(0), kept = 1 - weight;
   *trace = before * kept + sums[1] / n * weight;
   *samples = 1 / (kept * kept / rows + weight * weight / n);
@@ -77,6 +65,11 @@ void blend(const Estimate<T>& from, double beta, T* sketch, T* core, T* trace, T
   });
 }
 
+template void blend(const Estimate<float>&, bool, double, float*, float*, float*, float*);
+template void blend(const Estimate<double>&, bool, double, double*, double*, double*, double*);
+
+namespace {
+
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>
 blend_subspaces(at::TensorList bases, at::TensorList cores, at::TensorList traces,
                 at::TensorList samples, at::TensorList sums, double beta) {
@@ -97,7 +90,7 @@ blend_subspaces(at::TensorList bases, at::TensorList cores, at::TensorList trace
                                     *traces[i].const_data_ptr<scalar_t>(),
                                     *samples[i].const_data_ptr<scalar_t>(),
                                     sum.const_data_ptr<scalar_t>()};
-      blend(from, beta, sketch.data_ptr<scalar_t>(), next.data_ptr<scalar_t>(),
+      blend(from, true, beta, sketch.data_ptr<scalar_t>(), next.data_ptr<scalar_t>(),
             mean.data_ptr<scalar_t>(), row.data_ptr<scalar_t>());
     });
     sketches.push_back(sketch.t());

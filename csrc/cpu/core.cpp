@@ -24,6 +24,7 @@
 
 #include "../check.h"
 #include "products.h"
+#include "subspace.h"
 
 namespace gls_fused {
 inline namespace CPU_CAPABILITY {
@@ -309,79 +310,103 @@ Matrix move_core(Matrix core, const Matrix& triangle, int64_t r, double eps, dou
   return square(multiply(invert_triangle(core, r), triangle, r), r);
 }
 
+}  // namespace
+
 // U+ T = Z,  M+ = T (M + nu I)^-1 T'
+template <typename T>
+void refresh(const T* sketch, const T* core, int64_t r, int64_t d, T* basis, T* moved) {
+  using Vec = at::vec::Vectorized<T>;
+  if (r == 0) return;
+  const double eps = std::numeric_limits<T>::epsilon(), tiny = std::numeric_limits<T>::min();
+  const double largest = at::vec::map_reduce_all<T>(
+      [](Vec x) { return x.abs(); }, [](Vec x, Vec y) { return at::vec::maximum(x, y); }, sketch,
+      r * d);
+  // At order one, so that no square or reciprocal leaves the dtype's range.
+  const double scale = std::max(largest, tiny);
+  std::vector<T> unit(r * d);
+  for (int64_t i = 0; i < r * d; ++i) unit[i] = sketch[i] / static_cast<T>(scale);
+  Matrix unit_core(core, core + r * r), triangle;
+  for (double& value : unit_core) value /= scale;
+  if (!orthonormalise(unit.data(), r, d, basis, triangle)) {
+    const auto type = c10::CppTypeToScalarType<T>::value;
+    const Tensor rows = at::from_blob(unit.data(), {r, d}, type);
+    const auto [columns, upper] = at::linalg_qr(rows.t());
+    // Of an input that is always zero LAPACK leaves its rounding.
+    Tensor found = at::from_blob(basis, {r, d}, type);
+    at::mul_out(found, columns.t(), rows.ne(0).any(0));
+    triangle = to_matrix<T>(upper.t());
+  }
+  Matrix next = move_core(std::move(unit_core), triangle, r, eps, tiny);
+  for (double& value : next) value *= scale;
+  store(next, moved);
+}
+
+// lambda = damping t / min(d, s),  lambda' = lambda + rho,  C = (M + lambda I)^-p - I / lambda'^p
+template <typename T>
+void damp(const T* core, double trace, double samples, int64_t r, int64_t d, double damping,
+            double power, T* inverse, T* shift) {
+  const double eps = std::numeric_limits<T>::epsilon();
+  const double share = std::max(damping / std::min<double>(d, samples), 32 * eps);
+  const double least = trace * share;
+  Matrix unit(core, core + r * r);
+  const double total = trace_of(unit, r);
+  const double rest = d > r ? std::max(trace - total, 0.0) / (d - r) : 0.0;
+  const double shifted = std::pow(least + rest, power);
+  for (double& value : unit) value /= least;
+  for (int64_t i = 0; i < r; ++i) unit[i * r + i] += 1;
+  bool definite = true;
+  if (power == 1) {
+    definite = factor(unit, r, 0);
+    if (definite) unit = square(invert_triangle(unit, r), r);
+  } else if (r > 0) {
+    // tr M may exceed t by rounding; t / least + r bounds the trace either way.
+    definite = raise(unit, r, power, share / (2 + r * share));
+  }
+  const double scale = std::pow(least, -power);
+  if (definite) {
+    for (double& value : unit) value *= scale;
+  } else {
+    // Rounding has left M + lambda I not positive definite.
+    unit.assign(r * r, 0);
+    for (int64_t i = 0; i < r; ++i) unit[i * r + i] = std::pow(least + total / r, -power);
+  }
+  for (int64_t i = 0; i < r; ++i) unit[i * r + i] -= 1 / shifted;
+  store(unit, inverse);
+  *shift = static_cast<T>(shifted);
+}
+
+template void refresh(const float*, const float*, int64_t, int64_t, float*, float*);
+template void refresh(const double*, const double*, int64_t, int64_t, double*, double*);
+template void damp(const float*, double, double, int64_t, int64_t, double, double, float*, float*);
+template void damp(const double*, double, double, int64_t, int64_t, double, double, double*,
+                     double*);
+
+namespace {
+
 std::tuple<Tensor, Tensor> refresh_subspace(const Tensor& core, const Tensor& sketch) {
   check_refresh(core, sketch);
   const int64_t d = sketch.size(0), r = sketch.size(1);
-  Tensor basis = at::empty({r, d}, sketch.options()), moved = at::empty({r, r}, core.options());
-  if (r == 0) return {basis.t(), moved};
+  const Tensor rows = sketch.t().contiguous(), old = core.contiguous();
+  const Tensor basis = at::empty({r, d}, sketch.options()), moved = at::empty({r, r}, core.options());
   AT_DISPATCH_FLOATING_TYPES(core.scalar_type(), "refresh_subspace", [&] {
-    const double eps = std::numeric_limits<scalar_t>::epsilon();
-    const double tiny = std::numeric_limits<scalar_t>::min();
-    using Vec = at::vec::Vectorized<scalar_t>;
-    const Tensor rows = sketch.t().contiguous();
-    const double largest = at::vec::map_reduce_all<scalar_t>(
-        [](Vec x) { return x.abs(); }, [](Vec x, Vec y) { return at::vec::maximum(x, y); },
-        rows.const_data_ptr<scalar_t>(), rows.numel());
-    const double scale = std::max(largest, tiny);
-    // At order one, so that no square or reciprocal leaves the dtype's range.
-    const Tensor unit = rows / scale;
-    Matrix unit_core = to_matrix<scalar_t>(core);
-    for (double& value : unit_core) value /= scale;
-    Matrix triangle(r * r);
-    if (!orthonormalise(unit.const_data_ptr<scalar_t>(), r, d, basis.data_ptr<scalar_t>(),
-                        triangle)) {
-      const auto [columns, upper] = at::linalg_qr(unit.t());
-      // Of an input that is always zero LAPACK leaves its rounding.
-      at::mul_out(basis, columns.t(), unit.ne(0).any(0));
-      triangle = to_matrix<scalar_t>(upper.t());
-    }
-    Matrix next = move_core(std::move(unit_core), triangle, r, eps, tiny);
-    for (double& value : next) value *= scale;
-    store(next, moved.data_ptr<scalar_t>());
+    refresh(rows.const_data_ptr<scalar_t>(), old.const_data_ptr<scalar_t>(), r, d,
+            basis.data_ptr<scalar_t>(), moved.data_ptr<scalar_t>());
   });
   return {basis.t(), moved};
 }
 
-// lambda = damping t / min(d, s),  lambda' = lambda + rho,  C = (M + lambda I)^-p - I / lambda'^p
 std::tuple<Tensor, Tensor> invert_core(const Tensor& core, const Tensor& trace, int64_t dim,
                                        double damping, double power,
                                        const std::optional<Tensor>& samples) {
   check_core(core, trace, dim, samples);
   check_power(power);
   const int64_t r = core.size(0);
-  Tensor inverse = at::empty({r, r}, core.options()), shift = at::empty({}, core.options());
+  const Tensor old = core.contiguous();
+  const Tensor inverse = at::empty({r, r}, core.options()), shift = at::empty({}, core.options());
   AT_DISPATCH_FLOATING_TYPES(core.scalar_type(), "invert_core", [&] {
-    const double eps = std::numeric_limits<scalar_t>::epsilon();
     const double rows = samples ? samples->item<double>() : INFINITY;
-    const double share = std::max(damping / std::min<double>(dim, rows), 32 * eps);
-    const double t = trace.item<double>(), damp = t * share;
-    const Matrix m = to_matrix<scalar_t>(core);
-    const double total = trace_of(m, r);
-    const double rest = dim > r ? std::max(t - total, 0.0) / (dim - r) : 0.0;
-    const double shifted = std::pow(damp + rest, power);
-    Matrix unit = m;
-    for (double& value : unit) value /= damp;
-    for (int64_t i = 0; i < r; ++i) unit[i * r + i] += 1;
-    bool definite = true;
-    if (power == 1) {
-      definite = factor(unit, r, 0);
-      if (definite) unit = square(invert_triangle(unit, r), r);
-    } else if (r > 0) {
-      // tr M may exceed t by rounding; t / damp + r bounds the trace either way.
-      definite = raise(unit, r, power, share / (2 + r * share));
-    }
-    const double scale = std::pow(damp, -power);
-    if (definite) {
-      for (double& value : unit) value *= scale;
-    } else {
-      // Rounding has left M + lambda I not positive definite.
-      unit.assign(r * r, 0);
-      for (int64_t i = 0; i < r; ++i) unit[i * r + i] = std::pow(damp + total / r, -power);
-    }
-    for (int64_t i = 0; i < r; ++i) unit[i * r + i] -= 1 / shifted;
-    store(unit, inverse.data_ptr<scalar_t>());
-    *shift.data_ptr<scalar_t>() = static_cast<scalar_t>(shifted);
+    damp(old.const_data_ptr<scalar_t>(), trace.item<double>(), rows, r, dim, damping, power,
+           inverse.data_ptr<scalar_t>(), shift.data_ptr<scalar_t>());
   });
   return {inverse, shift};
 }

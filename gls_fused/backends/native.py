@@ -44,6 +44,8 @@ __all__ = [
     "blend_subspace",
     "blend_subspaces",
     "captured_linear",
+    "commit_subspaces_",
+    "commits",
     "invert_core",
     "invert_cores",
     "invert_gram",
@@ -224,6 +226,38 @@ def invert_cores(
     ranks = CUDA_CORE_RANKS if power == 1 else CUDA_ROOT_RANKS
     parts = [traces, dims] if samples is None else [traces, dims, samples]
     return _by_layer(fused, plain, ranks, cores, *parts)
+
+
+def commits(estimate: Sequence[Tensor]) -> bool:
+    """Whether `commit_subspaces_` takes an estimate (U, M, t, s, C, lambda'^p): on a CPU, of one
+    dtype, float32 or float64, as `empty_state` lays it out.
+    """
+    basis, *rest = estimate
+    dtype = basis.dtype
+    if not basis.is_cpu or dtype not in (torch.float32, torch.float64):
+        return False
+    alike = all(part.dtype is dtype and part.is_contiguous() for part in rest)
+    return alike and basis.T.is_contiguous()
+
+
+def commit_subspaces_(
+    estimates: Sequence[Sequence[Tensor]],
+    sums: Sequence[Tensor],
+    gradients: Sequence[Sequence[Tensor]],
+    *,
+    beta: float,
+    damping: float,
+    power: float,
+    skip: Tensor | None = None,
+) -> None:
+    """See `gls_fused.backends.triton.commit.commit_subspaces_`."""
+    if skip is not None and skip:
+        return
+    counts = [len(mine) for mine in gradients]
+    flat = list(itertools.chain.from_iterable(gradients))
+    parts = list(zip(*estimates, strict=True))
+    _ops.commit_subspaces_(*parts, sums, flat, counts, beta, damping, power)
+    increment_version(list(itertools.chain.from_iterable(estimates)))
 
 
 def update_layers_(
@@ -453,6 +487,12 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     _check_device("invert_core", core, trace, samples)
     return core.new_empty(core.shape), core.new_empty(())
+
+
+@torch.library.register_fake("gls_fused::commit_subspaces_")
+def _(*args: Any) -> None:
+    # bases to gradients.
+    _check_device("commit_subspaces_", *itertools.chain(*args[:8]))
 
 
 @torch.library.register_fake("gls_fused::add_sketch_")
