@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "capture.h"
+#include "host.h"
 
 namespace py = pybind11;
 
@@ -39,6 +40,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "How this module was built; see _C.pyi.");
   m.def("captured_linear", &gls_fused::captured_linear,
         "torch.nn.functional.linear whose backward applies P to the rows.");
+  m.def("holds", &gls_fused::holds, "Whether a dict of dicts holds these very objects.");
+  m.def("has_sparse_gradient", &gls_fused::has_sparse_gradient,
+        "Whether one of the gradients is sparse.");
+  m.def("match_all", &gls_fused::match_all,
+        "Whether the gradient of each weight is what the backward has left there.");
   py::class_<LinearCapture, c10::intrusive_ptr<LinearCapture>>(m, "LinearCapture")
       .def(py::init([](std::string name, bool ones, bool promised, std::vector<int64_t> places,
                        py::function leave) {

@@ -171,7 +171,6 @@ class Attachment:
         self._preconditioner.expect(self._layers, self._states, self._step, self._options)
 
     @_disable_dynamo
-    @without_autocast()
     @torch.no_grad()
     def pre_step(self, skip: Tensor | None = None) -> None:
         """Before the optimizer's step: layers that start their statistics get D into p.grad.
@@ -179,20 +178,22 @@ class Attachment:
         Args:
             skip: 0-d bool; where it is true the rows of the step do not start any.
         """
-        self._preconditioner.check_captured()
-        self._preconditioner.adopt(self._layers, self._states)
-        waiting = [layer for layer in self._layers if layer.inverse is None]
-        started = self._start(self._take_sums(waiting, skip))
-        # A closure may be evaluated several times in a step.
-        self._started += started
-        # Nor has a backward left D of what is not the rows' alone.
-        whole = [layer for layer in self._layers if layer.stays_whole and layer.inverse is not None]
-        for layer in dict.fromkeys([*started, *whole]):
-            if layer.weight.grad is not None:
-                _precondition_gradients_(layer)
+        with without_autocast():
+            self._preconditioner.check_captured()
+            self._preconditioner.adopt(self._layers, self._states)
+            waiting = [layer for layer in self._layers if layer.inverse is None]
+            started = self._start(self._take_sums(waiting, skip))
+            # A closure may be evaluated several times in a step.
+            self._started += started
+            # Nor has a backward left D of what is not the rows' alone.
+            whole = [
+                layer for layer in self._layers if layer.stays_whole and layer.inverse is not None
+            ]
+            for layer in dict.fromkeys([*started, *whole]):
+                if layer.weight.grad is not None:
+                    _precondition_gradients_(layer)
 
     @_disable_dynamo
-    @without_autocast()
     @torch.no_grad()
     def commit(self, skip: Tensor | None = None) -> None:
         """After the optimizer's step: the rows of the step enter the statistics.
@@ -200,17 +201,19 @@ class Attachment:
         Args:
             skip: 0-d bool; where it is true they are forgotten, without the host knowing.
         """
-        # Rows that came after the start were sketched with the test matrix still.
-        for layer in self._started:
-            layer.take_sums()
-        settled = [layer for layer in self._layers if layer not in self._started]
-        self._started = []
-        sums = self._take_sums(settled, skip)
-        # An optimizer that evaluates the model in its step shows layers their first rows there.
-        self._start(sums)
-        self._preconditioner.commit(self._layers, self._states, sums, self._options, skip)
-        self._step += 1
-        self._expect()
+        with without_autocast():
+            # Rows that came after the start were sketched with the test matrix still.
+            for layer in self._started:
+                layer.take_sums()
+            settled = [layer for layer in self._layers if layer not in self._started]
+            self._started = []
+            sums = self._take_sums(settled, skip)
+            # An optimizer that evaluates the model in its step shows layers their first rows there.
+            self._start(sums)
+            summed = [layer for layer in self._layers if layer in sums]
+            self._preconditioner.commit(summed, self._states, sums, self._options, skip)
+            self._step += 1
+            self._expect()
 
     def _start(self, sums: dict[Layer, Tensor]) -> list[Layer]:
         return self._preconditioner.start(self._layers, self._states, sums, self._options)

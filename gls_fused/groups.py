@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gls_fused.apply.low_precision import MOST_SEEDS, POLICIES
 from gls_fused.capture.layer import Layer
 from gls_fused.distributed.ranks import unwrapped
+from gls_fused.host import has_sparse_gradient
 from gls_fused.preconditioner import check_choice, check_count, check_number, check_options
 from gls_fused.reference import Normalize
 
@@ -211,8 +212,5 @@ def describe_options(group: Mapping[str, Any]) -> str:
 
 def check_dense(groups: Iterable[Mapping[str, Any]]) -> None:
     """Raises RuntimeError for a sparse gradient, before anything is changed."""
-    for group in groups:
-        for param in group["params"]:
-            gradient = param.grad
-            if gradient is not None and gradient.is_sparse:
-                raise RuntimeError("GLS does not take sparse gradients; use torch.optim.SparseAdam")
+    if any(has_sparse_gradient(group["params"]) for group in groups):
+        raise RuntimeError("GLS does not take sparse gradients; use torch.optim.SparseAdam")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import operator
 import warnings
 import weakref
 from collections import defaultdict
@@ -46,6 +46,7 @@ from gls_fused.groups import (
     split_group,
     warn_of_misspellings,
 )
+from gls_fused.host import are_same, held_by, holds
 from gls_fused.preconditioner import (
     SITES,
     Preconditioner,
@@ -229,14 +230,16 @@ class GLS(torch.optim.Optimizer):
         # Groups with their layers, each parameter's group, and what that was found for.
         self._layers_of: list[tuple[dict[str, Any], list[Layer]]] = []
         self._owners: dict[Tensor, dict[str, Any]] = {}
-        self._seen: list[int] = []
+        self._seen: list[Any] = []
         # By a group's id, what its layers' updates take; for these states and what they held.
         self._kept: dict[int, Kept] = defaultdict(Kept)
         # By a group's id, what its parameters are rounded by.
         self._seeds: dict[int, Seeds] = {}
         # By a group's id, the options that have been found in range.
         self._checked: dict[int, tuple[list[Any], list[Any]]] = {}
+        # What the states held, and for what of `_seen`.
         self._known: list[Any] = []
+        self._known_for: list[Any] | None = None
         self._probes: list[tuple[Tensor, str, Tensor]] = []
         # Which a shallow copy of the optimizer shares.
         self._finalizer = weakref.finalize(preconditioner, release_all, preconditioner.layers)
@@ -327,14 +330,14 @@ class GLS(torch.optim.Optimizer):
         """
         for group, layers in groups:
             check_rate(group["lr"], waits=False)
-            now = [self._seen, *(group[key] for key in self._options if key != "lr")]
+            now = [self._seen, *map(group.__getitem__, self._checked_options)]
             known = self._checked.get(id(group), ([], []))
-            if _are_same(now, known[0]):
+            if are_same(now, known[0]):
                 continue
             check_rest(group, self._preconditioner.site)
             # A schedule may change the others in every step.
             made = [self._seen, *map(group.get, ("curvature", "rank", "split", "spectral_head"))]
-            for layer in [] if _are_same(made, known[1]) else layers:
+            for layer in [] if are_same(made, known[1]) else layers:
                 check_split(layer, group, last=layer.last)
                 check_kept(layer, group)
             self._checked[id(group)] = now, made
@@ -348,8 +351,8 @@ class GLS(torch.optim.Optimizer):
         """Every group with the layers whose weights it holds now."""
         groups, layers = self.param_groups, self._preconditioner.layers
         params = itertools.chain.from_iterable([group["params"] for group in groups])
-        members = list(map(id, itertools.chain(params, groups, layers)))
-        if members == self._seen:
+        members = list(itertools.chain(params, groups, layers))
+        if are_same(members, self._seen):
             return self._layers_of
         self._seen, self._owners = members, {}
         for group in self.param_groups:
@@ -455,16 +458,18 @@ class GLS(torch.optim.Optimizer):
             own = [self.state[p] for p in others]
             adam_(others, own, group, self._seed_of, skip, preconditioner.backend_for(others))
         for group, layers in groups:
-            preconditioner.commit(layers, self.state, sums, group, skip)
-            if group["max_change"] is not None:
-                measure_weights([p for p in layers if p in sums], self.state, skip)
+            summed = [layer for layer in layers if layer in sums]
+            if summed:
+                preconditioner.commit(summed, self.state, sums, group, skip)
+                if group["max_change"] is not None:
+                    measure_weights(summed, self.state, skip)
             if skip is None or not (skip.is_cpu and skip):
                 group["step"] += 1
             for layer in layers:
                 layer.finish_step()
             preconditioner.expect(layers, self.state, group["step"], group)
         entries = len(self.state) + sum(map(len, self.state.values()))
-        if entries != len(self._known) - 1:
+        if entries != len(self._known):
             # Who empties the states leaves what this step has found, see `_follow_states`.
             self._known = []
 
@@ -644,6 +649,11 @@ class GLS(torch.optim.Optimizer):
         # torch's own mark, which it gives to the defaults of every optimizer.
         return [option for option in self.defaults if option != "differentiable"]
 
+    @functools.cached_property
+    def _checked_options(self) -> tuple[str, ...]:
+        """All but lr, which a schedule changes in every step."""
+        return tuple(option for option in self._options if option != "lr")
+
     def _restart(self) -> None:
         self._preconditioner.restart()
         self._expect()
@@ -673,13 +683,9 @@ class GLS(torch.optim.Optimizer):
 
     def _follow_states(self) -> None:
         """Drop what is kept unless the states hold what they held, for the same parameters."""
-        # Objects, not their ids, which those of others may be once they are gone.
-        now: list[Any] = list(self.state.values())
-        now += itertools.chain.from_iterable([state.values() for state in now])
-        now.append(self._seen)
-        if _are_same(now, self._known):
+        if self._known_for is self._seen and holds(self.state, self._known):
             return
-        self._known = now
+        self._known, self._known_for = held_by(self.state), self._seen
         self._kept.clear()
         # Who moves or casts a state does so with all of it: one of its tensors tells.
         self._probes = []
@@ -723,8 +729,3 @@ class GLS(torch.optim.Optimizer):
             plain = "rows", "outputs", "at_step", "lent", "weight_rms", "held"
             for key in (*plain, *layer.curvature.shapes()):
                 self.state[layer.weight].pop(key, None)
-
-
-def _are_same(now: Sequence[Any], known: Sequence[Any]) -> bool:
-    """Of two lists of objects."""
-    return len(now) == len(known) and all(map(operator.is_, now, known))

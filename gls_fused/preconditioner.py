@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from gls_fused.apply.spectral import factor_share, normalize_of
 from gls_fused.backends.dispatch import describe_backend
 from gls_fused.capture.layer import Layer
-from gls_fused.capture.modules import captured_by
+from gls_fused.capture.modules import captured_by, is_captured
 from gls_fused.curvature.estimate import (
     State,
     check_device,
@@ -138,7 +138,9 @@ class Preconditioner:
                     f"layer {layer.name!r}: its weight was sharded after the optimizer was built; "
                     "call fully_shard first"
                 )
-            layer.recapture()
+            routed = layer.routed
+            if layer.watched or not (routed and all(map(is_captured, map(type, routed)))):
+                layer.recapture()
 
     def discard_sums(self) -> None:
         """Forget the rows of this step."""
@@ -241,13 +243,12 @@ class Preconditioner:
         """Blend the sums of a step into the statistics, and make the inverses anew.
 
         Args:
+            layers: that have sums.
             sums: of `take_sums`.
             skip: 0-d bool; where it is true the states stay as they are.
         """
         own = []
         for layer in layers:
-            if layer not in sums:
-                continue
             kind, state, found = layer.curvature, states[layer.weight], sums[layer]
             gradients: list[Tensor] = []
             if self.ranks.size == 1:
@@ -256,16 +257,17 @@ class Preconditioner:
                 else:
                     found = _counting(layer, found, skip)
             own.append((kind, state, found, gradients))
-        if own:
-            commit(own, options["beta"], options["damping"], options["power"], skip)
+        commit(own, options["beta"], options["damping"], options["power"], skip)
 
     def expect(
         self, layers: Sequence[Layer], states: States, step: int, options: Mapping[str, Any]
     ) -> None:
         """Tell the layers what the coming step asks of them: to gather, and where P applies."""
-        now = step % options["curvature_every"] == 0
+        now, normalize = step % options["curvature_every"] == 0, options.get("normalize")
         for layer in layers:
-            layer.settle_uses(states.get(layer.weight) or {})
+            known = self._told.get(layer)
+            if known is None or layer.watched:
+                layer.settle_uses(states.get(layer.weight) or {})
             # One that had no part in the step in which it was due gathers in its next one. Several
             # ranks would not know of one another's.
             layer.due = due = now or (layer.due and self.ranks.size == 1)
@@ -278,9 +280,9 @@ class Preconditioner:
                 layer.stays_at_step,
                 layer.compiled,
                 layer.lent,
-                options.get("normalize"),
+                normalize,
             )
-            if self._told.get(layer) != told:
+            if known != told:
                 self._told[layer] = told
                 state = states.get(layer.weight) or {}
                 inverse = _inverse(layer, state)

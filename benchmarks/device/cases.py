@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gls_fused import reference
 from gls_fused.backends.factors import factor_dtype
+from gls_fused.curvature.estimate import Subspace, add_sums, commit
 from gls_fused.reference import POLAR_EXPRESS, SubspaceInverse
 from tests.tolerances import ITERATION, SOLVE, relative_error
 
@@ -212,7 +213,44 @@ def _of_statistics(shapes: Shapes, draw: _Draw) -> Iterator[Case]:
 
         return make
 
+    def commit_all(dtype: torch.dtype) -> Call:
+        given = []
+        for d, r in sizes:
+            basis, core = draw.basis(d, dtype), draw.core(d).to(dtype)
+            trace = 2 * core.trace()
+            rows = draw.normal(shapes.rows, d, seed=4).to(dtype)
+            moments = reference.sketch_rows(rows, basis, ones=False)
+            sums = add_sums(None, len(rows), moments[2], moments[:2], weight=1)
+            made = {"core_inverse": torch.empty_like(core), "shift": torch.empty_like(trace)}
+            samples = torch.full_like(trace, 100.0)
+            state = {"basis": basis, "core": core, "trace": trace, "samples": samples, **made}
+            given.append((d, r, state, sums))
+
+        def call(backend: ModuleType) -> Sequence[Tensor]:
+            states = [
+                {name: value.clone() for name, value in state.items()} for _, _, state, _ in given
+            ]
+            layers = [
+                (Subspace(d, r, backend), state, sums, [])
+                for (d, r, _, sums), state in zip(given, states, strict=True)
+            ]
+            commit(layers, BETA, DAMPING, POWERS[0])
+            found = []
+            for state in states:
+                # As above, of the basis' signs.
+                wide = {name: value.double() for name, value in state.items()}
+                seen = wide["basis"].T @ draw.normal(len(wide["basis"]), 3, seed=6)
+                found += [wide["trace"], wide["samples"], wide["shift"]]
+                found += [wide["basis"] @ (wide[key] @ seen) for key in ("core", "core_inverse")]
+            return found
+
+        return call
+
     moved = FLOAT * sum(3 * d * r + 3 * r * r for d, r in sizes)
+    yield Case(
+        "commit_subspaces_", layers, commit_all, 2 * moved,
+        sum(6 * d * r * r + r**3 for d, r in sizes), SOLVE[torch.float32],
+    )  # fmt: skip
     yield Case(
         "blend_subspaces", layers, blend, moved, sum(2 * d * r * r for d, r in sizes), PRODUCT
     )

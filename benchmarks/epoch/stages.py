@@ -31,8 +31,7 @@ NODE = "autograd::engine::evaluate_function: "
 STEPS = ("Optimizer.step#GLS.step", "Optimizer.step#SGD.step")
 PREFIX = "stage: "
 OPS = {
-    "refresh_subspaces": "refresh",
-    "invert_cores": "core inverse",
+    "commit_subspaces_": "commit",
     "update_layers_": "update, with P at the step site",
     "update_spectral_layers_": "orthogonal step",
 }
@@ -188,7 +187,8 @@ def _labelled(backend: ModuleType) -> Iterator[None]:
 
         return labelled
 
-    ops = {op: label(getattr(backend, op), name) for op, name in OPS.items()}
+    there = {op: name for op, name in OPS.items() if hasattr(backend, op)}
+    ops = {op: label(getattr(backend, op), name) for op, name in there.items()}
     with mock.patch.multiple(backend, **ops):
         yield
 

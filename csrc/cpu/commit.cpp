@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../versions.h"
 #include "subspace.h"
 
 namespace gls_fused {
@@ -63,6 +64,7 @@ void commit_subspaces_(at::TensorList bases, at::TensorList cores, at::TensorLis
   check_commit(bases, cores, traces, samples, core_inverses, shifts, sums, gradients,
                gradient_counts);
   check_power(power);
+  advance_versions({bases, cores, traces, samples, core_inverses, shifts});
   const int64_t layers = bases.size();
   std::vector<char> counts(layers);
   for (int64_t layer = 0, first = 0; layer < layers; first += gradient_counts[layer++]) {

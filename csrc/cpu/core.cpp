@@ -36,6 +36,8 @@ namespace {
 // [r, r], row-major.
 using Matrix = std::vector<double>;
 
+constexpr int64_t kLanes = at::vec::Vectorized<double>::size();
+
 // to -= weight from, n elements that do not overlap.
 inline void subtract(double* __restrict to, const double* __restrict from, double weight,
                      int64_t n) {
@@ -43,18 +45,19 @@ inline void subtract(double* __restrict to, const double* __restrict from, doubl
 }
 
 // S = L L', in the lower triangle, from the upper one; false where a pivot is at most `least` of its
-// diagonal entry. Row by row of L', as a sum of products along a row would not be vectorised.
+// diagonal entry. Row by row of L', each from all above it at once, a few columns to its left included
+// so that whole vectors are taken.
 bool factor(Matrix& s, int64_t r, double least) {
-  std::vector<double> diagonal(r);
-  for (int64_t k = 0; k < r; ++k) diagonal[k] = s[k * r + k];
   for (int64_t k = 0; k < r; ++k) {
     double* row = &s[k * r];
+    const int64_t first = k / kLanes * kLanes;
+    const double diagonal = row[k];
+    sum_rows<double>(row + first, r, -1, {&s[k], 0, r}, 1, &s[first], r, k, r - first, row + first,
+                     r);
     // Written so that a NaN fails.
-    if (!(row[k] > least * diagonal[k]) || !std::isfinite(row[k])) return false;
-    const double root = std::sqrt(row[k]);
-    row[k] = root;
-    for (int64_t j = k + 1; j < r; ++j) row[j] /= root;
-    for (int64_t i = k + 1; i < r; ++i) subtract(&s[i * r + i], row + i, row[i], r - i);
+    if (!(-row[k] > least * diagonal) || !std::isfinite(row[k])) return false;
+    const double scale = -1 / std::sqrt(-row[k]);
+    for (int64_t j = first; j < r; ++j) row[j] *= scale;
   }
   for (int64_t i = 0; i < r; ++i) {
     for (int64_t j = 0; j < i; ++j) s[i * r + j] = s[j * r + i];
@@ -67,12 +70,11 @@ Matrix invert_triangle(const Matrix& l, int64_t r) {
   Matrix inverse(r * r, 0);
   for (int64_t i = 0; i < r; ++i) {
     double* row = &inverse[i * r];
-    for (int64_t k = 0; k < i; ++k) {
-      const double weight = l[i * r + k];
-      for (int64_t j = 0; j <= k; ++j) row[j] -= weight * inverse[k * r + j];
-    }
-    row[i] = 1;
-    for (int64_t j = 0; j <= i; ++j) row[j] /= l[i * r + i];
+    const int64_t count = std::min(r, (i + kLanes - 1) / kLanes * kLanes);
+    sum_rows<double>(nullptr, 0, 0, {&l[i * r], 0, 1}, 1, inverse.data(), r, i, count, row, r);
+    const double reciprocal = 1 / l[i * r + i];
+    for (int64_t j = 0; j < i; ++j) row[j] *= -reciprocal;
+    row[i] = reciprocal;
   }
   return inverse;
 }
@@ -96,13 +98,17 @@ double trace_of(const Matrix& x, int64_t r) {
   return total;
 }
 
+// Symmetric to the last bit, as an iteration would let an asymmetry grow.
+void mirror(Matrix& x, int64_t r) {
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < i; ++j) x[j * r + i] = x[i * r + j];
+  }
+}
+
 // A B for symmetric A and B that commute, whose product is symmetric.
 Matrix multiply_symmetric(const Matrix& a, const Matrix& b, int64_t r) {
   Matrix product = multiply(a, b, r);
-  // To the last bit, as the iteration would let an asymmetry grow.
-  for (int64_t i = 0; i < r; ++i) {
-    for (int64_t j = 0; j < i; ++j) product[j * r + i] = product[i * r + j];
-  }
+  mirror(product, r);
   return product;
 }
 
@@ -146,39 +152,42 @@ bool invert(Matrix& s, int64_t r) {
 //   B <- (2 I + B + B^-1) / 4,   Y <- Y (I + B^-1) / 2,   from B = S / c and Y = I,
 // which takes B to I and Y to (S / c)^-1/2: Cheng, Higham, Kenney and Laub, 2001, "Approximating the
 // logarithm of a matrix to specified accuracy". An inverse of a matrix this small takes little more
-// than a product, and there are a quarter as many as in an iteration of products alone.
-bool invert_root(Matrix& s, int64_t r, double low, double high) {
-  const double middle = std::sqrt(low) * std::sqrt(high);
-  if (!(middle > 0) || !std::isfinite(middle)) return false;
-  Matrix b = s, root(r * r, 0), inverse, step(r * r);
+// than a product, and there are a quarter as many as in an iteration of products alone. The
+// eigenvalues of B that are between 1 / x and x are then between 1 and (2 + x + 1 / x) / 4; divided by
+// the root of that they are about 1 again, and x a root of what it was, or less.
+bool invert_root(Matrix& s, int64_t r, double low, double high, double tolerance) {
+  double middle = std::sqrt(low) * std::sqrt(high), spread = std::sqrt(high / low);
+  if (!(middle > 0) || !std::isfinite(middle) || !std::isfinite(spread)) return false;
+  Matrix b = s, root, inverse, step(r * r);
   for (double& value : b) value /= middle;
-  for (int64_t i = 0; i < r; ++i) root[i * r + i] = 1;
-  // The eigenvalue that is furthest from 1 comes four times closer until it is near; from there on
-  // the distance is squared.
-  const int most = std::ceil(std::log2(high / low) / 4) + 8;
-  for (int iteration = 0; iteration < most; ++iteration) {
+  // Ten take a spread of 1e10 to 1; the others are for eigenvalues a little beyond their bounds.
+  constexpr int kMost = 16;
+  for (int iteration = 0; iteration < kMost; ++iteration) {
     inverse = b;
     if (!invert(inverse, r)) return false;
-    // From B to I, in the Frobenius norm.
-    double distance = 0;
-    for (int64_t i = 0; i < r; ++i) {
-      for (int64_t j = 0; j <= i; ++j) {
-        const double unit = i == j, value = inverse[i * r + j], off = b[i * r + j] - unit;
-        distance += (i == j ? 1 : 2) * off * off;
-        // To the last bit, as the iteration would let an asymmetry grow.
-        step[i * r + j] = step[j * r + i] = (unit + value) / 2;
-        b[i * r + j] = b[j * r + i] = (2 * unit + b[i * r + j] + value) / 4;
+    const double most = (2 + spread + 1 / spread) / 4, centre = std::sqrt(most);
+    for (int64_t i = 0; i < r * r; ++i) {
+      step[i] = inverse[i] / 2;
+      b[i] = (b[i] + inverse[i]) / 4;
+    }
+    for (int64_t i = 0; i < r; ++i) step[i * r + i] += 0.5, b[i * r + i] += 0.5;
+    root = iteration == 0 ? step : multiply_symmetric(root, step, r);
+    if (most - 1 < tolerance) {
+      double distance = 0;
+      for (int64_t i = 0; i < r; ++i) b[i * r + i] -= 1;
+      for (const double value : b) distance += value * value;
+      for (int64_t i = 0; i < r; ++i) b[i * r + i] += 1;
+      if (std::sqrt(distance) < 1e-7) {
+        const double scale = 1 / std::sqrt(middle);
+        for (double& value : root) value *= scale;
+        s = std::move(root);
+        return true;
       }
     }
-    distance = std::sqrt(distance);
-    if (!std::isfinite(distance)) return false;
-    root = iteration == 0 ? step : multiply_symmetric(root, step, r);
-    if (distance < 1e-7) {
-      const double scale = 1 / std::sqrt(middle);
-      for (double& value : root) value *= scale;
-      s = std::move(root);
-      return true;
-    }
+    for (double& value : b) value /= centre;
+    middle *= centre;
+    spread = centre;
+    mirror(b, r);
   }
   return false;
 }
@@ -198,19 +207,20 @@ bool raise_eigenvalues(Matrix& s, int64_t r, double power) {
 
 // S^-p for p = .25, .5 or .75, of a positive definite S whose eigenvalues are at least `least` of
 // its trace; false where they are not.
-bool raise(Matrix& s, int64_t r, double power, double least) {
+bool raise(Matrix& s, int64_t r, double power, double least, double tolerance) {
   // An inverse that is worse conditioned loses too many digits; float32 admits no such damping.
   if (least < 1e-10) return raise_eigenvalues(s, r, power);
   const double high = trace_of(s, r), low = least * high;
   Matrix half = s;
-  if (!invert_root(half, r, low, high)) return false;
+  if (!invert_root(half, r, low, high, tolerance)) return false;
   if (power == 0.5) {
     s = std::move(half);
     return true;
   }
   // The inverse root of S^-1/2 is S^1/4. That of S^1/2 = S S^-1/2 would lose more digits.
   s = half;
-  if (!invert_root(s, r, 1 / std::sqrt(high), 1 / std::sqrt(low)) || !invert(s, r)) return false;
+  if (!invert_root(s, r, 1 / std::sqrt(high), 1 / std::sqrt(low), tolerance)) return false;
+  if (!invert(s, r)) return false;
   if (power == 0.75) s = multiply_symmetric(s, half, r);
   return true;
 }
@@ -246,7 +256,7 @@ void for_panels(int64_t d, const Body& body) {
   });
 }
 
-// rows rows' for `rows` [r, d], multiplied and added up in `Wide`.
+// The upper triangle of rows rows' for `rows` [r, d], multiplied and added up in `Wide`.
 template <typename Wide, typename T>
 Matrix gram_of(const T* rows, int64_t r, int64_t d) {
   const int64_t panels = (d + kPanel - 1) / kPanel;
@@ -262,11 +272,16 @@ Matrix gram_of(const T* rows, int64_t r, int64_t d) {
         for (int64_t k = block; k < end; ++k) columns[k * r + i] = row[k];
       }
     }
-    sum_rows<Wide>(nullptr, 0, 0, {columns.data(), 1, r}, r, columns.data(), r, size, r,
-                   &partial[panel * r * r], r);
+    // What is above the diagonal, and a little of what is below.
+    for (int64_t i = 0; i < r; i += kNarrowRows) {
+      sum_rows<Wide>(nullptr, 0, 0, {&columns[i], 1, r}, std::min(kNarrowRows, r - i), &columns[i],
+                     r, size, r - i, &partial[(panel * r + i) * r + i], r);
+    }
   });
   Matrix gram(r * r, 0);
-  for (int64_t i = 0; i < panels * r * r; ++i) gram[i % (r * r)] += partial[i];
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    for (int64_t i = 0; i < r * r; ++i) gram[i] += partial[panel * r * r + i];
+  }
   return gram;
 }
 
@@ -360,7 +375,7 @@ void damp(const T* core, double trace, double samples, int64_t r, int64_t d, dou
     if (definite) unit = square(invert_triangle(unit, r), r);
   } else if (r > 0) {
     // tr M may exceed t by rounding; t / least + r bounds the trace either way.
-    definite = raise(unit, r, power, share / (2 + r * share));
+    definite = raise(unit, r, power, share / (2 + r * share), std::max(eps / 8, 1e-15));
   }
   const double scale = std::pow(least, -power);
   if (definite) {

@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../versions.h"
 #include "products.h"
 #include "rows.h"
 #include "steps.h"
@@ -565,6 +566,7 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
   if (params.empty()) return;
   check_update(params, gradients, exp_avgs, exp_avg_sqs, steps, bases, core_inverses, shifts,
                layer_sizes, normalize_name, momentum, lr_bounds);
+  advance_versions({params, exp_avgs, exp_avg_sqs, steps});
   check_scalar("lr_tensor", lr_tensor);
   check_scalar("grad_scale", grad_scale);
   check_scalar("found_inf", found_inf);

@@ -40,21 +40,22 @@ def most_rms(normalize: str, options: Mapping[str, Any]) -> float:
     return max(1.0, float((1 - options["momentum"]) / math.sqrt(1 - options["beta2"])))
 
 
-def bound_rates(
-    layers: Sequence[Layer], states: Sequence[State], normalize: str, options: Mapping[str, Any]
-) -> Tensor:
+def bound_rates(layers: Sequence[Layer], sizes: Sequence[Tensor], share: float) -> Tensor:
     """The most that the learning rate may be in each layer's step, [layers]; by matrix of stacks.
 
     A layer's weight then moves by max_change of its root mean square at most, but for "sgd" and
     "none", where what the update has is still to be divided by.
+
+    Args:
+        sizes: of the weights, their states' "weight_rms".
+        share: max_change over `most_rms`.
     """
-    sizes: list[Tensor] = [state["weight_rms"] for state in states]
     if all(layer.blocks is None for layer in layers):
-        found = torch.stack(sizes)
+        found = torch.stack(list(sizes))
     else:
         pairs = zip(layers, sizes, strict=True)
         found = torch.cat([size.view(-1)[layer.here] for layer, size in pairs])
-    bounds: Tensor = found * (options["max_change"] / most_rms(normalize, options))
+    bounds: Tensor = found * share
     return bounds
 
 

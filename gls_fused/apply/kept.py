@@ -11,12 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
+from gls_fused.apply.bounds import bound_rates, most_rms
 from gls_fused.apply.buffers import SQUARES, fill_layer_states
 from gls_fused.apply.low_precision import is_low
 from gls_fused.apply.matrices import of_each_matrix
 from gls_fused.apply.spectral import normalize_of
 from gls_fused.capture.layer import Layer
+from gls_fused.capture.marks import Marks
 from gls_fused.curvature.estimate import State
+from gls_fused.host import match_all
 from gls_fused.reference import Inverse
 
 # Elements of layers of 16 bits that take their step together: 8 bytes each while they do.
@@ -89,9 +92,23 @@ class Alike:
         self.matrix_sizes = of_each_matrix(layers, self.sizes)
         self._known: list[Inverse | None] = []
         self._inverses: list[Inverse | None] = []
+        self._bounds: Tensor | None = None
+        self._bounds_of: object = None
+
+    def bounds(self, options: Mapping[str, Any]) -> Tensor:
+        """See `bound_rates`. Not to be written to."""
+        sizes = [state["weight_rms"] for state in self.firsts]
+        share = options["max_change"] / most_rms(self.normalize, options)
+        made_of = share, [size._version for size in sizes]
+        # A graph that replays the step on a device makes them anew.
+        if self._bounds is None or not sizes[0].is_cpu or made_of != self._bounds_of:
+            self._bounds, self._bounds_of = bound_rates(self.layers, sizes, share), made_of
+        return self._bounds
 
     def inverses(self) -> list[Inverse | None]:
         """P by matrix, None where p.grad holds D."""
+        if self._hold_directions():
+            return [None] * len(self.matrix_sizes)
         now = [layer.inverse for layer in self.layers]
         anew = any(layer.at_backward for layer in self.layers)
         if not anew and self._known and all(map(operator.is_, now, self._known)):
@@ -106,6 +123,15 @@ class Alike:
         # Last, as an interrupt may come before.
         self._inverses, self._known = found, [] if anew else now
         return found
+
+    def _hold_directions(self) -> bool:
+        """Whether p.grad of all of them is known to hold D; see `Passes.holds_direction`."""
+        if not all(layer.at_backward and not layer.promised for layer in self.layers):
+            return False
+        marks = [layer.marks for layer in self.layers]
+        if any(type(mark) is Marks for mark in marks):
+            return False
+        return match_all(marks, [layer.weight for layer in self.layers])
 
 
 class Kept:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gls_fused.apply.bounds import bound_rates, count_held_, hold_idle, root_mean_squares
+from gls_fused.apply.bounds import count_held_, hold_idle, root_mean_squares
 from gls_fused.apply.kept import Alike, Kept
 from gls_fused.apply.low_precision import Seeds, close_copies, open_copies, widen
 from gls_fused.apply.matrices import Copied, Steps, by_matrix, write_back_
@@ -80,9 +80,9 @@ def _step_together_(
         how = {"split": options["split"]}
     lr_bounds = None
     if options["max_change"] is not None:
-        lr_bounds = bound_rates(layers, alike.firsts, normalize, options)
+        lr_bounds = alike.bounds(options)
         if normalize in ("sgd", "none"):
-            lr_bounds /= root_mean_squares(
+            lr_bounds = lr_bounds / root_mean_squares(
                 gradients, averages, steps.by_matrix, inverses, sizes, options
             )
         count_held_(layers, alike.firsts, lr_bounds, options, skip)
@@ -164,7 +164,6 @@ class Apart:
             for place in set(range(len(copies))).difference(ours):
                 self.written[place] = copies[place].clone()
 
-    @torch.no_grad()
     def close_(self, skip: Tensor | None) -> None:
         """The biases take their steps."""
         for own, places in self._groups:

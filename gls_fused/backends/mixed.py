@@ -29,6 +29,8 @@ __all__ = [
     "TAKES_OTHERS",
     "blend_subspace",
     "blend_subspaces",
+    "commit_subspaces_",
+    "commits",
     "invert_core",
     "invert_cores",
     "invert_gram",
@@ -56,6 +58,8 @@ precondition_gradient = _chosen("precondition_gradient").precondition_gradient
 sketch_rows = _chosen("sketch_rows").sketch_rows
 blend_subspace = _chosen("blend_subspaces").blend_subspace
 blend_subspaces = _chosen("blend_subspaces").blend_subspaces
+commits = _chosen("commit_subspaces_").commits
+commit_subspaces_ = _chosen("commit_subspaces_").commit_subspaces_
 update_layers_ = _chosen("update_layers_").update_layers_
 TAKES_OTHERS = _chosen("update_layers_").TAKES_OTHERS
 # The C++ kernels have none: there it is a few of torch's ops.
@@ -73,8 +77,6 @@ if _chosen("sketch_rows") is native:
     add_sketch_ = native.add_sketch_
 else:
     sum_rows = triton.sum_rows
-if _chosen("commit_subspaces_") is triton:
-    commits, commit_subspaces_ = triton.commits, triton.commit_subspaces_
 if _chosen("precondition_rows") is native and _chosen("precondition_gradient") is native:
     # An autograd function in C++, which calls these two.
     LinearCapture, captured_linear = native.LinearCapture, native.captured_linear

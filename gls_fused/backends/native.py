@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -101,6 +102,13 @@ def _load_cuda() -> str | None:
         # As where this torch is one without CUDA.
         return f"{error}; this is torch {torch.__version__}, install one for CUDA"
     return None
+
+
+def load_module() -> ModuleType:
+    """`_C`, which `_load` has found to be of this torch."""
+    from gls_fused import _C
+
+    return _C
 
 
 cpu_capability = _load()
@@ -257,7 +265,6 @@ def commit_subspaces_(
     flat = list(itertools.chain.from_iterable(gradients))
     parts = list(zip(*estimates, strict=True))
     _ops.commit_subspaces_(*parts, sums, flat, counts, beta, damping, power)
-    increment_version(list(itertools.chain.from_iterable(estimates)))
 
 
 def update_layers_(
@@ -308,7 +315,6 @@ def update_layers_(
         None if skip is None else skip.float(),
         lr_bounds,
     )
-    increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
 
 
 def measure_weights_(

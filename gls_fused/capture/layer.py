@@ -75,6 +75,7 @@ class Layer(Passes):
             p.grad keeps the gradient, unless `promised`.
         misses: how many steps its weight has had a gradient in without rows that were asked for.
         due: whether it is to gather in the next step in which it has a part.
+        watched: whether modules are to show this layer where they use its weight by themselves.
         returned: whether rows of an idle layer have been seen since, with a gradient.
         last: whether it is the last of all that an optimizer covers.
     """
@@ -115,7 +116,7 @@ class Layer(Passes):
         self.shape = torch.Size(shape)
         self.size = self.shape[1:].numel()
         self.dim = self.size + self.ones
-        self.returned = self.lent = self.last = self.due = False
+        self.returned = self.lent = self.last = self.due = self.watched = False
         self.misses = 0
 
     @property

@@ -30,7 +30,6 @@ class Lender(Layer):
 
     Attributes:
         holders: modules that hold those with the weight.
-        watched: whether they show this layer where they use it.
         calls: functions of torch's that such a module's forward calls with all its weights, and
             that `take_call` stands in for.
     """
@@ -40,7 +39,6 @@ class Lender(Layer):
     def __init__(self, found: Found) -> None:
         super().__init__(found)
         self.holders: list[nn.Module] = []
-        self.watched = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         kept = {"holders": self.holders, "watched": self.watched, "lent": self.lent}

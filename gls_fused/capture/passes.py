@@ -269,7 +269,7 @@ class Passes(Rows):
     def forget(self) -> None:
         """Forget the rows of this step, and what of D is in p.grad."""
         # Asked in every step: in most there is nothing.
-        if self.has_rows or self._watch is not None:
+        if self.sums is not None or self.reduced is not None or self._watch is not None:
             self.take_sums()
         self._counted = False
         if self.marks.has_marks:
@@ -278,10 +278,11 @@ class Passes(Rows):
 
     def finish_step(self) -> None:
         """Forget what belonged to the step that has been taken."""
-        gradient = self.weight.grad
-        if self.at_backward and not self.promised and self.marks.has_marks and gradient is not None:
-            # Until somebody writes to it.
-            self._left = weakref.ref(gradient), gradient._version
+        if self.at_backward and not self.promised and self.marks.has_marks:
+            gradient = self.weight.grad
+            if gradient is not None:
+                # Until somebody writes to it.
+                self._left = weakref.ref(gradient), gradient._version
         self.forget()
         self.cleared = False
 

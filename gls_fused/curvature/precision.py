@@ -6,9 +6,10 @@ beside the damping.
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -45,13 +46,22 @@ def without_tf32() -> Iterator[None]:
                     owner.fp32_precision = value
 
 
-@contextmanager
-def without_autocast() -> Iterator[None]:
+def without_autocast() -> AbstractContextManager[None]:
     """Inside, ops have the dtypes of their tensors, whatever a loop under torch.autocast asks."""
-    accelerator = torch.accelerator.current_accelerator()
-    devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    enabled = [device for device in _devices() if torch.is_autocast_enabled(device)]
+    # Nothing is entered in most steps, nor in most layers' backwards.
+    return _disable(enabled) if enabled else nullcontext()
+
+
+@contextmanager
+def _disable(devices: Sequence[str]) -> Iterator[None]:
     with ExitStack() as stack:
         for device in devices:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@functools.cache
+def _devices() -> tuple[str, ...]:
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)

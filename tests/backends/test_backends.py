@@ -11,6 +11,14 @@ from tolerances import ITERATION, PRODUCT, SOLVE, assert_near
 from gls_fused import GLS, available_backends, build_info, reference
 from gls_fused.backends import factors
 from gls_fused.backends.dispatch import resolve_backend
+from gls_fused.curvature.estimate import (
+    Subspace,
+    add_sums,
+    blend,
+    commit,
+    commits_at_once,
+    settle,
+)
 from gls_fused.reference import SubspaceInverse
 
 # Triton's kernels, which take no CPU tensors, have tests of their own in tests/backends/triton.
@@ -240,6 +248,64 @@ def test_mean_square_that_falls_at_once_is_kept(name, normalize):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parameters_are_rounded_by_the_same_draws(backend, dtype):
     check_rounding(backend, dtype)
+
+
+def start_estimates(ops, dtype, power, shapes=((40, 3), (33, 17))):
+    """States of some layers, and the sums of a step."""
+    layers = []
+    for dim, rank in shapes:
+        kind = Subspace(dim, rank, ops)
+        matrix, state = kind.test_matrix(dtype, torch.device("cpu")), {}
+        sums = []
+        for basis, n in ((matrix, 50), (None, 60)):
+            basis = state["basis"] if basis is None else basis
+            rows = draw(n, dim, dtype=dtype, seed=n + dim)
+            core, sketch, trace = reference.sketch_rows(rows, basis, ones=False)
+            sums.append(add_sums(None, n, trace, (core, sketch), weight=1.0))
+            if len(sums) == 1:
+                settle([(kind, state, kind.start(state, matrix, sums[0]))], 0.3, power)
+        layers.append((kind, state, sums[1]))
+    return layers
+
+
+def check_commit(backend, dtype, counts, power):
+    """Of layers of two ranks; rows whose gradients are all zero do not count.
+
+    Nor do those of a bias alone that is frozen."""
+    zeros = torch.zeros(3, 7, 2, 3).to(memory_format=torch.channels_last)
+    last = torch.zeros(2049, dtype=torch.bfloat16)
+    last[-1] = 1e-30 if counts else -0.0
+    led_to = [[zeros, last], [last, zeros[:, :3]]]
+    found = [start_estimates(ops, dtype, power) for ops in (backend, reference)]
+    given = [(*layer, own) for layer, own in zip(found[0], led_to, strict=True)]
+    assert all(commits_at_once(kind, state) for kind, state, _ in found[0])
+    held = [dict(state) for _, state, _ in found[0]]
+    commit(given, 0.9, 0.3, power)
+    expected = [(kind, state, sums * counts) for kind, state, sums in found[1]]
+    settle(blend(expected, 0.9), 0.3, power)
+    for (_, state, _), (_, sought, _) in zip(*found, strict=True):
+        pairs = [(each["basis"], each["core"]) for each in (state, sought)]
+        assert_same_estimate(*pairs)
+        basis = state["basis"]
+        assert_near(basis.T @ basis, torch.eye(basis.shape[1], dtype=dtype), PRODUCT[dtype])
+        inverses = [
+            each["basis"] @ each["core_inverse"] @ each["basis"].T for each in (state, sought)
+        ]
+        assert_near(*inverses, SOLVE[dtype])
+        for key in ("trace", "samples", "shift"):
+            assert_near(state[key], sought[key], SOLVE[dtype])
+    # In place.
+    for (_, state, _), before in zip(found[0], held, strict=True):
+        assert all(state[key] is value for key, value in before.items())
+
+
+def check_skipped_commit(backend, dtype, skip):
+    layers = start_estimates(backend, dtype, 0.5)
+    before = [{key: value.clone() for key, value in state.items()} for _, state, _ in layers]
+    commit([(*layer, []) for layer in layers], 0.9, 0.3, 0.5, torch.tensor(skip))
+    for (_, state, _), old in zip(layers, before, strict=True):
+        for key, value in state.items():
+            assert torch.equal(value, old[key]) == skip, key
 
 
 def check_rounding(backend, dtype):
@@ -528,7 +594,7 @@ def test_auto_on_cuda_takes_each_op_from_the_faster_backend(mixed, monkeypatch):
     assert set(native.__all__) & set(triton.__all__) == set(mixed.__all__)
     summed = CHOICES["sketch_rows"][0] == "native"
     assert (hasattr(mixed, "add_sketch_"), hasattr(mixed, "sum_rows")) == (summed, not summed)
-    assert hasattr(mixed, "commits") == (CHOICES["commit_subspaces_"][0] == "triton")
+    assert mixed.commits is modules[CHOICES["commit_subspaces_"][0]].commits
     described = describe_backend("mixed")
     for op, (name, _) in CHOICES.items():
         assert (op in described) == (name != described.split(",")[0])

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from gls_fused.backends.triton.configs import UPDATE_BLOCK, UPDATE_WARPS
 from gls_fused.backends.triton.counting import is_last
@@ -110,3 +111,4 @@ def measure_weights_(
             LINE=LINE,
             num_warps=UPDATE_WARPS,
         )
+    increment_version(list(results))

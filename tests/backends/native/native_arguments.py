@@ -44,6 +44,12 @@ def valid_arguments(op):
             "images": ones(2, 4, 5), "kernel_size": [3], "stride": [1], "padding": [1],
             "dilation": [1], "output_padding": None, "groups": 2, "places": torch.arange(20),
         },
+        "commit_subspaces_": {
+            "bases": [torch.eye(4)[:, :2].T.contiguous().T], "cores": [torch.eye(2)],
+            "traces": [ones()], "samples": [ones()], "core_inverses": [ones(2, 2)],
+            "shifts": [ones()], "sums": [ones(14)], "gradients": [ones(5, 3), ones(5)],
+            "gradient_counts": [2], "beta": 0.9, "damping": 0.1, "power": 1.0,
+        },
         "refresh_subspace": {"core": torch.eye(2), "sketch": torch.eye(4)[:, :2]},
         "invert_core": {"core": torch.eye(2), "trace": ones(), "dim": 4, "damping": 0.1},
         "orthogonalize_each": {

@@ -8,11 +8,18 @@ import pytest
 import torch
 from native_arguments import ones, update_options, valid_arguments
 from nets import KINDS, loss_of, make_batch, make_net
-from test_backends import draw, make_inverse
+from test_backends import (
+    check_commit,
+    check_skipped_commit,
+    draw,
+    make_inverse,
+    start_estimates,
+)
 from tolerances import PRODUCT, SAME_STEPS, assert_near
 
 from gls_fused import GLS, available_backends, reference
 from gls_fused.backends.dispatch import resolve_backend
+from gls_fused.curvature.estimate import COMMITTED
 from gls_fused.reference import SubspaceInverse
 
 if (why := available_backends()["native"]) is not None:
@@ -62,6 +69,40 @@ def test_no_rows_add_nothing():
     sums = ones(2 + 4 + 6)
     ops.add_sketch_(ones(0, 3), ones(3, 2), False, sums)
     assert torch.equal(sums, ones(12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("power", "counts"), [(1, True), (0.5, True), (0.5, False)])
+def test_commit_of_all_layers_at_once(dtype, threads, power, counts):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        check_commit(native, dtype, counts, power)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_commit_that_is_skipped_changes_nothing(skip):
+    check_skipped_commit(native, torch.float32, skip)
+
+
+def test_what_ops_write_to_has_another_version():
+    """So that autograd notices where it is saved for a backward."""
+    _, state, sums = start_estimates(native, torch.float32, 1)[0]
+    layer = ones(2, 3), ones(2)
+    step = torch.zeros(())
+    written = [*(state[name] for name in COMMITTED), *layer, step]
+    before = [tensor._version for tensor in written]
+    native.commit_subspaces_(
+        [[state[name] for name in COMMITTED]], [sums], [[]], beta=0.9, damping=0.3, power=1
+    )
+    native.update_layers_(
+        layer, (ones(2, 3), ones(2)), [], [], [step], [None], layer_sizes=[2], normalize="none",
+        lr=0.1, momentum=0.0, beta2=0.9, eps=0.0, weight_decay=0.0,
+    )  # fmt: skip
+    assert all(tensor._version > old for tensor, old in zip(written, before, strict=True))
 
 
 def test_layer_without_columns_moves_its_bias():

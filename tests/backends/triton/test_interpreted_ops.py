@@ -12,7 +12,9 @@ from test_backends import (
     POWERS,
     assert_same,
     assert_same_estimate,
+    check_commit,
     check_rounding,
+    check_skipped_commit,
     draw,
     draw_estimates,
     make_inverse,
@@ -28,7 +30,7 @@ from gls_fused.backends import triton as backend
 from gls_fused.backends.triton import configs, launch, symmetric
 from gls_fused.capture.conv import ImageRows
 from gls_fused.capture.linear import LinearRows
-from gls_fused.curvature.estimate import Subspace, add_sums, blend, commit, settle
+from gls_fused.curvature.estimate import Subspace
 from gls_fused.reference import DenseInverse, SubspaceInverse, Window
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -277,50 +279,12 @@ def test_sums_of_all_layers_at_once(monkeypatch):
         assert_same(actual, reference.blend_subspace(*layer, 0.9), PRODUCT, torch.float32)
 
 
-def start_estimates(ops, power, shapes=((40, 3), (33, 17))):
-    """States of some layers, and the sums of a step."""
-    layers = []
-    for dim, rank in shapes:
-        kind = Subspace(dim, rank, ops)
-        matrix, state = kind.test_matrix(torch.float32, torch.device("cpu")), {}
-        sums = []
-        for basis, n in ((matrix, 50), (None, 60)):
-            basis = state["basis"] if basis is None else basis
-            rows = draw(n, dim, dtype=torch.float32, seed=n + dim)
-            core, sketch, trace = reference.sketch_rows(rows, basis, ones=False)
-            sums.append(add_sums(None, n, trace, (core, sketch), weight=1.0))
-            if len(sums) == 1:
-                settle([(kind, state, kind.start(state, matrix, sums[0]))], 0.3, power)
-        layers.append((kind, state, sums[1]))
-    return layers
-
-
 @pytest.mark.parametrize(("power", "counts"), [(1, True), (0.5, True), (0.5, False)])
 def test_commit_of_all_layers_at_once(monkeypatch, counts, power):
-    """Three launches for all ranks; rows whose gradients are all zero, and a frozen bias's, do not
-    count."""
+    """Three launches for all ranks."""
     launches = record_launches(monkeypatch, backend.commit)
-    zeros = torch.zeros(3, 7, 2, 3).to(memory_format=torch.channels_last)
-    last = torch.zeros(2049, dtype=torch.bfloat16)
-    last[-1] = 1e-30 if counts else -0.0
-    led_to = [[zeros, last], [last, zeros[:, :3]]]
-    found = [start_estimates(ops, power) for ops in (backend, reference)]
-    given = [(*layer, own) for layer, own in zip(found[0], led_to, strict=True)]
-    commit(given, 0.9, 0.3, power)
+    check_commit(backend, torch.float32, counts, power)
     assert len(launches) == 3
-    expected = [(kind, state, sums * counts) for kind, state, sums in found[1]]
-    settle(blend(expected, 0.9), 0.3, power)
-    for (_, state, _), (_, sought, _) in zip(*found, strict=True):
-        pairs = [(each["basis"], each["core"]) for each in (state, sought)]
-        assert_same_estimate(*pairs)
-        basis = state["basis"]
-        assert_near(basis.T @ basis, torch.eye(basis.shape[1]), PRODUCT[torch.float32])
-        inverses = [
-            each["basis"] @ each["core_inverse"] @ each["basis"].T for each in (state, sought)
-        ]
-        assert_near(*inverses, SOLVE[torch.float32])
-        for key in ("trace", "samples", "shift"):
-            assert_near(state[key], sought[key], SOLVE[torch.float32])
 
 
 def test_weights_are_measured_at_once(monkeypatch):
@@ -347,12 +311,7 @@ def test_parameters_are_rounded_at_once(monkeypatch, dtype):
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_commit_that_is_skipped_changes_nothing(skip):
-    layers = start_estimates(backend, 0.5)
-    before = [{key: value.clone() for key, value in state.items()} for _, state, _ in layers]
-    commit([(*layer, []) for layer in layers], 0.9, 0.3, 0.5, torch.tensor(skip))
-    for (_, state, _), old in zip(layers, before, strict=True):
-        for key, value in state.items():
-            assert torch.equal(value, old[key]) == skip, key
+    check_skipped_commit(backend, torch.float32, skip)
 
 
 def check_refresh(core, sketch, scale):

@@ -1,0 +1,49 @@
+#include "host.h"
+
+#include <ATen/core/Tensor.h>
+
+namespace gls_fused {
+
+namespace py = pybind11;
+
+bool holds(const py::dict& states, const py::list& known) {
+  const Py_ssize_t count = PyList_GET_SIZE(known.ptr());
+  Py_ssize_t next = 0, place = 0;
+  PyObject *key = nullptr, *value = nullptr;
+  const auto is_next = [&](PyObject* object) {
+    return next < count && PyList_GET_ITEM(known.ptr(), next++) == object;
+  };
+  while (PyDict_Next(states.ptr(), &place, &key, &value)) {
+    if (!is_next(value) || !PyDict_Check(value)) return false;
+  }
+  place = 0;
+  while (PyDict_Next(states.ptr(), &place, &key, &value)) {
+    PyObject *name = nullptr, *held = nullptr;
+    Py_ssize_t inner = 0;
+    while (PyDict_Next(value, &inner, &name, &held)) {
+      if (!is_next(held)) return false;
+    }
+  }
+  return next == count;
+}
+
+bool has_sparse_gradient(const std::vector<at::Tensor>& params) {
+  for (const at::Tensor& param : params) {
+    const at::Tensor& gradient = param.grad();
+    if (gradient.defined() && gradient.is_sparse()) return true;
+  }
+  return false;
+}
+
+bool match_all(const std::vector<c10::intrusive_ptr<LinearCapture>>& captures,
+               const std::vector<at::Tensor>& weights) {
+  for (size_t i = 0; i < captures.size(); ++i) {
+    const at::Tensor& gradient = weights.at(i).grad();
+    if (!gradient.defined() || !captures[i]->has_marks() || !captures[i]->match(gradient)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace gls_fused
