@@ -63,6 +63,9 @@ struct Span {
   size_t layer;
 };
 
+// Fewer elements than so many are one thread's, which is not worth waking another.
+constexpr int64_t kLeastShared = 8 * kChunk;
+
 struct Chunk {
   size_t slice;
   int64_t begin;
@@ -291,64 +294,89 @@ void update_line(param_t* param, const param_t* direction, state_t* exp_avg,
 // The step of one layer with mean squares v [m] per row and, for "factored", c [d] per column.
 //
 // It goes along memory, line by line: a line is a row of all parts or, where the weight is turned, a
-// column of one of them. Each has a mean square, and so has what lies at one place of all lines.
+// column of one of them. Each has a mean square, and so has what lies at one place of all lines. Of
+// both, D is read for the squares of all lines, in stretches, before the first line moves; v alone of
+// rows is a line's own. Threads share the pieces of all layers, see `run_pieces`.
 template <typename param_t, typename state_t>
 class AxesStep {
  public:
-  AxesStep(const std::vector<Part<param_t, state_t>>& parts, bool turned, int64_t outputs,
-           double step, double lr, const Scalars& scalars)
-      : parts_(parts), turned_(turned), scalars_(scalars) {
-    dim_ = parts.back().first + parts.back().columns;
+  AxesStep(std::vector<Part<param_t, state_t>> parts, bool turned, int64_t outputs, double step,
+           double lr, const Scalars& scalars, state_t* row_squares, state_t* column_squares)
+      : parts_(std::move(parts)),
+        turned_(turned),
+        scalars_(scalars),
+        row_squares_(row_squares),
+        column_squares_(column_squares) {
+    dim_ = parts_.back().first + parts_.back().columns;
     lines_ = turned ? dim_ : outputs;
     length_ = turned ? outputs : dim_;
     correction_ = 1 - std::pow(scalars.beta2, step);
     rate_ = lr / (scalars.momentum > 0 ? 1 - std::pow(scalars.momentum, step) : 1);
     chunk_ = std::max<int64_t>(1, kChunk / std::max<int64_t>(length_, 1));
     chunks_ = (lines_ + chunk_ - 1) / chunk_;
+    sums_first_ = turned_ || column_squares_;
+    if (!sums_first_) return;
+    // In a fixed number of stretches and then in their order, so that the result does not depend on
+    // the number of threads.
+    stretches_ = std::min<int64_t>(16, chunks_);
+    along_.resize(lines_);
+    partial_.resize(stretches_ * length_);
   }
 
-  // v alone, whose lines stay in cache between their squares and their step.
-  void run_rows(state_t* row_squares) {
-    share(0, chunks_, grain(chunks_), [&](int64_t first, int64_t last) {
-      for (int64_t i = first * chunk_; i < std::min(lines_, last * chunk_); ++i) {
-        double squares = 0;
-        for_parts(i, [&](const auto& part, int64_t at, int64_t count, int64_t) {
-          squares += sum_squares_as<state_t>(part.direction + at, count);
-        });
-        blend(row_squares[i], squares, dim_);
-        update(i, nullptr, 0, rate_ / (root_of(row_squares[i]) + scalars_.eps), scalars_);
-      }
-    });
+  int64_t elements() const { return lines_ * length_; }
+  int64_t stretches() const { return stretches_; }
+  int64_t chunks() const { return chunks_; }
+
+  void sum(int64_t stretch) {
+    const int64_t end = lines_ * (stretch + 1) / stretches_;
+    for (int64_t i = lines_ * stretch / stretches_; i < end; ++i) {
+      for_parts(i, [&](const auto& part, int64_t at, int64_t count, int64_t place) {
+        along_[i] += add_squares(part.direction + at, count, &partial_[stretch * length_ + place]);
+      });
+    }
   }
 
-  void run(state_t* row_squares, state_t* column_squares) {
-    if (!turned_ && !column_squares) return run_rows(row_squares);
-    std::vector<double> along(lines_), across(length_, 0);
-    sum(along, across);
-    std::vector<double>& by_row = turned_ ? across : along;
-    std::vector<double>& by_column = turned_ ? along : across;
+  // After all sums, what the lines are divided by.
+  void settle() {
+    if (!sums_first_) return;
+    std::vector<double> across(length_, 0);
+    for (int64_t stretch = 0; stretch < stretches_; ++stretch) {
+      for (int64_t j = 0; j < length_; ++j) across[j] += partial_[stretch * length_ + j];
+    }
+    std::vector<double>& by_row = turned_ ? across : along_;
+    std::vector<double>& by_column = turned_ ? along_ : across;
     double total = 0;
-    for (size_t i = 0; i < by_row.size(); ++i) total += blend(row_squares[i], by_row[i], dim_);
-    Scalars scalars = scalars_;
-    if (column_squares) {
+    for (size_t i = 0; i < by_row.size(); ++i) total += blend(row_squares_[i], by_row[i], dim_);
+    if (column_squares_) {
       const double rows = std::max<double>(by_row.size(), 1);
       const double mean = std::max<double>(total / rows, std::numeric_limits<state_t>::min());
-      for (size_t i = 0; i < by_row.size(); ++i) by_row[i] = std::sqrt(row_squares[i] / mean);
+      for (size_t i = 0; i < by_row.size(); ++i) by_row[i] = std::sqrt(row_squares_[i] / mean);
       for (size_t j = 0; j < by_column.size(); ++j) {
-        by_column[j] = root_of(blend(column_squares[j], by_column[j], by_row.size()));
+        by_column[j] = root_of(blend(column_squares_[j], by_column[j], by_row.size()));
       }
     } else {
-      for (size_t i = 0; i < by_row.size(); ++i) by_row[i] = root_of(row_squares[i]) + scalars.eps;
+      for (size_t i = 0; i < by_row.size(); ++i) by_row[i] = root_of(row_squares_[i]) + scalars_.eps;
       std::fill(by_column.begin(), by_column.end(), 1);
-      scalars.eps = 0;
+      scalars_.eps = 0;
     }
-    const std::vector<state_t> roots(across.begin(), across.end());
-    // Backwards: the directions whose squares were summed last are the ones still in cache.
-    share(0, chunks_, grain(chunks_), [&](int64_t first, int64_t last) {
-      for (int64_t i = std::min(lines_, last * chunk_) - 1; i >= first * chunk_; --i) {
-        update(i, roots.data(), along[i], rate_, scalars);
-      }
-    });
+    roots_.assign(across.begin(), across.end());
+  }
+
+  void update(int64_t chunk) {
+    const int64_t first = chunk * chunk_, end = std::min(lines_, first + chunk_);
+    if (sums_first_) {
+      // Backwards: the directions whose squares were summed last are the ones still in cache.
+      for (int64_t i = end - 1; i >= first; --i) update_parts(i, roots_.data(), along_[i], rate_);
+      return;
+    }
+    for (int64_t i = first; i < end; ++i) {
+      double squares = 0;
+      for_parts(i, [&](const auto& part, int64_t at, int64_t count, int64_t) {
+        squares += sum_squares_as<state_t>(part.direction + at, count);
+      });
+      blend(row_squares_[i], squares, dim_);
+      update_parts(i, nullptr, 0, rate_ / (root_of(row_squares_[i]) + scalars_.eps));
+    }
   }
 
  private:
@@ -370,35 +398,13 @@ class AxesStep {
     return square = blend_square(square, count > 0 ? sum / count : 0, scalars_.beta2);
   }
 
-  // Sums across lines are taken in a fixed number of stretches and then in their order, so that the
-  // result does not depend on the number of threads.
-  void sum(std::vector<double>& along, std::vector<double>& across) const {
-    const int64_t stretches = std::min<int64_t>(16, chunks_);
-    std::vector<state_t> partial(stretches * length_, 0);
-    const auto run = [&](int64_t first, int64_t last) {
-      for (int64_t stretch = first; stretch < last; ++stretch) {
-        const int64_t end = lines_ * (stretch + 1) / stretches;
-        for (int64_t i = lines_ * stretch / stretches; i < end; ++i) {
-          for_parts(i, [&](const auto& part, int64_t at, int64_t count, int64_t place) {
-            along[i] +=
-                add_squares(part.direction + at, count, &partial[stretch * length_ + place]);
-          });
-        }
-      }
-    };
-    share(0, stretches, grain(chunks_) > 1 ? stretches : 1, run);
-    for (int64_t stretch = 0; stretch < stretches; ++stretch) {
-      for (int64_t j = 0; j < length_; ++j) across[j] += partial[stretch * length_ + j];
-    }
-  }
-
-  void update(int64_t line, const state_t* across_roots, double line_root, double rate,
-              const Scalars& scalars) const {
+  void update_parts(int64_t line, const state_t* across_roots, double line_root,
+                    double rate) const {
     for_parts(line, [&](const auto& part, int64_t at, int64_t count, int64_t place) {
       const auto run = [&](auto momentum, auto factored) {
         update_line<decltype(momentum)::value, decltype(factored)::value>(
             part.param + at, part.direction + at, part.exp_avg ? part.exp_avg + at : nullptr,
-            across_roots ? across_roots + place : nullptr, count, scalars, line_root, rate);
+            across_roots ? across_roots + place : nullptr, count, scalars_, line_root, rate);
       };
       if (part.exp_avg && across_roots) run(std::true_type{}, std::true_type{});
       else if (part.exp_avg) run(std::true_type{}, std::false_type{});
@@ -407,12 +413,47 @@ class AxesStep {
     });
   }
 
-  const std::vector<Part<param_t, state_t>>& parts_;
-  const bool turned_;
-  const Scalars& scalars_;
-  int64_t dim_, lines_, length_, chunk_, chunks_;
+  std::vector<Part<param_t, state_t>> parts_;
+  bool turned_, sums_first_;
+  Scalars scalars_;
+  state_t *row_squares_, *column_squares_;
+  int64_t dim_, lines_, length_, chunk_, chunks_, stretches_ = 0;
   double correction_, rate_;
+  std::vector<double> along_;
+  std::vector<state_t> partial_, roots_;
 };
+
+// Every piece of every layer once. A thread has as many elements as another and, in two calls in
+// opposite orders, about the same ones, so that it finds last what it has read last.
+template <typename Steps, typename Count, typename Run>
+void run_pieces(Steps& steps, const Count& count_of_pieces, bool backwards, const Run& run) {
+  std::vector<std::pair<size_t, int64_t>> pieces;
+  std::vector<int64_t> starts;
+  int64_t total = 0;
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const int64_t count = count_of_pieces(steps[i]), elements = steps[i].elements();
+    for (int64_t piece = 0; piece < count; ++piece) {
+      pieces.emplace_back(i, piece);
+      starts.push_back(total + elements * piece / count);
+    }
+    total += elements;
+  }
+  const int64_t last = pieces.size();
+  const int64_t threads =
+      total < kLeastShared ? 1 : std::min<int64_t>(at::get_num_threads(), last);
+  const auto first_of = [&](int64_t thread) {
+    if (thread == threads) return last;
+    return std::lower_bound(starts.begin(), starts.end(), total * thread / threads) -
+           starts.begin();
+  };
+  share(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = first_of(begin), count = first_of(end) - first;
+    for (int64_t i = 0; i < count; ++i) {
+      const auto [step, piece] = pieces[first + (backwards ? count - 1 - i : i)];
+      run(steps[step], piece);
+    }
+  });
+}
 
 // What is alike in all layers.
 struct How {
@@ -506,8 +547,8 @@ void update_run(at::TensorList params, at::TensorList gradients, at::TensorList 
     using state_t = at::opmath_type<scalar_t>;
     if (axes) {
       const size_t each = squares_of(normalize, 0);
+      std::vector<AxesStep<param_t, state_t>> axes_steps;
       for (size_t layer = 0, i = 0; layer < layers; i += layer_sizes[layer++]) {
-        const int64_t outputs = params[i].size(0);
         std::vector<Part<param_t, state_t>> parts;
         for (int64_t part = 0, first = 0; part < layer_sizes[layer]; ++part) {
           const at::Tensor& param = flat_params[i + part];
@@ -519,11 +560,16 @@ void update_run(at::TensorList params, at::TensorList gradients, at::TensorList 
           first += columns;
         }
         const at::Tensor* squares = &exp_avg_sqs[layer * each];
-        AxesStep<param_t, state_t> axes_step(parts, is_turned(flat_params[i]), outputs,
-                                             count_of(steps[layer]), lrs[layer], scalars);
-        axes_step.run(squares[0].data_ptr<state_t>(),
-                      each == 2 ? squares[1].data_ptr<state_t>() : nullptr);
+        axes_steps.emplace_back(std::move(parts), is_turned(flat_params[i]), params[i].size(0),
+                                count_of(steps[layer]), lrs[layer], scalars,
+                                squares[0].data_ptr<state_t>(),
+                                each == 2 ? squares[1].data_ptr<state_t>() : nullptr);
       }
+      run_pieces(axes_steps, [](const auto& step) { return step.stretches(); }, false,
+                 [](auto& step, int64_t stretch) { step.sum(stretch); });
+      for (auto& step : axes_steps) step.settle();
+      run_pieces(axes_steps, [](const auto& step) { return step.chunks(); }, true,
+                 [](auto& step, int64_t chunk) { step.update(chunk); });
       return;
     }
     std::vector<Slice<param_t, state_t>> slices;
