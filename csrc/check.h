@@ -236,6 +236,21 @@ inline void check_commit(at::TensorList bases, at::TensorList cores, at::TensorL
   }
 }
 
+inline void check_measured(at::TensorList weights, at::TensorList results,
+                           at::ArrayRef<double> least) {
+  const char* op = "measure_weights_";
+  TORCH_CHECK(results.size() == weights.size() && least.size() == weights.size(), op, ": expected ",
+              weights.size(), " results and least, got ", results.size(), " and ", least.size());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check_device(op, weights[i], results[i]);
+    TORCH_CHECK(weights[i].is_floating_point(), op, ": expected weights of floating point, got ",
+                weights[i].scalar_type());
+    const at::ScalarType type = results[i].scalar_type();
+    TORCH_CHECK(results[i].dim() == 0 && (type == at::kFloat || type == at::kDouble), op,
+                ": expected results [] of Float or Double, got ", results[i].sizes(), " of ", type);
+  }
+}
+
 // A tensor that is written to element by element.
 inline void check_written(const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) {
   TORCH_CHECK(tensor.sizes() == sizes, "update_layers_: expected ", name, " ", sizes, ", got ",

@@ -102,6 +102,8 @@ TORCH_LIBRARY(gls_fused, m) {
   m.def(
       "move_weights_(Tensor(a!)[] weights, Tensor[] updates, float lr, float weight_decay,"
       " Tensor? lr_bounds) -> ()");
+  // The root mean square of each weight, at least `least`.
+  m.def("measure_weights_(Tensor[] weights, Tensor(a!)[] results, float[] least) -> ()");
   m.def("round_params_(Tensor(a!)[] params, Tensor[] values, int[] seeds, Tensor[] steps) -> ()");
   // layer_sizes[i] consecutive params, gradients and exp_avgs belong to layer i, whose inverse is
   // the i-th of bases, core_inverses and shifts; None where gradients holds the directions.

@@ -323,7 +323,11 @@ def measure_weights_(
     least: Sequence[float],
     skip: Tensor | None = None,
 ) -> None:
-    """See `gls_fused.reference.measure_weights_`; a few of torch's ops for all of a dtype."""
+    """See `gls_fused.reference.measure_weights_`; on CUDA a few of torch's ops for all of a dtype."""
+    if all(weight.is_cpu for weight in weights):
+        if skip is None or not skip:
+            _ops.measure_weights_(weights, results, least)
+        return
     alike: dict[torch.dtype, list[int]] = {}
     for index, result in enumerate(results):
         alike.setdefault(result.dtype, []).append(index)
@@ -499,6 +503,11 @@ def _(
 def _(*args: Any) -> None:
     # bases to gradients.
     _check_device("commit_subspaces_", *itertools.chain(*args[:8]))
+
+
+@torch.library.register_fake("gls_fused::measure_weights_")
+def _(weights: list[Tensor], results: list[Tensor], least: list[float]) -> None:
+    _check_device("measure_weights_", *weights, *results)
 
 
 @torch.library.register_fake("gls_fused::add_sketch_")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from gls_fused.capture.graph import Reach, at_end_of_pass, reach_of, running_task
 from gls_fused.capture.rows import Rows
+from gls_fused.curvature.precision import without_tf32
 from gls_fused.distributed.sharding import rows_here, shards_of
 from gls_fused.reference import Inverse, undo_inverse
 
@@ -143,7 +145,9 @@ class Passes(Rows):
         # Into the sums themselves, in one pass over the rows.
         dim, rank = basis.shape
         fresh = basis.new_zeros(2 + rank * (rank + dim)) if sums is None or weight != 1 else sums
-        add_sketch_(rows, basis, self.ones, fresh)
+        # On a CPU by no product of torch's.
+        with nullcontext() if rows.is_cpu else without_tf32():
+            add_sketch_(rows, basis, self.ones, fresh)
         if weight != 1:
             fresh *= weight
         return fresh if sums is None or fresh is sums else sums.add_(fresh)

@@ -112,20 +112,18 @@ class Rows(abc.ABC):
             if found is not None:
                 return found
         rows, weight = self.sample(inputs)
-        if not rows.numel():
-            return sums
-        with without_tf32():
-            return self.add_sample(sums, rows, weight, basis)
+        return self.add_sample(sums, rows, weight, basis) if rows.numel() else sums
 
     def add_sample(
         self, sums: Tensor | None, rows: Tensor, weight: float, basis: Tensor | None
     ) -> Tensor:
         """The sums, with these rows added, each of which stands for `weight`."""
-        if basis is None:
-            dtype = self.statistics_dtype
-            *moments, trace = self.backend.sum_gram(rows, dtype=dtype, ones=self.ones)
-        else:
-            *moments, trace = self.backend.sketch_rows(rows, basis, ones=self.ones)
+        with without_tf32():
+            if basis is None:
+                dtype = self.statistics_dtype
+                *moments, trace = self.backend.sum_gram(rows, dtype=dtype, ones=self.ones)
+            else:
+                *moments, trace = self.backend.sketch_rows(rows, basis, ones=self.ones)
         return add_sums(sums, rows.shape[0], trace, moments, weight=weight)
 
     def turn(self, tensor: Tensor) -> Tensor:

@@ -50,6 +50,10 @@ def valid_arguments(op):
             "shifts": [ones()], "sums": [ones(14)], "gradients": [ones(5, 3), ones(5)],
             "gradient_counts": [2], "beta": 0.9, "damping": 0.1, "power": 1.0,
         },
+        "measure_weights_": {
+            "weights": [ones(2, 3), ones(4, dtype=torch.bfloat16)], "results": [ones(), ones()],
+            "least": [0.1, 0.2],
+        },
         "refresh_subspace": {"core": torch.eye(2), "sketch": torch.eye(4)[:, :2]},
         "invert_core": {"core": torch.eye(2), "trace": ones(), "dim": 4, "damping": 0.1},
         "orthogonalize_each": {

@@ -173,6 +173,18 @@ REFUSED = [
         "gradients of floating point, got Int",
     ),
     ("commit_subspaces_", {"shifts": [ones(**META)]}, "tensors on one device, got cpu and meta"),
+    ("measure_weights_", {"least": [0.1]}, "2 results and least, got 2 and 1"),
+    (
+        "measure_weights_",
+        {"weights": [ones(2, dtype=torch.int32), ones(2)]},
+        "weights of floating point, got Int",
+    ),
+    (
+        "measure_weights_",
+        {"results": [ones(1), ones()]},
+        r"results \[\] of Float or Double, got \[1\] of Float",
+    ),
+    ("measure_weights_", {"results": [ones(**META), ones()]}, "tensors on one device, got cpu"),
     ("refresh_subspace", {"core": ones(3, 3)}, r"core \[2, 2\], got \[3, 3\]"),
     ("refresh_subspace", {"core": ones(2, 2, **HALF)}, "core of Float or Double, got BFloat16"),
     ("refresh_subspace", {"sketch": ones(1, 2)}, r"sketch .* with r at most d, got \[1, 2\]"),

@@ -30,7 +30,6 @@ from gls_fused.backends import triton as backend
 from gls_fused.backends.triton import configs, launch, symmetric
 from gls_fused.capture.conv import ImageRows
 from gls_fused.capture.linear import LinearRows
-from gls_fused.curvature.estimate import Subspace
 from gls_fused.reference import DenseInverse, SubspaceInverse, Window
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
