@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import warnings
 import weakref
@@ -235,7 +234,8 @@ class GLS(torch.optim.Optimizer):
         self._kept: dict[int, Kept] = defaultdict(Kept)
         # By a group's id, what its parameters are rounded by.
         self._seeds: dict[int, Seeds] = {}
-        # By a group's id, the options that have been found in range.
+        # By a group's id, the options that have been found in range, and which they are.
+        self._watched: list[str] = []
         self._checked: dict[int, tuple[list[Any], list[Any]]] = {}
         # What the states held, and for what of `_seen`.
         self._known: list[Any] = []
@@ -330,7 +330,7 @@ class GLS(torch.optim.Optimizer):
         """
         for group, layers in groups:
             check_rate(group["lr"], waits=False)
-            now = [self._seen, *map(group.__getitem__, self._checked_options)]
+            now = [self._seen, *map(group.__getitem__, self._watched)]
             known = self._checked.get(id(group), ([], []))
             if are_same(now, known[0]):
                 continue
@@ -355,6 +355,8 @@ class GLS(torch.optim.Optimizer):
         if are_same(members, self._seen):
             return self._layers_of
         self._seen, self._owners = members, {}
+        # All but lr, which a schedule changes in every step.
+        self._watched = [option for option in self._options if option != "lr"]
         for group in self.param_groups:
             # One that somebody made without us lacks what torch's own `add_param_group` gives.
             for option in self._options:
@@ -471,7 +473,7 @@ class GLS(torch.optim.Optimizer):
         entries = len(self.state) + sum(map(len, self.state.values()))
         if entries != len(self._known):
             # Who empties the states leaves what this step has found, see `_follow_states`.
-            self._known = []
+            self._known_for = None
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -648,11 +650,6 @@ class GLS(torch.optim.Optimizer):
     def _options(self) -> list[str]:
         # torch's own mark, which it gives to the defaults of every optimizer.
         return [option for option in self.defaults if option != "differentiable"]
-
-    @functools.cached_property
-    def _checked_options(self) -> tuple[str, ...]:
-        """All but lr, which a schedule changes in every step."""
-        return tuple(option for option in self._options if option != "lr")
 
     def _restart(self) -> None:
         self._preconditioner.restart()

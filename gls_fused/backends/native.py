@@ -323,7 +323,7 @@ def measure_weights_(
     least: Sequence[float],
     skip: Tensor | None = None,
 ) -> None:
-    """See `gls_fused.reference.measure_weights_`; on CUDA a few of torch's ops for all of a dtype."""
+    """See `gls_fused.reference.measure_weights_`; on CUDA a few of torch's ops for all."""
     if all(weight.is_cpu for weight in weights):
         if skip is None or not skip:
             _ops.measure_weights_(weights, results, least)

@@ -6,7 +6,6 @@ beside the damping.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -17,6 +16,10 @@ import torch
 # What holds the setting, by device. mkldnn.matmul is missing from torch's annotations.
 _mkldnn: Any = torch.backends.mkldnn
 _OWNERS: tuple[Any, ...] = (torch.backends.cuda.matmul, _mkldnn.matmul)
+
+# Where autocast may be on: the CPU, and the accelerator that torch was built for.
+_ACCELERATOR = torch.accelerator.current_accelerator()
+_DEVICES = ("cpu",) if _ACCELERATOR is None else ("cpu", _ACCELERATOR.type)
 
 
 class _Inside:
@@ -48,7 +51,7 @@ def without_tf32() -> Iterator[None]:
 
 def without_autocast() -> AbstractContextManager[None]:
     """Inside, ops have the dtypes of their tensors, whatever a loop under torch.autocast asks."""
-    enabled = [device for device in _devices() if torch.is_autocast_enabled(device)]
+    enabled = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
     # Nothing is entered in most steps, nor in most layers' backwards.
     return _disable(enabled) if enabled else nullcontext()
 
@@ -59,9 +62,3 @@ def _disable(devices: Sequence[str]) -> Iterator[None]:
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
-
-
-@functools.cache
-def _devices() -> tuple[str, ...]:
-    accelerator = torch.accelerator.current_accelerator()
-    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)

@@ -270,7 +270,15 @@ def test_parameter_of_more_elements_than_32_bits_count():
 
 
 @pytest.mark.parametrize(
-    "op", ["take_patches", "orthogonalize_each", "blend_directions_", "move_weights_"]
+    "op",
+    [
+        "take_patches",
+        "orthogonalize_each",
+        "blend_directions_",
+        "move_weights_",
+        "commit_subspaces_",
+        "measure_weights_",
+    ],
 )
 def test_ops_that_the_cpu_alone_has_are_proper_torch_ops(op):
     tests = ("test_schema", "test_faketensor")
@@ -305,6 +313,38 @@ def test_number_of_threads_changes_nothing(call, threads):
     one = call()
     threads(2)
     assert all(map(torch.equal, call(), one))
+
+
+@pytest.mark.parametrize("normalize", ["row", "factored"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_threads_share_the_pieces_of_many_layers(normalize, turned, threads):
+    """Each has the bits that it has alone, whatever the others' sizes and the number of threads."""
+    shapes = [(90, 70), (1, 5), (700, 300), *[(120, 110)] * 12, (0, 4), (40, 2000)]
+
+    def make(seed, shape):
+        tensors = [draw(*shape, dtype=torch.float32, seed=100 * seed + i) for i in range(3)]
+        if turned:
+            tensors = [tensor.T.contiguous().T for tensor in tensors]
+        sizes = [shape[:1]] if normalize == "row" else [shape[:1], shape[1:]]
+        return [[tensor] for tensor in tensors], [torch.ones(size) for size in sizes]
+
+    def step(layers):
+        tensors, squares = zip(*layers, strict=True)
+        lists = [[x for part in parts for x in part] for parts in zip(*tensors, strict=True)]
+        native.update_layers_(
+            *lists, [x for part in squares for x in part], [torch.zeros(()) for _ in layers],
+            [None] * len(layers), layer_sizes=[1] * len(layers), normalize=normalize, lr=0.1,
+            momentum=0.9, beta2=0.9, eps=1e-8, weight_decay=0.01,
+        )  # fmt: skip
+        return [*lists[0], *lists[2], *(x for part in squares for x in part)]
+
+    alone = [step([make(*layer)]) for layer in enumerate(shapes)]
+    params, averages, *squares = zip(*alone, strict=True)
+    sought = [*params, *averages, *(x for own in zip(*squares, strict=True) for x in own)]
+    for count in (1, 2, 3):
+        threads(count)
+        found = step([make(*layer) for layer in enumerate(shapes)])
+        assert all(torch.equal(*pair) for pair in zip(found, sought, strict=True))
 
 
 def test_sketch_by_two_threads(threads):

@@ -165,8 +165,8 @@ REFUSED = [
     ("commit_subspaces_", {"gradient_counts": [1]}, "1 gradients, got 2"),
     ("commit_subspaces_", {"gradient_counts": [-1]}, r"gradient_counts of at least 0, got \[-1\]"),
     ("commit_subspaces_", {"sums": [ones(13)]}, r"sums \[14\] of Float, got \[13\]"),
-    ("commit_subspaces_", {"core_inverses": [ones(3, 3)]}, r"core_inverse \[2, 2\] .*got \[3, 3\]"),
-    ("commit_subspaces_", {"bases": [torch.eye(4)[:, :2]]}, r"basis by columns, .*got strides \[4, 1\]"),
+    ("commit_subspaces_", {"core_inverses": [ones(3, 3)]}, r"core_inverse \[2, 2\] .*\[3, 3\]"),
+    ("commit_subspaces_", {"bases": [torch.eye(4)[:, :2]]}, r"basis by columns, .*\[4, 1\]"),
     (
         "commit_subspaces_",
         {"gradients": [ones(5, 3, dtype=torch.int32), ones(5)]},

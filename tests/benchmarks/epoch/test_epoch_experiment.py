@@ -180,7 +180,7 @@ def test_gls_passes_its_gate_on_every_kind_of_task(name, shape, batch):
 def test_a_profile_names_every_stage():
     stages = profile_stages(TINY, synthesise((3, 32, 32), 256), 32, 1)
     assert list(stages.stages) == [
-        "rows", "sketch", "refresh", "core inverse", "update, with P at the step site",
+        "rows", "sketch", "commit", "update, with P at the step site",
         "orthogonal step", "rest of step()", "other",
     ]  # fmt: skip
     for name in list(stages.stages)[2:-1]:
