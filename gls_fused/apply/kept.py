@@ -107,16 +107,15 @@ class Alike:
 
     def inverses(self) -> list[Inverse | None]:
         """P by matrix, None where p.grad holds D."""
-        if self._hold_directions():
-            return [None] * len(self.matrix_sizes)
         now = [layer.inverse for layer in self.layers]
         anew = any(layer.at_backward for layer in self.layers)
         if not anew and self._known and all(map(operator.is_, now, self._known)):
             return self._inverses
         self._known = []
         found: list[Inverse | None] = []
+        holding = self._holding_directions() if anew else frozenset()
         for layer, size in zip(self.layers, self.sizes, strict=True):
-            if layer.holds_direction():
+            if layer in holding or layer.holds_direction():
                 found += [None] * layer.matrices_here
             else:
                 found += layer.inverses_for(size == len(layer.params))[layer.here]
@@ -124,14 +123,15 @@ class Alike:
         self._inverses, self._known = found, [] if anew else now
         return found
 
-    def _hold_directions(self) -> bool:
-        """Whether p.grad of all of them is known to hold D; see `Passes.holds_direction`."""
-        if not all(layer.at_backward and not layer.promised for layer in self.layers):
-            return False
-        marks = [layer.marks for layer in self.layers]
-        if any(type(mark) is Marks for mark in marks):
-            return False
-        return match_all(marks, [layer.weight for layer in self.layers])
+    def _holding_directions(self) -> frozenset[Layer]:
+        """Layers whose p.grad is known to hold D; `Layer.holds_direction` is to ask the others."""
+        asked = [
+            layer
+            for layer in self.layers
+            if layer.at_backward and not layer.promised and type(layer.marks) is not Marks
+        ]
+        known = match_all([layer.marks for layer in asked], [layer.weight for layer in asked])
+        return frozenset(asked) if known else frozenset()
 
 
 class Kept:
