@@ -1,12 +1,12 @@
 // Root mean squares of weights, of all layers in one call, on the CPU.
 
 #include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -23,21 +23,11 @@ using at::Tensor;
 
 namespace {
 
-template <typename T>
-double squares_of(const T* x, int64_t n) {
-  if constexpr (std::is_floating_point_v<T>) {
-    return sum_squares(x, n);
-  } else {
-    double total = 0;
-    for (int64_t i = 0; i < n; ++i) total += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-    return total;
-  }
-}
-
 double squares_of(const Tensor& x, int64_t begin, int64_t end) {
   double found = 0;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "measure", [&] {
-    found = squares_of(x.const_data_ptr<scalar_t>() + begin, end - begin);
+    found = sum_squares_as<at::opmath_type<scalar_t>>(x.const_data_ptr<scalar_t>() + begin,
+                                                      end - begin);
   });
   return found;
 }

@@ -239,5 +239,20 @@ double sum_squares(const T* x, int64_t n) {
   return total;
 }
 
+// In another dtype, such as the state's of parameters that are stored in 16 bits.
+template <typename state_t, typename param_t>
+double sum_squares_as(const param_t* x, int64_t n) {
+  if constexpr (std::is_same_v<param_t, state_t>) {
+    return sum_squares(x, n);
+  } else {
+    double total = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double value = static_cast<state_t>(x[i]);
+      total += value * value;
+    }
+    return total;
+  }
+}
+
 }  // namespace CPU_CAPABILITY
 }  // namespace gls_fused

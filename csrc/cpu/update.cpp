@@ -83,21 +83,6 @@ std::vector<Chunk> cut(const Slices& slices) {
   return chunks;
 }
 
-// In the state's dtype, whatever the parameters are stored in.
-template <typename state_t, typename param_t>
-double sum_squares_as(const param_t* x, int64_t n) {
-  if constexpr (std::is_same_v<param_t, state_t>) {
-    return sum_squares(x, n);
-  } else {
-    double total = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const double value = static_cast<state_t>(x[i]);
-      total += value * value;
-    }
-    return total;
-  }
-}
-
 // Per layer, over all its slices; in parallel, and the same for any number of threads.
 template <typename state_t, typename param_t>
 std::vector<double> sum_layers(const std::vector<Span<param_t>>& spans, size_t layers) {
