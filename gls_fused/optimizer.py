@@ -235,7 +235,7 @@ class GLS(torch.optim.Optimizer):
         # By a group's id, what its parameters are rounded by.
         self._seeds: dict[int, Seeds] = {}
         # By a group's id, the options that have been found in range, and which they are.
-        self._watched: list[str] = []
+        self._checked_options: list[str] = []
         self._checked: dict[int, tuple[list[Any], list[Any]]] = {}
         # What the states held, and for what of `_seen`.
         self._known: list[Any] = []
@@ -330,7 +330,7 @@ class GLS(torch.optim.Optimizer):
         """
         for group, layers in groups:
             check_rate(group["lr"], waits=False)
-            now = [self._seen, *map(group.__getitem__, self._watched)]
+            now = [self._seen, *map(group.__getitem__, self._checked_options)]
             known = self._checked.get(id(group), ([], []))
             if are_same(now, known[0]):
                 continue
@@ -356,7 +356,7 @@ class GLS(torch.optim.Optimizer):
             return self._layers_of
         self._seen, self._owners = members, {}
         # All but lr, which a schedule changes in every step.
-        self._watched = [option for option in self._options if option != "lr"]
+        self._checked_options = [option for option in self._options if option != "lr"]
         for group in self.param_groups:
             # One that somebody made without us lacks what torch's own `add_param_group` gives.
             for option in self._options:

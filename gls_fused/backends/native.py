@@ -11,7 +11,6 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -102,13 +101,6 @@ def _load_cuda() -> str | None:
         # As where this torch is one without CUDA.
         return f"{error}; this is torch {torch.__version__}, install one for CUDA"
     return None
-
-
-def load_module() -> ModuleType:
-    """`_C`, which `_load` has found to be of this torch."""
-    from gls_fused import _C
-
-    return _C
 
 
 cpu_capability = _load()
