@@ -160,7 +160,7 @@ bool invert_root(Matrix& s, int64_t r, double low, double high, double tolerance
   if (!(middle > 0) || !std::isfinite(middle) || !std::isfinite(spread)) return false;
   Matrix b = s, root, inverse, step(r * r);
   for (double& value : b) value /= middle;
-  // Ten take a spread of 1e10 to 1; the others are for eigenvalues a little beyond their bounds.
+  // Seven do where the largest is 1e10 of the least; the others are for what is beyond the bounds.
   constexpr int kMost = 16;
   for (int iteration = 0; iteration < kMost; ++iteration) {
     inverse = b;
