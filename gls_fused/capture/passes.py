@@ -273,7 +273,7 @@ class Passes(Rows):
     def forget(self) -> None:
         """Forget the rows of this step, and what of D is in p.grad."""
         # Asked in every step: in most there is nothing.
-        if self.sums is not None or self.reduced is not None or self._watch is not None:
+        if self.has_rows or self._watch is not None:
             self.take_sums()
         self._counted = False
         if self.marks.has_marks:
