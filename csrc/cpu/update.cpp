@@ -350,8 +350,8 @@ class AxesStep {
   void update(int64_t chunk) {
     const int64_t first = chunk * chunk_, end = std::min(lines_, first + chunk_);
     if (sums_first_) {
-      // Backwards: the directions whose squares were summed last are the ones still in cache.
-      for (int64_t i = end - 1; i >= first; --i) update_parts(i, roots_.data(), along_[i], rate_);
+      // Along memory, as it is then read ahead; `run_pieces` takes the chunks backwards.
+      for (int64_t i = first; i < end; ++i) update_parts(i, roots_.data(), along_[i], rate_);
       return;
     }
     for (int64_t i = first; i < end; ++i) {
