@@ -68,26 +68,63 @@ def adam_(
     if getattr(backend, "TAKES_OTHERS", False) and options["momentum"]:
         _update_by_(backend, mine, gradients, averages, squares, steps, options, skip)
     else:
-        adamw(
-            mine,
-            gradients,
-            averages,
-            squares,
-            [],
-            steps,
-            fused=True,
-            found_inf=None if skip is None else skip.float(),
-            amsgrad=False,
-            beta1=options["momentum"],
-            beta2=options["beta2"],
-            lr=options["lr"],
-            weight_decay=options["weight_decay"],
-            eps=options["eps"],
-            maximize=False,
-        )
+        _update_by_torch_(mine, gradients, averages, squares, steps, options, skip)
     # torch's fused kernel does not tell autograd.
     torch.autograd.graph.increment_version(params)
     close_copies(params, copies, options, seeds, steps, backend)
+
+
+def _update_by_torch_(
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    options: Mapping[str, Any],
+    skip: Tensor | None,
+) -> None:
+    given = list(zip(params, gradients, averages, squares, strict=True))
+    alike = [_lie_alike(tensors) for tensors in given]
+    own, alike_gradients, firsts, seconds = map(list, zip(*alike, strict=True))
+    adamw(
+        own,
+        alike_gradients,
+        firsts,
+        seconds,
+        [],
+        list(steps),
+        fused=True,
+        found_inf=None if skip is None else skip.float(),
+        amsgrad=False,
+        beta1=options["momentum"],
+        beta2=options["beta2"],
+        lr=options["lr"],
+        weight_decay=options["weight_decay"],
+        eps=options["eps"],
+        maximize=False,
+    )
+    for tensors, written in zip(given, alike, strict=True):
+        for place in (0, 2, 3):
+            if written[place] is not tensors[place]:
+                tensors[place].copy_(written[place])
+
+
+def _lie_alike(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A parameter, its gradient and averages, or copies of them, that lie in memory alike.
+
+    torch's fused op goes through the memory of each as it lies.
+    """
+    first = tensors[0]
+    if all(each.stride() == first.stride() for each in tensors):
+        return tensors
+    if not torch.ops.aten.is_non_overlapping_and_dense(first):
+        return tuple(each.contiguous() for each in tensors)
+    return tuple(
+        each
+        if each.stride() == first.stride()
+        else torch.empty_like(first, dtype=each.dtype).copy_(each)
+        for each in tensors
+    )
 
 
 def _update_by_(
