@@ -61,18 +61,26 @@ void LinearCapture::expect(const std::optional<Tensor>& new_basis,
 
 namespace {
 
-// Some entries of a tensor of the weight's shape, on the CPU.
-std::vector<double> read_entries(const Tensor& tensor, const std::vector<int64_t>& places) {
+// Some entries of a tensor on the CPU, after those that are there.
+void read_entries(const Tensor& tensor, const std::vector<int64_t>& places,
+                  std::vector<double>& found) {
   // Contiguous as a rule, and then read where it is.
   const Tensor flat = tensor.is_contiguous() ? tensor : tensor.detach().contiguous();
-  std::vector<double> found(places.size());
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, flat.scalar_type(), "read_entries", [&] {
         const scalar_t* data = flat.const_data_ptr<scalar_t>();
-        for (size_t i = 0; i < places.size(); ++i) {
-          found[i] = static_cast<double>(data[places[i]]);
-        }
+        for (const int64_t place : places) found.push_back(static_cast<double>(data[place]));
       });
+}
+
+// Those of a weight, then those of its bias, zeros where it has none.
+std::vector<double> read_both(const LinearCapture& capture, const Tensor& weight,
+                              const std::optional<Tensor>& bias) {
+  std::vector<double> found;
+  found.reserve(capture.places.size() + capture.bias_places.size());
+  read_entries(weight, capture.places, found);
+  if (bias.has_value() && bias->defined()) read_entries(*bias, capture.bias_places, found);
+  found.resize(capture.places.size() + capture.bias_places.size());
   return found;
 }
 
@@ -82,6 +90,12 @@ double epsilon_of(at::ScalarType dtype) {
     epsilon = static_cast<double>(std::numeric_limits<scalar_t>::epsilon());
   });
   return epsilon;
+}
+
+double epsilon_of_both(const Tensor& weight, const std::optional<Tensor>& bias) {
+  const double epsilon = epsilon_of(weight.scalar_type());
+  const bool has_bias = bias.has_value() && bias->defined();
+  return has_bias ? std::max(epsilon, epsilon_of(bias->scalar_type())) : epsilon;
 }
 
 bool any_nonzero(const std::vector<double>& values) {
@@ -97,20 +111,21 @@ void LinearCapture::clear_marks() {
   sizes.clear();
 }
 
-void LinearCapture::add_marks(const Tensor& part) {
-  const std::vector<double> found = read_entries(part, places);
-  sums.resize(places.size());
-  sizes.resize(places.size());
+void LinearCapture::add_marks(const Tensor& part, const std::optional<Tensor>& bias_part) {
+  const std::vector<double> found = read_both(*this, part, bias_part);
+  sums.resize(found.size());
+  sizes.resize(found.size());
   for (size_t i = 0; i < found.size(); ++i) {
     sums[i] += found[i];
     sizes[i] += std::abs(found[i]);
   }
   ++parts;
-  epsilon = std::max(epsilon, epsilon_of(part.scalar_type()));
+  epsilon = std::max(epsilon, epsilon_of_both(part, bias_part));
 }
 
-bool LinearCapture::match(const Tensor& gradient) const {
-  const std::vector<double> found = read_entries(gradient, places);
+bool LinearCapture::match(const Tensor& gradient,
+                          const std::optional<Tensor>& bias_gradient) const {
+  const std::vector<double> found = read_both(*this, gradient, bias_gradient);
   const double scale = *std::max_element(sizes.begin(), sizes.end());
   if (scale == 0) return !any_nonzero(found);
   // At a scale of one, so that no square overflows or is lost.
@@ -128,13 +143,16 @@ bool LinearCapture::match(const Tensor& gradient) const {
     size = std::max(size, std::abs(factor) * (sizes[i] / scale) + std::abs(found[i]));
   }
   // Each part, and the sum, is rounded to its dtype or the gradient's, and scaled a few times.
-  const double widest = std::max(epsilon, epsilon_of(gradient.scalar_type()));
+  const double widest = std::max(epsilon, epsilon_of_both(gradient, bias_gradient));
   const double rounding = (4 + 2 * parts) * widest;
   return !finite || !(difference > rounding * size);
 }
 
 bool LinearCapture::are_gone_from(const Tensor& gradient) const {
-  return any_nonzero(sums) && !any_nonzero(read_entries(gradient, places));
+  const auto end = sums.begin() + std::min(sums.size(), places.size());
+  std::vector<double> found;
+  read_entries(gradient, places, found);
+  return any_nonzero({sums.begin(), end}) && !any_nonzero(found);
 }
 
 void LinearCapture::forget_dropped(const Tensor& gradient) {
@@ -230,7 +248,7 @@ variable_list ObservedWeight::backward(AutogradContext* ctx, variable_list gradi
     std::tie(weight_gradient, last) = precondition_gradient(
         weight_gradient, plain, basis, capture->core_inverse, capture->shift);
     if (with_bias) bias_gradient = last;
-    capture->deposit(weight_gradient);
+    capture->deposit(weight_gradient, with_bias ? std::optional(last) : std::nullopt);
   }
   return {weight_gradient, bias_gradient, Tensor()};
 }
@@ -306,8 +324,8 @@ struct CapturedLinear : torch::autograd::Function<CapturedLinear> {
       std::tie(weight_gradient, bias_gradient) =
           precondition_gradient(at::mm(factor, rows), plain, basis, core_inverse, shift);
     }
+    capture->deposit(weight_gradient, ones ? std::optional(bias_gradient) : std::nullopt);
     if (!ones) bias_gradient = needs_bias ? gradient.sum(0) : Tensor();
-    capture->deposit(weight_gradient);
     return {input_gradient, weight_gradient, bias_gradient, Tensor()};
   }
 };

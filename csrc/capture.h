@@ -16,6 +16,7 @@ struct LinearCapture : torch::CustomClassHolder {
   bool ones = false;      // the layer has a bias, so a one belongs to every row
   bool promised = false;  // the user asked for D in .grad, which then is not checked
   std::vector<int64_t> places;  // of the entries of D that are remembered
+  std::vector<int64_t> bias_places;  // and of the bias's part of D
   std::function<void()> leave;  // makes D in .grad the gradient again, and forgets P here
 
   at::Tensor basis;         // U; undefined where P does not apply
@@ -34,15 +35,15 @@ struct LinearCapture : torch::CustomClassHolder {
   // Marks of gls_fused/capture/marks.py.
   bool has_marks() const { return parts > 0; }
   void clear_marks();
-  void add_marks(const at::Tensor& part);
-  bool match(const at::Tensor& gradient) const;
+  void add_marks(const at::Tensor& part, const std::optional<at::Tensor>& bias_part);
+  bool match(const at::Tensor& gradient, const std::optional<at::Tensor>& bias_gradient) const;
   bool are_gone_from(const at::Tensor& gradient) const;
 
   bool at_backward() const { return basis.defined(); }
   // Forget what an earlier backward pass left in the weight's gradient, if it was cleared since.
   void forget_dropped(const at::Tensor& gradient);
-  void deposit(const at::Tensor& direction) {
-    if (!promised) add_marks(direction);
+  void deposit(const at::Tensor& direction, const std::optional<at::Tensor>& bias_direction) {
+    if (!promised) add_marks(direction, bias_direction);
   }
 };
 

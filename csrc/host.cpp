@@ -35,11 +35,22 @@ bool has_sparse_gradient(const std::vector<at::Tensor>& params) {
   return false;
 }
 
+bool has_frozen_gradient(const std::vector<at::Tensor>& params) {
+  for (const at::Tensor& param : params) {
+    if (!param.requires_grad() && param.grad().defined()) return true;
+  }
+  return false;
+}
+
 bool match_all(const std::vector<c10::intrusive_ptr<LinearCapture>>& captures,
-               const std::vector<at::Tensor>& weights) {
+               const std::vector<at::Tensor>& weights,
+               const std::vector<std::optional<at::Tensor>>& biases) {
   for (size_t i = 0; i < captures.size(); ++i) {
     const at::Tensor& gradient = weights.at(i).grad();
-    if (!gradient.defined() || !captures[i]->has_marks() || !captures[i]->match(gradient)) {
+    std::optional<at::Tensor> bias_gradient;
+    if (biases.at(i)) bias_gradient = biases[i]->grad();
+    if (!gradient.defined() || !captures[i]->has_marks() ||
+        !captures[i]->match(gradient, bias_gradient)) {
       return false;
     }
   }

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
 #include <vector>
 
 #include "capture.h"
@@ -17,8 +18,12 @@ bool holds(const pybind11::dict& states, const pybind11::list& known);
 // Whether one of the gradients is sparse.
 bool has_sparse_gradient(const std::vector<at::Tensor>& params);
 
-// Whether the gradient of each weight is what the backward has left there.
+// Whether a parameter that does not train has a gradient.
+bool has_frozen_gradient(const std::vector<at::Tensor>& params);
+
+// Whether the gradients of each weight and of its bias, if any, are what the backward has left there.
 bool match_all(const std::vector<c10::intrusive_ptr<LinearCapture>>& captures,
-               const std::vector<at::Tensor>& weights);
+               const std::vector<at::Tensor>& weights,
+               const std::vector<std::optional<at::Tensor>>& biases);
 
 }  // namespace gls_fused

@@ -18,7 +18,7 @@ from gls_fused.backends.dispatch import resolve_backend
 from gls_fused.capture.find import Uncovered, find_layers, plain_name
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
-from gls_fused.curvature.precision import without_autocast
+from gls_fused.curvature.precision import outside_modes
 from gls_fused.diagnostics import describe, diagnose
 from gls_fused.distributed.ranks import Ranks, unwrapped
 from gls_fused.distributed.sharding import rows_here
@@ -178,7 +178,7 @@ class Attachment:
         Args:
             skip: 0-d bool; where it is true the rows of the step do not start any.
         """
-        with without_autocast():
+        with outside_modes():
             self._preconditioner.check_captured()
             self._preconditioner.adopt(self._layers, self._states)
             waiting = [layer for layer in self._layers if layer.inverse is None]
@@ -190,8 +190,7 @@ class Attachment:
                 layer for layer in self._layers if layer.stays_whole and layer.inverse is not None
             ]
             for layer in dict.fromkeys([*started, *whole]):
-                if layer.weight.grad is not None:
-                    _precondition_gradients_(layer)
+                _precondition_gradients_(layer)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -201,7 +200,7 @@ class Attachment:
         Args:
             skip: 0-d bool; where it is true they are forgotten, without the host knowing.
         """
-        with without_autocast():
+        with outside_modes():
             # Rows that came after the start were sketched with the test matrix still.
             for layer in self._started:
                 layer.take_sums()
@@ -324,7 +323,11 @@ class Attachment:
 
 def _precondition_gradients_(layer: Layer) -> None:
     """D0 in p.grad becomes D, of what a layer has on this rank."""
-    gradients = [param.grad for param in layer.params if param.grad is not None]
+    rested = set(map(id, layer.rested()))
+    gradients = [p.grad for p in layer.params if p.grad is not None and id(p) not in rested]
+    if not gradients or gradients[0] is not layer.weight.grad:
+        # P acts on the weight's.
+        return
     size, copied = len(gradients), list[Copied]()
     matrices = list(map(rows_here, by_matrix([layer], [size], gradients, copied)))
     for place, inverse in enumerate(layer.inverses_for(size == len(layer.params))[layer.here]):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 def holds(states: dict[Tensor, dict[str, Any]], known: list[Any]) -> bool:
     """Whether the states hold what was `held_by` them: the very objects."""
-    native = _native()
+    native = native_module()
     if native is not None and native.holds(states, known):
         return True
     return are_same(held_by(states), known)
@@ -35,21 +35,33 @@ def held_by(states: Mapping[Tensor, Mapping[str, Any]]) -> list[Any]:
 
 def has_sparse_gradient(params: Sequence[Tensor]) -> bool:
     """Whether one of the gradients is sparse."""
-    native = _native()
+    native = native_module()
     if native is not None:
         return bool(native.has_sparse_gradient(params))
     gradients = [param.grad for param in params]
     return any(gradient is not None and gradient.is_sparse for gradient in gradients)
 
 
-def match_all(marks: Sequence[Any], weights: Sequence[Tensor]) -> bool:
-    """Whether the gradient of each weight is what its marks are of; False where it is not known.
+def has_frozen_gradient(params: Sequence[Tensor]) -> bool:
+    """Whether a parameter that does not train has a gradient."""
+    native = native_module()
+    if native is not None:
+        return bool(native.has_frozen_gradient(params))
+    return any(not param.requires_grad and param.grad is not None for param in params)
+
+
+def match_all(
+    marks: Sequence[Any], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> bool:
+    """Whether the gradients of each weight and bias are what its marks are of.
+
+    False where it is not known.
 
     Args:
         marks: `LinearCapture` of the native module.
     """
-    native = _native()
-    return native is not None and bool(native.match_all(marks, weights))
+    native = native_module()
+    return native is not None and bool(native.match_all(marks, weights, biases))
 
 
 def are_same(now: Sequence[Any], known: Sequence[Any]) -> bool:
@@ -58,7 +70,8 @@ def are_same(now: Sequence[Any], known: Sequence[Any]) -> bool:
 
 
 @functools.cache
-def _native() -> Any:
+def native_module() -> Any:
+    """gls_fused._C, or None where it is missing or of another torch."""
     try:
         # It says whether the module is of this torch.
         importlib.import_module("gls_fused.backends.native")

@@ -25,7 +25,7 @@ from gls_fused.backends.dispatch import resolve_backend
 from gls_fused.capture.find import Uncovered, find_layers
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import check_device, recast
-from gls_fused.curvature.precision import without_autocast
+from gls_fused.curvature.precision import outside_modes
 from gls_fused.diagnostics import describe, diagnose
 from gls_fused.distributed.ranks import Ranks, unwrapped
 from gls_fused.groups import (
@@ -45,7 +45,7 @@ from gls_fused.groups import (
     split_group,
     warn_of_misspellings,
 )
-from gls_fused.host import are_same, held_by, holds
+from gls_fused.host import are_same, has_frozen_gradient, held_by, holds
 from gls_fused.preconditioner import (
     SITES,
     Preconditioner,
@@ -417,9 +417,24 @@ class GLS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with without_autocast():
-            self._take_step()
+        with outside_modes():
+            rested = self._rest_gradients()
+            try:
+                self._take_step()
+            finally:
+                for param, gradient in rested:
+                    param.grad = gradient
         return loss
+
+    def _rest_gradients(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Take away the gradients of layers' parameters that rest, see `Layer.rested`."""
+        if not any(has_frozen_gradient(group["params"]) for group in self.param_groups):
+            return []
+        params = [param for layer in self._preconditioner.layers for param in layer.rested()]
+        found = [(param, param.grad) for param in params]
+        for param in params:
+            param.grad = None
+        return found
 
     def _take_step(self) -> None:
         groups, preconditioner = self._groups(), self._preconditioner

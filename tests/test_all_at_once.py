@@ -8,10 +8,10 @@ from gls_fused import host
 
 @pytest.fixture(params=[True, False], ids=["native", "python"])
 def native(request, monkeypatch):
-    if request.param and host._native() is None:
+    if request.param and host.native_module() is None:
         pytest.skip("the native module is not available")
     if not request.param:
-        monkeypatch.setattr(host, "_native", lambda: None)
+        monkeypatch.setattr(host, "native_module", lambda: None)
     return request.param
 
 
@@ -74,3 +74,12 @@ def test_a_sparse_gradient_is_found(native):
     assert not host.has_sparse_gradient(params)
     params[1].grad = torch.ones(2).to_sparse()
     assert host.has_sparse_gradient(params)
+
+
+def test_a_frozen_gradient_is_found(native):
+    params, _ = make_states()
+    params[0].grad = torch.ones(2)
+    params[1].requires_grad_(False)
+    assert not host.has_frozen_gradient(params)
+    params[1].grad = torch.zeros(2)
+    assert host.has_frozen_gradient(params)

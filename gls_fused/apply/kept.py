@@ -130,7 +130,11 @@ class Alike:
             for layer in self.layers
             if layer.at_backward and not layer.promised and type(layer.marks) is not Marks
         ]
-        known = match_all([layer.marks for layer in asked], [layer.weight for layer in asked])
+        known = match_all(
+            [layer.marks for layer in asked],
+            [layer.weight for layer in asked],
+            [layer.bias if layer.bias_trains else None for layer in asked],
+        )
         return frozenset(asked) if known else frozenset()
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from gls_fused.capture.layer import Found, Layer, autocast_inputs, bias_of
+from gls_fused.capture.autocast import autocast_inputs
+from gls_fused.capture.layer import Found, Layer, bias_of
 from gls_fused.capture.modules import describe_class, plain_class, why_not_own
 from gls_fused.capture.observed import observe_factor
 from gls_fused.capture.rows import SKETCH_ROWS, Rows, outside_autocast, sample_places
@@ -124,7 +125,7 @@ class Convolution(torch.autograd.Function):
             weight_gradient = directions[0]
             bias_gradient = directions[1] if owned else bias_gradient
         if applies:
-            rows.deposit(weight_gradient)
+            rows.deposit(weight_gradient, bias_gradient if rows.ones else None)
         return image_gradient, weight_gradient, bias_gradient, sums, None
 
 
@@ -164,7 +165,8 @@ class ConvLayer(ImageRows, Layer):
 
     def traced(self, module: nn.Module, inputs: Tensor) -> Tensor:
         assert isinstance(module, _ConvNd)
-        return self.traced_product(*autocast_inputs(inputs, module.weight, module.bias))
+        weight, bias = autocast_inputs(module.weight, module.bias)
+        return self.traced_product(self.op_inputs(inputs), weight, bias)
 
     def traced_product(
         self, inputs: Tensor, weight: Tensor, bias: Tensor | None, window: Window | None = None
@@ -177,11 +179,20 @@ class ConvLayer(ImageRows, Layer):
         )
         return outputs if inputs.ndim == images.ndim else outputs[0]
 
+    def op_inputs(self, inputs: Tensor) -> Tensor:
+        # They are padded as they are, and cast then.
+        return inputs if self.pads_before else super().op_inputs(inputs)
+
+    @property
+    def pads_before(self) -> bool:
+        """Whether images are padded before the convolution."""
+        return any(self.padding_before[1])
+
     def rows_source(self, inputs: Tensor) -> Tensor:
         """The images [N, c, h, w], padded by what the window does not pad itself."""
-        mode, amounts = self.padding_before
-        if any(amounts):
-            inputs = F.pad(inputs, amounts, mode)
+        if self.pads_before:
+            mode, amounts = self.padding_before
+            (inputs,) = autocast_inputs(F.pad(inputs, amounts, mode))
         batched = inputs.ndim == 2 + len(self.window.kernel_size)
         return inputs if batched else inputs[None]
 

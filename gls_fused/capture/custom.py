@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gls_fused.capture import observed
-from gls_fused.capture.layer import Found, Layer, autocast_inputs
+from gls_fused.capture.autocast import autocast_inputs
+from gls_fused.capture.layer import Found, Layer
 from gls_fused.capture.linear import LinearRows
 from gls_fused.capture.modules import KEY, captured_by, tie_module
 from gls_fused.capture.rows import outside_autocast

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from gls_fused.capture.autocast import autocast_inputs
 from gls_fused.capture.einsum import rows_of_einsum
-from gls_fused.capture.layer import Found, autocast_inputs, without_tangent
+from gls_fused.capture.layer import Found, without_tangent
 from gls_fused.capture.linear import LinearLayer
 from gls_fused.capture.modules import describe_class, plain_class
 from gls_fused.capture.observed import observe

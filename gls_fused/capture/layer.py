@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from gls_fused.backends.dispatch import backend_name, resolve_backend
+from gls_fused.capture.autocast import autocast_inputs
 from gls_fused.capture.derived import Place, source_of
-from gls_fused.capture.marks import Marks, choose_places
+from gls_fused.capture.marks import BIAS_MARKS, Marks, choose_places
 from gls_fused.capture.modules import (
     capture_module,
     captured_by,
@@ -191,8 +192,14 @@ class Layer(Passes):
         self.statistics_dtype = torch.promote_types(self.dtype, torch.float32)
         self.take_sums()
         self.inverse = self.test_matrix = self.tally = None
-        self.marks = Marks(choose_places(self.weight.numel()))
+        self.marks = Marks(*self.marked_places())
         self.at_backward = self.by_node = False
+
+    def marked_places(self) -> tuple[list[int], list[int]]:
+        """Which entries of D in the gradients of weight and bias are remembered."""
+        bias = self.bias if self.ones and self.shards is None else None
+        own = [] if bias is None else choose_places(bias.numel(), BIAS_MARKS)
+        return choose_places(self.weight.numel()), own
 
     def curvature_of(self, kind: str, rank: Any) -> Curvature:
         """The running estimate that these options name, for a weight of this shape."""
@@ -325,17 +332,30 @@ class Layer(Passes):
         Args:
             gather: see `gls_fused.capture.observed.observe`.
         """
-        bias = bias_of(module)
-        (inputs,) = autocast_inputs(inputs)
+        bias, weight = bias_of(module), self.used_by(module)
+        inputs = self.op_inputs(inputs)
         seen = self.gathers and self.sees(inputs)
         if not (seen or self.by_node):
-            return inputs, self.used_by(module), bias
+            return inputs, weight, bias
         # P couples weight and bias; without it the bias need not be observed.
         owned = self.by_node and self.ones and self.owns_bias_of(module)
         owned = owned and bias is not None and bias.requires_grad
         rows = self.rows_source(without_tangent(inputs)) if seen else None
-        weight, own = observe(self, rows, self.used_by(module), bias if owned else None, gather)
+        weight = self.shown_weight(weight)
+        weight, own = observe(self, rows, weight, bias if owned else None, gather)
         return inputs, weight, own if owned else bias
+
+    def op_inputs(self, inputs: Tensor) -> Tensor:
+        """The inputs as the module's op is given them."""
+        (inputs,) = autocast_inputs(inputs)
+        return inputs
+
+    def shown_weight(self, weight: Tensor) -> Tensor:
+        """What of a weight is observed: as under autocast its op takes it, one cast for all calls.
+
+        Itself where P applies to its gradient, which in 16 bits may be more than these hold.
+        """
+        return weight if self.by_node else autocast_inputs(weight)[0]
 
     def rows_source(self, inputs: Tensor) -> Tensor:
         """What of the inputs is kept for `gather`, as the module's own op keeps it."""
@@ -402,26 +422,12 @@ class Layer(Passes):
             return False
         return True
 
-    unseen: str | None = None
-
 
 def bias_of(module: nn.Module) -> Tensor | None:
     """The present bias of a module, a parameter or what somebody has put in its place."""
     bias: Any = getattr(module, "bias", None)
     assert bias is None or isinstance(bias, Tensor)
     return bias
-
-
-def autocast_inputs(inputs: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """What torch's own op would do under autocast, seen by autograd."""
-    device, tensors = inputs.device.type, (inputs, *others)
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        x if x is None or x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype)
-        for x in tensors
-    )
 
 
 def without_tangent(inputs: Tensor) -> Tensor:

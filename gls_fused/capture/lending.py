@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gls_fused.capture.layer import Found, Layer, autocast_inputs, without_tangent
+from gls_fused.capture.autocast import autocast_inputs
+from gls_fused.capture.layer import Found, Layer, without_tangent
 from gls_fused.capture.modules import plain_class
 from gls_fused.capture.observed import observe
 from gls_fused.capture.reads import reads_weights
@@ -149,6 +150,7 @@ class Lender(Layer):
             return compute(inputs, weight, bias)
         owned = self.by_node and own and bias is not None and bias.requires_grad
         rows = without_tangent(inputs) if seen else None
+        weight = self.shown_weight(weight)
         weight, theirs = observe(self, rows, weight, bias if owned else None)
         return compute(inputs, weight, theirs if owned else bias)
 

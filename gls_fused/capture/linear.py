@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gls_fused.capture.autocast import autocast_inputs
 from gls_fused.capture.derived import Place, source_of
-from gls_fused.capture.layer import autocast_inputs, bias_of
+from gls_fused.capture.layer import bias_of
 from gls_fused.capture.lending import Lender
-from gls_fused.capture.marks import choose_places
 from gls_fused.capture.modules import why_not_own
 from gls_fused.capture.observed import observe_factor
 from gls_fused.capture.rows import SKETCH_ROWS, Rows, outside_autocast, take_sample
@@ -89,7 +89,7 @@ class Linear(torch.autograd.Function):
         sums = rows.take_sums() if tallies else None
         gradients = rows.weight_gradient(inputs, gradient, needs_bias, applies)
         if applies:
-            rows.deposit(rows.turn(gradients[0]))
+            rows.deposit(rows.turn(gradients[0]), gradients[1] if rows.ones else None)
         return input_gradient, *gradients, sums, None
 
 
@@ -108,7 +108,7 @@ class LinearLayer(LinearRows, Lender):
             # Not this layer itself, which then nothing would free but the cycle collector.
             leave = functools.partial(_leave, weakref.ref(self))
             self.native = self.backend.LinearCapture(
-                self.name, self.ones, self.promised, choose_places(self.weight.numel()), leave
+                self.name, self.ones, self.promised, *self.marked_places(), leave
             )
             self.marks = self.native
 

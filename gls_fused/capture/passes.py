@@ -44,6 +44,7 @@ class Passes(Rows):
         captured: False once another optimizer has taken the modules over.
         called: whether rows have been seen.
         cleared: whether some D in p.grad has been cleared since the last step.
+        unseen: why what its module was called with has shown no rows, or None.
         idle: why it takes part in no statistics, or None; such as never having been called. Its
             sums are then of size 0, and there are some once it has been called.
         marks: some entries of the D that this step's backward passes have left in p.grad.
@@ -65,6 +66,7 @@ class Passes(Rows):
         self.called = self.cleared = self._counted = False
         self.by_node, self.bias_trains = False, True
         self.idle: str | None = None
+        self.unseen: str | None = None
         self.marks: Any = None
         self.tally: Tensor | None = None
         self.reduced: Tensor | None = None
@@ -128,12 +130,15 @@ class Passes(Rows):
             self.sums = self.no_sums()
         return self.gathers and self.idle is None and not beside, applies
 
-    def deposit(self, direction: Tensor) -> None:
+    def deposit(self, direction: Tensor, bias_direction: Tensor | None) -> None:
         if not self.promised:
-            self.marks.add_marks(direction)
+            self.marks.add_marks(direction, bias_direction)
 
     def gather(self, inputs: Tensor) -> None:
-        self.called = True
+        if inputs.numel():
+            self.called = True
+        elif not self.called:
+            self.unseen = "it is called with no rows"
         super().gather(inputs)
 
     def add_sample(
@@ -244,6 +249,15 @@ class Passes(Rows):
             self._watch = None
         return sums
 
+    def rested(self) -> list[Tensor]:
+        """Parameters that do not train, and whose gradient has been kept as zeros.
+
+        P takes no share of their partner's gradient to them. One that was frozen after the backward
+        has a gradient. Of shards the ranks would not agree.
+        """
+        frozen = [p for p in self.params if not p.requires_grad and p.grad is not None]
+        return [p for p in frozen if self.shards is None and not p.grad.any()]  # type: ignore[union-attr]
+
     def led_to(self) -> list[Tensor]:
         """The gradients that the rows led to; none where it is not known here whether all are zero.
 
@@ -287,6 +301,8 @@ class Passes(Rows):
             if gradient is not None:
                 # Until somebody writes to it.
                 self._left = weakref.ref(gradient), gradient._version
+            elif self._bias_gradient is not None:
+                self._warn_of_use()
         self.forget()
         self.cleared = False
 
@@ -308,15 +324,24 @@ class Passes(Rows):
             if not (self.cleared and gradient.any()):
                 return False
             self._warn_of_use()
-        elif not self.marks.match(gradient):
+        elif not self.marks.match(gradient, self._bias_gradient):
             self._warn_of_use()
         return True
+
+    @property
+    def _bias_gradient(self) -> Tensor | None:
+        """That of the layer's own bias."""
+        return self.bias.grad if self.bias is not None and self.bias_trains else None
 
     @torch.no_grad()
     def restore_gradient(self) -> None:
         """What of D is in p.grad becomes D0; what somebody has put there instead stays."""
         gradient = self.weight.grad
-        there = gradient is not None and self.marks.has_marks and self.marks.match(gradient)
+        there = gradient is not None and self.marks.has_marks
+        there = there and self.marks.match(gradient, self._bias_gradient)
+        if there:
+            # It is the gradient from here on, and nobody's D put back.
+            self.cleared = False
         if there and self.inverse is not None:
             ours = self.params if self.bias_trains else [self.weight]
             params = [param for param in ours if param.grad is not None]

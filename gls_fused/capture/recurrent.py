@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gls_fused.capture.layer import Found, autocast_inputs, without_tangent
+from gls_fused.capture.autocast import autocast_inputs
+from gls_fused.capture.layer import Found, without_tangent
 from gls_fused.capture.linear import LinearLayer
 from gls_fused.capture.observed import observe
 from gls_fused.capture.uses import Use, rewatch_module, unwatch_module, watch_module
@@ -63,12 +64,19 @@ class RecurrentLayer(LinearLayer):
         """They are known."""
 
     def observe(
-        self, module: nn.Module, rows: Tensor | Late | None, weight: Tensor, bias: Tensor | None
+        self,
+        module: nn.Module,
+        rows: Tensor | Late | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        casts: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Weight and bias for one call.
 
         Args:
             rows: the weight's inputs, or what will hold them; None where they are not seen.
+            casts: whether the op casts each weight by itself under autocast, as all but cuDNN's do.
         """
         late = rows if isinstance(rows, Late) else None
         inputs: Tensor | None = None
@@ -78,6 +86,8 @@ class RecurrentLayer(LinearLayer):
         owned = self.by_node and self.ones and self.owns_bias_of(module)
         owned = owned and bias is not None and bias.requires_grad
         seen: Any = self if late is None else late
+        if casts:
+            weight = self.shown_weight(weight)
         found, own = observe(seen, inputs, weight, bias if owned else None)
         return found, own if owned else bias
 
@@ -243,7 +253,9 @@ class _Call(NamedTuple):
             elif layer.gathers:
                 layer.unseen = "its rows are inside of one kernel for all layers"
             bias = weights[place + 2] if self.bias else None
-            given[place], bias = layer.observe(self.module, rows, weights[place], bias)
+            given[place], bias = layer.observe(
+                self.module, rows, weights[place], bias, casts=inputs.is_cpu
+            )
             if bias is not None:
                 given[place + 2] = bias
         flags = self.bias, count, dropout, self.training, self.bidirectional
@@ -277,5 +289,7 @@ def _run_cell(
         layer, weight = layers.get(key), params[place]
         if layer is not None and weight is not None:
             bias = params[place + 2]
-            given[place], given[place + 2] = layer.observe(module, rows[key], weight, bias)
+            given[place], given[place + 2] = layer.observe(
+                module, rows[key], weight, bias, casts=True
+            )
     return func(inputs, hx, *given)

@@ -78,8 +78,10 @@ class Rows(abc.ABC):
         """
         return self.gathers, self.at_backward
 
-    def deposit(self, direction: Tensor) -> None:  # noqa: B027  # a traced graph keeps nothing
-        """Told of every part of D that goes into the weight's gradient."""
+    def deposit(  # noqa: B027  # a traced graph keeps nothing
+        self, direction: Tensor, bias_direction: Tensor | None
+    ) -> None:
+        """Told of every part of D that goes into the gradients of weight and bias."""
 
     @torch.no_grad()
     def gather(self, inputs: Tensor) -> None:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gls_fused.capture.autocast import autocast_inputs
 from gls_fused.capture.conv import ConvLayer
-from gls_fused.capture.layer import Found, autocast_inputs, without_tangent
+from gls_fused.capture.layer import Found, without_tangent
 from gls_fused.capture.modules import plain_class
 from gls_fused.capture.observed import observe
 

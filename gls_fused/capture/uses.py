@@ -144,11 +144,23 @@ def _unchecked(function: Any) -> Any:
     """A function of torch.nn.functional that does not ask for modes before it begins.
 
     Under a mode it would hand itself to the mode for ever, and never come to the products in it.
+    The check of a mask's size is one that torch.compile can trace.
     """
-    names = {**function.__globals__, "has_torch_function": lambda _tensors: False}
+    own = {
+        "has_torch_function": lambda _tensors: False,
+        "_check_key_padding_mask": _check_key_padding_mask,
+    }
+    names = {**function.__globals__, **own}
     found = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
     found.__kwdefaults__ = function.__kwdefaults__
     return found
+
+
+def _check_key_padding_mask(mask: Tensor, length: int, batch: int) -> None:
+    if tuple(mask.shape) != (batch, length):
+        raise AssertionError(
+            f"key_padding_mask: expected {[batch, length]}, got {list(mask.shape)}"
+        )
 
 
 _attention = _unchecked(F.multi_head_attention_forward)

@@ -56,6 +56,22 @@ def without_autocast() -> AbstractContextManager[None]:
     return _disable(enabled) if enabled else nullcontext()
 
 
+def outside_modes() -> AbstractContextManager[None]:
+    """Inside, a step is taken as it is without autocast and inference mode.
+
+    What is made in inference mode, as the states of a first step would be, has no version, and
+    cannot be written to outside of it.
+    """
+    return _leave_inference() if torch.is_inference_mode_enabled() else without_autocast()
+
+
+@contextmanager
+def _leave_inference() -> Iterator[None]:
+    # It turns gradients on.
+    with torch.inference_mode(False), torch.no_grad(), without_autocast():
+        yield
+
+
 @contextmanager
 def _disable(devices: Sequence[str]) -> Iterator[None]:
     with ExitStack() as stack:

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from test_users_modules import OPTIONS, fit, loss_of, make_fitted, make_mlp
+from tolerances import SAME_STEPS, assert_near
 from torch import nn
 from torch.func import functional_call
 
@@ -86,6 +87,53 @@ def test_use_is_noticed_once_per_layer(backend, use):
             optimizer.step()
     assert len([each for each in found if "p.grad" in str(each.message)]) == 2
     assert "site backward" not in optimizer.report()
+
+
+def drop_weight(weight, bias):
+    weight.grad = None
+
+
+def drop_bias(weight, bias):
+    bias.grad = None
+
+
+# What P has taken from one gradient into the other.
+PARTS = {
+    "weight dropped": drop_weight,
+    "bias dropped": drop_bias,
+    "bias zeroed": lambda weight, bias: bias.grad.zero_(),
+    "weight scaled": lambda weight, bias: weight.grad.mul_(0.5),
+    "bias scaled": lambda weight, bias: bias.grad.mul_(0.5),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("part", PARTS)
+def test_use_of_one_of_two_gradients_is_noticed(backend, part, dtype):
+    model = make_mlp(dtype)
+    optimizer = GLS(model, backend=backend, **OPTIONS)
+    fit(model, optimizer, range(3))
+    optimizer.zero_grad()
+    loss_of(model, 3).backward()
+    PARTS[part](model[2].weight, model[2].bias)
+    with pytest.warns(UserWarning, match="layer '2': its p.grad is not what"):
+        optimizer.step()
+    fit(model, optimizer, [4])
+    assert optimizer.report().count("site backward") == 1
+
+
+def test_load_after_a_batch_that_was_dropped(backend):
+    """What the load has made the gradient again is not taken for D that somebody has put back."""
+    found = []
+    for site in ("step", "auto"):
+        model, optimizer = make_fitted(6, backend=backend, site=site)
+        loss_of(model, 10).backward()
+        optimizer.zero_grad()
+        loss_of(model, 11).backward()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        found.append(params_of(model))
+    assert_near(found[1], found[0], SAME_STEPS)
 
 
 def combine(model, optimizer, seed):

@@ -597,6 +597,7 @@ def test_autocast(name, site):
                 reason="torch 2.11 traces no Tensor.unflatten where a layer's weight is watched",
             ),
         ),
+        ("step", ["with padding"]),
         pytest.param("step", ["self-attention", "products"], marks=pytest.mark.slow),
         pytest.param("backward", ["self-attention", "other sizes"], marks=pytest.mark.slow),
     ],

@@ -95,6 +95,20 @@ def test_resumes_bit_for_bit(kind, options, dtype):
         assert torch.equal(p, q)
 
 
+def test_may_step_in_inference_mode():
+    found = []
+    for inside in (False, True):
+        model = make_net("mlp")
+        optimizer = GLS(model, **OPTIONS)
+        for step in range(4):
+            optimizer.zero_grad()
+            loss_of(model, make_batch("mlp", 5, step)).backward()
+            with torch.inference_mode(inside):
+                optimizer.step()
+        found.append(snapshot(model))
+    assert_equal(*found)
+
+
 def test_may_be_built_in_inference_mode():
     models = [make_net("mlp") for _ in range(2)]
     with torch.inference_mode():

@@ -125,3 +125,45 @@ def test_frozen_between_backward_and_step(backend, site):
             optimizer.step()
         found.append(snapshot(model))
     assert_equal(*found)
+
+
+@pytest.mark.parametrize("site", ["step", "backward", "auto"])
+@pytest.mark.parametrize("role", ["weight", "bias"])
+def test_frozen_alone_it_rests(backend, site, role):
+    """P takes no share of its partner's gradient to it, whether its own is None or zeros."""
+    found = []
+    for to_none in (True, False):
+        torch.manual_seed(0)
+        model = Heads().double()
+        frozen = getattr(model.body, role)
+        optimizer = GLS(model, lr=0.01, site=site, backend=backend, **OPTIONS)
+        for step in range(9):
+            frozen.requires_grad_(step < 4)
+            before = frozen.detach().clone()
+            inputs = torch.randn(20, 6, generator=torch.Generator().manual_seed(step)).double()
+            optimizer.zero_grad(set_to_none=to_none)
+            (model(inputs, 0) + model(inputs, 1)).square().mean().backward()
+            optimizer.step()
+            assert torch.equal(frozen, before) == (step >= 4)
+            assert to_none or frozen.grad is not None
+        found.append(snapshot(model))
+    assert_equal(*found)
+
+
+@pytest.mark.parametrize("role", ["weight", "bias"])
+def test_what_rests_rests_with_another_optimizer_too(role):
+    """Its gradient stays zero, where the statistics start in that step as well."""
+    model = Heads().double()
+    frozen = getattr(model.body, role)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    attach(model, optimizer, **OPTIONS)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    frozen.requires_grad_(False)
+    before = frozen.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=False)
+        inputs = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)).double()
+        (model(inputs, 0) + model(inputs, 1)).square().mean().backward()
+        optimizer.step()
+    assert torch.equal(frozen, before)
