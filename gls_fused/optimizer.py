@@ -472,8 +472,9 @@ class GLS(torch.optim.Optimizer):
             kept = self._kept[id(group)]
             step_layers_(stepping, self.state, group, self._owners, kept, self._seed_of, skip)
             others = [p for p in group["params"] if id(p) not in ready and p.grad is not None]
-            own = [self.state[p] for p in others]
-            adam_(others, own, group, self._seed_of, skip, preconditioner.backend_for(others))
+            if others:
+                own = [self.state[p] for p in others]
+                adam_(others, own, group, self._seed_of, skip, preconditioner.backend_for(others))
         for group, layers in groups:
             summed = [layer for layer in layers if layer in sums]
             if summed:

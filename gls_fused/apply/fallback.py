@@ -45,7 +45,7 @@ def adam_(
     """One Adam step with decoupled weight decay, in place, for parameters that have a gradient.
 
     Args:
-        params: any shapes, floating point, dense gradients.
+        params: at least one, of any shapes, floating point, dense gradients.
         states: of the same length; filled at the first step with step, exp_avg and exp_avg_sq.
         options: lr, momentum (Adam's beta1), beta2, eps, weight_decay, low_precision.
         seeds: of what rounds stochastically.
@@ -53,8 +53,6 @@ def adam_(
         backend: of the layers. Where it says so it takes these parameters at once, for which
             torch's op has a launch, or wakes its threads, for every few of them.
     """
-    if not params:
-        return
     for param, state in zip(params, states, strict=True):
         start_adam(param, state)
     copies = open_copies(params, states, options)

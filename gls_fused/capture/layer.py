@@ -386,8 +386,10 @@ class Layer(Passes):
 
     def used_by(self, module: nn.Module) -> Tensor:
         """The weight that the module's op is to use now, which may be computed from it."""
-        weight: Tensor = getattr(module, self.weight_key)
-        return weight
+        # A parameter without nn.Module's search for an attribute, which takes longer in a call than
+        # all else here.
+        weight: Any = getattr(module, self.weight_key) if self.derived else self.held_by(module)
+        return weight  # type: ignore[no-any-return]
 
     def owns_bias_of(self, module: nn.Module) -> bool:
         """Whether the bias that a module has now, if any, is as it was, so that P acts on it too.
@@ -425,7 +427,8 @@ class Layer(Passes):
 
 def bias_of(module: nn.Module) -> Tensor | None:
     """The present bias of a module, a parameter or what somebody has put in its place."""
-    bias: Any = getattr(module, "bias", None)
+    known: Any = module._parameters
+    bias: Any = known["bias"] if "bias" in known else getattr(module, "bias", None)
     assert bias is None or isinstance(bias, Tensor)
     return bias
 

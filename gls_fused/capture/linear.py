@@ -139,8 +139,7 @@ class LinearLayer(LinearRows, Lender):
 
     def _operands(self, module: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of F.linear, as autocast has them."""
-        weight: Any = module.weight
-        inputs, weight, bias = autocast_inputs(inputs, weight, bias_of(module))
+        inputs, weight, bias = autocast_inputs(inputs, self.used_by(module), bias_of(module))
         return inputs, self.turn(weight), bias
 
 

@@ -161,6 +161,8 @@ def _captured_class(plain: Any) -> type[Any]:
             layer, inputs = capture.layer, args[0] if args else kwargs.get(first)
             # What torch.fx.symbolic_trace hands around has no rows.
             if not isinstance(inputs, proxy) and layer.watches(self):
+                if len(args) == 1 and not kwargs:
+                    return layer.forward(self, inputs)
                 more = [*args[1:], *(kwargs[name] for name in kwargs if name != first)]
                 if all(each is None for each in more):
                     return layer.forward(self, inputs)
