@@ -212,8 +212,8 @@ class Passes(Rows):
             if self.marks.are_gone_from(gradient):
                 self.forget()
         elif self.sums is not None:
-            # The bias may have its gradient of this pass already. It tells of earlier ones where the
-            # weight's gradient has not been cleared, but is one of zeros.
+            # The bias may have its gradient of this pass already. It tells of earlier ones where
+            # the weight's gradient has not been cleared, but is one of zeros.
             own = self._bias_gradient if self._only_added_to(gradient) else None
             led_to = [gradient] if own is None else [gradient, own]
             self.sums = _where_nonzero(led_to, self.sums)
