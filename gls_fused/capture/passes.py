@@ -72,7 +72,6 @@ class Passes(Rows):
         self.reduced: Tensor | None = None
         self._left: tuple[weakref.ref[Tensor], int] | None = None
         self._watch: Any = None
-        self._before: tuple[weakref.ref[Tensor] | None, int] = None, -1
         self._task = -1
 
     @property
@@ -183,10 +182,6 @@ class Passes(Rows):
             self._follow_reduction()
             return
         self._forget_dropped()
-        gradient = self.weight.grad
-        if self.gathers:
-            own = None if gradient is None else weakref.ref(gradient)
-            self._before = own, -1 if gradient is None else gradient._version
         if self.compiled and self.gathers:
             self._watch_gradient()
 
@@ -212,18 +207,8 @@ class Passes(Rows):
             if self.marks.are_gone_from(gradient):
                 self.forget()
         elif self.sums is not None:
-            # The bias may have its gradient of this pass already. It tells of earlier ones where
-            # the weight's gradient has not been cleared, but is one of zeros.
-            own = self._bias_gradient if self._only_added_to(gradient) else None
-            led_to = [gradient] if own is None else [gradient, own]
-            self.sums = _where_nonzero(led_to, self.sums)
-
-    def _only_added_to(self, gradient: Tensor) -> bool:
-        """Whether all that has been written to p.grad is what the last pass has added."""
-        earlier, version = self._before
-        # What a pass makes anew may have been added up in place before.
-        same = gradient._version == 0 if earlier is None else earlier() is gradient
-        return same and gradient._version == version + 1
+            # In a backward pass the bias may have its new gradient already.
+            self.sums = _where_nonzero([gradient], self.sums)
 
     def _follow_reduction(self) -> None:
         """`_forget_dropped` of a sharded layer, and find whether this pass adds to p.grad.

@@ -286,24 +286,6 @@ def test_dropped_rows_of_a_layer_that_the_step_does_not_use(backend, site, set_t
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("site", ["step", "auto", "backward"])
-def test_micro_batches_whose_gradient_of_the_weight_is_zero(backend, site):
-    """Those of rows of zeros count, as the bias has their gradient: as in one batch."""
-    found = []
-    for parts in (1, 3):
-        model = make_mlp()
-        optimizer = GLS(model, site=site, backend=backend, rank=4, curvature_every=1)
-        for step in range(5):
-            inputs = torch.randn(24, 8, generator=torch.Generator().manual_seed(step)).double()
-            inputs[:8] = 0
-            optimizer.zero_grad()
-            for each in inputs.chunk(parts):
-                (model(each) - 1).square().sum().backward()
-            optimizer.step()
-        found.append(params_of(model))
-    assert_near(found[1], found[0], SAME_STEPS)
-
-
 def ask_for_inputs(model):
     images = make_images(99, 50.0).requires_grad_()
     model(images).sum().backward(inputs=[images])
