@@ -35,6 +35,7 @@ from gls_fused.state import (
     check_curvature,
     check_version,
     copy_tensors,
+    is_priming,
     saved_state,
     take_due,
     upgrade_layer,
@@ -125,6 +126,7 @@ class Attachment:
         # The optimizer's hooks refer to this, which must not keep the optimizer alive in return.
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         self._step = 0
+        self._primes = False
         self._preconditioner = Preconditioner(site="backward", backend=backend, ranks=ranks)
         resolve_backend(backend, {layer.weight.device.type for layer in layers})
         self._preconditioner.add(layers, options)
@@ -141,7 +143,7 @@ class Attachment:
             _followers[optimizer] = weakref.ref(self)
             self._hooks = [
                 optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(lambda own, *_: self.commit(take_flag(own))),
+                optimizer.register_step_post_hook(self._after_step),
             ]
 
     @property
@@ -154,6 +156,9 @@ class Attachment:
         """`pre_step`, once the gradients are there: after the closure that the step evaluates."""
         # The first is the optimizer.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        self._primes = closure is None and is_priming(own.param_groups, own.state)
+        if self._primes:
+            return None
         if closure is None:
             self.pre_step(take_flag(own))
             return None
@@ -166,6 +171,13 @@ class Attachment:
         if len(args) > 1:
             return (args[0], evaluate, *args[2:]), kwargs
         return args, {**kwargs, "closure": evaluate}
+
+    def _after_step(
+        self, own: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """`commit`, unless the step made room for a state that is to be loaded."""
+        if not self._primes:
+            self.commit(take_flag(own))
 
     def _expect(self) -> None:
         self._preconditioner.expect(self._layers, self._states, self._step, self._options)

@@ -56,21 +56,27 @@ def describe(
     """A report: the layers' lines, then what becomes of the rest, and how much the layers cover.
 
     Args:
+        uncovered: of which those that the optimizer has no longer are left out.
         params: of the optimizer; those that are frozen do not count.
         otherwise: what those get that no layer covers.
     """
-    uncovered = [each for each in uncovered if each.param.requires_grad]
+    held = set(params)
+    uncovered = [each for each in uncovered if each.param.requires_grad and each.param in held]
     known = {each.param for each in uncovered}
     known |= {param for layer in layers for param in layer.params}
     # What is not initialised yet has no shape.
     trained = [param for param in params if param.requires_grad]
     sizes = {param: 0 if is_lazy(param) else param.numel() for param in trained}
-    small = [each for each in uncovered if not is_lazy(each.param) and each.param.ndim < 2]
-    large = [each for each in uncovered if each not in small]
+    large, small = [], 0
+    for each in uncovered:
+        if is_lazy(each.param) or each.param.ndim > 1:
+            large.append(each)
+        else:
+            small += 1
     bare = [param for param in trained if param not in known]
     found = [*lines, *(f"{each.name}: {otherwise} ({each.reason})" for each in large)]
     if small:
-        found.append(f"{len(small)} norms, biases and other vectors: {otherwise}")
+        found.append(f"{small} norms, biases and other vectors: {otherwise}")
     if bare:
         found.append(f"{len(bare)} parameters given without their model: {otherwise}")
     mine = {param for layer in layers if layer.idle is None for param in layer.params}

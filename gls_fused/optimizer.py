@@ -413,7 +413,6 @@ class GLS(torch.optim.Optimizer):
             the skipped step still counts for `curvature_every`.
         """
         loss = None
-        self._preconditioner.check_captured()
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -438,6 +437,7 @@ class GLS(torch.optim.Optimizer):
 
     def _take_step(self) -> None:
         groups, preconditioner = self._groups(), self._preconditioner
+        preconditioner.check_captured()
         check_dense(self.param_groups)
         self._check_options(groups)
         self._check_states()
@@ -449,8 +449,7 @@ class GLS(torch.optim.Optimizer):
                 preconditioner.leave_backward_sites(layers)
         unscale_(self, self._owners)
         if is_priming(self.param_groups, self.state):
-            for group, layers in groups:
-                prime_states(group, layers, self.state)
+            prime_states(groups, self.state)
             preconditioner.discard_sums()
             return
         skip = take_flag(self)
@@ -645,7 +644,8 @@ class GLS(torch.optim.Optimizer):
             held        in what share of the steps max_change held: of those that gather, of late,
                         a mean with the statistics' decay beta; only with max_change
 
-        Computed when called, from the state; a layer without statistics yet is left out. With
+        Computed when called, from the state; a layer without statistics yet is left out. Under
+        fully_shard it is a collective: every rank has to call it. With
         several groups and no `model`, names begin with `group0/`, `group1/`, ...
         """
         groups, apart = self._groups(), self._model is None and len(self.param_groups) > 1

@@ -247,22 +247,49 @@ def is_priming(groups: Groups, states: Mapping[Tensor, State]) -> bool:
 
     torch.distributed.checkpoint takes such a step, with gradients of zero, at lr 0.
     """
-    if states or any(float(group["lr"]) for group in groups):
+    rates = [group["lr"] for group in groups]
+    # A device is not asked: the rate of such a step is a number, or on the CPU.
+    on_device = any(isinstance(rate, Tensor) and not rate.is_cpu for rate in rates)
+    if states or on_device or any(map(float, rates)):
         return False
     gradients = [param.grad for group in groups for param in group["params"]]
     return not any(gradient.any() for gradient in gradients if gradient is not None)
 
 
 def prime_states(
-    group: Mapping[str, Any], layers: Sequence[Layer], states: MutableMapping[Tensor, State]
+    groups: Sequence[tuple[Mapping[str, Any], Sequence[Layer]]],
+    states: MutableMapping[Tensor, State],
 ) -> None:
     """A state of no rows and no steps for all parameters with a gradient."""
-    owned: set[Tensor] = set()
+    # A bias may be in another group than its weight.
+    owned = {param for _, layers in groups for layer in layers for param in _stepping(layer)}
+    for group, layers in groups:
+        mine = _prime_layers(group, layers, states)
+        others = [p for p in group["params"] if p.grad is not None and p not in owned]
+        for param in others:
+            start_adam(param, states[param])
+        if group["low_precision"] == "master":
+            params = [*mine, *others]
+            open_copies(params, [states[param] for param in params], group)
+
+
+def _stepping(layer: Layer) -> list[Tensor]:
+    """The parameters that a layer takes a step of."""
+    if layer.weight.grad is None:
+        return []
+    return [param for param in layer.params if param.grad is not None]
+
+
+def _prime_layers(
+    group: Mapping[str, Any], layers: Sequence[Layer], states: MutableMapping[Tensor, State]
+) -> list[Tensor]:
+    """The parameters of the layers that have been given a state."""
+    primed: list[Tensor] = []
     for layer in layers:
-        if layer.weight.grad is None:
+        mine = _stepping(layer)
+        if not mine:
             continue
-        mine = [param for param in layer.params if param.grad is not None]
-        owned.update(mine)
+        primed += mine
         found = [states[param] for param in mine]
         empty = empty_state(layer.curvature, layer.statistics_dtype, layer.weight.device)
         found[0].update(empty, rows=0, outputs=layer.outputs, at_step=0, lent=0)
@@ -272,12 +299,7 @@ def prime_states(
             )
             found[0]["held"] = zeros_of(layer, layer.stack)
         fill_layer_states(layer, mine, found, group)
-    others = [p for p in group["params"] if p.grad is not None and p not in owned]
-    for param in others:
-        start_adam(param, states[param])
-    if group["low_precision"] == "master":
-        params = [*owned, *others]
-        open_copies(params, [states[param] for param in params], group)
+    return primed
 
 
 def _shapes(param: Tensor) -> dict[str, Sequence[int]]:

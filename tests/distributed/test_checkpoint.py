@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from gls_fused import GLS
+from gls_fused import GLS, attach
 
 
 class Mixed(nn.Module):
@@ -136,3 +136,68 @@ def test_room_for_a_state_does_not_disturb_a_layer_without_rows():
             optimizer.step()
         found.append(snapshot(layer))
     assert_equal(*found)
+
+
+def in_two_groups(model):
+    """As decay is for matrices alone."""
+    params = list(model.parameters())
+    matrices = {"params": [p for p in params if p.ndim > 1], "weight_decay": 0.1}
+    return [matrices, {"params": [p for p in params if p.ndim < 2]}]
+
+
+# Of a state that is flat and whole torch's own loading fails, for AdamW too.
+@pytest.mark.parametrize(("full", "flatten"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("options", [{}, {"low_precision": "master"}], ids=str)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_bias_in_another_group_than_its_weight(tmp_path, options, full, flatten):
+    dtype = torch.bfloat16 if options else torch.float64
+    how = StateDictOptions(flatten_optimizer_state_dict=flatten, full_state_dict=full)
+    runs = []
+    for resumes in (False, True):
+        model = Mixed().to(dtype)
+        optimizer = GLS(in_two_groups(model), model=model, **{**OPTIONS, **options})
+        for step in range(8):
+            if resumes and step == 5:
+                saved = get_optimizer_state_dict(model, optimizer, options=how)
+                dcp.save({"optimizer": saved}, checkpoint_id=tmp_path)
+                optimizer.detach()
+                # Where there are gradients torch makes no room for a state.
+                model.zero_grad()
+                optimizer = GLS(in_two_groups(model), model=model, **{**OPTIONS, **options})
+                found = get_optimizer_state_dict(model, optimizer, options=how)
+                dcp.load({"optimizer": found}, checkpoint_id=tmp_path)
+                set_optimizer_state_dict(model, optimizer, found, options=how)
+            optimizer.zero_grad()
+            inputs, targets = make_batch("mlp", 9, step)
+            loss_of(model, (inputs.to(dtype), targets.to(dtype))).backward()
+            optimizer.step()
+        runs.append(snapshot(model))
+    assert_equal(*runs)
+
+
+@pytest.mark.parametrize("first", ["attachment", "optimizer"])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_attachment_and_optimizer_are_loaded_in_any_order(first):
+    """A step that makes room for a state is none of the run's."""
+    runs = []
+    for resumes in (False, True):
+        model = Mixed()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        attachment = attach(model, optimizer, rank=4, curvature_every=2)
+        for step in range(8):
+            if resumes and step == 5:
+                saved = get_optimizer_state_dict(model, optimizer), attachment.state_dict()
+                attachment.detach()
+                model.zero_grad()
+                optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+                attachment = attach(model, optimizer, rank=4, curvature_every=2)
+                if first == "attachment":
+                    attachment.load_state_dict(saved[1])
+                set_optimizer_state_dict(model, optimizer, saved[0])
+                if first == "optimizer":
+                    attachment.load_state_dict(saved[1])
+            optimizer.zero_grad()
+            loss_of(model, make_batch("mlp", 9, step)).backward()
+            optimizer.step()
+        runs.append(snapshot(model))
+    assert_equal(*runs)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from nets import KINDS, assert_equal, loss_of, make_batch, make_net, snapshot, train
 from tolerances import SAME_STEPS, assert_near
+from torch import nn
 
 from gls_fused import GLS
 
@@ -166,3 +167,20 @@ def test_bias_goes_on_when_its_weight_is_frozen_and_thawed(backend):
         assert weight == frozen
         assert not bias
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("width", [8, 9])
+def test_report_of_modules_with_the_same_names(width):
+    def make(width):
+        return nn.Sequential(nn.Linear(6, width), nn.LayerNorm(width), nn.Linear(width, 6))
+
+    optimizer = GLS([{"params": make(8)}, {"params": make(width)}])
+    assert "4 norms, biases and other vectors: Adam" in optimizer.report()
+
+
+def test_report_leaves_out_what_the_optimizer_no_longer_has():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
+    optimizer = GLS(model)
+    model[0] = nn.Embedding(7, 4)
+    optimizer.param_groups[0]["params"][0] = model[0].weight
+    assert optimizer.report().count("Embedding is not covered") == 1
