@@ -24,6 +24,7 @@
 #include <c10/util/accumulate.h>
 
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "../check.h"
@@ -281,7 +282,8 @@ void update_line(param_t* param, const param_t* direction, state_t* exp_avg,
 // It goes along memory, line by line: a line is a row of all parts or, where the weight is turned, a
 // column of one of them. Each has a mean square, and so has what lies at one place of all lines. Of
 // both, D is read for the squares of all lines, in stretches, before the first line moves; v alone of
-// rows is a line's own. Threads share the pieces of all layers, see `run_pieces`.
+// rows is a line's own. A bias beside rows, of each of which it has one element, then goes along its own
+// memory. Threads share the pieces of all layers, see `run_pieces`.
 template <typename param_t, typename state_t>
 class AxesStep {
  public:
@@ -304,6 +306,10 @@ class AxesStep {
     // In a fixed number of stretches and then in their order, so that the result does not depend on
     // the number of threads.
     stretches_ = std::min<int64_t>(16, chunks_);
+    if (!turned_ && parts_.size() > 1) {
+      bias_ = parts_.back();
+      parts_.pop_back();
+    }
     along_.resize(lines_);
     partial_.resize(stretches_ * length_);
   }
@@ -318,6 +324,13 @@ class AxesStep {
       for_parts(i, [&](const auto& part, int64_t at, int64_t count, int64_t place) {
         along_[i] += add_squares(part.direction + at, count, &partial_[stretch * length_ + place]);
       });
+    }
+    if (!bias_) return;
+    state_t& across = partial_[stretch * length_ + bias_->first];
+    for (int64_t i = lines_ * stretch / stretches_; i < end; ++i) {
+      const state_t value = static_cast<state_t>(bias_->direction[i]), square = value * value;
+      along_[i] += square;
+      across += square;
     }
   }
 
@@ -344,14 +357,21 @@ class AxesStep {
       std::fill(by_column.begin(), by_column.end(), 1);
       scalars_.eps = 0;
     }
-    roots_.assign(across.begin(), across.end());
+    line_roots_.assign(along_.begin(), along_.end());
+    across_roots_.assign(across.begin(), across.end());
   }
 
   void update(int64_t chunk) {
     const int64_t first = chunk * chunk_, end = std::min(lines_, first + chunk_);
     if (sums_first_) {
       // Along memory, as it is then read ahead; `run_pieces` takes the chunks backwards.
-      for (int64_t i = first; i < end; ++i) update_parts(i, roots_.data(), along_[i], rate_);
+      for (int64_t i = first; i < end; ++i) {
+        update_parts(i, across_roots_.data(), line_roots_[i], rate_);
+      }
+      if (bias_) {
+        update_part(*bias_, first, end - first, line_roots_.data() + first,
+                    across_roots_[bias_->first], rate_);
+      }
       return;
     }
     for (int64_t i = first; i < end; ++i) {
@@ -386,26 +406,33 @@ class AxesStep {
   void update_parts(int64_t line, const state_t* across_roots, double line_root,
                     double rate) const {
     for_parts(line, [&](const auto& part, int64_t at, int64_t count, int64_t place) {
-      const auto run = [&](auto momentum, auto factored) {
-        update_line<decltype(momentum)::value, decltype(factored)::value>(
-            part.param + at, part.direction + at, part.exp_avg ? part.exp_avg + at : nullptr,
-            across_roots ? across_roots + place : nullptr, count, scalars_, line_root, rate);
-      };
-      if (part.exp_avg && across_roots) run(std::true_type{}, std::true_type{});
-      else if (part.exp_avg) run(std::true_type{}, std::false_type{});
-      else if (across_roots) run(std::false_type{}, std::true_type{});
-      else run(std::false_type{}, std::false_type{});
+      update_part(part, at, count, across_roots ? across_roots + place : nullptr, line_root, rate);
     });
   }
 
+  // Elements of a part that lie one after another.
+  void update_part(const Part<param_t, state_t>& part, int64_t at, int64_t count,
+                   const state_t* across_roots, double line_root, double rate) const {
+    const auto run = [&](auto momentum, auto factored) {
+      update_line<decltype(momentum)::value, decltype(factored)::value>(
+          part.param + at, part.direction + at, part.exp_avg ? part.exp_avg + at : nullptr,
+          across_roots, count, scalars_, line_root, rate);
+    };
+    if (part.exp_avg && across_roots) run(std::true_type{}, std::true_type{});
+    else if (part.exp_avg) run(std::true_type{}, std::false_type{});
+    else if (across_roots) run(std::false_type{}, std::true_type{});
+    else run(std::false_type{}, std::false_type{});
+  }
+
   std::vector<Part<param_t, state_t>> parts_;
+  std::optional<Part<param_t, state_t>> bias_;
   bool turned_, sums_first_;
   Scalars scalars_;
   state_t *row_squares_, *column_squares_;
   int64_t dim_, lines_, length_, chunk_, chunks_, stretches_ = 0;
   double correction_, rate_;
   std::vector<double> along_;
-  std::vector<state_t> partial_, roots_;
+  std::vector<state_t> partial_, line_roots_, across_roots_;
 };
 
 // Every piece of every layer once. A thread has as many elements as another and, in two calls in
@@ -533,6 +560,7 @@ void update_run(at::TensorList params, at::TensorList gradients, at::TensorList 
     if (axes) {
       const size_t each = squares_of(normalize, 0);
       std::vector<AxesStep<param_t, state_t>> axes_steps;
+      axes_steps.reserve(layers);
       for (size_t layer = 0, i = 0; layer < layers; i += layer_sizes[layer++]) {
         std::vector<Part<param_t, state_t>> parts;
         for (int64_t part = 0, first = 0; part < layer_sizes[layer]; ++part) {
