@@ -289,9 +289,13 @@ inline void check_layer_inverse(const at::Tensor* gradients, bool has_bias,
 }
 
 // v [m] of a layer, and c [d] for "factored", where d may count a bias that takes no step.
-inline void check_axes(Normalize normalize, const at::Tensor& weight, bool has_bias,
-                       at::TensorList exp_avg_sqs, at::ScalarType type) {
+inline void check_axes(at::TensorList params, at::TensorList exp_avg_sqs, at::ScalarType type) {
+  const at::Tensor& weight = params[0];
+  const bool has_bias = params.size() == 2;
   TORCH_CHECK(weight.dim() >= 2, "update_layers_: expected weight [m, ...], got ", weight.sizes());
+  const at::IntArrayRef outputs = weight.sizes().slice(0, 1);
+  TORCH_CHECK(!has_bias || params[1].sizes() == outputs, "update_layers_: expected bias ", outputs,
+              ", got ", params[1].sizes());
   const int64_t size = c10::multiply_integers(weight.sizes().slice(1));
   for (size_t i = 0; i < exp_avg_sqs.size(); ++i) {
     const at::Tensor& squares = exp_avg_sqs[i];
@@ -385,8 +389,8 @@ inline std::vector<size_t> check_update(at::TensorList params, at::TensorList gr
                         core_inverses.get(layer), shifts.get(layer));
     if (normalize == Normalize::kRow || normalize == Normalize::kFactored) {
       const size_t each = squares_of(normalize, 0);
-      check_axes(normalize, params[i], layer_sizes[layer] == 2,
-                 exp_avg_sqs.slice(layer * each, each), state_type);
+      check_axes(params.slice(i, layer_sizes[layer]), exp_avg_sqs.slice(layer * each, each),
+                 state_type);
     }
   }
   return layer_of;

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -556,6 +556,8 @@ def update_layers_(
         lr_bounds: [layers], of the averages' dtype: the most that lr may be in each layer's step.
     Numerics: a gradient that is not finite makes the layer not finite, as with Adam.
     """
+    if normalize not in get_args(Normalize):
+        raise ValueError(f"normalize: expected one of {get_args(Normalize)}, got {normalize!r}")
     options = (momentum, beta2, eps, lr * weight_decay)
     first = 0
     # How many of `exp_avg_sqs` a layer has, where it is not one per parameter.
@@ -613,7 +615,8 @@ def _update_layer_(
         scales = _axis_scales(directions, exp_avg_sqs, step, beta2, eps)
     elif normalize == "sgd":
         norm = layer_norm(directions)
-        scales = [torch.where(norm > 0, layer_norm(gradients) / norm, 1.0)] * len(params)
+        # A norm that is not a number reaches the parameters.
+        scales = [torch.where(norm == 0, 1.0, layer_norm(gradients) / norm)] * len(params)
     move_layer_(params, directions, exp_avgs, scales, step, lr, momentum, decay)
 
 

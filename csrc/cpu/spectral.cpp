@@ -126,6 +126,9 @@ std::vector<Tensor> blend_directions_(at::TensorList params, at::TensorList grad
     TORCH_CHECK((size == 1 || size == 2) && next + size <= params.size(),
                 "blend_directions_: expected layer_sizes of 1 or 2 that add up to ", params.size(),
                 " params, got ", layer_sizes);
+    TORCH_CHECK(steps[layer].dim() == 0, "blend_directions_: expected steps [], got ",
+                steps[layer].sizes());
+    check_device("blend_directions_", params[0], steps[layer]);
     firsts.push_back(next);
     for (size_t i = next; i < next + size; ++i) {
       TORCH_CHECK(params[i].dim() > 0 && gradients[i].sizes() == params[i].sizes() &&

@@ -101,6 +101,12 @@ def update_spectral_layers_(
             weight_decay=weight_decay, skip=skip, lr_bounds=lr_bounds, split=split,
         )  # fmt: skip
         return
+    for first in itertools.accumulate(layer_sizes[:-1], initial=0):
+        # Before anything is written.
+        if len(params[first]) % split:
+            raise ValueError(
+                f"split: expected a divisor of a weight's {len(params[first])} outputs, got {split}"
+            )
     if skip is not None and skip:
         return
     bases, cores, shifts = zip(

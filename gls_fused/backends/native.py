@@ -174,7 +174,7 @@ def blend_subspaces(
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """See `gls_fused.reference.blend_subspaces`; with kernels on the CPU, Z is kept by columns."""
     estimates = (bases, cores, traces, samples, sums)
-    if not all(basis.is_cpu for basis in bases):
+    if not bases or not all(basis.is_cpu for basis in bases):
         return reference.blend_subspaces(*estimates, beta)
     return list(zip(*_ops.blend_subspaces(*estimates, beta), strict=True))
 
@@ -316,6 +316,8 @@ def measure_weights_(
     skip: Tensor | None = None,
 ) -> None:
     """See `gls_fused.reference.measure_weights_`; on CUDA a few of torch's ops for all."""
+    if not weights:
+        return
     if all(weight.is_cpu for weight in weights):
         if skip is None or not skip:
             _ops.measure_weights_(weights, results, least)
@@ -340,6 +342,8 @@ def round_params_(
     steps: Sequence[Tensor],
 ) -> None:
     """See `gls_fused.reference.round_params_`; parameters of one dtype and device."""
+    if not params:
+        return
     _ops.round_params_(params, values, seeds, steps)
     increment_version(list(params))
 

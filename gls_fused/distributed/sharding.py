@@ -229,7 +229,7 @@ def update_shards_(
                 scales = [inverse_root(exp_avg_sqs[layer], steps[layer], beta2, eps)]
             else:
                 norm, gradient_norm = squares[:, layer].sqrt()
-                scales = [torch.where(norm > 0, gradient_norm / norm, 1.0)]
+                scales = [torch.where(norm == 0, 1.0, gradient_norm / norm)]
             if len(scales) < layer_sizes[layer]:
                 scales = scales * layer_sizes[layer]
             move_layer_(

@@ -468,6 +468,40 @@ def test_bound_on_the_rate(backend, normalize, dtype):
     assert not torch.equal(sought["params"][0], free["params"][0])
 
 
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_gradient_that_is_no_number_reaches_the_whole_layer_where_its_norm_counts(
+    backend, normalize
+):
+    found, sought = (make_update(torch.float64, normalize, 0.9, strided=False) for _ in range(2))
+    for run in (found, sought):
+        run["gradients"][0].view(-1)[1] = torch.nan
+    run_update(backend, found)
+    run_update(reference, sought)
+    for actual, expected in zip(found["params"], sought["params"], strict=True):
+        assert actual.isnan().equal(expected.isnan())
+    if normalize in ("rms", "factored", "sgd"):
+        assert found["params"][0].isnan().all()
+
+
+def test_unknown_scale_is_refused(backend):
+    found = make_update(torch.float64, "none", 0.0, strided=False)
+    with pytest.raises((ValueError, RuntimeError), match=r"normalize.* got '?nothing"):
+        run_update(backend, {**found, "normalize": "nothing"})
+
+
+@pytest.mark.parametrize("normalize", ["row", "factored"])
+def test_bias_of_another_length_is_refused(backend, normalize):
+    found = make_update(torch.float64, normalize, 0.0, strided=False)
+    place = next(i for i, param in enumerate(found["params"]) if param.ndim == 1)
+    for key in ("params", "gradients"):
+        found[key][place] = found[key][place][:-1]
+    before = [param.clone() for param in found["params"]]
+    with pytest.raises((ValueError, RuntimeError)):
+        run_update(backend, found)
+    if backend is not reference:
+        assert all(map(torch.equal, found["params"], before))
+
+
 def run_skipping(backend, normalize, dtype, strided, skips):
     """What an update with a flag wrote, and what it must have written."""
     found = make_update(dtype, normalize, 0.9, strided)

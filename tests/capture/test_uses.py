@@ -585,18 +585,15 @@ def test_autocast(name, site):
     assert all(param.isfinite().all() for param in model.parameters())
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12",
+    reason="torch 2.11 traces no Tensor.unflatten where a layer's weight is watched",
+)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
     ("site", "parts"),
     [
-        pytest.param(
-            "backward",
-            ["cross-attention"],
-            marks=pytest.mark.skipif(
-                torch.__version__ < "2.12",
-                reason="torch 2.11 traces no Tensor.unflatten where a layer's weight is watched",
-            ),
-        ),
+        ("backward", ["cross-attention"]),
         ("step", ["with padding"]),
         pytest.param("step", ["self-attention", "products"], marks=pytest.mark.slow),
         pytest.param("backward", ["self-attention", "other sizes"], marks=pytest.mark.slow),

@@ -242,7 +242,7 @@ def start_without_values(optimizer):
     for param in optimizer.param_groups[0]["params"]:
         param.grad = torch.zeros_like(param)
     preconditioner = optimizer._preconditioner
-    prime_states(optimizer.param_groups[0], preconditioner.layers, optimizer.state)
+    prime_states([(optimizer.param_groups[0], preconditioner.layers)], optimizer.state)
     assert isinstance(preconditioner, Preconditioner)
     for layer in preconditioner.layers:
         optimizer.state[layer.weight]["rows"] = 9

@@ -33,6 +33,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -78,6 +79,8 @@ def update_layers_(
         64 and weights that are not contiguous form D through `precondition_gradient` first;
         tensors that are not dense in memory, or not alike, are updated in a copy.
     """
+    if normalize not in get_args(Normalize):
+        raise ValueError(f"normalize: expected one of {get_args(Normalize)}, got {normalize!r}")
     if not params:
         return
     if bool(exp_avgs) != bool(momentum):

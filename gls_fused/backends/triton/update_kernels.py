@@ -82,8 +82,9 @@ def _finish_norm(
             correction = 1.0 / (1.0 - tl.exp(step * _option(options, 5)))
             rate = rate / (tl.sqrt(v * correction) + _option(options, 6))
         else:
-            ratio = tl.sqrt(tl.sum(gradient, axis=0)) / tl.sqrt(tl.where(norm > 0, norm, 1.0))
-            rate = tl.where(norm > 0, rate * ratio, rate)
+            # A norm that is not a number reaches the parameters.
+            ratio = tl.sqrt(tl.sum(gradient, axis=0)) / tl.sqrt(tl.where(norm == 0, 1.0, norm))
+            rate = tl.where(norm == 0, rate, rate * ratio)
         tl.store(layer + 6, rate.to(tl.int64, bitcast=True))
         _count_step(layer, step, STEP)
 

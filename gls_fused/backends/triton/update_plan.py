@@ -113,6 +113,10 @@ class Plan:
         Returns:
             How many programs there are of which the last counts the layer's step.
         """
+        if self.by_axes and len(params) > 1 and params[1].shape != params[0].shape[:1]:
+            raise ValueError(
+                f"params: expected a bias {list(params[0].shape[:1])}, got {list(params[1].shape)}"
+            )
         streams = [params, gradients, exp_avgs, exp_avg_sqs]
         if isinstance(inverse, SubspaceInverse) and _is_tiled(streams, inverse):
             return self._add_tiles(layer, streams, inverse)

@@ -90,6 +90,7 @@ REFUSED = [
         {"matrices": [ones(2, 3), ones(2, 3, **META)]},
         "tensors on one device, got cpu and meta",
     ),
+    ("blend_directions_", {"steps": [ones(0)]}, r"steps \[\], got \[0\]"),
     ("blend_directions_", {"steps": []}, "a step .* for each of 1 layers, got 0 and 1"),
     ("blend_directions_", {"exp_avgs": []}, "gradients .* for each of 2 params, got 2 and 0"),
     (
