@@ -645,8 +645,8 @@ class GLS(torch.optim.Optimizer):
                         a mean with the statistics' decay beta; only with max_change
 
         Computed when called, from the state; a layer without statistics yet is left out. Under
-        fully_shard it is a collective: every rank has to call it. With
-        several groups and no `model`, names begin with `group0/`, `group1/`, ...
+        fully_shard it is a collective: every rank has to call it. With several groups and no
+        `model`, names begin with `group0/`, `group1/`, ...
         """
         groups, apart = self._groups(), self._model is None and len(self.param_groups) > 1
         prefixes = [f"group{index}/" if apart else "" for index in range(len(groups))]

@@ -514,6 +514,12 @@ def precondition_gradient(
     return direction[:, :-1], direction[:, -1]
 
 
+def check_normalize(normalize: str) -> None:
+    """Raises ValueError for none of the scales of `update_layers_`."""
+    if normalize not in get_args(Normalize):
+        raise ValueError(f"normalize: expected one of {get_args(Normalize)}, got {normalize!r}")
+
+
 def update_layers_(
     params: Sequence[Tensor],
     gradients: Sequence[Tensor],
@@ -556,8 +562,7 @@ def update_layers_(
         lr_bounds: [layers], of the averages' dtype: the most that lr may be in each layer's step.
     Numerics: a gradient that is not finite makes the layer not finite, as with Adam.
     """
-    if normalize not in get_args(Normalize):
-        raise ValueError(f"normalize: expected one of {get_args(Normalize)}, got {normalize!r}")
+    check_normalize(normalize)
     options = (momentum, beta2, eps, lr * weight_decay)
     first = 0
     # How many of `exp_avg_sqs` a layer has, where it is not one per parameter.

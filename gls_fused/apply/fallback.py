@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch.optim.adamw import adamw
 
 from gls_fused.apply.low_precision import Seeds, close_copies, open_copies, widen
 from gls_fused.distributed.sharding import gradient_here, rows_here
+
+# Parameters, gradients, averages and mean squares, in one order.
+Lists: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
 
 
 def start_adam(param: Tensor, state: dict[str, Any]) -> None:
@@ -63,43 +66,35 @@ def adam_(
         [rows_here(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq")
     )
     steps = [state["step"] for state in states]
+    lists = mine, gradients, averages, squares
     if getattr(backend, "TAKES_OTHERS", False) and options["momentum"]:
-        _update_by_(backend, mine, gradients, averages, squares, steps, options, skip)
+        _update_by_(backend, lists, steps, options, skip)
     else:
-        _update_by_torch_(mine, gradients, averages, squares, steps, options, skip)
+        _update_by_torch_(lists, steps, options, skip)
     # torch's fused kernel does not tell autograd.
     torch.autograd.graph.increment_version(params)
     close_copies(params, copies, options, seeds, steps, backend)
 
 
 def _update_by_torch_(
-    params: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    averages: Sequence[Tensor],
-    squares: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    options: Mapping[str, Any],
-    skip: Tensor | None,
+    lists: Lists, steps: Sequence[Tensor], options: Mapping[str, Any], skip: Tensor | None
 ) -> None:
-    given = list(zip(params, gradients, averages, squares, strict=True))
+    given = list(zip(*lists, strict=True))
     alike = [_lie_alike(tensors) for tensors in given]
-    own, alike_gradients, firsts, seconds = map(list, zip(*alike, strict=True))
+    params, gradients, averages, squares = map(list, zip(*alike, strict=True))
     adamw(
-        own,
-        alike_gradients,
-        firsts,
-        seconds,
+        params,
+        gradients,
+        averages,
+        squares,
         [],
         list(steps),
         fused=True,
         found_inf=None if skip is None else skip.float(),
         amsgrad=False,
-        beta1=options["momentum"],
-        beta2=options["beta2"],
-        lr=options["lr"],
-        weight_decay=options["weight_decay"],
-        eps=options["eps"],
         maximize=False,
+        beta1=options["momentum"],
+        **_alike_in_both(options),
     )
     for tensors, written in zip(given, alike, strict=True):
         for place in (0, 2, 3):
@@ -127,29 +122,27 @@ def _lie_alike(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _update_by_(
     backend: Any,
-    params: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    averages: Sequence[Tensor],
-    squares: Sequence[Tensor],
+    lists: Lists,
     steps: Sequence[Tensor],
     options: Mapping[str, Any],
     skip: Tensor | None,
 ) -> None:
     """Each parameter as a layer that is scaled by element, those of a device and dtype at once."""
     places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, param in enumerate(params):
+    for index, param in enumerate(lists[0]):
         places.setdefault((param.device, param.dtype), []).append(index)
     for (device, _), mine in places.items():
-        lists = (params, gradients, averages, squares, steps)
         backend.update_layers_(
-            *([tensors[index] for index in mine] for tensors in lists),
+            *([tensors[index] for index in mine] for tensors in (*lists, steps)),
             [None] * len(mine),
             layer_sizes=[1] * len(mine),
             normalize="adam",
-            lr=options["lr"],
             momentum=options["momentum"],
-            beta2=options["beta2"],
-            eps=options["eps"],
-            weight_decay=options["weight_decay"],
             skip=None if skip is None else skip.to(device, non_blocking=True),
+            **_alike_in_both(options),
         )
+
+
+def _alike_in_both(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What torch's op and the backends' take by the same names."""
+    return {key: options[key] for key in ("lr", "beta2", "eps", "weight_decay")}

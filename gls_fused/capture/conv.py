@@ -125,7 +125,7 @@ class Convolution(torch.autograd.Function):
             weight_gradient = directions[0]
             bias_gradient = directions[1] if owned else bias_gradient
         if applies:
-            rows.deposit(weight_gradient, bias_gradient if rows.ones else None)
+            rows.deposit(weight_gradient, bias_gradient)
         return image_gradient, weight_gradient, bias_gradient, sums, None
 
 

@@ -89,7 +89,7 @@ class Linear(torch.autograd.Function):
         sums = rows.take_sums() if tallies else None
         gradients = rows.weight_gradient(inputs, gradient, needs_bias, applies)
         if applies:
-            rows.deposit(rows.turn(gradients[0]), gradients[1] if rows.ones else None)
+            rows.deposit(rows.turn(gradients[0]), gradients[1])
         return input_gradient, *gradients, sums, None
 
 

@@ -22,7 +22,7 @@ class Marks:
 
     Args:
         places: of the entries, in the flattened weight.
-        bias_places: those of the bias; none where it has no part in D.
+        bias_places: those of the bias; none where it has no part in D, and is not looked at.
     """
 
     def __init__(self, places: list[int], bias_places: list[int]) -> None:

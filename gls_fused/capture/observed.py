@@ -108,5 +108,5 @@ class Observed(torch.autograd.Function):
             gradients = [weight_gradient, bias_gradient]
             weight_gradient, *rest = rows.direction([g for g in gradients if g is not None])
             bias_gradient = rest[0] if rest else None
-            rows.deposit(weight_gradient, bias_gradient if rest else None)
+            rows.deposit(weight_gradient, bias_gradient)
         return None, None, None, weight_gradient, bias_gradient

@@ -33,7 +33,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -42,7 +41,7 @@ from torch.autograd.graph import increment_version
 from gls_fused.backends.triton.launch import ELEMENTS, bits, upload
 from gls_fused.backends.triton.update_kernels import LAYER_LINE
 from gls_fused.backends.triton.update_plan import Plan, formed_shape
-from gls_fused.reference import Inverse, Normalize
+from gls_fused.reference import Inverse, Normalize, check_normalize
 
 # How many of `exp_avg_sqs` a layer has, where it is not one per parameter.
 SQUARES_EACH = {"rms": 1, "row": 1, "factored": 2}
@@ -79,8 +78,7 @@ def update_layers_(
         64 and weights that are not contiguous form D through `precondition_gradient` first;
         tensors that are not dense in memory, or not alike, are updated in a copy.
     """
-    if normalize not in get_args(Normalize):
-        raise ValueError(f"normalize: expected one of {get_args(Normalize)}, got {normalize!r}")
+    check_normalize(normalize)
     if not params:
         return
     if bool(exp_avgs) != bool(momentum):
