@@ -164,9 +164,18 @@ class ConvLayer(ImageRows, Layer):
         return outputs
 
     def traced(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        return self.traced_in(self.window, module, inputs)
+
+    def traced_in(self, window: Window, module: nn.Module, inputs: Tensor) -> Tensor:
+        """`traced` with another output padding than the module's own."""
         assert isinstance(module, _ConvNd)
+        inputs = self.op_inputs(inputs)
         weight, bias = autocast_inputs(module.weight, module.bias)
-        return self.traced_product(self.op_inputs(inputs), weight, bias)
+        if bias is None or self.owns_bias_of(module):
+            return self.traced_product(inputs, weight, bias, window)
+        # P is not for the gradient of somebody else's bias.
+        bias = bias.view(-1, *[1] * len(window.kernel_size))
+        return self.traced_product(inputs, weight, None, window) + bias  # type: ignore[no-any-return]
 
     def traced_product(
         self, inputs: Tensor, weight: Tensor, bias: Tensor | None, window: Window | None = None
@@ -247,8 +256,7 @@ class ConvTransposeLayer(ConvLayer):
         )  # fmt: skip
         window = self.window._replace(output_padding=tuple(more))
         if torch.compiler.is_compiling():
-            images, weight, bias = autocast_inputs(input, module.weight, module.bias)
-            return self.traced_product(images, weight, bias, window)
+            return self.traced_in(window, module, input)
         self.leave_where_in_use(module)
         gather = functools.partial(self.gather_in, window)
         return self.compute_in(window, module, *self.operands(module, input, gather))

@@ -221,6 +221,11 @@ class Layer(Passes):
         held = [place.param for place in self.places.values()]
         return any(weight is not self.weight and is_sharded(weight) for weight in held)
 
+    @property
+    def flattened(self) -> bool:
+        """Whether the weight has lost its axes since it was found."""
+        return self.weight.ndim != len(self.shape) + self.stacked
+
     def capture(self) -> None:
         """Route the modules' forward through this layer."""
         for module in self.routed:
@@ -260,6 +265,9 @@ class Layer(Passes):
         weight = self.held_by(module)
         if weight is None or not (weight.requires_grad and torch.is_grad_enabled()):
             return False
+        if weight is not self.weight and self.shards is None:
+            # Another's: a parameter replaced, or those of torch.func.functional_call.
+            return False
         if torch.compiler.is_compiling():
             applies = self.at_backward and self.promised
             return (applies or self.gathers) and not _is_exporting()
@@ -272,9 +280,6 @@ class Layer(Passes):
         if not (self.by_node or self.gathers):
             return False
         if torch._C._get_tracing_state() is not None:
-            return False
-        if weight is not self.weight and self.shards is None:
-            # Another's: a parameter replaced, or those of torch.func.functional_call.
             return False
         if not self.fits:
             self.fit()

@@ -117,6 +117,11 @@ class LinearLayer(LinearRows, Lender):
         if self.native is not None:
             self.native.expect(*(inverse if at_backward and inverse else (None, None, None)))
 
+    def take_over(self, inverse: Inverse) -> None:
+        super().take_over(inverse)
+        if self.native is not None and self.at_backward:
+            self.native.expect(*inverse)
+
     def compute(
         self, module: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
@@ -131,7 +136,11 @@ class LinearLayer(LinearRows, Lender):
         return Linear.apply(inputs, weight, bias, None, self)  # type: ignore[no-any-return]
 
     def traced(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        return self.traced_product(*self._operands(module, inputs))
+        inputs, weight, bias = self._operands(module, inputs)
+        if bias is None or self.owns_bias_of(module):
+            return self.traced_product(inputs, weight, bias)
+        # P is not for the gradient of somebody else's bias.
+        return self.traced_product(inputs, weight, None) + bias
 
     def traced_product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         arguments = flatten_rows(self, self.backend_name)

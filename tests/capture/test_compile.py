@@ -458,3 +458,64 @@ def test_functional_gradient_in_a_graph_is_the_true_one():
     optimizer.zero_grad()
     optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(snapshot(model), before, strict=True))
+
+
+def other_weight(model):
+    return {"weight": torch.full_like(model[0].weight, 0.1).requires_grad_()}
+
+
+def other_bias(model):
+    return {"bias": torch.full_like(model[0].bias, 0.1).requires_grad_()}
+
+
+FOREIGN = {
+    "linear": (lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), (6, 5)),
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh()), (3, 2, 5, 5)),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose1d(2, 4, 3), nn.Tanh()), (3, 2, 5)),
+}
+
+
+@pytest.mark.parametrize("how", ["replaced", "functional_call"])
+@pytest.mark.parametrize("change", [other_weight, other_bias])
+@pytest.mark.parametrize("site", ["step", "backward"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_parameters_of_others_in_a_graph_keep_their_gradient(kind, site, change, how):
+    """In a step of the captured ones, whose rows theirs are not."""
+    make, shape = FOREIGN[kind]
+    found = []
+    for compiles in (True, False):
+        torch.manual_seed(0)
+        model = make().double()
+        optimizer = GLS(model, site=site, rank=3, curvature_every=1)
+        call = torch.compile(model, backend="aot_eager") if compiles else model
+        for seed in range(3):
+            optimizer.zero_grad()
+            inputs = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
+            call(inputs).square().sum().backward()
+            optimizer.step()
+        optimizer.zero_grad()
+        own = {name: p.detach().clone() for name, p in model.named_parameters()}
+        others = change(model)
+        given = {f"0.{name}": tensor for name, tensor in others.items()}
+        if how == "replaced":
+            for name, tensor in others.items():
+                others[name] = nn.Parameter(tensor.detach())
+                setattr(model[0], name, others[name])
+            given = {}
+
+        def loss(given=given, model=model, inputs=inputs):
+            return torch.func.functional_call(model, given, (inputs,)).square().sum()
+
+        (torch.compile(loss, backend="aot_eager") if compiles else loss)().backward()
+        plain = make().double()
+        plain.load_state_dict(own, strict=True)
+        for name, tensor in others.items():
+            getattr(plain[0], name).data.copy_(tensor.detach())
+        plain(inputs).square().sum().backward()
+        for name, tensor in others.items():
+            assert_near(tensor.grad, getattr(plain[0], name).grad, SAME_STEPS)
+        optimizer.step()
+        traces = [state["trace"] for state in optimizer.state.values() if "trace" in state]
+        found.append([*snapshot(model), *traces])
+    for compiled, eager in zip(*found, strict=True):
+        assert_near(compiled, eager, SAME_STEPS)
