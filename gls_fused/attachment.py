@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -33,6 +33,8 @@ from gls_fused.scaling import take_flag
 from gls_fused.state import (
     VERSION,
     check_curvature,
+    check_mapping,
+    check_step,
     check_version,
     copy_tensors,
     is_priming,
@@ -90,8 +92,8 @@ def attach(
 
 
 def _check_optimizer(optimizer: Any, layers: Sequence[Layer]) -> None:
-    if not hasattr(optimizer, "register_step_pre_hook"):
-        kind = type(optimizer).__name__
+    if isinstance(optimizer, type) or not hasattr(optimizer, "register_step_pre_hook"):
+        kind = optimizer if isinstance(optimizer, type) else type(optimizer).__name__
         raise TypeError(f"optimizer: expected one of torch's, or None, got {kind}")
     held = {param for group in optimizer.param_groups for param in group["params"]}
     if held.isdisjoint(layer.weight for layer in layers):
@@ -248,14 +250,20 @@ class Attachment:
         """Restore what `state_dict` gave.
 
         Raises:
-            ValueError: the state is of other layers, another rank or a later version; nothing
-                changes.
+            ValueError, TypeError: the state is of other layers, another rank or a later version, or
+                holds numbers that are none; nothing changes.
         """
-        if not isinstance(state_dict.get("layers"), dict):
-            raise ValueError(f"state_dict: expected one of attach, got keys {sorted(state_dict)}")
+        check_mapping("state_dict", state_dict)
+        layers = state_dict.get("layers")
+        if not isinstance(layers, Mapping):
+            keys = sorted(map(str, state_dict))
+            raise ValueError(f"state_dict: expected one of attach, got keys {keys}")
         check_version(state_dict)
-        layers = state_dict["layers"].items()
-        saved = {plain_name(name): upgrade_layer(state) for name, state in layers}
+        check_step("state_dict", state_dict.get("step"))
+        saved = {
+            plain_name(name): upgrade_layer(f"layer {name!r}", state)
+            for name, state in layers.items()
+        }
         names = {layer.name for layer in self._layers}
         if set(saved) != names:
             raise ValueError(

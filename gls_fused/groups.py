@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from gls_fused.host import has_sparse_gradient
 from gls_fused.preconditioner import check_choice, check_count, check_number, check_options
 from gls_fused.reference import Normalize
 
-Scale: TypeAlias = Normalize | Literal["auto"]
+Scale: TypeAlias = Normalize | Literal["auto", "spectral"]
 NORMALIZATIONS = ("auto", "spectral", "factored", "row", "rms", "adam", "sgd", "none")
 
 # Keys that a group may have besides the options of GLS; others are kept as well.
@@ -109,7 +110,12 @@ def check_site(normalize: str, site: str) -> None:
 
 
 def check_keys(group: Mapping[str, Any]) -> None:
-    """Raises ValueError for what a group cannot have of its own."""
+    """Raises TypeError for no dict, ValueError for what it lacks or cannot have of its own."""
+    given: Any = group
+    if not isinstance(given, dict):
+        raise TypeError(f"group: expected a dict with 'params', got {type(given).__name__}")
+    if "params" not in group:
+        raise ValueError(f"group: expected a key 'params', got {sorted(map(str, group))}")
     for key in WHOLE:
         if key in group:
             raise ValueError(
@@ -120,7 +126,7 @@ def check_keys(group: Mapping[str, Any]) -> None:
         raise ValueError("group: GLS minimizes, expected no 'maximize', got True")
 
 
-def warn_of_misspellings(group: Mapping[str, Any], options: Iterable[str]) -> None:
+def warn_of_misspellings(group: Mapping[str, Any], options: Iterable[str], stacklevel: int) -> None:
     """Warns of a key that is kept, as torch keeps it, and that looks like an option of GLS."""
     known = list(options)
     for key in group.keys() - set(known) - FREE_KEYS:
@@ -128,7 +134,7 @@ def warn_of_misspellings(group: Mapping[str, Any], options: Iterable[str]) -> No
             warnings.warn(
                 f"group: {key!r} is no option of GLS, did you mean {meant!r}? It is kept, and "
                 "nothing reads it",
-                stacklevel=4,
+                stacklevel=stacklevel + 1,
             )
 
 
@@ -145,11 +151,12 @@ def read_groups(params: Any, model: nn.Module | None) -> list[dict[str, Any]]:
         params = model
     if isinstance(params, nn.Module):
         return [{"params": params}]
-    if isinstance(params, Tensor | str) or not isinstance(params, Iterable):
+    if isinstance(params, Tensor | str | dict) or not isinstance(params, Iterable):
         raise TypeError(
             "params: expected a module, or an iterable of parameters, named parameters or dicts, "
             f"got {type(params).__name__}"
         )
+    _check_ordered(params)
     entries = list(params)
     if not entries:
         raise ValueError("params: expected a module or a non-empty list, got []")
@@ -159,15 +166,21 @@ def read_groups(params: Any, model: nn.Module | None) -> list[dict[str, Any]]:
                 raise TypeError(
                     f"params: expected dicts alone or none, got {type(entry).__name__} beside them"
                 )
-            if "params" not in entry:
-                raise ValueError(f"group: expected a key 'params', got {sorted(entry)}")
+            check_keys(entry)
         return entries
     return [{"params": entries}]
 
 
 def split_group(entry: Any) -> Members:
     """The modules of a group's "params", and all its parameters."""
-    entries = [entry] if isinstance(entry, nn.Module | Tensor) else list(entry)
+    if isinstance(entry, nn.Module | Tensor):
+        entry = [entry]
+    if isinstance(entry, str) or not isinstance(entry, Iterable):
+        raise TypeError(
+            f"params: expected modules, parameters or named parameters, got {type(entry).__name__}"
+        )
+    _check_ordered(entry)
+    entries = list(entry)
     modules: list[tuple[str, nn.Module]] = []
     params: dict[Tensor, str | None] = {}
     for index, item in enumerate(entries):
@@ -191,6 +204,14 @@ def split_group(entry: Any) -> Members:
         if param.is_complex():
             raise ValueError(f"params: GLS takes no complex parameters, got {param.dtype}")
     return Members(modules, list(params), names)
+
+
+def _check_ordered(params: Iterable[Any]) -> None:
+    if isinstance(params, AbstractSet):
+        raise TypeError(
+            "params: expected an order, by which a saved state is found again, "
+            f"got a {type(params).__name__}"
+        )
 
 
 def name_params(members: Members, index: int, model: nn.Module | None) -> dict[Tensor, str]:

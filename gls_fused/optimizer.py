@@ -37,7 +37,6 @@ from gls_fused.groups import (
     check_keys,
     check_rate,
     check_rest,
-    check_site,
     check_split,
     describe_options,
     name_params,
@@ -58,7 +57,9 @@ from gls_fused.scaling import take_flag, unscale_
 from gls_fused.state import (
     AVERAGES,
     VERSION,
+    check_saved,
     check_state,
+    check_step,
     copy_state,
     forget_orthogonal,
     is_priming,
@@ -217,9 +218,10 @@ class GLS(torch.optim.Optimizer):
         known = any(members.modules or held.intersection(members.params) for members in added)
         if not known:
             given = "without the model" if alone else "with a model that holds none of them"
+            mend = "GLS(params, model=model)" if alone else "the model whose parameters they are"
             warnings.warn(
                 f"params: given {given}, so that GLS sees no layer and all parameters "
-                "take Adam's update; pass GLS(params, model=model)",
+                f"take Adam's update; pass {mend}",
                 stacklevel=3,
             )
 
@@ -247,10 +249,11 @@ class GLS(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of modules, parameters or named parameters, with options of its own."""
+        check_keys(param_group)
         members = split_group(param_group["params"])
         options = {**self.defaults, **param_group}
-        check_keys(param_group)
-        warn_of_misspellings(param_group, self.defaults)
+        # Who called this, or the constructor, by way of torch's.
+        warn_of_misspellings(param_group, self.defaults, 2 if self._waiting is None else 4)
         check_group_options(options, self._preconditioner.site)
         if members.modules and not members.params:
             raise ValueError("params: got no parameters (an empty model, or one without any)")
@@ -497,6 +500,8 @@ class GLS(torch.optim.Optimizer):
         self._groups()
         super().zero_grad(set_to_none)
         self._preconditioner.discard_sums()
+        if not holds(self.state, self._known):
+            self._drop_kept()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, plain numbers and names, by torch's keys; see `gls_fused.state`."""
@@ -523,16 +528,22 @@ class GLS(torch.optim.Optimizer):
         """Restore a state that `state_dict` gave, of an optimizer over the same model.
 
         Raises:
-            ValueError: it is of another model, rank, curvature or later version; nothing changes.
+            ValueError, TypeError: it is of another model, rank, curvature or later version, or
+                holds options or numbers that are none; nothing changes.
         """
+        check_saved(state_dict)
         checked: dict[str, Any] = {}
         layers = [layers for _, layers in self._groups()]
 
         def check(_: torch.optim.Optimizer, found: dict[str, Any]) -> dict[str, Any]:
             checked.update(upgrade_state(found, self._options))
-            for group in checked["param_groups"]:
-                check_site(group["normalize"], self._preconditioner.site)
+            for index, group in enumerate(checked["param_groups"]):
+                check_group_options(group, self._preconditioner.site)
+                check_step(f"group {index}", group["step"])
             check_state(checked, self.param_groups, layers, self._names)
+            for mine, group in zip(layers, checked["param_groups"], strict=True):
+                for layer in mine:
+                    check_split(layer, group, last=layer.last)
             return checked
 
         def restore(_: torch.optim.Optimizer) -> None:
@@ -558,6 +569,7 @@ class GLS(torch.optim.Optimizer):
     def detach(self) -> None:
         """Leave the model exactly as it was before; `step` raises from here on."""
         release_all(self._preconditioner.layers)
+        self._drop_kept()
 
     def __copy__(self) -> Self:
         """Another with the same groups, states and layers, as a shallow copy of torch's own."""
@@ -668,8 +680,14 @@ class GLS(torch.optim.Optimizer):
         return [option for option in self.defaults if option != "differentiable"]
 
     def _restart(self) -> None:
+        self._drop_kept()
         self._preconditioner.restart()
         self._expect()
+
+    def _drop_kept(self) -> None:
+        """Refer to no state that may have been replaced since; the next step looks at all anew."""
+        self._kept.clear()
+        self._known, self._known_for, self._probes = [], None, []
 
     def _squares_of(self, layer: Layer) -> list[Tensor]:
         states = (self.state[param] for param in layer.params if param in self.state)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from numbers import Real
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -133,9 +133,10 @@ class Preconditioner:
                     f"layer {layer.name!r} is no longer captured: the optimizer was detached, or "
                     "another one was built on the same model"
                 )
-            if sharded and layer.resharded:
+            if sharded and (layer.resharded or layer.flattened):
+                how = "flattened, as by FullyShardedDataParallel," if layer.flattened else "sharded"
                 raise RuntimeError(
-                    f"layer {layer.name!r}: its weight was sharded after the optimizer was built; "
+                    f"layer {layer.name!r}: its weight was {how} after the optimizer was built; "
                     "call fully_shard first"
                 )
             routed = layer.routed
@@ -176,6 +177,11 @@ class Preconditioner:
             recast(state, layer.statistics_dtype, keys)
             found = _inverse(layer, state)
             if _is_in_force(layer, state) or (layer.inverse is None and found is None):
+                continue
+            if _are_equal(found, layer.inverse):
+                # Somebody has moved the states away and back: nothing has changed but where it is.
+                layer.take_over(found)
+                changed = True
                 continue
             # Another estimate: the rows of this step were sketched with a basis that is gone, and D
             # in p.grad was made with its P.
@@ -454,6 +460,15 @@ def _is_in_force(layer: Layer, state: State) -> bool:
         ):
             return False
     return True
+
+
+def _are_equal(now: Inverse | None, before: Inverse | None) -> TypeGuard[Inverse]:
+    """Whether P is the same to the last bit."""
+    if before is None or now is None or type(before) is not type(now):
+        return False
+    pairs = list(zip(before, now, strict=True))
+    alike = all(a.dtype is b.dtype and a.device == b.device for a, b in pairs)
+    return alike and all(torch.equal(a, b) for a, b in pairs)
 
 
 def release_all(layers: Iterable[Layer]) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ ADDED_SINCE: dict[int, dict[str, Any]] = {
 }
 
 AVERAGES = ("exp_avg", "exp_avg_sq", "exp_avg_sq_columns", "weight_rms", "held")
+OWN_NUMBERS = {"rows", "outputs", "at_step", "lent", "due"}
 OWN_TENSORS = {"step", "master", *AVERAGES, *Dense.names, *Subspace.names}
 
 Groups = Sequence[Mapping[str, Any]]
@@ -75,6 +77,7 @@ def upgrade_group(group: Mapping[str, Any], index: int, options: Iterable[str]) 
     Raises:
         ValueError: it is of a later version, or lacks an option.
     """
+    check_mapping(f"group {index}", group)
     version = check_version(group)
     added = [options for since, options in ADDED_SINCE.items() if version <= since]
     group = {**{key: value for each in added for key, value in each.items()}, **group}
@@ -87,22 +90,38 @@ def upgrade_group(group: Mapping[str, Any], index: int, options: Iterable[str]) 
     return group
 
 
+def check_saved(state_dict: Any) -> None:
+    """Raises TypeError or ValueError unless this is what an optimizer's `state_dict` gives."""
+    check_mapping("state_dict", state_dict)
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            "state_dict: expected the keys 'state' and 'param_groups', "
+            f"got {sorted(map(str, state_dict))}"
+        )
+    check_mapping("state_dict: state", state_dict["state"])
+
+
 def upgrade_state(state_dict: Mapping[str, Any], options: Sequence[str]) -> dict[str, Any]:
     """A saved state with groups and layers as `upgrade_group` and `upgrade_layer` give them."""
+    check_saved(state_dict)
     groups = enumerate(state_dict["param_groups"])
     states = state_dict["state"].items()
     return {
         **state_dict,
-        "state": {key: upgrade_layer(state) for key, state in states},
+        "state": {key: upgrade_layer(f"parameter {key}", state) for key, state in states},
         "param_groups": [upgrade_group(group, index, options) for index, group in groups],
     }
 
 
-def upgrade_layer(state: Mapping[str, Any]) -> dict[str, Any]:
+def upgrade_layer(owner: str, state: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter's saved state in the present format.
 
     Statistics without a count stand for as many rows as it takes: their damping is what it was.
+
+    Args:
+        owner: whose it is, for errors.
     """
+    check_mapping(owner, state)
     for key in ("trace", "gram"):
         if "rows" in state and isinstance(state.get(key), Tensor) and "samples" not in state:
             unknown = torch.full((), math.inf, dtype=state[key].dtype, device=state[key].device)
@@ -316,6 +335,11 @@ def _layer_shapes(layer: Layer, group: Mapping[str, Any]) -> dict[str, Sequence[
 def _check_layer(layer: Layer, param: Tensor, state: Mapping[str, Any]) -> None:
     if param is not layer.weight:
         return
+    for key in OWN_NUMBERS & state.keys():
+        if not isinstance(state[key], Real):
+            raise ValueError(
+                f"layer {layer.name!r}: expected {key} as a number, got {state[key]!r}"
+            )
     outputs = state.get("outputs", layer.outputs)
     if outputs != layer.outputs:
         found = list(layer.weight.shape)
@@ -353,12 +377,26 @@ def _check_shapes(
     owner: str, state: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
 ) -> None:
     found = _tensor_shapes(state)
+    for key in OWN_TENSORS & state.keys() - found.keys():
+        raise ValueError(f"{owner}: expected {key} as a tensor, got {state[key]!r}")
     for key in found:
         if key in OWN_TENSORS and key not in shapes:
             raise ValueError(f"{owner}: expected {_describe(shapes)}, got {key} {[*found[key]]}")
     for key, shape in shapes.items():
         if key in found and tuple(found[key]) != tuple(shape):
             raise ValueError(f"{owner}: expected {key} {[*shape]}, got {[*found[key]]}")
+
+
+def check_step(owner: str, step: Any) -> None:
+    """Raises ValueError unless so many steps may have been taken."""
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ValueError(f"{owner}: expected step as a whole number, at least 0, got {step!r}")
+
+
+def check_mapping(owner: str, found: Any) -> None:
+    """Raises TypeError for what is no dict."""
+    if not isinstance(found, Mapping):
+        raise TypeError(f"{owner}: expected a dict, got {type(found).__name__}")
 
 
 def _check_count(what: str, expected: int, found: int) -> None:

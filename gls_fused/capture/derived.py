@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -31,6 +32,8 @@ class Place(NamedTuple):
 
 def source_of(module: nn.Module) -> Place | None:
     """The parameter that a module's weight is computed from, by a norm of its outputs."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     lists: Any = module._modules.get("parametrizations")
     if isinstance(lists, nn.ModuleDict) and "weight" in lists:
         own: Any = lists["weight"]

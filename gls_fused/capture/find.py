@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
@@ -233,6 +234,8 @@ def _problem_of(param: Tensor, modules: Sequence[nn.Module], roles: Sequence[str
         return "its norm is of its inputs, not of its outputs"
     if not param.numel():
         return "its weight is empty"
+    if param.is_complex():
+        return "its weight is complex"
     if not is_sharded(param) and type(param) not in PLAIN_TENSORS:
         return f"its weight is a {type(param).__name__}, which may compute otherwise"
     return sharding_problem(param, _bias_of(modules[0], kind))
@@ -310,6 +313,8 @@ def register(module_class: type[nn.Module], kind: str) -> None:
         kinds = ", ".join([*ALIKE_KINDS, *OTHER_KINDS])
         raise ValueError(f"kind: expected {kinds}, got {kind!r}")
     name = describe_class(module_class)
+    if module_class is nn.Module:
+        raise ValueError("module_class: expected a class of its own, got nn.Module itself")
     if module_class in OWN:
         raise ValueError(f"module_class: {name} is covered as it is")
     if module_class in TABLES:
@@ -334,6 +339,8 @@ def _cover(module_class: type[nn.Module], kind: str) -> None:
 
 def kind_of(module: nn.Module, role: str = "weight") -> Kind | None:
     """What covers the parameter of this name in modules of this class."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     experts = known_experts(module)
     if experts is not None and role in experts.keys:
         return Kind(ExpertsLayer, why_not_experts, bias_key_of(role))

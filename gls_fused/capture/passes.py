@@ -101,6 +101,10 @@ class Passes(Rows):
             take = functools.partial(_take_tally, weakref.ref(self))
             self.tally.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
 
+    def take_over(self, inverse: Inverse) -> None:
+        """Hold the same P in other tensors from here on; what has been seen stays."""
+        self.inverse = inverse
+
     # ---- the backward ----------------------------------------------------------------------------
 
     def enter(self, ctx: Any, weight: int) -> tuple[bool, bool]:

@@ -53,7 +53,9 @@ def normalizes(plain: Any) -> bool:
         return True
     if _is_torchs(plain):
         return False
-    known = getattr(inspect.unwrap(plain.forward), "__globals__", {})
+    # The class of torch.jit.script's modules has none.
+    forward: Any = getattr(plain, "forward", None)
+    known = getattr(inspect.unwrap(forward), "__globals__", {})
     names = _names_read(plain)
     # A function of the user's own, as `def norm(x): return F.rms_norm(x, (x.shape[-1],))`.
     own = (name for name in names if name.endswith("norm"))

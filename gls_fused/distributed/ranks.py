@@ -88,6 +88,10 @@ class Ranks:
         # A process group is no data.
         return Ranks(self.group)
 
+    def __reduce__(self) -> tuple[type[Ranks], tuple[None]]:
+        # As DistributedDataParallel does it: who loads a pickle has the default group.
+        return Ranks, (None,)
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel and torch.compile, whose names it is known by.

@@ -192,6 +192,7 @@ def test_weight_of_another_shape():
         ),
         ((Product, "linea"), ValueError, r"kind: expected linear, turned linear, .*, got 'linea'"),
         ((Product, ["linear"]), ValueError, r"kind: expected linear, .*, got \['linear'\]"),
+        ((nn.Module, "linear"), ValueError, "module_class: expected a class of its own"),
         ((nn.Linear, "turned linear"), ValueError, "module_class: Linear is covered as it is"),
         ((nn.LSTM, "experts"), ValueError, "module_class: LSTM is covered as it is"),
         ((nn.Embedding, "linear"), ValueError, "module_class: Embedding looks rows up"),

@@ -1,6 +1,7 @@
 """What users do to captured modules and optimizers: the module computes as it would without GLS."""
 
 import gc
+import re
 import warnings
 import weakref
 
@@ -325,3 +326,49 @@ def test_memory_of_a_weight_is_swapped_for_its_forward(backend, site):
                     torch._foreach_copy_(list(model.parameters()), before)
         found.append(torch.cat(gradients))
     assert_near(*found, PRODUCT[torch.float64])
+
+
+def scripted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)))
+
+
+def traced():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(nn.Linear(8, 8), torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("make", [scripted, traced])
+def test_scripted_part_takes_adams_update(make):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), make())
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer = GLS(model, **OPTIONS)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(16, 8)).square().mean().backward()
+        optimizer.step()
+    report = optimizer.report()
+    assert "0: GLS (Linear 9 -> 8, 16 rows" in report
+    assert re.search(r"weight: Adam \(torch\.jit\._\w+\.\w+Module is not covered\)", report)
+    for p, before in zip(model.parameters(), start, strict=True):
+        assert (p != before).all()
+    optimizer.detach()
+    handle = attach(model)
+    assert "is not covered" in handle.report()
+
+
+def test_model_on_the_meta_device():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Conv1d(1, 1, 3)).to("meta")
+    GLS(model, **OPTIONS)
+    assert model[1](model[0](torch.ones(2, 1, 8, device="meta"))).shape == (2, 1, 6)
+
+
+def test_complex_layers_are_left_to_an_attached_optimizer():
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 4))
+    handle = attach(model, torch.optim.Adam(model.parameters()))
+    assert "0.weight: true gradient (its weight is complex)" in handle.report()
+    with pytest.raises(TypeError, match=r"optimizer: expected one of torch's, or None, got <class"):
+        attach(model, torch.optim.Adam)

@@ -636,6 +636,18 @@ def first_fsdp_is_refused():
 
 
 @case
+def first_fsdp_after_the_optimizer_is_an_error():
+    model = make_net("mlp")
+    optimizer = GLS(model, **OPTIONS)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_of(wrapped, make_batch("mlp", 4, 0)).backward()
+    with pytest.raises(RuntimeError, match=r"'stem': its weight was flattened, as by Fully"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@case
 def replicated_groups_of_shards():
     """The mesh of hybrid sharding; of one replica where there are two ranks."""
     world = dist.get_world_size()

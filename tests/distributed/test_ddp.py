@@ -1,8 +1,11 @@
 """GLS under DistributedDataParallel equals GLS in one process on the joint batch."""
 
+import pickle
+
 import ddp_cases
 import pytest
 import torch
+import torch.distributed as dist
 from launch import check_case
 from torch import nn
 
@@ -26,6 +29,16 @@ def test_data_parallel_is_refused(build):
         build(nn.DataParallel(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match=r"nn\.DataParallel"):
         build(nn.Sequential(nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2))))
+
+
+def test_pickle_leaves_the_process_group_out():
+    """Who loads it has the default one."""
+    group = dist.ProcessGroup(dist.HashStore(), 0, 1)
+    model = nn.Linear(2, 2)
+    optimizer = GLS(model, process_group=group)
+    _, loaded = pickle.loads(pickle.dumps((model, optimizer)))
+    assert optimizer._preconditioner.ranks.group is group
+    assert loaded._preconditioner.ranks.group is None
 
 
 @pytest.mark.parametrize("group", ["gloo", torch.distributed.GroupMember.NON_GROUP_MEMBER])

@@ -3,13 +3,16 @@
 import copy
 import math
 from fractions import Fraction
+from typing import get_args
 
 import pytest
 import torch
 from nets import KINDS, assert_equal, assert_same_state, loss_of, make_batch, make_net, snapshot
 from torch import nn
+from torch.nn import functional as F
 
 from gls_fused import GLS, attach
+from gls_fused.groups import NORMALIZATIONS, Scale
 
 CURVATURES = ("subspace", "dense")
 EVERY_STEP = {"rank": 4, "curvature_every": 1}
@@ -202,6 +205,11 @@ def test_what_is_refused_leaves_others_alone(make):
         optimizer.add_param_group({"params": nn.Linear(2, 4), "split": 3, "spectral_head": True})
     assert len(optimizer.param_groups) == 1
     optimizer.step()
+
+
+def test_type_names_what_is_taken():
+    named = [get_args(part) or (part,) for part in get_args(Scale)]
+    assert {name for names in named for name in names} == set(NORMALIZATIONS)
 
 
 def test_attach_is_told_of_the_right_things():
@@ -532,3 +540,18 @@ def test_scale_of_the_inputs_is_undone(backend, curvature):
         moved.append(model(rows) - before)
     for other in moved[1:]:
         torch.testing.assert_close(other, moved[0], rtol=1e-4, atol=1e-5)
+
+
+def test_dense_steps_on_few_live_inputs_stay_finite():
+    """Some of whose Sigma's eigenvalues are NaNs in float32, by MKL of torch 2.14 on a CPU."""
+    for seed in (9, 23):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(100, 32), nn.ReLU(), nn.Linear(32, 4))
+        optimizer = GLS(model, curvature="dense")
+        often = torch.rand(100) ** 4 * 0.3
+        for _ in range(22):
+            inputs = (torch.rand(16, 100) < often).float()
+            F.cross_entropy(model(inputs), torch.randint(4, (16,))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(param.isfinite().all() for param in model.parameters())

@@ -216,6 +216,63 @@ def test_state_that_does_not_fit_is_refused_whole(spoil):
     assert_equal(train(model, optimizer, steps), train(twin, untouched, steps))
 
 
+def in_group(key, value):
+    return lambda saved: saved["param_groups"][0].update({key: value})
+
+
+def in_weight(key, value):
+    return lambda saved: saved["state"][2].update({key: value})
+
+
+SPOILT = [
+    (in_group("lr", -1.0), ValueError, "lr: expected a value in"),
+    (in_group("lr", None), TypeError, "lr: expected a number"),
+    (in_group("damping", float("nan")), ValueError, "damping"),
+    (in_group("beta2", 1.0), ValueError, "beta2"),
+    (in_group("max_change", -1.0), ValueError, "max_change"),
+    (in_group("normalize", "x"), ValueError, "normalize: expected auto"),
+    (in_group("power", 0.3), ValueError, "power"),
+    (in_group("curvature_every", 0), ValueError, "curvature_every"),
+    (in_group("low_precision", "x"), ValueError, "low_precision"),
+    (in_group("seed", 1.5), ValueError, "seed"),
+    (in_group("split", 3), ValueError, "split: expected a divisor of the 8 outputs of layer"),
+    (in_group("step", "x"), ValueError, "group 0: expected step as a whole number"),
+    (in_group("step", -1), ValueError, "group 0: expected step as a whole number"),
+    (in_weight("basis", None), ValueError, "layer 'first': expected basis as a tensor, got None"),
+    (in_weight("exp_avg", [1.0]), ValueError, "expected exp_avg as a tensor"),
+    (in_weight("step", 3), ValueError, "expected step as a tensor, got 3"),
+    (in_weight("rows", "x"), ValueError, "layer 'first': expected rows as a number, got 'x'"),
+    (in_weight("at_step", torch.ones(())), ValueError, "expected at_step as a number"),
+    (lambda saved: saved["state"].update({2: None}), TypeError, "parameter 2: expected a dict"),
+    (lambda saved: saved.pop("state"), ValueError, "expected the keys 'state' and 'param_groups'"),
+    (lambda saved: saved.update(state=[]), TypeError, "state_dict: state: expected a dict"),
+    (lambda saved: saved["param_groups"].append(3), TypeError, "group 1: expected a dict"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "error", "message"), SPOILT)
+def test_state_of_wrong_values_is_refused_whole(spoil, error, message):
+    model, optimizer = make_trained()
+    before = copy.deepcopy(optimizer.state_dict())
+    twin, untouched = make_trained()
+    saved = copy.deepcopy(before)
+    spoil(saved)
+    with pytest.raises(error, match=message):
+        optimizer.load_state_dict(saved)
+    assert_same_state(optimizer.state_dict(), before)
+    steps = range(4, 7)
+    assert_equal(train(model, optimizer, steps), train(twin, untouched, steps))
+
+
+@pytest.mark.parametrize("saved", [None, [], "x"])
+def test_no_saved_state(saved):
+    _, optimizer = make_trained()
+    with pytest.raises(TypeError, match="state_dict: expected a dict"):
+        optimizer.load_state_dict(saved)
+    with pytest.raises(TypeError, match="state_dict: expected a dict"):
+        attach(make_net("mlp")).load_state_dict(saved)
+
+
 def test_step_size_of_the_gradient_needs_the_site_that_keeps_it():
     model, optimizer = make_trained(normalize="sgd")
     saved = copy.deepcopy(optimizer.state_dict())
@@ -308,6 +365,12 @@ def test_state_of_version_4_keeps_its_orthogonal_steps():
         (
             lambda saved: saved["layers"]["first"].update(basis=torch.ones(9, 2)),
             r"layer 'first': expected basis \[9, 4\], got \[9, 2\]",
+        ),
+        (lambda saved: saved.update(step="x"), "state_dict: expected step as a whole number"),
+        (lambda saved: saved.update(step=-3), "state_dict: expected step as a whole number"),
+        (
+            lambda saved: saved["layers"]["first"].update(core=None),
+            "layer 'first': expected core as a tensor",
         ),
         (lambda saved: saved["layers"].pop("first"), r"expected the layers \['first', .*'stem'\]"),
     ],

@@ -178,13 +178,46 @@ def test_keys_of_others_are_kept_and_misspellings_named():
         warnings.simplefilter("error")
         optimizer = GLS([{"params": model.parameters(), "lr_scale": 0.5}], model=model)
     assert optimizer.param_groups[0]["lr_scale"] == 0.5
-    with pytest.warns(UserWarning, match="weight_decay"):
-        GLS([{"params": model.parameters(), "weight_decy": 0.1}], model=model)
+    with pytest.warns(UserWarning, match="weight_decay") as first:
+        optimizer = GLS([{"params": model[:2].parameters(), "weight_decy": 0.1}], model=model)
+    with pytest.warns(UserWarning, match="weight_decay") as second:
+        optimizer.add_param_group({"params": model[2:].parameters(), "weight_decy": 0.1})
+    assert [warning.filename for warning in (*first, *second)] == [__file__] * 2
+
+
+@pytest.mark.parametrize("kind", [set, frozenset, lambda params: dict.fromkeys(params).keys()])
+def test_parameters_without_an_order_are_refused(kind):
+    """A saved state would be given to others."""
+    model = make_mlp()
+    with pytest.raises(TypeError, match="params: expected an order"):
+        GLS(kind(model.parameters()), model=model)
+    with pytest.raises(TypeError, match="params: expected an order"):
+        GLS([{"params": kind(model.parameters())}], model=model)
+
+
+@pytest.mark.parametrize(
+    ("group", "error", "message"),
+    [
+        ([], TypeError, "group: expected a dict"),
+        (None, TypeError, "group: expected a dict"),
+        ({"lr": 1.0}, ValueError, "group: expected a key 'params'"),
+        ({"params": None}, TypeError, "params: expected modules, parameters"),
+        ({"params": 3}, TypeError, "params: expected modules, parameters"),
+        ({"params": "weight"}, TypeError, "params: expected modules, parameters"),
+    ],
+)
+def test_what_is_no_group(group, error, message):
+    optimizer = GLS(make_mlp())
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
 
 
 def test_parameters_without_their_model():
     with pytest.warns(UserWarning, match="model=model"):
         GLS(make_mlp().parameters())
+    with pytest.warns(UserWarning, match="pass the model whose parameters they are"):
+        GLS(make_mlp().parameters(), model=make_mlp())
 
 
 class Elsewhere(nn.Module):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import weakref
 from collections import defaultdict
 
 import numpy as np
@@ -366,3 +367,51 @@ def test_states_are_replaced_between_backward_and_step(backend):
         optimizer.step()
         found.append(params_of(model))
     assert_near(*found, 1e-6)
+
+
+@pytest.mark.parametrize("when", ["before the forward", "before the step"])
+@pytest.mark.parametrize("site", SITES)
+def test_states_of_equal_values_change_nothing(backend, site, when):
+    """As those that are offloaded between steps, and brought back."""
+    found = []
+    for replaces in (True, False):
+        model = make_mlp()
+        optimizer = GLS(model, site=site, backend=backend, **OPTIONS)
+        for seed in range(9):
+            optimizer.zero_grad()
+            if replaces and when == "before the forward":
+                change_tensors(torch.clone)(model, optimizer)
+            loss_of(model, seed).backward()
+            if replaces and when == "before the step":
+                change_tensors(torch.clone)(model, optimizer)
+            optimizer.step()
+        found.append((params_of(model), optimizer.diagnostics()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("how", ["replaced", "cleared", "loaded", "detached"])
+def test_states_that_are_gone_are_freed(how):
+    """But for P, which is known until the next step."""
+    model = make_mlp()
+    optimizer = GLS(model, backend="auto", **OPTIONS)
+    fit(model, optimizer, range(3))
+    kept = {"basis", "core_inverse", "shift"} if how in ("replaced", "cleared") else set()
+    old = [
+        weakref.ref(value)
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and key not in kept
+    ]
+    assert len(old) > 20
+    if how == "replaced":
+        change_tensors(torch.clone)(model, optimizer)
+    elif how == "loaded":
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    else:
+        if how == "detached":
+            optimizer.detach()
+        optimizer.state.clear()
+    if how in ("replaced", "cleared"):
+        optimizer.zero_grad()
+    assert not any(ref() is not None for ref in old)
