@@ -432,6 +432,7 @@ def invert_damped(matrix: Tensor, damp: Tensor, power: float) -> Tensor:
         definite = finite & (values[..., :1] + damp > 0).all()
         roots = (values + damp).clamp(min=torch.finfo(matrix.dtype).tiny) ** -power
         found = (vectors * roots) @ vectors.T
+        definite = definite & found.isfinite().all()
     return torch.where(definite, found, eye / (damp + matrix.trace() / len(matrix)) ** power)
 
 
@@ -439,11 +440,16 @@ def eigenvalues_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [d] and eigenvectors [d, d] of a symmetric matrix that is finite.
 
     Numerics: in float32 LAPACK does not converge where many eigenvalues are alike, as those of
-        inputs that are always zero: then in float64, on the CPU, as not every device has it.
+        inputs that are always zero, and does not always say so: then in float64, on the CPU, as not
+        every device has it.
     """
     try:
         values, vectors = torch.linalg.eigh(matrix)
+        # Other devices are not waited for.
+        converged = not matrix.is_cpu or bool(vectors.isfinite().all())
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        converged = False
+    if not converged:
         values, vectors = torch.linalg.eigh(matrix.to("cpu", torch.float64))
     return values.to(matrix), vectors.to(matrix)
 

@@ -354,6 +354,26 @@ def test_dense_inverse_of_inputs_that_are_mostly_dead(power):
     assert_near(found, reference.invert_gram(sigma.double(), 0.3, power).float(), 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("failures", "expected"), [(1, [1.5**-0.5, 2.5**-0.5]), (2, [2**-0.5] * 2)]
+)
+def test_eigenvalues_that_are_no_numbers(monkeypatch, failures, expected):
+    """LAPACK's float32 does not always say that it has not converged; asked again, float64 may.
+
+    Where it does not, P is a multiple of I.
+    """
+    own, outcomes = torch.linalg.eigh, iter([math.nan] * failures + [1.0] * 2)
+
+    def spoil(matrix):
+        values, vectors = own(matrix)
+        return values, vectors * next(outcomes)
+
+    monkeypatch.setattr(torch.linalg, "eigh", spoil)
+    matrix, damp = torch.diag(torch.tensor([1.0, 2.0])), torch.tensor(0.5)
+    found = reference.invert_damped(matrix, damp, 0.5)
+    assert_near(found, torch.diag(torch.tensor(expected)), 1e-6)
+
+
 @given(n=st.integers(1, 20), k=sizes, m=sizes, ones=st.booleans(), whole=st.booleans(), seed=seeds)
 def test_direction_is_the_damped_least_squares_step(n, k, m, ones, whole, seed):
     """Over the rows: each asks for the output change -n g_i, further rows for damping."""
