@@ -14,11 +14,12 @@ from benchmarks.convergence.report import make_tables
 from benchmarks.convergence.run import Experiment
 from benchmarks.harness.arguments import (
     device,
-    natural,
     positive,
     positive_number,
     refuse_twice,
+    seed,
     setting,
+    settings,
     use_threads,
 )
 from benchmarks.harness.environment import command_line
@@ -130,9 +131,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="[TASK=]N",
         help="of every task or of one; default: 128, of the transformer 32",
     )
-    training.add_argument(
-        "--seeds", nargs="+", type=natural, default=[0, 1, 2], help="default: 0 1 2"
-    )
+    training.add_argument("--seeds", nargs="+", type=seed, default=[0, 1, 2], help="default: 0 1 2")
     training.add_argument(
         "--gls",
         nargs="+",
@@ -151,7 +150,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--warmup",
-        type=natural,
+        type=seed,
         default=0,
         metavar="STEPS",
         help="in which every learning rate rises to its value; default: %(default)s",
@@ -210,7 +209,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     rates.add_argument(
         "--search-seed",
-        type=natural,
+        type=seed,
         default=SEARCH_SEED,
         metavar="SEED",
         help="of every search; none of --seeds; default: %(default)s",
@@ -287,7 +286,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         text=arguments.text,
         train_images=_parse_counts("--train-images", arguments.train_images, tasks),
         validation_images=_parse_counts("--validation-images", arguments.validation_images, tasks),
-        gls=dict(arguments.gls),
+        gls=settings(arguments.gls, "--gls"),
         tries=arguments.tries,
         decays=WEIGHT_DECAYS if decays is None else tuple(decays),
         select=arguments.select or ("train" if arguments.tries is None else "validation"),

@@ -73,7 +73,7 @@ class Experiment:
             raise InputError("no optimizer is left")
         options = replace(options, optimizers=names)
         self.options = options
-        check_gls_options(options.gls, options.optimizers)
+        check_gls_options(options.gls, options.optimizers, options.tasks)
         self._check_same_step()
         self._check_search()
         self._datasets = self._load()

@@ -13,6 +13,9 @@ import torch
 
 from benchmarks.harness.errors import InputError
 
+# torch.Generator takes these.
+MOST_SEEDS = 2**63
+
 
 def positive(text: str) -> int:
     """A whole number, at least 1."""
@@ -25,14 +28,14 @@ def positive(text: str) -> int:
     return value
 
 
-def natural(text: str) -> int:
-    """A whole number, at least 0."""
+def seed(text: str) -> int:
+    """A whole number that torch takes as a seed."""
     try:
         value = int(text)
     except ValueError:
         value = -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 0, got {text!r}")
+    if not 0 <= value < MOST_SEEDS:
+        raise argparse.ArgumentTypeError(f"expected an integer in [0, {MOST_SEEDS}), got {text!r}")
     return value
 
 
@@ -119,6 +122,14 @@ def use_threads(arguments: argparse.Namespace) -> None:
     """Let torch compute on as many threads as asked for."""
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+
+
+def settings(given: Sequence[tuple[str, Any]], option: str) -> dict[str, Any]:
+    """What `setting` has parsed; raises InputError for an option that names one key twice."""
+    names = [name for name, _ in given]
+    if len(set(names)) < len(names):
+        raise InputError(f"{option}: {' '.join(names)} names one twice")
+    return dict(given)
 
 
 def refuse_twice(arguments: argparse.Namespace, *names: str) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 from benchmarks.harness.arguments import (
     add_machine,
-    natural,
     positive,
     positive_number,
     prepare_out,
     refuse_twice,
+    seed,
     setting,
+    settings,
     use_threads,
 )
 from benchmarks.harness.environment import command_line
@@ -85,7 +86,7 @@ def add_stability(subparsers: Any) -> None:
     )
     parser.add_argument("--steps", type=positive, default=200, help="default: %(default)s")
     parser.add_argument("--batch-size", type=positive, help="default: 128, of the transformer 32")
-    parser.add_argument("--seed", type=natural, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     parser.add_argument(
         "--gls",
         nargs="+",
@@ -132,12 +133,12 @@ def _options(arguments: argparse.Namespace) -> StabilityOptions:
     refuse_twice(arguments, "tasks", "normalize", "rates", "dampings")
     if arguments.resume and arguments.overwrite:
         raise InputError("--resume and --overwrite exclude each other")
-    gls = dict(arguments.gls)
+    gls = settings(arguments.gls, "--gls")
     for name, option in (("normalize", "--normalize"), ("damping", "--dampings")):
         if name in gls:
             raise InputError(f"--gls: {name} is what is gone over: use {option}")
     for normalize in arguments.normalize:
-        check_gls_options({**gls, "normalize": normalize}, ["gls"])
+        check_gls_options({**gls, "normalize": normalize}, ["gls"], arguments.tasks)
     defaults = inspect.signature(GLS).parameters
     return StabilityOptions(
         tasks=tuple(arguments.tasks),

@@ -8,11 +8,12 @@ from typing import Any
 from benchmarks.harness.arguments import (
     add_choices,
     add_machine,
-    natural,
     positive,
     prepare_out,
     refuse_twice,
+    seed,
     setting,
+    settings,
     use_threads,
 )
 from benchmarks.harness.errors import InputError
@@ -37,9 +38,7 @@ def add_time_to_loss(subparsers: Any) -> None:
     add_choices(parser, "--tasks", tuple(TASKS), tuple(TASKS))
     parser.add_argument("--epochs", type=positive, default=5, help="default: %(default)s")
     parser.add_argument("--batch-size", type=positive, help="default: 128, of the transformer 32")
-    parser.add_argument(
-        "--seeds", nargs="+", type=natural, default=[0, 1, 2], help="default: 0 1 2"
-    )
+    parser.add_argument("--seeds", nargs="+", type=seed, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument(
         "--lr",
         nargs="+",
@@ -79,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
         rates=rates,
-        gls=dict(arguments.gls),
+        gls=settings(arguments.gls, "--gls"),
         device=arguments.device,
         dataset=arguments.dataset,
         data=arguments.data,

@@ -97,7 +97,7 @@ def measure_time_to_loss(options: TimeOptions, out: Path) -> dict[str, Any]:
         InputError: a bad option or bad data, before anything is trained.
         GateError: GLS does something else than the reference; the task is not trained.
     """
-    check_gls_options(options.gls, [CHALLENGER])
+    check_gls_options(options.gls, [CHALLENGER], options.tasks)
     datasets = {task: _load(options, task) for task in options.tasks}
     results = {
         **describe_run(options.device),

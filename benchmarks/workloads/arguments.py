@@ -14,8 +14,8 @@ from benchmarks.workloads.text import LIBRARY
 
 def rate(text: str) -> tuple[str, float]:
     """NAME=VALUE: an optimizer and its learning rate."""
-    name, _, value = text.partition("=")
-    if name not in OPTIMIZERS:
+    name, equals, value = text.partition("=")
+    if not equals or name not in OPTIMIZERS:
         raise argparse.ArgumentTypeError(
             f"expected NAME=VALUE with a NAME among {', '.join(OPTIMIZERS)}, got {text!r}"
         )

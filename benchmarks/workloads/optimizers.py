@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness.errors import InputError
 from benchmarks.workloads.peers import PEERS, PEERS_EXTRA, make_kron, make_shampoo, make_soap
+from benchmarks.workloads.tasks import TASKS
 from benchmarks.workloads.training import Steps
 from gls_fused import GLS
 from gls_fused.backends.factors import cpu_has_tiles
@@ -192,10 +194,14 @@ OPTIMIZERS = {
 }
 # Those that take the options of --gls.
 GLS_NAMES = ("gls", "gls-sgd", "gls-tuned")
+# What GLS takes besides: lr has an option of its own.
+NOT_OPTIONS = ("params", "model", "lr")
+# Of data, for models on which options are tried.
+SMALL_IMAGES, SMALL_TEXT = (1, 28, 28), (16, 8)
 
 
-def check_gls_options(options: GlsOptions, names: Sequence[str]) -> None:
-    """Build GLS once on a small model, so that a bad option fails before any training.
+def check_gls_options(options: GlsOptions, names: Sequence[str], tasks: Sequence[str]) -> None:
+    """Build GLS once on each task's model, so that a bad option fails before any training.
 
     Raises:
         InputError: an option GLS does not have or a value it does not take.
@@ -207,14 +213,14 @@ def check_gls_options(options: GlsOptions, names: Sequence[str]) -> None:
         )
     if not used:
         return
-    known = [name for name in inspect.signature(GLS).parameters if name not in ("model", "lr")]
+    known = [name for name in inspect.signature(GLS).parameters if name not in NOT_OPTIONS]
     for name in options:
         if name not in known:
             hint = "use --lr gls=VALUE" if name == "lr" else f"choose from {', '.join(known)}"
             raise InputError(f"--gls: unknown option {name!r}, {hint}")
-    for name in used:
-        spec = OPTIMIZERS[name]
+    for name, task in itertools.product(used, tasks):
+        spec, small = OPTIMIZERS[name], SMALL_TEXT if TASKS[task].text else SMALL_IMAGES
         try:
-            spec.build(nn.Linear(3, 2), spec.rate, options)
+            spec.build(TASKS[task].build(small), spec.rate, options)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"--gls: {' '.join(str(error).split())}") from error
