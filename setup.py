@@ -241,7 +241,9 @@ class TiedDistribution(setuptools.Distribution):
         super().parse_config_files(*args, **kwargs)
         # pyproject.toml has just said what holds where pip builds the package for one's own torch.
         self.metadata.version += f"+torch{TORCH_RELEASE}"
-        self.install_requires = self.metadata.install_requires = [f"torch=={TORCH_RELEASE}"]
+        others = [each for each in self.install_requires if not re.match(r"torch\b", each)]
+        needed = [f"torch=={TORCH_RELEASE}", *others]
+        self.install_requires = self.metadata.install_requires = needed
 
 
 def cpu_kernels(capability: str, flags: list[str]) -> CppExtension:

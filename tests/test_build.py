@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -152,6 +153,19 @@ def test_build_requirements_are_listed_alike():
     assert [line for line in lines if not line.startswith("#")] == (
         pyproject["build-system"]["requires"]
     )
+
+
+def test_source_archive_has_all_sources_whatever_is_built_here(source, tmp_path):
+    for name in ("MANIFEST.in", "constraints.txt", "requirements-build.txt"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "examples", source / "examples")
+    made = run_python("setup.py", "-q", "sdist", "-d", str(tmp_path), cwd=source)
+    assert made.returncode == 0, made.stdout + made.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as content:
+        names = {name.partition("/")[2] for name in content.getnames()}
+    wanted = [*source.glob("csrc/**/*.*"), *source.glob("examples/*.py"), source / "MANIFEST.in"]
+    assert {str(path.relative_to(source)) for path in wanted} <= names
 
 
 @pytest.mark.slow
