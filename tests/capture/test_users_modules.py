@@ -362,8 +362,9 @@ def test_scripted_part_takes_adams_update(make):
 
 def test_model_on_the_meta_device():
     model = nn.Sequential(nn.Linear(8, 8), nn.Conv1d(1, 1, 3)).to("meta")
-    GLS(model, **OPTIONS)
-    assert model[1](model[0](torch.ones(2, 1, 8, device="meta"))).shape == (2, 1, 6)
+    optimizer = GLS(model, **OPTIONS)
+    assert model(torch.ones(2, 1, 8, device="meta")).shape == (2, 1, 6)
+    optimizer.detach()
 
 
 def test_complex_layers_are_left_to_an_attached_optimizer():
