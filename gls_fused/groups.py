@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Iterable, Mapping
-from collections.abc import Set as AbstractSet
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
@@ -207,7 +206,7 @@ def split_group(entry: Any) -> Members:
 
 
 def _check_ordered(params: Iterable[Any]) -> None:
-    if isinstance(params, AbstractSet):
+    if isinstance(params, set | frozenset):
         raise TypeError(
             "params: expected an order, by which a saved state is found again, "
             f"got a {type(params).__name__}"

@@ -14,6 +14,7 @@ from benchmarks.convergence.report import make_tables
 from benchmarks.convergence.run import Experiment
 from benchmarks.harness.arguments import (
     device,
+    natural,
     positive,
     positive_number,
     refuse_twice,
@@ -150,7 +151,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--warmup",
-        type=seed,
+        type=natural,
         default=0,
         metavar="STEPS",
         help="in which every learning rate rises to its value; default: %(default)s",

@@ -28,14 +28,22 @@ def positive(text: str) -> int:
     return value
 
 
-def seed(text: str) -> int:
-    """A whole number that torch takes as a seed."""
+def natural(text: str) -> int:
+    """A whole number, at least 0."""
     try:
         value = int(text)
     except ValueError:
         value = -1
-    if not 0 <= value < MOST_SEEDS:
-        raise argparse.ArgumentTypeError(f"expected an integer in [0, {MOST_SEEDS}), got {text!r}")
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 0, got {text!r}")
+    return value
+
+
+def seed(text: str) -> int:
+    """A whole number that torch takes as a seed."""
+    value = natural(text)
+    if value >= MOST_SEEDS:
+        raise argparse.ArgumentTypeError(f"expected an integer below {MOST_SEEDS}, got {text!r}")
     return value
 
 

@@ -17,7 +17,7 @@ def autocast_inputs(inputs: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     taken where the native module is there to ask for it; else there is one for each call.
     """
     device, tensors = inputs.device.type, (inputs, *others)
-    # Of a model on the meta device torch cannot be asked the second.
+    # Asked of a device without autocast, such as meta, the second raises.
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     native = None if torch.compiler.is_compiling() else native_module()
