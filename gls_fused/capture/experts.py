@@ -266,7 +266,9 @@ class _ExpertsObserver(TorchFunctionMode):
             if _is_grouped(func) and part.turned and part.experts is None and ends is not None:
                 places = torch.arange(len(left), device=ends.device, dtype=ends.dtype)
                 whose = torch.searchsorted(ends, places, right=True)
-                return left, _show_rows(part, whose, left), *rest
+                # Autocast casts nothing of torch's own.
+                rows = left if func is _GROUPED else autocast_inputs(left)[0]
+                return left, _show_rows(part, whose, rows), *rest
         part = self.find(left)
         if part is not None and func in BATCHED and not part.turned and right.ndim in (2, 3):
             rows = right.mT
@@ -288,8 +290,11 @@ class _ExpertsObserver(TorchFunctionMode):
         return equation, *operands
 
 
+_GROUPED = getattr(torch, "_grouped_mm", None)
+
+
 def _is_grouped(func: Any) -> bool:
-    if func is getattr(torch, "_grouped_mm", None):
+    if func is _GROUPED:
         return True
     # What transformers has for devices and dtypes that torch's own has no kernel for.
     return getattr(func, "_qualified_op_name", None) == "transformers::grouped_mm_fallback"
@@ -304,6 +309,7 @@ def _whose_zeros_are_not(inputs: Tensor) -> Tensor:
 
 def _show(part: _Part, rows: Tensor) -> Tensor:
     """The tensor, shown with rows [..., k] of an expert, or [matrices, n, k]."""
+    (rows,) = autocast_inputs(rows)
     if isinstance(part.experts, int):
         return _show_rows(part, part.experts, rows)
     if part.experts is None:
@@ -313,7 +319,6 @@ def _show(part: _Part, rows: Tensor) -> Tensor:
 
 def _show_rows(part: _Part, whose: Tensor | int, inputs: Tensor) -> Tensor:
     layer = part.layer
-    (inputs,) = autocast_inputs(inputs)
     if not (layer.gathers and layer.sees(inputs)):
         return part.tensor
     rows = without_tangent(inputs).flatten(0, -2)

@@ -211,3 +211,20 @@ def test_graph_of_torch_compile(registered, multiply):
 def test_sums_that_have_no_rows(equation):
     weight, inputs = torch.zeros(2, 3, 3), torch.zeros(2, 4, 3)
     assert rows_of_einsum(equation, 1, weight, inputs, turned=False) is None
+
+
+def test_rows_of_a_grouped_product_are_not_cast_by_autocast(registered):
+    """As the product itself, of float32, is not."""
+    traces = []
+    for enabled in (True, False):
+        torch.manual_seed(0)
+        model = Experts(by_group, False)
+        optimizer = GLS(model, rank=4)
+        rows = torch.randn(sum(SIZES), WIDTH)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(rows).square().mean()
+        loss.backward()
+        optimizer.step()
+        layer = optimizer._preconditioner.layers[0]
+        traces.append(optimizer.state[layer.weight]["trace"])
+    assert torch.equal(*traces)
