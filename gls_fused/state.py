@@ -87,7 +87,7 @@ def upgrade_group(group: Mapping[str, Any], index: int, options: Iterable[str]) 
             raise ValueError(
                 f"group {index}: expected the options of GLS, got none named {option!r}"
             )
-    return group
+    return {**group, "step": _as_number(group["step"])}
 
 
 def check_saved(state_dict: Any) -> None:
@@ -122,11 +122,20 @@ def upgrade_layer(owner: str, state: Mapping[str, Any]) -> dict[str, Any]:
         owner: whose it is, for errors.
     """
     check_mapping(owner, state)
+    numbers = OWN_NUMBERS & state.keys()
+    state = {**state, **{key: _as_number(state[key]) for key in numbers}}
     for key in ("trace", "gram"):
         if "rows" in state and isinstance(state.get(key), Tensor) and "samples" not in state:
             unknown = torch.full((), math.inf, dtype=state[key].dtype, device=state[key].device)
             return {**state, "samples": unknown}
-    return dict(state)
+    return state
+
+
+def _as_number(value: Any) -> Any:
+    """Python's whole number of one that somebody has made numpy's, a tensor or a float."""
+    if hasattr(value, "item") and not getattr(value, "ndim", 1):
+        value = value.item()
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def check_state(

@@ -38,6 +38,9 @@ from gls_fused.distributed.sharding import (
     whole_on_each,
 )
 
+# An attribute that captured parameters have, for `_is_own`.
+OWNED = "_gls_owned"
+
 
 class Found(NamedTuple):
     """What has been found of one weight in a model.
@@ -233,6 +236,8 @@ class Layer(Passes):
             if earlier is not None and earlier is not self:
                 earlier.release()
             capture_module(module, self)
+        for param in self.params:
+            setattr(param, OWNED, True)
         self.captured = True
 
     def recapture(self) -> None:
@@ -246,6 +251,8 @@ class Layer(Passes):
             self.leave_backward_site()
         for module in self.routed:
             release_module(module, self)
+        for param in self.params:
+            vars(param).pop(OWNED, None)
         self.captured = False
         self.expect(None, gathers=False, at_backward=False)
         self.take_sums()
@@ -265,7 +272,7 @@ class Layer(Passes):
         weight = self.held_by(module)
         if weight is None or not (weight.requires_grad and torch.is_grad_enabled()):
             return False
-        if weight is not self.weight and self.shards is None:
+        if self.shards is None and not _is_own(weight, self.weight):
             # Another's: a parameter replaced, or those of torch.func.functional_call.
             return False
         if torch.compiler.is_compiling():
@@ -404,7 +411,7 @@ class Layer(Passes):
         """
         if not self.ones or self.shards is not None:
             return True
-        return self.bias_trains and module._parameters.get(str(self.bias_key)) is self.bias
+        return self.bias_trains and _is_own(module._parameters.get(str(self.bias_key)), self.bias)
 
     @abc.abstractmethod
     def compute(
@@ -436,6 +443,15 @@ def bias_of(module: nn.Module) -> Tensor | None:
     bias: Any = known["bias"] if "bias" in known else getattr(module, "bias", None)
     assert bias is None or isinstance(bias, Tensor)
     return bias
+
+
+def _is_own(param: Tensor | None, own: Tensor | None) -> bool:
+    """Whether what a module has is the layer's own parameter."""
+    if param is own or not torch.compiler.is_compiling():
+        return param is own
+    # Dynamo guards that two parameters are one, and not that they are two: without this a graph of
+    # somebody else's would be taken once the layer's own is back.
+    return hasattr(param, OWNED) and param is own
 
 
 def without_tangent(inputs: Tensor) -> Tensor:

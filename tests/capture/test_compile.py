@@ -15,6 +15,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from gls_fused import GLS, attach
+from gls_fused.capture.layer import OWNED
 
 # One at step 0, one for steps that gather rows, one for those that do not.
 GRAPHS = 3
@@ -517,5 +518,37 @@ def test_parameters_of_others_in_a_graph_keep_their_gradient(kind, site, change,
         optimizer.step()
         traces = [state["trace"] for state in optimizer.state.values() if "trace" in state]
         found.append([*snapshot(model), *traces])
+    for compiled, eager in zip(*found, strict=True):
+        assert_near(compiled, eager, SAME_STEPS)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 0), (1, 0, 0)], ids=["own first", "other first"])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("site", ["step", "backward"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_own_parameter_is_put_back(kind, site, name, order):
+    """A graph that was traced without the layer is not taken again then."""
+    make, shape = FOREIGN[kind]
+    found = []
+    for compiles in (True, False):
+        torch.manual_seed(0)
+        model = make().double()
+        optimizer = GLS(model, site=site, rank=3, curvature_every=1)
+        call = torch.compile(model, backend="aot_eager") if compiles else model
+        own, layer = getattr(model[0], name), optimizer._preconditioner.layers[0]
+        results = []
+        for seed, other in enumerate((0, *order)):
+            optimizer.zero_grad()
+            now = nn.Parameter(torch.full_like(own, 0.1)) if other else own
+            setattr(model[0], name, now)
+            inputs = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
+            # P is there for all but the first, which is eager.
+            (call if seed else model)(inputs).square().sum().backward()
+            results.append(now.grad.clone())
+            optimizer.step()
+            results.append(optimizer.state[layer.weight]["trace"].clone())
+        found.append(results)
+        optimizer.detach()
+        assert not any(OWNED in vars(p) for p in model.parameters())
     for compiled, eager in zip(*found, strict=True):
         assert_near(compiled, eager, SAME_STEPS)

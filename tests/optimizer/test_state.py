@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from nets import OPTIONS, assert_equal, assert_same_state, make_net, make_trained, train
@@ -242,7 +243,7 @@ SPOILT = [
     (in_weight("exp_avg", [1.0]), ValueError, "expected exp_avg as a tensor"),
     (in_weight("step", 3), ValueError, "expected step as a tensor, got 3"),
     (in_weight("rows", "x"), ValueError, "layer 'first': expected rows as a number, got 'x'"),
-    (in_weight("at_step", torch.ones(())), ValueError, "expected at_step as a number"),
+    (in_weight("at_step", torch.ones(2)), ValueError, "expected at_step as a number"),
     (lambda saved: saved["state"].update({2: None}), TypeError, "parameter 2: expected a dict"),
     (lambda saved: saved.pop("state"), ValueError, "expected the keys 'state' and 'param_groups'"),
     (lambda saved: saved.update(state=[]), TypeError, "state_dict: state: expected a dict"),
@@ -262,6 +263,22 @@ def test_state_of_wrong_values_is_refused_whole(spoil, error, message):
     assert_same_state(optimizer.state_dict(), before)
     steps = range(4, 7)
     assert_equal(train(model, optimizer, steps), train(twin, untouched, steps))
+
+
+@pytest.mark.parametrize("convert", [torch.as_tensor, np.asarray, np.int64, float])
+def test_numbers_that_were_converted_are_taken(convert):
+    model, optimizer = make_trained()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["step"] = convert(saved["param_groups"][0]["step"])
+    for state in saved["state"].values():
+        for key in ("rows", "outputs", "at_step", "lent", "due"):
+            if key in state:
+                state[key] = convert(state[key])
+    later = make_net("mlp")
+    later.load_state_dict(model.state_dict())
+    twin = GLS(later, **OPTIONS)
+    twin.load_state_dict(saved)
+    assert_equal(train(later, twin, range(4, 7)), train(model, optimizer, range(4, 7)))
 
 
 @pytest.mark.parametrize("saved", [None, [], "x"])
