@@ -34,10 +34,10 @@ from gls_fused.state import (
     VERSION,
     check_curvature,
     check_mapping,
-    check_step,
     check_version,
     copy_tensors,
     is_priming,
+    read_step,
     saved_state,
     take_due,
     upgrade_layer,
@@ -259,7 +259,7 @@ class Attachment:
             keys = sorted(map(str, state_dict))
             raise ValueError(f"state_dict: expected one of attach, got keys {keys}")
         check_version(state_dict)
-        check_step("state_dict", state_dict.get("step"))
+        step = read_step("state_dict", state_dict.get("step"))
         saved = {
             plain_name(name): upgrade_layer(f"layer {name!r}", state)
             for name, state in layers.items()
@@ -271,7 +271,7 @@ class Attachment:
             )
         for layer in self._layers:
             check_curvature(layer, saved[layer.name])
-        self._step = state_dict["step"]
+        self._step = step
         for layer in self._layers:
             self._states[layer.weight] = copy_tensors(saved[layer.name], layer.weight)
         take_due(self._layers, self._states)

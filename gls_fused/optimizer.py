@@ -59,7 +59,6 @@ from gls_fused.state import (
     VERSION,
     check_saved,
     check_state,
-    check_step,
     copy_state,
     forget_orthogonal,
     is_priming,
@@ -537,9 +536,8 @@ class GLS(torch.optim.Optimizer):
 
         def check(_: torch.optim.Optimizer, found: dict[str, Any]) -> dict[str, Any]:
             checked.update(upgrade_state(found, self._options))
-            for index, group in enumerate(checked["param_groups"]):
+            for group in checked["param_groups"]:
                 check_group_options(group, self._preconditioner.site)
-                check_step(f"group {index}", group["step"])
             check_state(checked, self.param_groups, layers, self._names)
             for mine, group in zip(layers, checked["param_groups"], strict=True):
                 for layer in mine:

@@ -75,7 +75,8 @@ def upgrade_group(group: Mapping[str, Any], index: int, options: Iterable[str]) 
     Args:
         options: the keys that a group must have.
     Raises:
-        ValueError: it is of a later version, or lacks an option.
+        TypeError: it is no dict.
+        ValueError: it is of a later version, lacks an option, or its step is no whole number.
     """
     check_mapping(f"group {index}", group)
     version = check_version(group)
@@ -87,7 +88,7 @@ def upgrade_group(group: Mapping[str, Any], index: int, options: Iterable[str]) 
             raise ValueError(
                 f"group {index}: expected the options of GLS, got none named {option!r}"
             )
-    return {**group, "step": _as_number(group["step"])}
+    return {**group, "step": read_step(f"group {index}", group["step"])}
 
 
 def check_saved(state_dict: Any) -> None:
@@ -396,10 +397,12 @@ def _check_shapes(
             raise ValueError(f"{owner}: expected {key} {[*shape]}, got {[*found[key]]}")
 
 
-def check_step(owner: str, step: Any) -> None:
-    """Raises ValueError unless so many steps may have been taken."""
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+def read_step(owner: str, step: Any) -> int:
+    """How many steps have been taken; raises ValueError for what is no such number."""
+    found = _as_number(step)
+    if not isinstance(found, int) or isinstance(found, bool) or found < 0:
         raise ValueError(f"{owner}: expected step as a whole number, at least 0, got {step!r}")
+    return found
 
 
 def check_mapping(owner: str, found: Any) -> None:
