@@ -272,19 +272,18 @@ class Layer(Passes):
         weight = self.held_by(module)
         if weight is None or not (weight.requires_grad and torch.is_grad_enabled()):
             return False
-        if self.shards is None and not _is_own(weight, self.weight):
-            # Another's: a parameter replaced, or those of torch.func.functional_call.
-            return False
+        # Another's: a parameter replaced, or those of torch.func.functional_call.
+        own = self.shards is not None or _is_own(weight, self.weight)
         if torch.compiler.is_compiling():
             applies = self.at_backward and self.promised
-            return (applies or self.gathers) and not _is_exporting()
+            return own and (applies or self.gathers) and not _is_exporting()
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 f"layer {self.name!r}: torch.func's transforms (grad, vmap, ...) would give "
                 "gradients of rows that GLS does not see; use a copy.deepcopy of the model, "
                 "or call detach() of the optimizer first"
             )
-        if not (self.by_node or self.gathers):
+        if not (own and (self.by_node or self.gathers)):
             return False
         if torch._C._get_tracing_state() is not None:
             return False

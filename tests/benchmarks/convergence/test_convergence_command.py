@@ -193,7 +193,7 @@ def test_results_are_not_overwritten_by_accident(tmp_path, run_main):
         (("--batch-size", "1438"), "--batch-size 1438 is more than the 1437 training images"),
         (("--seeds", "-1"), "expected an integer >= 0, got '-1'"),
         (("--seeds", "1", "1"), "--seeds: 1 1 names one twice"),
-        (("--lr", "adam"), "expected a number > 0, got ''"),
+        (("--lr", "adam"), "expected NAME=VALUE"),
         (("--lr", "adam=nan"), "expected a number > 0, got 'nan'"),
         (("--lr", "lion=1"), "expected NAME=VALUE"),
         (("--lr-gls", "0"), "expected a number > 0, got '0'"),
