@@ -476,6 +476,18 @@ FOREIGN = {
 }
 
 
+def begin(make, site, compiles):
+    """A model with its optimizer, and what it is called by."""
+    torch.manual_seed(0)
+    model = make().double()
+    optimizer = GLS(model, site=site, rank=3, curvature_every=1)
+    return model, optimizer, torch.compile(model, backend="aot_eager") if compiles else model
+
+
+def inputs_of(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
 @pytest.mark.parametrize("how", ["replaced", "functional_call"])
 @pytest.mark.parametrize("change", [other_weight, other_bias])
 @pytest.mark.parametrize("site", ["step", "backward"])
@@ -485,13 +497,10 @@ def test_parameters_of_others_in_a_graph_keep_their_gradient(kind, site, change,
     make, shape = FOREIGN[kind]
     found = []
     for compiles in (True, False):
-        torch.manual_seed(0)
-        model = make().double()
-        optimizer = GLS(model, site=site, rank=3, curvature_every=1)
-        call = torch.compile(model, backend="aot_eager") if compiles else model
+        model, optimizer, call = begin(make, site, compiles)
         for seed in range(3):
             optimizer.zero_grad()
-            inputs = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
+            inputs = inputs_of(shape, seed)
             call(inputs).square().sum().backward()
             optimizer.step()
         optimizer.zero_grad()
@@ -531,17 +540,14 @@ def test_own_parameter_is_put_back(kind, site, name, order):
     make, shape = FOREIGN[kind]
     found = []
     for compiles in (True, False):
-        torch.manual_seed(0)
-        model = make().double()
-        optimizer = GLS(model, site=site, rank=3, curvature_every=1)
-        call = torch.compile(model, backend="aot_eager") if compiles else model
+        model, optimizer, call = begin(make, site, compiles)
         own, layer = getattr(model[0], name), optimizer._preconditioner.layers[0]
         results = []
         for seed, other in enumerate((0, *order)):
             optimizer.zero_grad()
             now = nn.Parameter(torch.full_like(own, 0.1)) if other else own
             setattr(model[0], name, now)
-            inputs = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
+            inputs = inputs_of(shape, seed)
             # P is there for all but the first, which is eager.
             (call if seed else model)(inputs).square().sum().backward()
             results.append(now.grad.clone())
