@@ -24,10 +24,10 @@ from gls_fused.apply.spectral import MOST_SHARE
 from gls_fused.backends.dispatch import resolve_backend
 from gls_fused.capture.find import Uncovered, find_layers
 from gls_fused.capture.layer import Layer
-from gls_fused.curvature.estimate import check_device, recast
 from gls_fused.curvature.precision import outside_modes
 from gls_fused.diagnostics import describe, diagnose
 from gls_fused.distributed.ranks import Ranks, unwrapped
+from gls_fused.followed import Followed
 from gls_fused.groups import (
     Members,
     Scale,
@@ -44,7 +44,7 @@ from gls_fused.groups import (
     split_group,
     warn_of_misspellings,
 )
-from gls_fused.host import are_same, has_frozen_gradient, held_by, holds
+from gls_fused.host import are_same, has_frozen_gradient
 from gls_fused.preconditioner import (
     SITES,
     Preconditioner,
@@ -55,7 +55,6 @@ from gls_fused.preconditioner import (
 )
 from gls_fused.scaling import take_flag, unscale_
 from gls_fused.state import (
-    AVERAGES,
     VERSION,
     check_saved,
     check_state,
@@ -231,17 +230,12 @@ class GLS(torch.optim.Optimizer):
         self._layers_of: list[tuple[dict[str, Any], list[Layer]]] = []
         self._owners: dict[Tensor, dict[str, Any]] = {}
         self._seen: list[Any] = []
-        # By a group's id, what its layers' updates take; for these states and what they held.
-        self._kept: dict[int, Kept] = defaultdict(Kept)
+        self._followed = Followed()
         # By a group's id, what its parameters are rounded by.
         self._seeds: dict[int, Seeds] = {}
         # By a group's id, the options that have been found in range, and which they are.
         self._checked_options: list[str] = []
         self._checked: dict[int, tuple[list[Any], list[Any]]] = {}
-        # What the states held, and for what of `_seen`.
-        self._known: list[Any] = []
-        self._known_for: list[Any] | None = None
-        self._probes: list[tuple[Tensor, str, Tensor]] = []
         # Which a shallow copy of the optimizer shares.
         self._finalizer = weakref.finalize(preconditioner, release_all, preconditioner.layers)
         self._finalizer.atexit = False
@@ -442,10 +436,10 @@ class GLS(torch.optim.Optimizer):
         preconditioner.check_captured()
         check_dense(self.param_groups)
         self._check_options(groups)
-        self._check_states()
+        kept = self._follow_states()
         for group, layers in groups:
-            if preconditioner.adopt(layers, self.state, known=bool(self._kept)):
-                self._kept.clear()
+            if preconditioner.adopt(layers, self.state, known=bool(kept)):
+                kept.clear()
             if group["normalize"] == "sgd":
                 # Where it was another scale in the backward, p.grad may hold D.
                 preconditioner.leave_backward_sites(layers)
@@ -461,17 +455,16 @@ class GLS(torch.optim.Optimizer):
         for group, layers in groups:
             started = preconditioner.start(layers, self.state, sums, group)
             self._forget_earlier(layers, started)
-            kept = self._kept[id(group)]
-            if group["max_change"] is not None and (started or not kept.measured):
+            if group["max_change"] is not None and (started or not kept[id(group)].measured):
                 new = [p for p in layers if p in started or self._is_unmeasured(p)]
                 measure_weights(new, self.state)
-                kept.measured = True
+                kept[id(group)].measured = True
             mine = [p for p in layers if p.weight.grad is not None and p.inverse is not None]
             ready.update(id(param) for layer in mine for param in layer.params)
         for group, layers in groups:
             stepping = [layer for layer in layers if id(layer.weight) in ready]
-            kept = self._kept[id(group)]
-            step_layers_(stepping, self.state, group, self._owners, kept, self._seed_of, skip)
+            alike = kept[id(group)]
+            step_layers_(stepping, self.state, group, self._owners, alike, self._seed_of, skip)
             others = [p for p in group["params"] if id(p) not in ready and p.grad is not None]
             if others:
                 own = [self.state[p] for p in others]
@@ -487,10 +480,7 @@ class GLS(torch.optim.Optimizer):
             for layer in layers:
                 layer.finish_step()
             preconditioner.expect(layers, self.state, group["step"], group)
-        entries = len(self.state) + sum(map(len, self.state.values()))
-        if entries != len(self._known):
-            # Who empties the states leaves what this step has found, see `_follow_states`.
-            self._known_for = None
+        self._followed.finish(self.state)
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -499,8 +489,7 @@ class GLS(torch.optim.Optimizer):
         self._groups()
         super().zero_grad(set_to_none)
         self._preconditioner.discard_sums()
-        if not holds(self.state, self._known):
-            self._drop_kept()
+        self._followed.drop_replaced(self.state)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, plain numbers and names, by torch's keys; see `gls_fused.state`."""
@@ -567,7 +556,7 @@ class GLS(torch.optim.Optimizer):
     def detach(self) -> None:
         """Leave the model exactly as it was before; `step` raises from here on."""
         release_all(self._preconditioner.layers)
-        self._drop_kept()
+        self._followed.drop()
 
     def __copy__(self) -> Self:
         """Another with the same groups, states and layers, as a shallow copy of torch's own."""
@@ -678,51 +667,25 @@ class GLS(torch.optim.Optimizer):
         return [option for option in self.defaults if option != "differentiable"]
 
     def _restart(self) -> None:
-        self._drop_kept()
+        self._followed.drop()
         self._preconditioner.restart()
         self._expect()
-
-    def _drop_kept(self) -> None:
-        """Refer to no state that may have been replaced since; the next step looks at all anew."""
-        self._kept.clear()
-        self._known, self._known_for, self._probes = [], None, []
 
     def _squares_of(self, layer: Layer) -> list[Tensor]:
         states = (self.state[param] for param in layer.params if param in self.state)
         return [state["exp_avg_sq"] for state in states if "exp_avg_sq" in state]
 
-    def _check_states(self) -> None:
-        """Follow what was done to the states, before anything is changed.
+    def _follow_states(self) -> dict[int, Kept]:
+        """What is kept of the states, by a group's id; before anything is changed.
 
         Raises:
-            RuntimeError: one is not where its parameter is.
+            RuntimeError: a state is not where its parameter is.
         """
         if type(self.state) is not defaultdict:
             self.state = defaultdict(dict, self.state)
-        self._follow_states()
-        for param, key, probe in self._probes:
-            wide = torch.float64 if param.dtype is torch.float64 else torch.float32
-            dtype = wide if key == "exp_avg" else torch.float32
-            if probe.dtype is not dtype or probe.device != param.device:
-                state, name = self.state[param], f"parameter {self._names.get(param, '')!r}"
-                check_device(name, param, state, ("step", "master", *AVERAGES))
-                recast(state, wide, AVERAGES)
-                recast(state, torch.float32, ("step", "master"))
-                self._kept.clear()
-
-    def _follow_states(self) -> None:
-        """Drop what is kept unless the states hold what they held, for the same parameters."""
-        if self._known_for is self._seen and holds(self.state, self._known):
-            return
-        self._known, self._known_for = held_by(self.state), self._seen
-        self._kept.clear()
-        # Who moves or casts a state does so with all of it: one of its tensors tells.
-        self._probes = []
-        for param in self._owners:
-            state = self.state.get(param) or {}
-            key = "exp_avg" if state.get("exp_avg") is not None else "step"
-            if state.get(key) is not None:
-                self._probes.append((param, key, state[key]))
+        self._followed.follow(self.state, self._owners, self._seen)
+        self._followed.recast(self.state, self._names)
+        return self._followed.kept
 
     def _is_unmeasured(self, layer: Layer) -> bool:
         return layer.inverse is not None and "weight_rms" not in self.state[layer.weight]

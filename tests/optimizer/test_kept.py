@@ -92,8 +92,7 @@ def run(kind, change, *, keeps):
         if step == 5:
             change(model, optimizer)
         if not keeps:
-            optimizer._kept.clear()
-            optimizer._known = []
+            optimizer._followed.drop()
         optimizer.zero_grad()
         inputs, labels = make_batch(kind, 12, step)
         inputs = inputs.to(next(model.parameters()).dtype)
@@ -125,8 +124,7 @@ def test_one_layer_of_two_is_cast(policy):
             if step == 3:
                 model[0].to(torch.bfloat16)
             if not keeps:
-                optimizer._kept.clear()
-                optimizer._known = []
+                optimizer._followed.drop()
             optimizer.zero_grad()
             for layer in model:
                 layer(torch.randn(6, 4).to(layer.weight.dtype)).square().sum().backward()

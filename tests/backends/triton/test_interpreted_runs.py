@@ -155,7 +155,9 @@ def test_launches_of_a_step(monkeypatch, layers, dtype):
         loss.backward()
         gathered = len(launches)
         # Which a CPU alone keeps.
-        for alike in itertools.chain.from_iterable(k._found for k in optimizer._kept.values()):
+        for alike in itertools.chain.from_iterable(
+            k._found for k in optimizer._followed.kept.values()
+        ):
             alike._bounds = None
         with CountedOps() as ops:
             optimizer.step()
