@@ -14,7 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from benchmarks.convergence.records import EpochRecord, Run
-from benchmarks.convergence.summary import cumulative_seconds, final_runs, spread
+from benchmarks.convergence.summary import (
+    cumulative_seconds,
+    epoch_steps,
+    final_runs,
+    spread,
+)
 from benchmarks.harness.files import write_atomically
 from benchmarks.workloads.optimizers import OPTIMIZERS
 from benchmarks.workloads.tasks import TASKS
@@ -84,9 +89,8 @@ def plot_convergence(config: Mapping[str, Any], records: Sequence[EpochRecord], 
                 # At one height, with a second axis below and without.
                 axes.set_title(title, fontsize=12, y=1.22)
         data = config["settings"][f"data of {task}"]
-        steps = data["train_images"] // batch_size_of(config, task)
         for axes in row[:2]:
-            _add_steps(axes, steps)
+            _add_steps(axes, epoch_steps(config["settings"], task))
         row[0].set_ylabel(f"{TASKS[task].title}\n{data['name']}", fontsize=10)
     handles = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
     if handles:
@@ -101,12 +105,6 @@ def plot_convergence(config: Mapping[str, Any], records: Sequence[EpochRecord], 
     image = io.BytesIO()
     figure.savefig(image, format="png")
     write_atomically(path, image.getvalue())
-
-
-def batch_size_of(config: Mapping[str, Any], task: str) -> int:
-    """Of a recorded experiment."""
-    settings = config["settings"]
-    return int(settings.get(f"batch size of {task}", settings["batch_size"]))
 
 
 def _add_steps(axes: Axes, steps_per_epoch: int) -> None:

@@ -15,6 +15,7 @@ from benchmarks.convergence.summary import (
     SpeedUp,
     Spread,
     baseline_of,
+    epoch_steps,
     final_runs,
     last_loss,
     loss_ratios,
@@ -50,10 +51,11 @@ def make_tables(
     tasks, optimizers = config["tasks"], config["optimizers"]
     order = [(task, name) for task in tasks for name in optimizers if (task, name) in runs]
     baseline = baseline_of(optimizers)
+    steps = {task: epoch_steps(settings, task) for task in tasks}
     tables = [
         _loss_table(runs, order, settings["epochs"]),
         make_best_table(runs, order, baseline),
-        make_share_table(curves_of(runs, evaluations), order, baseline),
+        make_share_table(curves_of(runs, evaluations, steps), order, baseline),
         _ratio_table(runs, tasks),
         _speed_up_table(runs, tasks),
         _same_step_table(runs, tasks),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.convergence.records import EpochRecord, Run, is_complete
 
@@ -53,6 +54,13 @@ class SpeedUp:
 def baseline_of(optimizers: Sequence[str]) -> str:
     """What the others are compared with: Adam, or AdamW where it stands for it."""
     return "adamw" if BASELINE not in optimizers and "adamw" in optimizers else BASELINE
+
+
+def epoch_steps(settings: Mapping[str, Any], task: str) -> int:
+    """Steps of an epoch of a recorded experiment."""
+    batch_size: int = settings.get(f"batch size of {task}", settings["batch_size"])
+    images: int = settings[f"data of {task}"]["train_images"]
+    return images // batch_size
 
 
 def spread(values: Iterable[float]) -> Spread | None:

@@ -133,9 +133,9 @@ def make_share_table(curves: Curves, order: Order, baseline: str) -> Table:
     return Table(
         f"Until {name}'s best loss",
         f"The steps and the seconds of training until {name}'s lowest training loss, and until its "
-        f"lowest validation loss, over {name}'s own, per seed: mean [least, greatest]. Losses are "
-        "those of the evaluations, the training loss the mean since the one before; between two "
-        "they count as linear.",
+        f"lowest validation loss, over {name}'s own, per seed: mean [least, greatest]. Training "
+        "losses are those of the evaluations, means since the one before, validation losses those "
+        "of the evaluations and of the epochs; between two they count as linear.",
         (
             "task",
             "optimizer",
@@ -179,10 +179,12 @@ def best_epoch(run: Run, figure: str) -> tuple[float, int] | None:
     return min(found, default=None)
 
 
-def shares_of(mine: Mapping[int, Curve], its: Mapping[int, Curve], loss: Loss) -> list[Way]:
+def shares_of(
+    mine: Mapping[int, Mapping[Loss, Curve]], its: Mapping[int, Mapping[Loss, Curve]], loss: Loss
+) -> list[Way]:
     """Of every seed that both have."""
     seeds = sorted(mine.keys() & its.keys())
-    found = [share_of(mine[seed], its[seed], loss) for seed in seeds]
+    found = [share_of(mine[seed][loss], its[seed][loss]) for seed in seeds]
     return [way for way in found if way is not None]
 
 

@@ -1,4 +1,4 @@
-"""The way to a baseline's best loss, in steps and in seconds, interpolated between evaluations."""
+"""The way to a baseline's best loss, in steps and in seconds, interpolated between measurements."""
 
 from __future__ import annotations
 
@@ -6,13 +6,23 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from benchmarks.convergence.records import EvaluationRecord
-from benchmarks.convergence.summary import BySeed
+from benchmarks.convergence.records import EvaluationRecord, Run, RunKey
+from benchmarks.convergence.summary import BySeed, cumulative_seconds
 
 Loss = Literal["train_loss", "validation_loss"]
-# The evaluations of one run, in their order.
-Curve = Sequence[EvaluationRecord]
-Curves = Mapping[tuple[str, str], Mapping[int, Curve]]
+
+
+class Point(NamedTuple):
+    """A loss after some steps and seconds of training; None where it was not finite."""
+
+    step: int
+    seconds: float
+    loss: float | None
+
+
+Curve = Sequence[Point]
+# By (task, optimizer), seed and loss.
+Curves = Mapping[tuple[str, str], Mapping[int, Mapping[Loss, Curve]]]
 
 
 class Way(NamedTuple):
@@ -29,50 +39,67 @@ NEVER = Way(math.inf, math.inf)
 
 
 def curves_of(
-    runs: Mapping[tuple[str, str], BySeed], evaluations: Sequence[EvaluationRecord]
+    runs: Mapping[tuple[str, str], BySeed],
+    evaluations: Sequence[EvaluationRecord],
+    epoch_steps: Mapping[str, int],
 ) -> Curves:
-    """The evaluations of these runs, by (task, optimizer) and seed."""
-    wanted = {run[0].key for by_seed in runs.values() for run in by_seed.values()}
-    found: dict[tuple[str, str], dict[int, list[EvaluationRecord]]] = {}
+    """The training losses of the evaluations; their validation losses, and those of epochs.
+
+    Args:
+        epoch_steps: steps of an epoch, by task.
+    """
+    by_run: dict[RunKey, list[EvaluationRecord]] = {}
     for record in evaluations:
-        if record.key in wanted:
-            by_seed = found.setdefault((record.task, record.optimizer), {})
-            by_seed.setdefault(record.seed, []).append(record)
-    return found
+        by_run.setdefault(record.key, []).append(record)
+    return {
+        (task, name): {
+            seed: {
+                "train_loss": [Point(e.step, e.seconds, e.train_loss) for e in found],
+                "validation_loss": _validation_losses(run, found, epoch_steps[task]),
+            }
+            for seed, run in by_seed.items()
+            if (found := by_run.get(run[0].key))
+        }
+        for (task, name), by_seed in runs.items()
+    }
 
 
-def best_loss(curve: Curve, loss: Loss) -> float | None:
-    """The lowest at an evaluation; None if there is none."""
-    found = [value for record in curve if (value := getattr(record, loss)) is not None]
-    return min(found, default=None)
+def _validation_losses(run: Run, evaluations: Sequence[EvaluationRecord], steps: int) -> Curve:
+    ends = zip(run, cumulative_seconds(run), strict=True)
+    found = {end.epoch * steps: (seconds, end.validation_loss) for end, seconds in ends}
+    found.update((each.step, (each.seconds, each.validation_loss)) for each in evaluations)
+    return [Point(step, *found[step]) for step in sorted(found)]
 
 
-def way_to(curve: Curve, loss: Loss, target: float) -> Way:
+def best_loss(curve: Curve) -> float | None:
+    """The lowest; None if there is none."""
+    return min((point.loss for point in curve if point.loss is not None), default=None)
+
+
+def way_to(curve: Curve, target: float) -> Way:
     """Until the loss first is at or below the target.
 
-    Between the evaluation before and the one that is there the loss counts as linear. A run that is
-    there at its first evaluation counts until then, which is at most too much.
+    Between the point before and the one that is there the loss counts as linear. A run that is
+    there at its first point counts until then, which is at most too much.
     """
-    before: EvaluationRecord | None = None
-    for record in curve:
-        value = getattr(record, loss)
-        if value is not None and value <= target:
-            if before is None:
-                return Way(record.step, record.seconds)
-            above = getattr(before, loss)
-            part = (above - target) / (above - value)
+    above: Point | None = None
+    for point in curve:
+        if point.loss is not None and point.loss <= target:
+            if above is None or above.loss is None:
+                return Way(point.step, point.seconds)
+            part = (above.loss - target) / (above.loss - point.loss)
             return Way(
-                before.step + part * (record.step - before.step),
-                before.seconds + part * (record.seconds - before.seconds),
+                above.step + part * (point.step - above.step),
+                above.seconds + part * (point.seconds - above.seconds),
             )
-        before = record if value is not None else None
+        above = point
     return NEVER
 
 
-def share_of(curve: Curve, baseline: Curve, loss: Loss) -> Way | None:
+def share_of(curve: Curve, baseline: Curve) -> Way | None:
     """The way to the baseline's best loss over the baseline's own; None if it has none."""
-    target = best_loss(baseline, loss)
+    target = best_loss(baseline)
     if target is None:
         return None
-    mine, its = way_to(curve, loss, target), way_to(baseline, loss, target)
+    mine, its = way_to(curve, target), way_to(baseline, target)
     return Way(mine.steps / its.steps, mine.seconds / its.seconds)

@@ -71,10 +71,11 @@ def test_best_epochs_stand_with_the_epoch_they_were(run_of, config_of):
 
 
 def test_shares_of_adams_way_are_interpolated(run_of, config_of, curve_of):
-    records = [*run_of([0.5, 0.4])]
+    # The epochs' validation losses come before those of the evaluations, and are far above.
+    records = [*run_of([5.0, 4.0])]
     evaluations = curve_of([0.9, 0.5, 0.6])
     for name, losses in (("gls", [0.8, 0.4, 0.3]), ("muon", [0.9, 0.8, 0.7])):
-        records += run_of([0.5, 0.4], optimizer=name)
+        records += run_of([5.0, 4.0], optimizer=name)
         evaluations += curve_of(losses, optimizer=name, seconds=2.0)
     # Of runs that are not complete.
     evaluations += curve_of([0.1], optimizer="gls", seed=1) + curve_of([0.9], seed=1)
