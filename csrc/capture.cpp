@@ -127,7 +127,11 @@ bool LinearCapture::match(const Tensor& gradient,
                           const std::optional<Tensor>& bias_gradient) const {
   const std::vector<double> found = read_both(*this, gradient, bias_gradient);
   const double scale = *std::max_element(sizes.begin(), sizes.end());
-  if (scale == 0) return !any_nonzero(found);
+  if (scale == 0 || !any_nonzero(found)) return !any_nonzero(found);
+  // A factor leaves no number where there was none.
+  for (size_t i = 0; i < found.size(); ++i) {
+    if (std::isfinite(found[i]) && !std::isfinite(sums[i])) return false;
+  }
   // At a scale of one, so that no square overflows or is lost.
   double product = 0, square = 0;
   for (size_t i = 0; i < found.size(); ++i) {
@@ -150,9 +154,11 @@ bool LinearCapture::match(const Tensor& gradient,
 
 bool LinearCapture::are_gone_from(const Tensor& gradient) const {
   const auto end = sums.begin() + std::min(sums.size(), places.size());
+  // Of rows with few inputs they may all be zero.
+  if (!any_nonzero({sums.begin(), end})) return !gradient.any().item<bool>();
   std::vector<double> found;
   read_entries(gradient, places, found);
-  return any_nonzero({sums.begin(), end}) && !any_nonzero(found);
+  return !any_nonzero(found);
 }
 
 void LinearCapture::forget_dropped(const Tensor& gradient) {

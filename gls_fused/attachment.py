@@ -271,9 +271,9 @@ class Attachment:
             )
         for layer in self._layers:
             check_curvature(layer, saved[layer.name])
+        copies = {p.weight: copy_tensors(saved[p.name], p.weight) for p in self._layers}
         self._step = step
-        for layer in self._layers:
-            self._states[layer.weight] = copy_tensors(saved[layer.name], layer.weight)
+        self._states.update(copies)
         take_due(self._layers, self._states)
         self._restart()
 

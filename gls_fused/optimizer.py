@@ -58,7 +58,7 @@ from gls_fused.state import (
     VERSION,
     check_saved,
     check_state,
-    copy_state,
+    copy_states,
     forget_orthogonal,
     is_priming,
     prime_states,
@@ -521,6 +521,7 @@ class GLS(torch.optim.Optimizer):
         """
         check_saved(state_dict)
         checked: dict[str, Any] = {}
+        copies: dict[Tensor, dict[str, Any]] = {}
         layers = [layers for _, layers in self._groups()]
 
         def check(_: torch.optim.Optimizer, found: dict[str, Any]) -> dict[str, Any]:
@@ -531,12 +532,13 @@ class GLS(torch.optim.Optimizer):
             for mine, group in zip(layers, checked["param_groups"], strict=True):
                 for layer in mine:
                     check_split(layer, group, last=layer.last)
+            # torch casts what it loads to the parameters' dtypes, and shares what it has not to.
+            copies.update(copy_states(checked, self.param_groups))
             return checked
 
         def restore(_: torch.optim.Optimizer) -> None:
             self._preconditioner.restore_gradients(self._preconditioner.layers)
-            # torch has cast the state to the parameters' dtypes, and shares what it had not to.
-            copy_state(checked, self.param_groups, self.state)
+            self.state.update(copies)
             for group, layers in self._groups():
                 forget_orthogonal(layers, self.state, group)
                 take_due(layers, self.state)

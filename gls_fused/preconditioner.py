@@ -137,7 +137,8 @@ class Preconditioner:
                 how = "flattened, as by FullyShardedDataParallel," if layer.flattened else "sharded"
                 raise RuntimeError(
                     f"layer {layer.name!r}: its weight was {how} after the optimizer was built; "
-                    "call fully_shard first"
+                    "call fully_shard first. GLS does not cover tensor parallelism: pass such "
+                    "parameters as a list"
                 )
             routed = layer.routed
             if layer.watched or not (routed and all(map(is_captured, map(type, routed)))):
@@ -284,6 +285,7 @@ class Preconditioner:
                 layer.inverse is None,
                 layer.weight.requires_grad,
                 layer.stays_at_step,
+                layer.midway,
                 layer.compiled,
                 layer.lent,
                 normalize,
@@ -331,6 +333,7 @@ class Preconditioner:
         self._told.clear()
         for layer in self.layers:
             layer.stays_at_step = False
+            layer.midway = layer.weight.grad is not None
             self._wake(layer)
 
     # ---- what it knows of a layer ----------------------------------------------------------------
@@ -358,7 +361,7 @@ class Preconditioner:
         alone = self.ranks.size == 1 and layer.shards is None and not layer.compiled
         worth = layer.gains_by_rows(state["rows"])
         on_cpu = layer.device.type == "cpu"
-        return worth and on_cpu and alone and not layer.stays_at_step
+        return worth and on_cpu and alone and not (layer.stays_at_step or layer.midway)
 
     def _draw(self, device: torch.device, step: int) -> Tensor:
         """The number of the step's sample on a device, for graphs that must not depend on it."""

@@ -431,7 +431,9 @@ def invert_damped(matrix: Tensor, damp: Tensor, power: float) -> Tensor:
         values, vectors = eigenvalues_of(torch.where(finite, matrix, eye))
         definite = finite & (values[..., :1] + damp > 0).all()
         roots = (values + damp).clamp(min=torch.finfo(matrix.dtype).tiny) ** -power
-        found = (vectors * roots) @ vectors.T
+        # Rounding of the vectors does not mix inputs that are always zero with the others.
+        seen = matrix.diagonal() > 0
+        found = torch.where(seen & seen[:, None], (vectors * roots) @ vectors.T, eye * damp**-power)
         definite = definite & found.isfinite().all()
     return torch.where(definite, found, eye / (damp + matrix.trace() / len(matrix)) ** power)
 
@@ -569,6 +571,7 @@ def update_layers_(
     Numerics: a gradient that is not finite makes the layer not finite, as with Adam.
     """
     check_normalize(normalize)
+    lr = wide_rate(lr)
     options = (momentum, beta2, eps, lr * weight_decay)
     first = 0
     # How many of `exp_avg_sqs` a layer has, where it is not one per parameter.
@@ -586,6 +589,11 @@ def update_layers_(
                 inverses[layer], normalize, rate, *options,
             )  # fmt: skip
             first += size
+
+
+def wide_rate(lr: float | Tensor) -> float | Tensor:
+    """A learning rate; one of 16 bits in float32, which 1 - lr weight_decay needs."""
+    return lr.to(torch.promote_types(lr.dtype, torch.float32)) if isinstance(lr, Tensor) else lr
 
 
 @contextmanager
@@ -755,6 +763,7 @@ def update_spectral_layers_(
             projections; each has its own factor, and its own m.
         updates_of: what stands for `orthogonal_updates`.
     """
+    lr = wide_rate(lr)
     decayed, first = 1 - lr * weight_decay, 0
     averages: list[Tensor] = []
     moved: list[tuple[Tensor, Tensor | float]] = []

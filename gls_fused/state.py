@@ -221,14 +221,14 @@ def saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def copy_state(
-    state_dict: Mapping[str, Any], groups: Groups, states: MutableMapping[Tensor, State]
-) -> None:
-    """Put copies of a saved state into the states of the groups' parameters."""
+def copy_states(state_dict: Mapping[str, Any], groups: Groups) -> dict[Tensor, State]:
+    """Copies of a saved state, by the groups' parameters."""
+    found: dict[Tensor, State] = {}
     for saved, group in zip(state_dict["param_groups"], groups, strict=True):
         for key, param in zip(saved["params"], group["params"], strict=True):
             if key in state_dict["state"]:
-                states[param] = copy_tensors(state_dict["state"][key], param)
+                found[param] = copy_tensors(state_dict["state"][key], param)
+    return found
 
 
 def take_due(layers: Iterable[Layer], states: Mapping[Tensor, State]) -> None:
@@ -258,16 +258,19 @@ def copy_tensors(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     """A state on the parameter's device; statistics of 16-bit parameters stay in float32."""
     wide = torch.promote_types(param.dtype, torch.float32)
     found: dict[str, Any] = {}
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            found[key] = value
-        elif key in OWN_TENSORS:
-            found[key] = value.to(param.device, torch.float32 if key == "step" else wide, copy=True)
-            if key == "basis":
-                found[key] = by_columns(found[key])
-        else:
-            # Another package's, in its own dtype.
-            found[key] = value.to(param.device, copy=True)
+    # To be written in later steps, also where they are loaded in inference mode.
+    with torch.inference_mode(False):
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                found[key] = value
+            elif key in OWN_TENSORS:
+                dtype = torch.float32 if key == "step" else wide
+                found[key] = value.to(param.device, dtype, copy=True)
+                if key == "basis":
+                    found[key] = by_columns(found[key])
+            else:
+                # Another package's, in its own dtype.
+                found[key] = value.to(param.device, copy=True)
     return found
 
 
@@ -346,17 +349,18 @@ def _check_layer(layer: Layer, param: Tensor, state: Mapping[str, Any]) -> None:
     if param is not layer.weight:
         return
     for key in OWN_NUMBERS & state.keys():
-        if not isinstance(state[key], Real):
+        found = state[key]
+        if not (isinstance(found, Real) and 0 <= float(found) < math.inf):
             raise ValueError(
-                f"layer {layer.name!r}: expected {key} as a number, got {state[key]!r}"
+                f"layer {layer.name!r}: expected {key} as a number, at least 0, got {found!r}"
             )
     outputs = state.get("outputs", layer.outputs)
     if outputs != layer.outputs:
-        found = list(layer.weight.shape)
-        found[layer.turned + layer.stacked] = outputs // (layer.groups if layer.turned else 1)
+        shape = list(layer.weight.shape)
+        shape[layer.turned + layer.stacked] = outputs // (layer.groups if layer.turned else 1)
         raise ValueError(
             f"layer {layer.name!r}: expected a state of a weight {list(layer.weight.shape)}, "
-            f"got one of {found}"
+            f"got one of {shape}"
         )
     missing = [key for key in layer.curvature.shapes() if key not in state]
     if "rows" in state and missing:
@@ -389,6 +393,12 @@ def _check_shapes(
     found = _tensor_shapes(state)
     for key in OWN_TENSORS & state.keys() - found.keys():
         raise ValueError(f"{owner}: expected {key} as a tensor, got {state[key]!r}")
+    for key in OWN_TENSORS & found.keys():
+        layout, device = state[key].layout, state[key].device
+        if layout is not torch.strided or device.type == "meta":
+            raise ValueError(
+                f"{owner}: expected {key} as a dense tensor with values, got {layout} on {device}"
+            )
     for key in found:
         if key in OWN_TENSORS and key not in shapes:
             raise ValueError(f"{owner}: expected {_describe(shapes)}, got {key} {[*found[key]]}")

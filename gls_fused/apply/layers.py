@@ -18,6 +18,7 @@ from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.distributed.factors import update_spectral_shards_
 from gls_fused.distributed.sharding import update_shards_
+from gls_fused.reference import wide_rate
 
 
 def step_layers_(
@@ -137,7 +138,7 @@ class Apart:
         elsewhere: Sequence[tuple[Mapping[str, Any], Sequence[int]]],
         zeros: MutableMapping[int, Tensor],
     ) -> None:
-        self.lr = options["lr"]
+        self.lr = wide_rate(options["lr"])
         self.written = list(copies)
         self._copies = copies
         self._groups = [
@@ -170,7 +171,8 @@ class Apart:
             biases = [self._copies[place] for place in places]
             updates = [self.written[place] for place in places]
             # A few of torch's ops for all of a group.
-            decay, ratio = 1 - own["lr"] * own["weight_decay"], own["lr"] / self.lr
+            lr = wide_rate(own["lr"])
+            decay, ratio = 1 - lr * own["weight_decay"], lr / self.lr
             if isinstance(self.lr, Tensor):
                 # Of a warmup that begins at 0, where the update has been lost.
                 ratio = torch.where(self.lr == 0, 0.0, ratio)

@@ -8,9 +8,10 @@ the pixels, of which a row is a patch, and its weight is turned.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,10 @@ TRANSPOSED: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.ConvTranspose2d: F.conv_transpose2d,
     nn.ConvTranspose3d: F.conv_transpose3d,
 }
-
+# As they were before anybody could have replaced them here.
+_CONV_FORWARDS = tuple(kind._conv_forward for kind in CONVOLUTIONS)
+# Of a convolution, one for all dimensions or for each.
+Numbers: TypeAlias = int | Sequence[int]
 
 # Elements of a weight for which P on the rows must save its product with the gradient, so that it
 # is worth a node of autograd's in Python: about half a millisecond on one thread.
@@ -85,7 +89,7 @@ class Convolution(torch.autograd.Function):
     ) -> Tensor:
         # As torch's own op: the bias may change.
         ctx.save_for_backward(images, weight)
-        ctx.rows, ctx.bias = rows, bias
+        ctx.rows, ctx.bias, ctx.shows = rows, bias, rows.gathers
         return convolve(images, weight, bias, rows.window, rows.groups)
 
     @staticmethod
@@ -108,7 +112,7 @@ class Convolution(torch.autograd.Function):
         )
         if not needs_weight:
             return image_gradient, None, bias_gradient, None, None
-        if counts:
+        if counts and ctx.shows:
             rows.gather_once(ctx, images)
         sums = rows.take_sums() if tallies else None
         if by_rows:
@@ -129,6 +133,20 @@ class Convolution(torch.autograd.Function):
         return image_gradient, weight_gradient, bias_gradient, sums, None
 
 
+class Geometry(NamedTuple):
+    """What a convolution's module computes beside its weight and bias.
+
+    Attributes:
+        mode, amounts: how images are padded before, as F.pad takes it; amounts are empty where the
+            window pads them itself.
+    """
+
+    window: Window
+    groups: int
+    mode: str
+    amounts: tuple[int, ...]
+
+
 class ConvLayer(ImageRows, Layer):
     """A convolution: every output position is a row for each group, the group's im2col patch."""
 
@@ -139,8 +157,15 @@ class ConvLayer(ImageRows, Layer):
         self.groups = module.groups
         super().__init__(found)
         self.by_rows = self.groups == 1 and not self.turned and not self.derived
-        self.window, self.padding_before = window_of(module)
+        self.geometry = self.geometry_in(module)
+        self.window = self.geometry.window
         self.kind = f"Conv{'Transpose' * self.turned}{len(module.kernel_size)}d"
+
+    def forward(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        problem = None if self.turned else why_not_padded(module)
+        if problem is not None:
+            return self.forward_otherwise(module, problem, inputs)
+        return super().forward(module, inputs)
 
     def gains_by_rows(self, rows: float) -> bool:
         # Patches have to be built.
@@ -149,61 +174,87 @@ class ConvLayer(ImageRows, Layer):
     def precondition(self, module: nn.Module, inputs: Tensor) -> Tensor:
         if not (self.by_rows and self.takes_rows(module, inputs)):
             return super().precondition(module, inputs)
-        images = self.rows_source(inputs)
-        if not self.are_few(images, self.outputs):
+        geometry = self.geometry_in(module)
+        images = pad_images(inputs, geometry)
+        if geometry != self.geometry or not self.are_few(images, self.outputs):
             return super().precondition(module, inputs)
         operands = autocast_inputs(images, self.used_by(module), bias_of(module))
         outputs: Tensor = Convolution.apply(*operands, None, self)
         return outputs if inputs.ndim == images.ndim else outputs[0]
 
+    def geometry_in(self, module: nn.Module) -> Geometry:
+        """What the module computes now, which somebody may change between two calls."""
+        return geometry_of(module, tuple(self.shape[2:]))
+
+    def observed(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        return self.observed_in(self.geometry_in(module), module, inputs)
+
+    def observed_in(self, geometry: Geometry, module: nn.Module, inputs: Tensor) -> Tensor:
+        """`observed` of a call with this geometry."""
+        gather = functools.partial(self.gather_in, geometry)
+        pad = functools.partial(pad_images, geometry=geometry)
+        # They are padded as they are, and cast then.
+        inputs = inputs if geometry.amounts else self.op_inputs(inputs)
+        weight, bias = self.seen_operands(module, inputs, gather, pad)
+        return self.compute_in(geometry, module, inputs, weight, bias)
+
+    def gather_in(self, geometry: Geometry, images: Tensor) -> None:
+        """`gather` of a call with this geometry."""
+        if geometry == self.geometry:
+            self.gather(images)
+            return
+        self.called = True
+        rows = ImageRows()
+        rows.backend, rows.ones, rows.draw = self.backend, self.ones, self.draw
+        rows.statistics_dtype = self.statistics_dtype
+        rows.window, rows.groups = geometry.window, geometry.groups
+        with torch.no_grad():
+            self.sums = rows.add_rows(self.sums, images, self.sketched_with())
+
     def compute(
         self, module: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
+        return self.compute_in(self.geometry_in(module), module, inputs, weight, bias)
+
+    def compute_in(
+        self,
+        geometry: Geometry,
+        module: nn.Module,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """`compute` of a call with this geometry."""
         assert isinstance(module, CONVOLUTIONS)
         outputs: Tensor = module._conv_forward(inputs, weight, bias)
         return outputs
 
     def traced(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        return self.traced_in(self.window, module, inputs)
+        return self.traced_in(self.geometry_in(module), module, inputs)
 
-    def traced_in(self, window: Window, module: nn.Module, inputs: Tensor) -> Tensor:
-        """`traced` with another output padding than the module's own."""
+    def traced_in(self, geometry: Geometry, module: nn.Module, inputs: Tensor) -> Tensor:
+        """`traced` of a call with this geometry."""
         assert isinstance(module, _ConvNd)
-        inputs = self.op_inputs(inputs)
+        # They are padded as they are, and cast then.
+        inputs = inputs if geometry.amounts else self.op_inputs(inputs)
         weight, bias = autocast_inputs(module.weight, module.bias)
         if bias is None or self.owns_bias_of(module):
-            return self.traced_product(inputs, weight, bias, window)
+            return self.traced_product(geometry, inputs, weight, bias)
         # P is not for the gradient of somebody else's bias.
-        bias = bias.view(-1, *[1] * len(window.kernel_size))
-        return self.traced_product(inputs, weight, None, window) + bias  # type: ignore[no-any-return]
+        bias = bias.view(-1, *[1] * len(geometry.window.kernel_size))
+        outputs: Tensor = self.traced_product(geometry, inputs, weight, None) + bias
+        return outputs
 
     def traced_product(
-        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, window: Window | None = None
+        self, geometry: Geometry, inputs: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         """The output of inputs, weight and bias in a graph that torch.compile traces."""
-        images = self.rows_source(inputs)
+        images = pad_images(inputs, geometry)
         arguments = flatten_rows(self, self.backend_name)
         outputs: Tensor = torch.ops.gls_fused.traced_convolution(
-            images, weight, bias, *arguments, *(window or self.window), self.groups
+            images, weight, bias, *arguments, *geometry.window, geometry.groups
         )
         return outputs if inputs.ndim == images.ndim else outputs[0]
-
-    def op_inputs(self, inputs: Tensor) -> Tensor:
-        # They are padded as they are, and cast then.
-        return inputs if self.pads_before else super().op_inputs(inputs)
-
-    @property
-    def pads_before(self) -> bool:
-        """Whether images are padded before the convolution."""
-        return any(self.padding_before[1])
-
-    def rows_source(self, inputs: Tensor) -> Tensor:
-        """The images [N, c, h, w], padded by what the window does not pad itself."""
-        if self.pads_before:
-            mode, amounts = self.padding_before
-            (inputs,) = autocast_inputs(F.pad(inputs, amounts, mode))
-        batched = inputs.ndim == 2 + len(self.window.kernel_size)
-        return inputs if batched else inputs[None]
 
 
 class ConvTransposeLayer(ConvLayer):
@@ -214,34 +265,17 @@ class ConvTransposeLayer(ConvLayer):
 
     turned = True
 
-    def compute(
-        self, module: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        return self.compute_in(self.window, module, inputs, weight, bias)
-
     def compute_in(
         self,
-        window: Window,
+        geometry: Geometry,
         module: nn.Module,
         inputs: Tensor,
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        """`compute` with another output padding than the module's own."""
         op = next(op for kind, op in TRANSPOSED.items() if isinstance(module, kind))
-        _, stride, padding, dilation, more = window
-        return op(inputs, weight, bias, stride, padding, more, self.groups, dilation)
-
-    def gather_in(self, window: Window, inputs: Tensor) -> None:
-        """`gather` with another output padding than the module's own."""
-        self.called = True
-        rows = ImageRows()
-        rows.backend, rows.ones, rows.groups, rows.draw = (
-            self.backend, self.ones, self.groups, self.draw
-        )  # fmt: skip
-        rows.statistics_dtype, rows.window = self.statistics_dtype, window
-        with torch.no_grad():
-            self.sums = rows.add_rows(self.sums, inputs, self.sketched_with())
+        _, stride, padding, dilation, more = geometry.window
+        return op(inputs, weight, bias, stride, padding, more, geometry.groups, dilation)
 
     def forward_more(
         self,
@@ -250,16 +284,16 @@ class ConvTransposeLayer(ConvLayer):
         output_size: list[int] | None = None,
     ) -> Tensor:
         """The output of a size that is asked for, by the output padding that gives it."""
+        geometry = self.geometry_in(module)
+        kernel_size, stride, padding, dilation, _ = geometry.window
         more = module._output_padding(
-            input, output_size, module.stride, module.padding, module.kernel_size,
-            len(module.kernel_size), module.dilation,
-        )  # fmt: skip
-        window = self.window._replace(output_padding=tuple(more))
+            input, output_size, stride, padding, kernel_size, len(kernel_size), dilation
+        )
+        geometry = geometry._replace(window=geometry.window._replace(output_padding=tuple(more)))
         if torch.compiler.is_compiling():
-            return self.traced_in(window, module, input)
+            return self.traced_in(geometry, module, input)
         self.leave_where_in_use(module)
-        gather = functools.partial(self.gather_in, window)
-        return self.compute_in(window, module, *self.operands(module, input, gather))
+        return self.observed_in(geometry, module, input)
 
 
 def why_not_conv(modules: Sequence[nn.Module]) -> str | None:
@@ -267,15 +301,23 @@ def why_not_conv(modules: Sequence[nn.Module]) -> str | None:
     own = next(kind for kind in CONVOLUTIONS if isinstance(modules[0], kind))
     for module in modules:
         assert isinstance(module, own)
-        plain = plain_class(module)
-        if plain._conv_forward is not own._conv_forward:
-            return f"{describe_class(plain)} overrides _conv_forward"
-        problem = why_not_own(module, own.forward)
+        problem = why_not_own(module, own) or why_not_padded(module)
         if problem is not None:
             return problem
-        if not _compute_alike(module, modules[0]):
+        if _geometry(module) != _geometry(modules[0]):
             return "its modules differ in stride, padding, dilation or groups"
     return None
+
+
+def why_not_padded(module: nn.Module) -> str | None:
+    """Why a convolution does not pad its images as torch's own does, or None if it does."""
+    # Asked of the module, which graphs of torch.compile are guarded by.
+    found: Any = module._conv_forward
+    if getattr(found, "__func__", found) in _CONV_FORWARDS:
+        return None
+    if "_conv_forward" in module.__dict__:
+        return "its _conv_forward is replaced on the instance"
+    return f"{describe_class(plain_class(module))} overrides _conv_forward"
 
 
 def why_not_transposed(modules: Sequence[nn.Module]) -> str | None:
@@ -283,29 +325,75 @@ def why_not_transposed(modules: Sequence[nn.Module]) -> str | None:
     own: Any = next(kind for kind in TRANSPOSED if isinstance(modules[0], kind))
     for module in modules:
         assert isinstance(module, own)
-        problem = why_not_own(module, own.forward)
+        problem = why_not_own(module, own)
         if problem is not None:
             return problem
-        if not _compute_alike(module, modules[0]):
+        if _geometry(module) != _geometry(modules[0]):
             return "its modules differ in stride, padding, dilation or groups"
     return None
 
 
-def _compute_alike(module: Any, other: Any) -> bool:
-    return module.groups == other.groups and window_of(module) == window_of(other)
+def _geometry(module: Any) -> Geometry:
+    return geometry_of(module, module.kernel_size)
 
 
-def window_of(module: _ConvNd) -> tuple[Window, tuple[str, list[int]]]:
-    """The convolution's geometry, and the padding (mode, amounts) to apply before it."""
-    # left, right, top, bottom and so on: the last dimension first.
-    amounts = list(module._reversed_padding_repeated_twice)
-    before, after = amounts[::2], amounts[1::2]
-    inside = module.padding_mode == "zeros" and before == after
-    padding = tuple(reversed(before)) if inside else (0,) * len(before)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+def geometry_of(module: Any, kernel_size: tuple[int, ...]) -> Geometry:
+    """What a convolution's module computes now, by torch's own forward.
+
+    Its attributes may have been assigned since it was made, as where strides become dilation.
+    """
     more = module.output_padding if module.transposed else None
-    window = Window(module.kernel_size, module.stride, padding, module.dilation, more)
-    return window, (mode, [0] * len(amounts) if inside else amounts)
+    zeros = module.padding_mode == "zeros"
+    padding = module.padding if zeros else 0
+    geometry = make_geometry(
+        kernel_size, module.stride, padding, module.dilation, module.groups, more
+    )
+    if zeros:
+        return geometry
+    amounts = tuple(module._reversed_padding_repeated_twice)
+    return geometry._replace(mode=module.padding_mode, amounts=amounts)
+
+
+def make_geometry(
+    kernel_size: tuple[int, ...],
+    stride: Numbers,
+    padding: Numbers | str,
+    dilation: Numbers,
+    groups: int,
+    more: Numbers | None = None,
+) -> Geometry:
+    """Of torch's op with zeros around the images."""
+    stride, dilation = _for_each(kernel_size, stride), _for_each(kernel_size, dilation)
+    more = None if more is None else _for_each(kernel_size, more)
+    inside = (0,) * len(kernel_size)
+    amounts: tuple[int, ...] = ()
+    if padding == "same":
+        spans = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+        if any(span % 2 for span in spans):
+            # left, right, top, bottom and so on: the last dimension first.
+            pairs = [(span // 2, span - span // 2) for span in reversed(spans)]
+            amounts = tuple(itertools.chain.from_iterable(pairs))
+        else:
+            inside = tuple(span // 2 for span in spans)
+    elif not isinstance(padding, str):
+        inside = _for_each(kernel_size, padding)
+    return Geometry(
+        Window(kernel_size, stride, inside, dilation, more), groups, "constant", amounts
+    )
+
+
+def _for_each(kernel_size: tuple[int, ...], numbers: Numbers) -> tuple[int, ...]:
+    """One for each dimension, as torch's ops take them."""
+    found = (numbers,) if isinstance(numbers, int) else tuple(numbers)
+    return found * len(kernel_size) if len(found) == 1 else found
+
+
+def pad_images(inputs: Tensor, geometry: Geometry) -> Tensor:
+    """The images [N, c, h, w], padded by what the window does not pad itself."""
+    if geometry.amounts:
+        (inputs,) = autocast_inputs(F.pad(inputs, geometry.amounts, geometry.mode))
+    batched = inputs.ndim == 2 + len(geometry.window.kernel_size)
+    return inputs if batched else inputs[None]
 
 
 def _run_convolution(

@@ -200,7 +200,7 @@ class _ExpertsObserver(TorchFunctionMode):
             args = tuple(map(self.alias, args))
         if func is Tensor.__getitem__:
             return self.select(*args)
-        if func in SPLITS and args[1:] in ((), (0,)) and not kwargs:
+        if func in SPLITS and [*args[1:], *kwargs.values()] in ([], [0]):
             return self.split(args[0])
         if func in TRANSPOSES and not kwargs:
             return self.transpose(func, *args)
@@ -223,7 +223,8 @@ class _ExpertsObserver(TorchFunctionMode):
             if index.ndim == 0:
                 index = int(index)
             elif index.ndim == 1:
-                self.parts.append(part._replace(tensor=found, experts=index))
+                experts = index % part.layer.blocks
+                self.parts.append(part._replace(tensor=found, experts=experts))
         if type(index) is int:
             expert = index % part.layer.blocks
             self.parts.append(part._replace(tensor=found, experts=expert))

@@ -199,6 +199,9 @@ def find_layers(
             name = _join(name, roles[0].removesuffix("_weight"))
         found = Found(name, list(modules), roles[0], bias, tables.get(key), normalized)
         layer = kind.layer(found)
+        if bias is not None and bias.shape != (*layer.stack, layer.outputs):
+            # One that is spread over the outputs, or lies otherwise, has an equation of its own.
+            layer = kind.layer(found._replace(bias=None))
         layers.append(layer)
         if isinstance(layer, Lender):
             layer.find_holders(holders)

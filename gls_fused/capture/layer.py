@@ -9,6 +9,8 @@ module's op.
 from __future__ import annotations
 
 import abc
+import itertools
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -38,8 +40,21 @@ from gls_fused.distributed.sharding import (
     whole_on_each,
 )
 
-# An attribute that captured parameters have, for `_is_own`.
+# An attribute that captured parameters have, for `Layer.is_own`.
 OWNED = "_gls_owned"
+
+
+class Owner:
+    """Whose a captured parameter is, by a number. One that has been pickled is nobody's."""
+
+    numbers = itertools.count()
+
+    def __init__(self) -> None:
+        self.number = next(Owner.numbers)
+
+    def __reduce__(self) -> tuple[type[OrderedDict[str, Any]], tuple[()]]:
+        # A class of which torch.load(weights_only=True) knows.
+        return OrderedDict, ()
 
 
 class Found(NamedTuple):
@@ -110,6 +125,7 @@ class Layer(Passes):
         weight = places[0].param
         assert weight is not None
         super().__init__(name, weight, bias)
+        self.owner = Owner()
         self.ones = bias is not None
         self.blocks = weight.shape[0] if self.stacked else None
         self.here = part_here(weight) if self.stacked else slice(None)
@@ -237,7 +253,7 @@ class Layer(Passes):
                 earlier.release()
             capture_module(module, self)
         for param in self.params:
-            setattr(param, OWNED, True)
+            setattr(param, OWNED, self.owner)
         self.captured = True
 
     def recapture(self) -> None:
@@ -252,7 +268,9 @@ class Layer(Passes):
         for module in self.routed:
             release_module(module, self)
         for param in self.params:
-            vars(param).pop(OWNED, None)
+            # Another optimizer's may have taken it over.
+            if vars(param).get(OWNED) is self.owner:
+                vars(param).pop(OWNED)
         self.captured = False
         self.expect(None, gathers=False, at_backward=False)
         self.take_sums()
@@ -273,7 +291,7 @@ class Layer(Passes):
         if weight is None or not (weight.requires_grad and torch.is_grad_enabled()):
             return False
         # Another's: a parameter replaced, or those of torch.func.functional_call.
-        own = self.shards is not None or _is_own(weight, self.weight)
+        own = self.shards is not None or self.is_own(weight, self.weight)
         if torch.compiler.is_compiling():
             applies = self.at_backward and self.promised
             return own and (applies or self.gathers) and not _is_exporting()
@@ -309,12 +327,20 @@ class Layer(Passes):
         return self.observed(module, inputs)
 
     def forward_more(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of a call with more than the inputs; that of the module's own forward.
+        """The output of a call with more than the inputs."""
+        return self.forward_otherwise(
+            module, "it is called with more than its inputs", *args, **kwargs
+        )
+
+    def forward_otherwise(
+        self, module: nn.Module, reason: str, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The module's own output, of a call whose rows are not seen.
 
         Raises:
             RuntimeError: its gradient would lack the P that the user has asked for.
         """
-        self.unseen = reason = "it is called with more than its inputs"
+        self.unseen = reason
         if self.at_backward and self.promised:
             raise RuntimeError(
                 f'layer {self.name!r}: {reason}, where P cannot be applied; use site="step"'
@@ -333,28 +359,35 @@ class Layer(Passes):
 
     def observed(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """The output by torch's own op, of weight and bias that are observed."""
-        return self.compute(module, *self.operands(module, inputs, self.gather))
+        inputs = self.op_inputs(inputs)
+        return self.compute(module, inputs, *self.seen_operands(module, inputs, self.gather))
 
-    def operands(
-        self, module: nn.Module, inputs: Tensor, gather: Callable[[Tensor], None]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Inputs, weight and bias of the module's op, observed where the step asks for it.
+    def seen_operands(
+        self,
+        module: nn.Module,
+        inputs: Tensor,
+        gather: Callable[[Tensor], None],
+        source: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the module's op, observed where the step asks for it.
 
         Args:
+            inputs: as the op is given them.
             gather: see `gls_fused.capture.observed.observe`.
+            source: gives what of the inputs is kept for `gather`; the inputs, where it is None.
         """
         bias, weight = bias_of(module), self.used_by(module)
-        inputs = self.op_inputs(inputs)
         seen = self.gathers and self.sees(inputs)
         if not (seen or self.by_node):
-            return inputs, weight, bias
+            return weight, bias
         # P couples weight and bias; without it the bias need not be observed.
-        owned = self.by_node and self.ones and self.owns_bias_of(module)
+        owned = self.couples and self.ones and self.owns_bias_of(module)
         owned = owned and bias is not None and bias.requires_grad
-        rows = self.rows_source(without_tangent(inputs)) if seen else None
+        rows = without_tangent(inputs) if seen else None
+        rows = rows if rows is None or source is None else source(rows)
         weight = self.shown_weight(weight)
         weight, own = observe(self, rows, weight, bias if owned else None, gather)
-        return inputs, weight, own if owned else bias
+        return weight, own if owned else bias
 
     def op_inputs(self, inputs: Tensor) -> Tensor:
         """The inputs as the module's op is given them."""
@@ -367,10 +400,6 @@ class Layer(Passes):
         Itself where P applies to its gradient, which in 16 bits may be more than these hold.
         """
         return weight if self.by_node else autocast_inputs(weight)[0]
-
-    def rows_source(self, inputs: Tensor) -> Tensor:
-        """What of the inputs is kept for `gather`, as the module's own op keeps it."""
-        return inputs
 
     def takes_rows(self, module: nn.Module, inputs: Tensor) -> bool:
         """Whether a node of ours may compute the output, with rows and gradients in its backward.
@@ -410,7 +439,17 @@ class Layer(Passes):
         """
         if not self.ones or self.shards is not None:
             return True
-        return self.bias_trains and _is_own(module._parameters.get(str(self.bias_key)), self.bias)
+        found = module._parameters.get(str(self.bias_key))
+        return self.bias_trains and self.is_own(found, self.bias)
+
+    def is_own(self, param: Tensor | None, own: Tensor | None) -> bool:
+        """Whether what a module has is the layer's own parameter."""
+        if param is own or not torch.compiler.is_compiling():
+            return param is own
+        # Dynamo guards that two parameters are one, and not that they are two: without this a graph
+        # of somebody else's would be taken once the layer's own is back. Nor that of two objects.
+        number = getattr(getattr(param, OWNED, None), "number", None)
+        return bool(number == self.owner.number) and param is own
 
     @abc.abstractmethod
     def compute(
@@ -442,15 +481,6 @@ def bias_of(module: nn.Module) -> Tensor | None:
     bias: Any = known["bias"] if "bias" in known else getattr(module, "bias", None)
     assert bias is None or isinstance(bias, Tensor)
     return bias
-
-
-def _is_own(param: Tensor | None, own: Tensor | None) -> bool:
-    """Whether what a module has is the layer's own parameter."""
-    if param is own or not torch.compiler.is_compiling():
-        return param is own
-    # Dynamo guards that two parameters are one, and not that they are two: without this a graph of
-    # somebody else's would be taken once the layer's own is back.
-    return hasattr(param, OWNED) and param is own
 
 
 def without_tangent(inputs: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ class Lender(Layer):
         seen = self.gathers and self.sees(inputs)
         if not (seen or self.by_node):
             return compute(inputs, weight, bias)
-        owned = self.by_node and own and bias is not None and bias.requires_grad
+        owned = self.couples and own and bias is not None and bias.requires_grad
         rows = without_tangent(inputs) if seen else None
         weight = self.shown_weight(weight)
         weight, theirs = observe(self, rows, weight, bias if owned else None)

@@ -60,6 +60,8 @@ class Linear(torch.autograd.Function):
         # memory that the weight has now is kept, as somebody may swap it for another.
         ctx.save_for_backward(inputs, weight.detach() if ctx.needs_input_grad[0] else None)
         ctx.rows, ctx.weight, ctx.bias = rows, weight, bias
+        # As where nothing is kept of a forward that was not asked for its rows.
+        ctx.shows = rows.gathers
         outputs = F.linear(inputs, weight, bias)
         # A view made in here could not be modified in place, as ReLU(inplace=True) does.
         if outputs._is_view():
@@ -84,7 +86,7 @@ class Linear(torch.autograd.Function):
         if not needs_weight:
             bias_gradient = gradient.reshape(-1, gradient.shape[-1]).sum(0) if needs_bias else None
             return input_gradient, None, bias_gradient, None, None
-        if counts:
+        if counts and ctx.shows:
             rows.gather_once(ctx, inputs)
         sums = rows.take_sums() if tallies else None
         gradients = rows.weight_gradient(inputs, gradient, needs_bias, applies)
@@ -135,9 +137,15 @@ class LinearLayer(LinearRows, Lender):
             return self.backend.captured_linear(inputs, weight, bias, self.native)  # type: ignore[no-any-return]
         return Linear.apply(inputs, weight, bias, None, self)  # type: ignore[no-any-return]
 
+    def takes_rows(self, module: nn.Module, inputs: Tensor) -> bool:
+        # torch's own op spreads a bias of another shape over the outputs.
+        bias = None if self.ones else bias_of(module)
+        fits = bias is None or bias.shape == (self.outputs,)
+        return fits and super().takes_rows(module, inputs)
+
     def traced(self, module: nn.Module, inputs: Tensor) -> Tensor:
         inputs, weight, bias = self._operands(module, inputs)
-        if bias is None or self.owns_bias_of(module):
+        if bias is None or (self.ones and self.owns_bias_of(module)):
             return self.traced_product(inputs, weight, bias)
         # P is not for the gradient of somebody else's bias.
         return self.traced_product(inputs, weight, None) + bias
@@ -165,7 +173,7 @@ class TurnedLinearLayer(LinearLayer):
 def why_not_linear(modules: Sequence[nn.Module]) -> str | None:
     """See `gls_fused.capture.find.Kind`."""
     for module in modules:
-        problem = why_not_own(module, nn.Linear.forward)
+        problem = why_not_own(module, nn.Linear)
         if problem is not None:
             return problem
         # Not module.weight, which spectral_norm moves when it is asked for.

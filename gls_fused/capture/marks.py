@@ -52,8 +52,11 @@ class Marks:
         # The model may have been cast to another dtype in between.
         found = self._read_both(gradient, bias_gradient).to(self._sums.dtype)
         scale = self._sizes.max()
-        if scale == 0:
+        if scale == 0 or not found.any():
             return not found.any()
+        if not scale.isfinite():
+            # A factor leaves no number where there was none.
+            return not (found.isfinite() & ~self._sums.isfinite()).any()
         # At a scale of one, so that no square overflows or is lost.
         unit = self._sums / scale
         square = unit.square().sum()
@@ -67,7 +70,8 @@ class Marks:
     def are_gone_from(self, gradient: Tensor) -> bool:
         """Whether somebody has set the weight's gradient to zero since."""
         ours = self._sums[: len(self._places)] if self._parts else self._sums
-        return bool(ours.any()) and not _read(gradient, self._places).any()
+        # Of rows with few inputs they may all be zero.
+        return not (_read(gradient, self._places) if ours.any() else gradient).any()
 
     def _read_both(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Entries of the weight, then of the bias; zeros where that has none."""

@@ -29,18 +29,29 @@ WATCH_KEY = "_gls_watch"
 _PLAIN = "_gls_plain_class"
 
 
+_KINDS = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+# Torch's own forwards, as they were before anybody could have replaced them here.
+FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for kind in _KINDS}
 # Forwards of other classes that compute what their kind's own does.
 ALIKE: set[Callable[..., Any]] = set()
 
 
 class Capture:
-    """What ties a module to the layer that captures it. Copies of it tie nothing."""
+    """What ties a module to the layer that captures it. Copies of it tie nothing.
 
-    __slots__ = ("layer", "module")
+    Attributes:
+        forward: that of the module's class.
+    """
+
+    __slots__ = ("forward", "layer", "module")
 
     def __init__(self, module: nn.Module, layer: Layer) -> None:
         self.module: nn.Module | None = module
         self.layer: Layer | None = layer
+        self.forward: Any = plain_class(module).forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
         return self
@@ -63,14 +74,17 @@ def describe_class(plain: type) -> str:
     return f"{plain.__module__}.{plain.__qualname__}"
 
 
-def why_not_own(module: nn.Module, forward: Callable[..., Any]) -> str | None:
-    """Why a module does not compute `forward` of its own weight and bias, or None if it does."""
+def why_not_own(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why a module does not compute what `kind` does of its own weight and bias, or None."""
     own_bias = "bias" in module._parameters or getattr(module, "bias", None) is None
     own_weight = "weight" in module._parameters or source_of(module) is not None
     if not (own_weight and own_bias):
         return "its weight or bias is parametrized"
     plain = plain_class(module)
-    if plain.forward is not forward and plain.forward not in ALIKE:
+    # Those of a parametrized module are of a class on top of its own.
+    if "weight" in module._parameters and (hasattr(plain, "weight") or hasattr(plain, "bias")):
+        return f"{describe_class(plain)} computes its weight or bias"
+    if plain.forward is not FORWARDS[kind] and plain.forward not in ALIKE:
         return (
             f"{describe_class(plain)} overrides forward, which may change the weight or the product"
             ": see gls_fused.register"
@@ -119,6 +133,10 @@ def recapture_module(module: nn.Module) -> None:
     plain one.
     """
     kind: Any = type(module)
+    capture = module.__dict__.get(KEY)
+    if capture is None or kind.forward is not capture.forward:
+        # Somebody has given it a class that computes something else.
+        return
     if not is_captured(kind) and "weight" in module._parameters:
         module.__class__ = _captured_class(kind)
 
@@ -153,7 +171,7 @@ def once_per_class(make: Callable[[Any], type[Any]]) -> Callable[[Any], type[Any
 def _captured_class(plain: Any) -> type[Any]:
     # By this name the inputs may be given.
     _, first, *_ = inspect.signature(plain.forward).parameters
-    key, proxy = KEY, fx.Proxy
+    key, proxy, own = KEY, fx.Proxy, plain.forward
 
     def forward(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         capture = getattr(self, key, None)
@@ -161,6 +179,8 @@ def _captured_class(plain: Any) -> type[Any]:
             layer, inputs = capture.layer, args[0] if args else kwargs.get(first)
             # What torch.fx.symbolic_trace hands around has no rows.
             if not isinstance(inputs, proxy) and layer.watches(self):
+                if plain.forward is not own:
+                    return layer.forward_otherwise(self, "its forward is replaced", *args, **kwargs)
                 if len(args) == 1 and not kwargs:
                     return layer.forward(self, inputs)
                 more = [*args[1:], *(kwargs[name] for name in kwargs if name != first)]

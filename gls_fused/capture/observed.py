@@ -72,6 +72,7 @@ class Observed(torch.autograd.Function):
         # Saved as autograd saves, so that checkpointing and offloading hold for it as well.
         ctx.save_for_backward(inputs)
         ctx.shape, ctx.bias_shape = weight.shape, None if bias is None else bias.shape
+        ctx.coupled = rows.couples
         # Aliases that share the version: a weight that changes before the backward is noticed.
         return weight.detach(), None if bias is None else bias.detach()
 
@@ -95,6 +96,10 @@ class Observed(torch.autograd.Function):
         if weight_gradient is None and bias_gradient is None:
             return None, None, None, None, None
         counts, applies = rows.enter(ctx, ctx.place)
+        if applies and not ctx.coupled:
+            # Of a forward before P was there, whose bias is not seen here.
+            rows.leave_backward_site()
+            applies = False
         (inputs,) = ctx.saved_tensors
         if counts and inputs is not None:
             ctx.gather(inputs)

@@ -10,7 +10,7 @@ import functools
 import warnings
 import weakref
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from gls_fused.capture.rows import Rows
 from gls_fused.curvature.precision import without_tf32
 from gls_fused.distributed.sharding import rows_here, shards_of
 from gls_fused.reference import Inverse, undo_inverse
+
+# Of a gradient, see `_version_of`.
+Version: TypeAlias = tuple[weakref.ref[Tensor], int] | None
 
 
 class Passes(Rows):
@@ -44,6 +47,8 @@ class Passes(Rows):
         captured: False once another optimizer has taken the modules over.
         called: whether rows have been seen.
         cleared: whether some D in p.grad has been cleared since the last step.
+        midway: whether p.grad had a part of this step's gradient when a state was loaded, so that it
+            keeps the gradient until the step.
         unseen: why what its module was called with has shown no rows, or None.
         idle: why it takes part in no statistics, or None; such as never having been called. Its
             sums are then of size 0, and there are some once it has been called.
@@ -63,14 +68,16 @@ class Passes(Rows):
         self.name, self.weight, self.bias = name, weight, bias
         self.shards = shards_of(weight)
         self.promised = self.stays_at_step = self.compiled = self.captured = False
-        self.called = self.cleared = self._counted = False
+        self.called = self.cleared = self.midway = self._counted = False
         self.by_node, self.bias_trains = False, True
         self.idle: str | None = None
         self.unseen: str | None = None
         self.marks: Any = None
         self.tally: Tensor | None = None
         self.reduced: Tensor | None = None
-        self._left: tuple[weakref.ref[Tensor], int] | None = None
+        # Gradients as they were when the last step had taken them, and before P was there.
+        self._left: Version = None
+        self._earlier: Version = None
         self._watch: Any = None
         self._task = -1
 
@@ -86,6 +93,9 @@ class Passes(Rows):
 
     def expect(self, inverse: Inverse | None, *, gathers: bool, at_backward: bool) -> None:
         """What the coming step asks of the layer; see `Rows`."""
+        if at_backward and not self.at_backward and self.promised:
+            # What is there now holds no D.
+            self._earlier = _version_of(self.weight.grad)
         self.inverse, self.gathers, self.at_backward = inverse, gathers, at_backward
         self.by_node = at_backward
         if inverse is not None:
@@ -100,6 +110,10 @@ class Passes(Rows):
             # Not this layer itself, which then nothing would free but the cycle collector.
             take = functools.partial(_take_tally, weakref.ref(self))
             self.tally.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+
+    @property
+    def couples(self) -> bool:
+        return self.by_node or self.promised or not self.ones
 
     def take_over(self, inverse: Inverse) -> None:
         """Hold the same P in other tensors from here on; what has been seen stays."""
@@ -304,11 +318,11 @@ class Passes(Rows):
             gradient = self.weight.grad
             if gradient is not None:
                 # Until somebody writes to it.
-                self._left = weakref.ref(gradient), gradient._version
+                self._left = _version_of(gradient)
             elif self._bias_gradient is not None:
                 self._warn_of_use()
         self.forget()
-        self.cleared = False
+        self.cleared = self.midway = False
 
     def holds_direction(self) -> bool:
         """Whether p.grad, which there is, holds D, so that P is not to be applied again.
@@ -316,14 +330,15 @@ class Passes(Rows):
         Where p.grad is not what the backward left there up to one factor, it says so once, and the
         layer's site is the step from the next step on.
         """
-        if not self.at_backward or self.promised:
-            return self.at_backward
         gradient = self.weight.grad
-        assert gradient is not None
+        if not self.at_backward or gradient is None:
+            return self.at_backward
+        if self.promised:
+            return not _is_version(gradient, self._earlier)
         if not self.marks.has_marks:
             if self._left is not None and self._left[0]() is gradient:
                 # What an earlier step has taken already.
-                return self._left[1] == gradient._version
+                return _is_version(gradient, self._left)
             # Nothing, or what somebody has made of D and put there after it was cleared.
             if not (self.cleared and gradient.any()):
                 return False
@@ -360,7 +375,6 @@ class Passes(Rows):
         self.marks.clear_marks()
 
     def leave_backward_site(self) -> None:
-        """From here on p.grad keeps the gradient."""
         self.restore_gradient()
         self.stays_at_step = True
         self.expect(self.inverse, gathers=self.gathers, at_backward=False)
@@ -386,6 +400,15 @@ class Passes(Rows):
             or weight._post_accumulate_grad_hooks
             or (bias is not None and (bias._backward_hooks or bias._post_accumulate_grad_hooks))
         )
+
+
+def _version_of(gradient: Tensor | None) -> Version:
+    """What tells whether a gradient has been replaced or written to."""
+    return None if gradient is None else (weakref.ref(gradient), gradient._version)
+
+
+def _is_version(gradient: Tensor, version: Version) -> bool:
+    return version is not None and version[0]() is gradient and version[1] == gradient._version
 
 
 def _where_nonzero(gradients: list[Tensor], sums: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class RecurrentLayer(LinearLayer):
         if isinstance(rows, Tensor) and self.gathers:
             (inputs,) = autocast_inputs(rows)
             inputs = without_tangent(inputs) if self.sees(inputs) else None
-        owned = self.by_node and self.ones and self.owns_bias_of(module)
+        owned = self.couples and self.ones and self.owns_bias_of(module)
         owned = owned and bias is not None and bias.requires_grad
         seen: Any = self if late is None else late
         if casts:

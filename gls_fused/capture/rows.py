@@ -62,6 +62,14 @@ class Rows(abc.ABC):
     draw: Tensor | int = 0
     sums: Tensor | None = None
 
+    @property
+    def couples(self) -> bool:
+        """Whether weight and bias are observed together, where both are the layer's."""
+        return True
+
+    def leave_backward_site(self) -> None:  # noqa: B027  # a traced graph has no choice
+        """From here on p.grad keeps the gradient."""
+
     def take_sums(self) -> Tensor | None:
         """The sums of this step, which are then forgotten."""
         sums, self.sums = self.sums, None
@@ -193,12 +201,15 @@ class Rows(abc.ABC):
 
     def upright_direction(self, gradients: Sequence[Tensor], inverse: Inverse) -> list[Tensor]:
         """D = D0 P of one of the `matrices`, and of its bias where that has a gradient."""
-        weight, *bias = gradients
+        # Under autocast a bias of 32 bits may be beside a weight of 16.
+        wide = functools.reduce(torch.promote_types, [each.dtype for each in gradients])
+        weight, *bias = [each.to(wide) for each in gradients]
         direction, bias_direction = self.backend.precondition_gradient(
             weight.flatten(1), bias[0] if bias else None, inverse
         )
-        direction = direction.view_as(weight)
-        return [direction] if bias_direction is None else [direction, bias_direction]
+        found = [direction.view_as(weight)]
+        found += [] if bias_direction is None else [bias_direction]
+        return [each.to(own.dtype) for each, own in zip(found, gradients, strict=True)]
 
     def inverse_for(self, with_bias: bool) -> Inverse:
         """P, which is known, cut to the weight's columns where the bias has no gradient."""

@@ -11,6 +11,7 @@ the size of the images.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gls_fused.capture.autocast import autocast_inputs
-from gls_fused.capture.conv import ConvLayer
+from gls_fused.capture.conv import ConvLayer, Numbers, make_geometry, pad_images
 from gls_fused.capture.layer import Found, without_tangent
 from gls_fused.capture.modules import plain_class
 from gls_fused.capture.observed import observe
@@ -37,16 +38,27 @@ class StandardizedConv2dLayer(ConvLayer):
             outputs: Tensor = plain.forward(module, inputs)
         return outputs
 
-    def convolve(self, inputs: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    def convolve(
+        self,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Numbers = 1,
+        padding: Numbers | str = 0,
+        dilation: Numbers = 1,
+        groups: int = 1,
+    ) -> Tensor:
         """torch.conv2d of a weight that the module has made, seen."""
+        geometry = make_geometry(tuple(weight.shape[2:]), stride, padding, dilation, groups)
         if torch.compiler.is_compiling():
-            inputs, weight, bias = autocast_inputs(inputs, weight, rest[0])
-            return self.traced_product(inputs, weight, bias)
+            inputs, weight, bias = autocast_inputs(inputs, weight, bias)
+            return self.traced_product(geometry, inputs, weight, bias)
         (inputs,) = autocast_inputs(inputs)
         if self.gathers and self.sees(inputs):
-            rows = self.rows_source(without_tangent(inputs))
-            weight, _ = observe(self, rows, weight, None)
-        return torch.conv2d(inputs, weight, *rest)
+            images = pad_images(without_tangent(inputs), geometry)
+            gather = functools.partial(self.gather_in, geometry)
+            weight, _ = observe(self, images, weight, None, gather)
+        return torch.conv2d(inputs, weight, bias, stride, padding, dilation, groups)
 
 
 class SamePaddedConv2dLayer(StandardizedConv2dLayer):

@@ -164,7 +164,10 @@ def _check_key_padding_mask(mask: Tensor, length: int, batch: int) -> None:
 
 
 _attention = _unchecked(F.multi_head_attention_forward)
-MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+MATMULS = (
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__),
+    *(torch.mm, Tensor.mm, torch.mv, Tensor.mv),
+)
 
 
 class Observer(TorchFunctionMode):
@@ -206,7 +209,9 @@ class Observer(TorchFunctionMode):
     def matmul(self, left: Tensor, right: Tensor) -> Tensor:
         """X @ W' and W @ x', and X @ W of a weight that is turned."""
         use = self.find(left)
-        if use is not None and right.ndim > 1 and self.find(right) is None:
+        if use is not None and self.find(right) is None:
+            if right.ndim == 1:
+                return use.layer.lend(use.owner, right, left, None, _multiply_vector)
             rows = right.transpose(-2, -1)
             return use.layer.lend(use.owner, rows, left, None, _multiply_from_left, turned=True)
         turned = self.find(right, turned=True)
@@ -246,6 +251,10 @@ def _multiply(rows: Tensor, weight: Tensor, _bias: None) -> Tensor:
 
 def _multiply_by_transposed(rows: Tensor, weight: Tensor, _bias: None) -> Tensor:
     return torch.matmul(rows, weight.t())
+
+
+def _multiply_vector(row: Tensor, weight: Tensor, _bias: None) -> Tensor:
+    return torch.matmul(weight, row)
 
 
 def _multiply_from_left(rows: Tensor, weight: Tensor, _bias: None) -> Tensor:

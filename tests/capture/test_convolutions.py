@@ -11,7 +11,7 @@ from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
 from gls_fused import GLS
-from gls_fused.capture.conv import ImageRows, window_of
+from gls_fused.capture.conv import ImageRows, geometry_of
 from gls_fused.capture.rows import SKETCH_ROWS, take_sample
 
 # What they are made with beside 4 input and 6 output channels, kernel 3; and the images' size.
@@ -192,7 +192,7 @@ class Stuffed(nn.Module):
 
     def __init__(self, transposed):
         super().__init__()
-        self.window, _ = window_of(transposed)
+        self.window = geometry_of(transposed, transposed.kernel_size).window
         groups, bias = transposed.groups, transposed.bias
         self.conv = nn.Conv2d(
             transposed.in_channels, transposed.out_channels, transposed.kernel_size,
