@@ -127,7 +127,7 @@ bool LinearCapture::match(const Tensor& gradient,
                           const std::optional<Tensor>& bias_gradient) const {
   const std::vector<double> found = read_both(*this, gradient, bias_gradient);
   const double scale = *std::max_element(sizes.begin(), sizes.end());
-  if (scale == 0 || !any_nonzero(found)) return !any_nonzero(found);
+  if (scale == 0) return !any_nonzero(found);
   // A factor leaves no number where there was none.
   for (size_t i = 0; i < found.size(); ++i) {
     if (std::isfinite(found[i]) && !std::isfinite(sums[i])) return false;

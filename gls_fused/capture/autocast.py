@@ -17,10 +17,12 @@ def autocast_inputs(inputs: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     taken where the native module is there to ask for it; else there is one for each call.
     """
     device, tensors = inputs.device.type, (inputs, *others)
-    # Asked of a device without autocast, such as meta, the second raises.
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    compiles = torch.compiler.is_compiling()
+    # Of a device without autocast, such as meta, the last raises. Torch 2.11 traces no `available`.
+    available = compiles or torch.amp.is_autocast_available(device)
+    if not (available and torch.is_autocast_enabled(device)):
         return tensors
-    native = None if torch.compiler.is_compiling() else native_module()
+    native = None if compiles else native_module()
     if native is not None:
         return tuple(x if x is None else native.cast_by_autocast(x) for x in tensors)
     dtype = torch.get_autocast_dtype(device)

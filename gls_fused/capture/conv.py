@@ -311,12 +311,13 @@ def why_not_conv(modules: Sequence[nn.Module]) -> str | None:
 
 def why_not_padded(module: nn.Module) -> str | None:
     """Why a convolution does not pad its images as torch's own does, or None if it does."""
-    # Asked of the module, which graphs of torch.compile are guarded by.
-    found: Any = module._conv_forward
-    if getattr(found, "__func__", found) in _CONV_FORWARDS:
-        return None
     if "_conv_forward" in module.__dict__:
         return "its _conv_forward is replaced on the instance"
+    # Asked of the module, which guards graphs of torch.compile; 2.11 knows no `__func__`.
+    found: Any = module._conv_forward
+    own = getattr(found, "__func__", plain_class(module)._conv_forward)
+    if any(own is each for each in _CONV_FORWARDS):
+        return None
     return f"{describe_class(plain_class(module))} overrides _conv_forward"
 
 

@@ -52,7 +52,7 @@ class Marks:
         # The model may have been cast to another dtype in between.
         found = self._read_both(gradient, bias_gradient).to(self._sums.dtype)
         scale = self._sizes.max()
-        if scale == 0 or not found.any():
+        if scale == 0:
             return not found.any()
         if not scale.isfinite():
             # A factor leaves no number where there was none.

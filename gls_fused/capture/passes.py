@@ -47,8 +47,8 @@ class Passes(Rows):
         captured: False once another optimizer has taken the modules over.
         called: whether rows have been seen.
         cleared: whether some D in p.grad has been cleared since the last step.
-        midway: whether p.grad had a part of this step's gradient when a state was loaded, so that it
-            keeps the gradient until the step.
+        midway: whether p.grad had a part of the step's gradient when a state was loaded; it keeps
+            the gradient until the step.
         unseen: why what its module was called with has shown no rows, or None.
         idle: why it takes part in no statistics, or None; such as never having been called. Its
             sums are then of size 0, and there are some once it has been called.

@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import itertools
+import pickle
 import re
 import weakref
 
@@ -527,6 +528,46 @@ def test_parameters_of_others_in_a_graph_keep_their_gradient(kind, site, change,
         optimizer.step()
         traces = [state["trace"] for state in optimizer.state.values() if "trace" in state]
         found.append([*snapshot(model), *traces])
+    for compiled, eager in zip(*found, strict=True):
+        assert_near(compiled, eager, SAME_STEPS)
+
+
+def by_another_optimizer(make, model):
+    return GLS(make().double(), rank=3)._model
+
+
+def of_a_pickle(make, model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 0), (1, 0, 0)], ids=["own first", "other first"])
+@pytest.mark.parametrize("twin", [by_another_optimizer, of_a_pickle])
+@pytest.mark.parametrize("site", ["step", "backward"])
+def test_parameters_of_a_twin_are_others(site, twin, order):
+    """Which are captured too, or were when they were saved; so with an optimizer built anew."""
+    make, shape = FOREIGN["linear"]
+    found = []
+    for compiles in (True, False):
+        model, earlier, _ = begin(make, site, compiles=False)
+        optimizer = GLS(model, site=site, rank=3, curvature_every=1)
+        del earlier
+        gc.collect()
+        other = twin(make, model)
+
+        def loss(params, inputs, model=model):
+            return torch.func.functional_call(model, params, (inputs,)).square().sum()
+
+        call = torch.compile(loss, backend="aot_eager") if compiles else loss
+        whose = [dict(each.named_parameters()) for each in (model, other)]
+        results = []
+        for seed, who in enumerate((0, *order)):
+            optimizer.zero_grad()
+            (call if seed else loss)(whose[who], inputs_of(shape, seed)).backward()
+            results += [p.grad.clone() for p in whose[who].values()]
+            optimizer.step()
+            states = optimizer.state.values()
+            results += [state["trace"].clone() for state in states if "trace" in state]
+        found.append(results)
     for compiled, eager in zip(*found, strict=True):
         assert_near(compiled, eager, SAME_STEPS)
 

@@ -616,3 +616,37 @@ def test_compiled_in_whole_graphs(site, parts):
     # As for modules that are called: one at step 0, one that gathers, one that does not.
     assert counters["stats"]["unique_graphs"] == 3
     torch._dynamo.reset()
+
+
+class Vectors(nn.Module):
+    """All products of a weight with one vector; or the same with all of them at once."""
+
+    def __init__(self, *, apart):
+        super().__init__()
+        self.outer, self.inner = nn.Linear(8, 6, bias=False), nn.Linear(6, 4, bias=False)
+        self.apart = apart
+
+    def forward(self, inputs):
+        outer, inner = self.outer.weight, self.inner.weight
+        if not self.apart:
+            return F.linear(torch.tanh(F.linear(inputs, outer)), inner)
+        hidden = [outer @ inputs[0], outer.mv(inputs[1]), torch.mv(outer, inputs[2])]
+        first, second, third = map(torch.tanh, hidden)
+        return torch.stack([torch.matmul(inner, first), inner.matmul(second), inner @ third])
+
+
+@pytest.mark.parametrize("site", ["step", "backward"])
+def test_vectors_are_rows(site):
+    found = []
+    for apart in (True, False):
+        torch.manual_seed(0)
+        model = Vectors(apart=apart).double()
+        optimizer = GLS(model, site=site, **BARE)
+        for step in range(4):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            model(torch.randn(3, 8, dtype=torch.float64)).square().sum().backward()
+            optimizer.step()
+        found.append(snapshot(model))
+    for ours, theirs in zip(*found, strict=True):
+        assert_near(ours, theirs, SAME_STEPS)

@@ -79,6 +79,29 @@ def test_weights_of_an_input_that_is_always_zero_stay(backend, kind, normalize):
     assert moved[:, 3].max() <= 1e-3 * moved.median()
 
 
+@pytest.mark.parametrize("normalize", ["factored", "adam"])
+@pytest.mark.parametrize("power", [1, 0.75, 0.5, 0.25])
+def test_dense_curvature_mixes_nothing_into_an_input_that_is_always_zero(backend, power, normalize):
+    """Rounding of eigenvectors would, and the scales per input make steps of it."""
+    torch.manual_seed(0)
+    model = nn.Linear(40, 9)
+    before = model.weight.detach().clone()
+    optimizer = GLS(
+        model, curvature="dense", power=power, normalize=normalize, curvature_every=2,
+        backend=backend, max_change=None,
+    )  # fmt: skip
+    for step in range(12):
+        inputs = torch.randn(30, 40)
+        inputs[:, ::4] = 0
+        optimizer.zero_grad()
+        (1000 * (model(inputs) - step).square().mean()).backward()
+        assert not model.weight.grad[:, ::4].any()
+        optimizer.step()
+    moved = model.weight.detach() != before
+    assert not moved[:, ::4].any()
+    assert moved[:, 1::4].all()
+
+
 def test_few_images_give_the_same_steps_on_every_backend():
     """5 images a step, of which a head has 5 rows for 8 directions."""
     torch.manual_seed(0)

@@ -225,6 +225,10 @@ def in_weight(key, value):
     return lambda saved: saved["state"][2].update({key: value})
 
 
+def spread_basis(saved):
+    saved["state"][2]["basis"] = saved["state"][2]["basis"].to_sparse()
+
+
 SPOILT = [
     (in_group("lr", -1.0), ValueError, "lr: expected a value in"),
     (in_group("lr", None), TypeError, "lr: expected a number"),
@@ -242,8 +246,12 @@ SPOILT = [
     (in_weight("basis", None), ValueError, "layer 'first': expected basis as a tensor, got None"),
     (in_weight("exp_avg", [1.0]), ValueError, "expected exp_avg as a tensor"),
     (in_weight("step", 3), ValueError, "expected step as a tensor, got 3"),
-    (in_weight("rows", "x"), ValueError, "layer 'first': expected rows as a number, got 'x'"),
+    (in_weight("rows", "x"), ValueError, "layer 'first': expected rows as a number, at least 0"),
+    (in_weight("rows", float("nan")), ValueError, "expected rows as a number, at least 0, got nan"),
+    (in_weight("due", -1), ValueError, "expected due as a number, at least 0, got -1"),
     (in_weight("at_step", torch.ones(2)), ValueError, "expected at_step as a number"),
+    (in_weight("trace", torch.ones((), device="meta")), ValueError, "trace as a dense tensor with"),
+    (spread_basis, ValueError, "basis as a dense tensor with values, got torch.sparse_coo on cpu"),
     (lambda saved: saved["state"].update({2: None}), TypeError, "parameter 2: expected a dict"),
     (lambda saved: saved.pop("state"), ValueError, "expected the keys 'state' and 'param_groups'"),
     (lambda saved: saved.update(state=[]), TypeError, "state_dict: state: expected a dict"),
@@ -279,6 +287,25 @@ def test_numbers_that_were_converted_are_taken(convert):
     twin = GLS(later, **OPTIONS)
     twin.load_state_dict(saved)
     assert_equal(train(later, twin, range(4, 7)), train(model, optimizer, range(4, 7)))
+
+
+@pytest.mark.parametrize("with_attach", [False, True])
+def test_state_is_loaded_in_inference_mode(with_attach):
+    """It is ordinary tensors that can be written to later."""
+    found = []
+    for mode in (True, False):
+        model, optimizer = make_trained()
+        saver = optimizer
+        if with_attach:
+            optimizer.detach()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            saver = attach(model, optimizer, rank=4)
+            train(model, optimizer, range(2))
+        saved = copy.deepcopy(saver.state_dict())
+        with torch.inference_mode(mode):
+            saver.load_state_dict(saved)
+        found.append(train(model, optimizer, range(4, 7)))
+    assert_equal(*found)
 
 
 @pytest.mark.parametrize("saved", [None, [], "x"])

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from nets import KINDS, assert_equal, loss_of, make_batch, make_net, snapshot
-from tolerances import SAME_STEPS, assert_near
+from tolerances import PRODUCT, SAME_STEPS, assert_near
 
 from gls_fused import GLS
 
@@ -147,14 +147,24 @@ def test_one_cycle_scheduler_cycles_the_momentum():
     assert optimizer.param_groups[0]["momentum"] < first
 
 
-def test_learning_rate_as_a_tensor(backend):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("normalize", ["none", "spectral"])
+def test_learning_rate_as_a_tensor(backend, normalize, apart, dtype):
+    """One that 16 bits hold; what is computed of it they would not."""
     found = []
-    for lr in (0.5, torch.tensor(0.5)):
+    for lr in (0.25, torch.tensor(0.25, dtype=dtype)):
         model = make_net("mlp")
-        train(model, GLS(model, lr=lr, normalize="none", backend=backend), 3)
+        named = list(model.named_parameters())
+        groups = [{"params": [pair for pair in named if pair[0].endswith("bias") is bias]}
+                  for bias in (False, True)]  # fmt: skip
+        groups[1]["weight_decay"] = 0.3 if apart else 0.1
+        options = {"lr": lr, "normalize": normalize, "weight_decay": 0.1}
+        train(model, GLS(groups, model=model, backend=backend, **options), 3)
         found.append(snapshot(model))
     for p, q in zip(*found, strict=True):
-        assert_near(p, q, SAME_STEPS)
+        # What is computed of it has the tensor's precision, and at least float32's.
+        assert_near(p, q, SAME_STEPS if dtype is torch.float64 else PRODUCT[torch.float32])
 
 
 def test_each_group_steps_with_its_own_options(backend):
