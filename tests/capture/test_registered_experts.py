@@ -78,6 +78,11 @@ def by_walking(rows, weight, turned):
     return torch.cat([torch.mm(x, each if turned else each.mT) for x, each in parts])
 
 
+def by_unbinding(rows, weight, turned):
+    parts = zip(rows.split(SIZES), torch.unbind(weight, dim=0), strict=True)
+    return torch.cat([torch.mm(x, each if turned else each.mT) for x, each in parts])
+
+
 def padded(rows):
     return torch.stack([F.pad(x, (0, 0, 0, max(SIZES) - len(x))) for x in rows.split(SIZES)])
 
@@ -126,8 +131,8 @@ def by_group(rows, weight, turned):
     return F.grouped_mm(rows, weight if turned else weight.mT, offs=ends)
 
 
-PRODUCTS = [by_index, by_transposing, by_walking, by_columns, by_batch, by_broadcast, by_choice]
-PRODUCTS += [by_group, by_einsum, by_einsum_of_one, by_einsum_of_choice]
+PRODUCTS = [by_index, by_transposing, by_walking, by_unbinding, by_columns, by_batch]
+PRODUCTS += [by_broadcast, by_choice, by_group, by_einsum, by_einsum_of_one, by_einsum_of_choice]
 
 
 @pytest.fixture
