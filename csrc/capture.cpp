@@ -128,10 +128,6 @@ bool LinearCapture::match(const Tensor& gradient,
   const std::vector<double> found = read_both(*this, gradient, bias_gradient);
   const double scale = *std::max_element(sizes.begin(), sizes.end());
   if (scale == 0) return !any_nonzero(found);
-  // A factor leaves no number where there was none.
-  for (size_t i = 0; i < found.size(); ++i) {
-    if (std::isfinite(found[i]) && !std::isfinite(sums[i])) return false;
-  }
   // At a scale of one, so that no square overflows or is lost.
   double product = 0, square = 0;
   for (size_t i = 0; i < found.size(); ++i) {

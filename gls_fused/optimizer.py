@@ -384,6 +384,8 @@ class GLS(torch.optim.Optimizer):
         layers, uncovered = self._find([members])
         self._add_layers(layers, uncovered, self._owners)
         for layer in layers:
+            # Its gradient was made without it.
+            layer.finish_step()
             group = self._owners[layer.weight]
             self._preconditioner.expect([layer], self.state, group["step"], group)
 

@@ -54,9 +54,6 @@ class Marks:
         scale = self._sizes.max()
         if scale == 0:
             return not found.any()
-        if not scale.isfinite():
-            # A factor leaves no number where there was none.
-            return not (found.isfinite() & ~self._sums.isfinite()).any()
         # At a scale of one, so that no square overflows or is lost.
         unit = self._sums / scale
         square = unit.square().sum()

@@ -75,7 +75,7 @@ class Passes(Rows):
         self.marks: Any = None
         self.tally: Tensor | None = None
         self.reduced: Tensor | None = None
-        # Gradients as they were when the last step had taken them, and before P was there.
+        # Gradients as the last step left them: with D in them, and without.
         self._left: Version = None
         self._earlier: Version = None
         self._watch: Any = None
@@ -93,9 +93,6 @@ class Passes(Rows):
 
     def expect(self, inverse: Inverse | None, *, gathers: bool, at_backward: bool) -> None:
         """What the coming step asks of the layer; see `Rows`."""
-        if at_backward and not self.at_backward and self.promised:
-            # What is there now holds no D.
-            self._earlier = _version_of(self.weight.grad)
         self.inverse, self.gathers, self.at_backward = inverse, gathers, at_backward
         self.by_node = at_backward
         if inverse is not None:
@@ -314,6 +311,8 @@ class Passes(Rows):
 
     def finish_step(self) -> None:
         """Forget what belonged to the step that has been taken."""
+        if self.promised:
+            self._earlier = None if self.at_backward else _version_of(self.weight.grad)
         if self.at_backward and not self.promised and self.marks.has_marks:
             gradient = self.weight.grad
             if gradient is not None:
