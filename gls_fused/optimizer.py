@@ -465,8 +465,9 @@ class GLS(torch.optim.Optimizer):
             ready.update(id(param) for layer in mine for param in layer.params)
         for group, layers in groups:
             stepping = [layer for layer in layers if id(layer.weight) in ready]
-            alike = kept[id(group)]
-            step_layers_(stepping, self.state, group, self._owners, alike, self._seed_of, skip)
+            step_layers_(
+                stepping, self.state, group, self._owners, kept[id(group)], self._seed_of, skip
+            )
             others = [p for p in group["params"] if id(p) not in ready and p.grad is not None]
             if others:
                 own = [self.state[p] for p in others]
