@@ -33,6 +33,8 @@ TRANSPOSED: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.ConvTranspose3d: F.conv_transpose3d,
 }
 # As they were before anybody could have replaced them here.
+_KINDS: tuple[Any, ...] = (*CONVOLUTIONS, *TRANSPOSED)
+_FORWARDS = {kind: kind.forward for kind in _KINDS}
 _CONV_FORWARDS = tuple(kind._conv_forward for kind in CONVOLUTIONS)
 # Of a convolution, one for all dimensions or for each.
 Numbers: TypeAlias = int | Sequence[int]
@@ -162,7 +164,7 @@ class ConvLayer(ImageRows, Layer):
         self.kind = f"Conv{'Transpose' * self.turned}{len(module.kernel_size)}d"
 
     def forward(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        problem = None if self.turned else why_not_padded(module)
+        problem = why_not_padded(module)
         if problem is not None:
             return self.forward_otherwise(module, problem, inputs)
         return super().forward(module, inputs)
@@ -193,10 +195,14 @@ class ConvLayer(ImageRows, Layer):
         """`observed` of a call with this geometry."""
         gather = functools.partial(self.gather_in, geometry)
         pad = functools.partial(pad_images, geometry=geometry)
-        # They are padded as they are, and cast then.
-        inputs = inputs if geometry.amounts else self.op_inputs(inputs)
+        inputs = self.op_inputs_in(geometry, inputs)
         weight, bias = self.seen_operands(module, inputs, gather, pad)
         return self.compute_in(geometry, module, inputs, weight, bias)
+
+    def op_inputs_in(self, geometry: Geometry, inputs: Tensor) -> Tensor:
+        """`op_inputs` of a call with this geometry."""
+        # They are padded as they are, and cast then.
+        return inputs if geometry.amounts else self.op_inputs(inputs)
 
     def gather_in(self, geometry: Geometry, images: Tensor) -> None:
         """`gather` of a call with this geometry."""
@@ -216,17 +222,9 @@ class ConvLayer(ImageRows, Layer):
     ) -> Tensor:
         return self.compute_in(self.geometry_in(module), module, inputs, weight, bias)
 
-    def compute_in(
-        self,
-        geometry: Geometry,
-        module: nn.Module,
-        inputs: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
+    def compute_in(self, geometry: Geometry, module: Any, *operands: Any) -> Tensor:
         """`compute` of a call with this geometry."""
-        assert isinstance(module, CONVOLUTIONS)
-        outputs: Tensor = module._conv_forward(inputs, weight, bias)
+        outputs: Tensor = module._conv_forward(*operands)
         return outputs
 
     def traced(self, module: nn.Module, inputs: Tensor) -> Tensor:
@@ -235,8 +233,7 @@ class ConvLayer(ImageRows, Layer):
     def traced_in(self, geometry: Geometry, module: nn.Module, inputs: Tensor) -> Tensor:
         """`traced` of a call with this geometry."""
         assert isinstance(module, _ConvNd)
-        # They are padded as they are, and cast then.
-        inputs = inputs if geometry.amounts else self.op_inputs(inputs)
+        inputs = self.op_inputs_in(geometry, inputs)
         weight, bias = autocast_inputs(module.weight, module.bias)
         if bias is None or self.owns_bias_of(module):
             return self.traced_product(geometry, inputs, weight, bias)
@@ -265,17 +262,10 @@ class ConvTransposeLayer(ConvLayer):
 
     turned = True
 
-    def compute_in(
-        self,
-        geometry: Geometry,
-        module: nn.Module,
-        inputs: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
+    def compute_in(self, geometry: Geometry, module: Any, *operands: Any) -> Tensor:
         op = next(op for kind, op in TRANSPOSED.items() if isinstance(module, kind))
         _, stride, padding, dilation, more = geometry.window
-        return op(inputs, weight, bias, stride, padding, more, geometry.groups, dilation)
+        return op(*operands, stride, padding, more, geometry.groups, dilation)
 
     def forward_more(
         self,
@@ -297,11 +287,11 @@ class ConvTransposeLayer(ConvLayer):
 
 
 def why_not_conv(modules: Sequence[nn.Module]) -> str | None:
-    """See `gls_fused.capture.find.Kind`."""
-    own = next(kind for kind in CONVOLUTIONS if isinstance(modules[0], kind))
+    """See `gls_fused.capture.find.Kind`; of transposed ones, too."""
+    own = next(kind for kind in _FORWARDS if isinstance(modules[0], kind))
     for module in modules:
         assert isinstance(module, own)
-        problem = why_not_own(module, own) or why_not_padded(module)
+        problem = why_not_own(module, _FORWARDS[own]) or why_not_padded(module)
         if problem is not None:
             return problem
         if _geometry(module) != _geometry(modules[0]):
@@ -309,29 +299,18 @@ def why_not_conv(modules: Sequence[nn.Module]) -> str | None:
     return None
 
 
-def why_not_padded(module: nn.Module) -> str | None:
+def why_not_padded(module: Any) -> str | None:
     """Why a convolution does not pad its images as torch's own does, or None if it does."""
+    if module.transposed:
+        return None
     if "_conv_forward" in module.__dict__:
         return "its _conv_forward is replaced on the instance"
     # Asked of the module, which guards graphs of torch.compile; 2.11 knows no `__func__`.
-    found: Any = module._conv_forward
+    found = module._conv_forward
     own = getattr(found, "__func__", plain_class(module)._conv_forward)
     if any(own is each for each in _CONV_FORWARDS):
         return None
     return f"{describe_class(plain_class(module))} overrides _conv_forward"
-
-
-def why_not_transposed(modules: Sequence[nn.Module]) -> str | None:
-    """See `gls_fused.capture.find.Kind`."""
-    own: Any = next(kind for kind in TRANSPOSED if isinstance(modules[0], kind))
-    for module in modules:
-        assert isinstance(module, own)
-        problem = why_not_own(module, own)
-        if problem is not None:
-            return problem
-        if _geometry(module) != _geometry(modules[0]):
-            return "its modules differ in stride, padding, dilation or groups"
-    return None
 
 
 def _geometry(module: Any) -> Geometry:

@@ -18,7 +18,6 @@ from gls_fused.capture.conv import (
     ConvLayer,
     ConvTransposeLayer,
     why_not_conv,
-    why_not_transposed,
 )
 from gls_fused.capture.custom import ObservedLayer, TurnedObservedLayer, why_not_observed
 from gls_fused.capture.derived import Place, source_of
@@ -67,7 +66,7 @@ class Kind(NamedTuple):
 KINDS: dict[type[nn.Module], Kind] = {
     nn.Linear: Kind(LinearLayer, why_not_linear),
     **dict.fromkeys(CONVOLUTIONS, Kind(ConvLayer, why_not_conv)),
-    **dict.fromkeys(TRANSPOSED, Kind(ConvTransposeLayer, why_not_transposed)),
+    **dict.fromkeys(TRANSPOSED, Kind(ConvTransposeLayer, why_not_conv)),
 }
 # Of modules with weights of other names than "weight", by the name.
 PARTS: dict[type[nn.Module], dict[str, Kind]] = {

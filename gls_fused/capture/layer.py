@@ -380,14 +380,17 @@ class Layer(Passes):
         seen = self.gathers and self.sees(inputs)
         if not (seen or self.by_node):
             return weight, bias
-        # P couples weight and bias; without it the bias need not be observed.
-        owned = self.couples and self.ones and self.owns_bias_of(module)
-        owned = owned and bias is not None and bias.requires_grad
+        owned = self.observes_bias(module, bias)
         rows = without_tangent(inputs) if seen else None
         rows = rows if rows is None or source is None else source(rows)
         weight = self.shown_weight(weight)
         weight, own = observe(self, rows, weight, bias if owned else None, gather)
         return weight, own if owned else bias
+
+    def observes_bias(self, module: nn.Module, bias: Tensor | None) -> bool:
+        """Whether the bias of a module's op is observed with the weight, as P couples them."""
+        owned = self.couples and self.ones and self.owns_bias_of(module)
+        return owned and bias is not None and bias.requires_grad
 
     def op_inputs(self, inputs: Tensor) -> Tensor:
         """The inputs as the module's op is given them."""

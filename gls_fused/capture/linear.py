@@ -22,6 +22,9 @@ from gls_fused.capture.traced import define_traced, fill_rows, flatten_rows
 from gls_fused.curvature.estimate import Subspace
 from gls_fused.reference import Inverse
 
+# As it was before anybody could have replaced it here.
+_FORWARD = nn.Linear.forward
+
 
 class LinearRows(Rows):
     """Of F.linear: every leading dimension of the inputs is rows."""
@@ -173,7 +176,7 @@ class TurnedLinearLayer(LinearLayer):
 def why_not_linear(modules: Sequence[nn.Module]) -> str | None:
     """See `gls_fused.capture.find.Kind`."""
     for module in modules:
-        problem = why_not_own(module, nn.Linear)
+        problem = why_not_own(module, _FORWARD)
         if problem is not None:
             return problem
         # Not module.weight, which spectral_norm moves when it is asked for.

@@ -29,12 +29,6 @@ WATCH_KEY = "_gls_watch"
 _PLAIN = "_gls_plain_class"
 
 
-_KINDS = (
-    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
-    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-)  # fmt: skip
-# Torch's own forwards, as they were before anybody could have replaced them here.
-FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for kind in _KINDS}
 # Forwards of other classes that compute what their kind's own does.
 ALIKE: set[Callable[..., Any]] = set()
 
@@ -74,8 +68,8 @@ def describe_class(plain: type) -> str:
     return f"{plain.__module__}.{plain.__qualname__}"
 
 
-def why_not_own(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why a module does not compute what `kind` does of its own weight and bias, or None."""
+def why_not_own(module: nn.Module, forward: Callable[..., Any]) -> str | None:
+    """Why a module does not compute `forward` of its own weight and bias, or None if it does."""
     own_bias = "bias" in module._parameters or getattr(module, "bias", None) is None
     own_weight = "weight" in module._parameters or source_of(module) is not None
     if not (own_weight and own_bias):
@@ -84,7 +78,7 @@ def why_not_own(module: nn.Module, kind: type[nn.Module]) -> str | None:
     # Those of a parametrized module are of a class on top of its own.
     if "weight" in module._parameters and (hasattr(plain, "weight") or hasattr(plain, "bias")):
         return f"{describe_class(plain)} computes its weight or bias"
-    if plain.forward is not FORWARDS[kind] and plain.forward not in ALIKE:
+    if plain.forward is not forward and plain.forward not in ALIKE:
         return (
             f"{describe_class(plain)} overrides forward, which may change the weight or the product"
             ": see gls_fused.register"

@@ -83,8 +83,7 @@ class RecurrentLayer(LinearLayer):
         if isinstance(rows, Tensor) and self.gathers:
             (inputs,) = autocast_inputs(rows)
             inputs = without_tangent(inputs) if self.sees(inputs) else None
-        owned = self.couples and self.ones and self.owns_bias_of(module)
-        owned = owned and bias is not None and bias.requires_grad
+        owned = self.observes_bias(module, bias)
         seen: Any = self if late is None else late
         if casts:
             weight = self.shown_weight(weight)

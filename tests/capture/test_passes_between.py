@@ -53,26 +53,32 @@ def test_state_is_loaded_between_two_micro_batches(backend):
     assert_alike(models)
 
 
-def test_two_steps_on_the_first_gradient(backend):
-    """P has come between them."""
+def assert_alike_at_every_site(backend, run):
+    """Whatever `run` does with a model and its optimizer."""
     models = []
     for site in SITES:
-        model = make()
-        optimizer = GLS(model, site=site, backend=backend, curvature_every=100, **OPTIONS)
+        models.append(make())
+        options = {"site": site, "backend": backend, "curvature_every": 100}
+        run(models[-1], GLS(models[-1], **options, **OPTIONS))
+    assert_alike(models)
+
+
+def test_two_steps_on_the_first_gradient(backend):
+    """P has come between them."""
+
+    def run(model, optimizer):
         inputs, labels = batches(1)[0]
         F.cross_entropy(model(inputs), labels).backward()
         for _ in range(2):
             optimizer.step()
-        models.append(model)
-    assert_alike(models)
+
+    assert_alike_at_every_site(backend, run)
 
 
 def test_weight_is_replaced_by_hand_with_its_state(backend):
     """As it is done to points that are split: the gradient has been made without the layer."""
-    models = []
-    for site in SITES:
-        model = make()
-        optimizer = GLS(model, site=site, backend=backend, curvature_every=100, **OPTIONS)
+
+    def run(model, optimizer):
         for step, (inputs, labels) in enumerate(batches(7)):
             optimizer.zero_grad()
             if step == 5:
@@ -83,8 +89,8 @@ def test_weight_is_replaced_by_hand_with_its_state(backend):
                 optimizer.state[model[2].weight] = optimizer.state.pop(old)
             F.cross_entropy(model(inputs), labels).backward()
             optimizer.step()
-        models.append(model)
-    assert_alike(models)
+
+    assert_alike_at_every_site(backend, run)
 
 
 @pytest.mark.parametrize("every", [100, 3])
