@@ -35,7 +35,7 @@ def diagnose(
     for prefix, layers, options in parts:
         for layer in layers:
             state = states.get(layer.weight) or {}
-            if state.get("rows"):
+            if state.get("rows") and not layer.replaced:
                 values = _of_layer(layer, state, options, squares_of(layer))
                 name = f"{prefix}{layer.name or layer.kind}"
                 found.update({f"{name}/{key}": value for key, value in values.items()})
@@ -65,7 +65,8 @@ def describe(
     known = {each.param for each in uncovered}
     known |= {param for layer in layers for param in layer.params}
     # What is not initialised yet has no shape.
-    trained = [param for param in params if param.requires_grad]
+    unused = {layer.weight for layer in layers if layer.replaced}
+    trained = [param for param in params if param.requires_grad and param not in unused]
     sizes = {param: 0 if is_lazy(param) else param.numel() for param in trained}
     large, small = [], 0
     for each in uncovered:

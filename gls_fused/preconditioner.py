@@ -501,6 +501,9 @@ def describe_layers(
         if layer.idle is not None:
             lines.append(f"{name}: Adam ({layer.idle})")
             continue
+        if layer.replaced:
+            lines.append(f"{name}: not in use (its module has another weight now)")
+            continue
         state = states.get(layer.weight) or {}
         rank = f"rank {state['basis'].shape[-1]}" if "basis" in state else "dense"
         started = f"{state['rows']} rows, {rank}" if state.get("rows") else "no rows yet"

@@ -199,6 +199,12 @@ class ConvLayer(ImageRows, Layer):
         weight, bias = self.seen_operands(module, inputs, gather, pad)
         return self.compute_in(geometry, module, inputs, weight, bias)
 
+    def rows_of(self, inputs: Tensor) -> Tensor:
+        images = super().rows_of(inputs)
+        # `vmap` has put axes before those of one call.
+        more = images.ndim - len(self.shape)
+        return images.flatten(0, more) if more > 0 else images
+
     def op_inputs_in(self, geometry: Geometry, inputs: Tensor) -> Tensor:
         """`op_inputs` of a call with this geometry."""
         # They are padded as they are, and cast then.

@@ -21,12 +21,13 @@ from torch.overrides import TorchFunctionMode
 
 from gls_fused.capture.autocast import autocast_inputs
 from gls_fused.capture.einsum import rows_of_einsum
-from gls_fused.capture.layer import Found, without_tangent
+from gls_fused.capture.layer import Found
 from gls_fused.capture.linear import LinearLayer
 from gls_fused.capture.modules import describe_class, plain_class
 from gls_fused.capture.observed import observe
 from gls_fused.capture.routed import Shown, add_routed_
 from gls_fused.capture.traced import flatten_rows
+from gls_fused.capture.transforms import values_of
 from gls_fused.capture.uses import MATMULS, Use, has_new_hooks, saved_tensors_hooks
 
 TRANSPOSES = (
@@ -47,6 +48,7 @@ class ExpertsLayer(LinearLayer):
     missed = "its products are of a kind that is not seen"
     by_rows = False
     stacked = True
+    seen_in_transforms = False
     blocks: int
 
     def __init__(self, found: Found) -> None:
@@ -322,7 +324,7 @@ def _show_rows(part: _Part, whose: Tensor | int, inputs: Tensor) -> Tensor:
     layer = part.layer
     if not (layer.gathers and layer.sees(inputs)):
         return part.tensor
-    rows = without_tangent(inputs).flatten(0, -2)
+    rows = values_of(inputs).flatten(0, -2)
     if not torch.compiler.is_compiling():
         return Shown.apply(layer, whose, rows, None, part.tensor)  # type: ignore[no-any-return]
     if isinstance(whose, int):

@@ -16,7 +16,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from gls_fused.backends.dispatch import backend_name, resolve_backend
 from gls_fused.capture.autocast import autocast_inputs
@@ -31,6 +30,13 @@ from gls_fused.capture.modules import (
 )
 from gls_fused.capture.observed import observe
 from gls_fused.capture.passes import Passes
+from gls_fused.capture.transforms import (
+    beneath,
+    has_level,
+    in_transform,
+    outside_transforms,
+    values_of,
+)
 from gls_fused.curvature.estimate import Curvature, State, make_curvature
 from gls_fused.distributed.sharding import (
     is_sharded,
@@ -106,6 +112,8 @@ class Layer(Passes):
     weight_key: str = "weight"
     bias_key: str | None = "bias"
     gated: ClassVar[bool] = False
+    # Whether its rows are seen under torch.func's transforms of the inputs.
+    seen_in_transforms: ClassVar[bool] = True
     # Why no rows are seen where nothing else is known.
     missed: ClassVar[str] = "its module is not called, its weight is used elsewhere"
 
@@ -240,6 +248,19 @@ class Layer(Passes):
         held = [place.param for place in self.places.values()]
         return any(weight is not self.weight and is_sharded(weight) for weight in held)
 
+    def is_spread(self, module: nn.Module) -> bool:
+        """Whether the weight that a module has is sharded now."""
+        weight = self.held_by(module)
+        return self.shards is not None and weight is not None and is_sharded(weight)
+
+    @property
+    def replaced(self) -> bool:
+        """Whether its modules all have another weight by now, as where one has been tied since."""
+        held = [place.param for place in self.places.values()]
+        others = all(weight is not None and weight is not self.weight for weight in held)
+        # What fully_shard gathers is another parameter than its shards.
+        return others and self.shards is None
+
     @property
     def flattened(self) -> bool:
         """Whether the weight has lost its axes since it was found."""
@@ -289,25 +310,32 @@ class Layer(Passes):
         """Whether a call of the module is to go through `forward`."""
         weight = self.held_by(module)
         if weight is None or not (weight.requires_grad and torch.is_grad_enabled()):
+            if weight is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self.miss("its weight is now computed from others")
             return False
         # Another's: a parameter replaced, or those of torch.func.functional_call.
         own = self.shards is not None or self.is_own(weight, self.weight)
         if torch.compiler.is_compiling():
             applies = self.at_backward and self.promised
-            return own and (applies or self.gathers) and not _is_exporting()
-        if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                f"layer {self.name!r}: torch.func's transforms (grad, vmap, ...) would give "
-                "gradients of rows that GLS does not see; use a copy.deepcopy of the model, "
-                "or call detach() of the optimizer first"
-            )
+            asked = own and (applies or self.gathers) and not _is_exporting()
+            if asked and not applies and in_transform():
+                # Torch has no rule to transform an op of ours; where P is to apply, it says so.
+                self.unseen = "torch.func transforms its module in a compiled graph"
+                return False
+            return asked
+        if not own and in_transform():
+            self.unseen = "torch.func differentiates it, and gives its gradient to its caller"
         if not (own and (self.by_node or self.gathers)):
+            return False
+        if not self.seen_in_transforms and in_transform():
+            self.miss("torch.func transforms its module")
             return False
         if torch._C._get_tracing_state() is not None:
             return False
         if not self.fits:
-            self.fit()
-        if self.shards is not None and is_sharded(weight):
+            with outside_transforms():
+                self.fit()
+        if self.is_spread(module):
             raise RuntimeError(
                 f"layer {self.name!r}: expected its weight whole in the forward, as under "
                 "fully_shard, got a DTensor; GLS does not cover tensor parallelism, pass "
@@ -319,7 +347,8 @@ class Layer(Passes):
         """The module's output, its rows seen and P applied in the backward as the step asks."""
         if torch.compiler.is_compiling():
             return self.traced(module, inputs)
-        self.leave_where_in_use(module)
+        with outside_transforms():
+            self.leave_where_in_use(module)
         if self.by_node:
             return self.precondition(module, inputs)
         if not self.gathers:
@@ -335,7 +364,14 @@ class Layer(Passes):
     def forward_otherwise(
         self, module: nn.Module, reason: str, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """The module's own output, of a call whose rows are not seen.
+        """The module's own output, of a call whose rows are not seen; see `miss`."""
+        self.miss(reason)
+        plain: Any = plain_class(module)
+        outputs: Tensor = plain.forward(module, *args, **kwargs)
+        return outputs
+
+    def miss(self, reason: str) -> None:
+        """Told of a call whose rows are not seen.
 
         Raises:
             RuntimeError: its gradient would lack the P that the user has asked for.
@@ -346,10 +382,8 @@ class Layer(Passes):
                 f'layer {self.name!r}: {reason}, where P cannot be applied; use site="step"'
             )
         if self.at_backward:
-            self.leave_backward_site()
-        plain: Any = plain_class(module)
-        outputs: Tensor = plain.forward(module, *args, **kwargs)
-        return outputs
+            with outside_transforms():
+                self.leave_backward_site()
 
     def leave_where_in_use(self, module: nn.Module) -> None:
         """Leave a backward site that is not promised, if D would be seen or lack a bias."""
@@ -381,10 +415,11 @@ class Layer(Passes):
         if not (seen or self.by_node):
             return weight, bias
         owned = self.observes_bias(module, bias)
-        rows = without_tangent(inputs) if seen else None
-        rows = rows if rows is None or source is None else source(rows)
-        weight = self.shown_weight(weight)
-        weight, own = observe(self, rows, weight, bias if owned else None, gather)
+        with outside_transforms():
+            rows = self.rows_of(inputs) if seen else None
+            rows = rows if rows is None or source is None else source(rows)
+            weight = self.shown_weight(beneath(weight))
+            weight, own = observe(self, rows, weight, bias if owned else None, gather)
         return weight, own if owned else bias
 
     def observes_bias(self, module: nn.Module, bias: Tensor | None) -> bool:
@@ -397,6 +432,10 @@ class Layer(Passes):
         (inputs,) = autocast_inputs(inputs)
         return inputs
 
+    def rows_of(self, inputs: Tensor) -> Tensor:
+        """What of an op's inputs is summed, outside of torch.func's transforms."""
+        return values_of(inputs)
+
     def shown_weight(self, weight: Tensor) -> Tensor:
         """What of a weight is observed: as under autocast its op takes it, one cast for all calls.
 
@@ -407,11 +446,11 @@ class Layer(Passes):
     def takes_rows(self, module: nn.Module, inputs: Tensor) -> bool:
         """Whether a node of ours may compute the output, with rows and gradients in its backward.
 
-        Rows that are no plain tensor, or may have a tangent, take torch's own op; so does the bias
-        of somebody else.
+        Rows that are no plain tensor, may have a tangent or are transformed by torch.func take
+        torch's own op; so does the bias of somebody else.
         """
-        plain = type(inputs) in (Tensor, nn.Parameter) and self.sees(inputs) and not _has_level()
-        return plain and self.owns_bias_of(module)
+        plain = type(inputs) in (Tensor, nn.Parameter) and self.sees(inputs) and not has_level()
+        return plain and not in_transform() and self.owns_bias_of(module)
 
     def precondition(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """The output where P applies in the backward."""
@@ -484,19 +523,6 @@ def bias_of(module: nn.Module) -> Tensor | None:
     bias: Any = known["bias"] if "bias" in known else getattr(module, "bias", None)
     assert bias is None or isinstance(bias, Tensor)
     return bias
-
-
-def without_tangent(inputs: Tensor) -> Tensor:
-    """Rows as they are without their tangent, which the weight has not."""
-    if not _has_level():
-        return inputs
-    rows: Tensor = forward_ad.unpack_dual(inputs).primal  # type: ignore[no-untyped-call]
-    return rows
-
-
-def _has_level() -> bool:
-    """Whether forward-mode differentiation is on."""
-    return forward_ad._current_level >= 0
 
 
 def _is_exporting() -> bool:

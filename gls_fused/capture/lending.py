@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from gls_fused.capture.autocast import autocast_inputs
-from gls_fused.capture.layer import Found, Layer, without_tangent
+from gls_fused.capture.layer import Found, Layer
 from gls_fused.capture.modules import plain_class
 from gls_fused.capture.observed import observe
 from gls_fused.capture.reads import reads_weights
+from gls_fused.capture.transforms import outside_transforms
 from gls_fused.capture.uses import Observer, rewatch_module, unwatch_module, watch_module
 from gls_fused.curvature.estimate import State
 
@@ -142,16 +143,19 @@ class Lender(Layer):
             outputs = outputs if apart is None else outputs + apart
             return outputs.transpose(-2, -1) if turned else outputs
         if self.at_backward and not self.promised:
-            self.leave_backward_site()
+            with outside_transforms():
+                self.leave_backward_site()
         self.stays_at_step = not self.promised
         (inputs,) = autocast_inputs(inputs)
         seen = self.gathers and self.sees(inputs)
         if not (seen or self.by_node):
             return compute(inputs, weight, bias)
         owned = self.couples and own and bias is not None and bias.requires_grad
-        rows = without_tangent(inputs) if seen else None
-        weight = self.shown_weight(weight)
-        weight, theirs = observe(self, rows, weight, bias if owned else None)
+        with outside_transforms():
+            weight = self.shown_weight(weight)
+            weight, theirs = observe(
+                self, inputs if seen else None, weight, bias if owned else None
+            )
         return compute(inputs, weight, theirs if owned else bias)
 
     def take_call(self, uses: Sequence[Use], func: Any, args: tuple[Any, ...]) -> Any:

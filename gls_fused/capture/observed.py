@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gls_fused.capture.rows import Rows, outside_autocast
+from gls_fused.capture.transforms import outside_transforms, values_of
 
 
 def observe(
@@ -33,9 +34,10 @@ def observe(
         bias: the layer's own, as P acts on both; None where it has none.
         gather: adds the rows of these inputs to the sums; None for `Rows.gather`.
     """
-    # For gradients of the inputs alone, autograd need not come here.
-    seen = None if inputs is None else inputs.detach()
-    return Observed.apply(rows, gather or rows.gather, seen, weight, bias)  # type: ignore[no-any-return]
+    with outside_transforms():
+        # For gradients of the inputs alone, autograd need not come here.
+        seen = None if inputs is None else values_of(inputs).detach()
+        return Observed.apply(rows, gather or rows.gather, seen, weight, bias)  # type: ignore[no-any-return]
 
 
 def observe_factor(ctx: Any, inputs: Tensor, weight: Tensor, *, biased: bool) -> Tensor:

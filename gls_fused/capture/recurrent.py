@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from gls_fused.capture.autocast import autocast_inputs
-from gls_fused.capture.layer import Found, without_tangent
+from gls_fused.capture.layer import Found
 from gls_fused.capture.linear import LinearLayer
 from gls_fused.capture.observed import observe
+from gls_fused.capture.transforms import values_of
 from gls_fused.capture.uses import Use, rewatch_module, unwatch_module, watch_module
 
 OPS = (torch.rnn_tanh, torch.rnn_relu, torch.lstm, torch.gru)
@@ -29,6 +30,7 @@ class RecurrentLayer(LinearLayer):
     """One weight of such a module, with the bias that is added to its product."""
 
     kind = "recurrent"
+    seen_in_transforms = False
     by_rows = False
     gated = True
     calls = (*OPS, *CELL_OPS)
@@ -82,7 +84,7 @@ class RecurrentLayer(LinearLayer):
         inputs: Tensor | None = None
         if isinstance(rows, Tensor) and self.gathers:
             (inputs,) = autocast_inputs(rows)
-            inputs = without_tangent(inputs) if self.sees(inputs) else None
+            inputs = values_of(inputs) if self.sees(inputs) else None
         owned = self.observes_bias(module, bias)
         seen: Any = self if late is None else late
         if casts:
@@ -114,7 +116,7 @@ class Late:
         if not (self.layer.gathers and self.layer.sees(outputs)):
             return
         self._reverse = reverse
-        outputs, first = without_tangent(outputs), without_tangent(first)
+        outputs, first = values_of(outputs), values_of(first)
         # A copy, as torch lets what it gives out be changed in place.
         self._kept = _Kept.apply(weight, outputs.detach().clone(), first.detach(), sizes)
 

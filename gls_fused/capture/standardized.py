@@ -20,9 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from gls_fused.capture.autocast import autocast_inputs
 from gls_fused.capture.conv import ConvLayer, Numbers, make_geometry, pad_images
-from gls_fused.capture.layer import Found, without_tangent
+from gls_fused.capture.layer import Found
 from gls_fused.capture.modules import plain_class
 from gls_fused.capture.observed import observe
+from gls_fused.capture.transforms import beneath, outside_transforms
 
 
 class StandardizedConv2dLayer(ConvLayer):
@@ -55,9 +56,10 @@ class StandardizedConv2dLayer(ConvLayer):
             return self.traced_product(geometry, inputs, weight, bias)
         (inputs,) = autocast_inputs(inputs)
         if self.gathers and self.sees(inputs):
-            images = pad_images(without_tangent(inputs), geometry)
             gather = functools.partial(self.gather_in, geometry)
-            weight, _ = observe(self, images, weight, None, gather)
+            with outside_transforms():
+                images = pad_images(self.rows_of(inputs), geometry)
+                weight, _ = observe(self, images, beneath(weight), None, gather)
         return torch.conv2d(inputs, weight, bias, stride, padding, dilation, groups)
 
 

@@ -27,6 +27,7 @@ from gls_fused.capture.modules import (
     once_per_class,
     plain_class,
 )
+from gls_fused.capture.transforms import beneath
 
 if TYPE_CHECKING:
     from gls_fused.capture.lending import Lender
@@ -63,7 +64,8 @@ class Watch:
         uses = [
             Use(layer, owner, layer.held_by(owner))  # type: ignore[arg-type]
             for layer, owner in ([] if symbolic else self.uses)
-            if layer.watches(owner)
+            # What fully_shard has apart from this module is whole in its own module's call alone.
+            if not layer.is_spread(owner) and layer.watches(owner)
         ]
         if not uses:
             return plain.forward(self.module, *args, **kwargs)
@@ -201,23 +203,25 @@ class Observer(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002  # torch's name
-        use = self.find(weight)
+        own = beneath(weight)
+        use = self.find(own)
         if use is None:
             return F.linear(input, weight, bias)
-        return use.layer.lend(use.owner, input, weight, bias, F.linear)
+        return use.layer.lend(use.owner, input, own, bias, F.linear)
 
     def matmul(self, left: Tensor, right: Tensor) -> Tensor:
         """X @ W' and W @ x', and X @ W of a weight that is turned."""
-        use = self.find(left)
-        if use is not None and self.find(right) is None:
+        first, second = beneath(left), beneath(right)
+        use = self.find(first)
+        if use is not None and self.find(second) is None:
             if right.ndim == 1:
-                return use.layer.lend(use.owner, right, left, None, _multiply_vector)
+                return use.layer.lend(use.owner, right, first, None, _multiply_vector)
             rows = right.transpose(-2, -1)
-            return use.layer.lend(use.owner, rows, left, None, _multiply_from_left, turned=True)
-        turned = self.find(right, turned=True)
+            return use.layer.lend(use.owner, rows, first, None, _multiply_from_left, turned=True)
+        turned = self.find(second, turned=True)
         if use is None and turned is not None:
-            return turned.layer.lend(turned.owner, left, right, None, _multiply)
-        if use is None and right.ndim == 2 and self.find(view := right.t()) is not None:
+            return turned.layer.lend(turned.owner, left, second, None, _multiply)
+        if use is None and right.ndim == 2 and self.find(view := beneath(right.t())) is not None:
             use = self.find(view)
             assert use is not None
             return use.layer.lend(use.owner, left, view, None, _multiply_by_transposed)

@@ -8,6 +8,7 @@ from nets import snapshot
 from tolerances import SAME_STEPS, assert_near
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import gls_fused
 from gls_fused import GLS
@@ -280,6 +281,63 @@ def test_parameters_that_a_class_computes_from(kind):
     lines = optimizer.report()
     assert f"0.weight: Adam ({__name__}.{kind.__name__} computes its weight or bias)" in lines
     assert "1: GLS" in lines
+
+
+def pruned_in_training(site):
+    """A model of which a weight is computed from the third step on, and its optimizer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    optimizer = GLS(model, **{**OPTIONS, "curvature_every": 2}, site=site)
+    for step in range(6):
+        if step == 2:
+            prune.l1_unstructured(model[2], "weight", 0.3)
+        optimizer.zero_grad()
+        model(torch.randn(5, 6, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def test_weight_that_is_pruned_in_training():
+    model, optimizer = pruned_in_training("auto")
+    for found, wanted in zip(snapshot(model), snapshot(pruned_in_training("step")[0]), strict=True):
+        assert_near(found, wanted, SAME_STEPS)
+    lines = optimizer.report().splitlines()
+    assert "site backward" in lines[0]
+    assert "site step" in lines[1]
+
+
+def test_promised_directions_of_a_pruned_weight():
+    with pytest.raises(
+        RuntimeError, match=r"layer '2': its weight is now computed .*site=\"step\""
+    ):
+        pruned_in_training("backward")
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(12, 6), nn.Linear(6, 12, bias=False)
+
+    def forward(self, words):
+        return self.head(self.table(words))
+
+
+def test_weight_that_another_has_taken_the_place_of():
+    """The report and the diagnostics leave out what no module has any more."""
+    model = Tied()
+    optimizer = GLS(model, **OPTIONS)
+    for step in range(4):
+        if step == 2:
+            assert "head: GLS" in optimizer.report()
+            model.head.weight = model.table.weight
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.arange(12)), torch.arange(12)).backward()
+        optimizer.step()
+    lines = optimizer.report().splitlines()
+    assert lines[0] == "head: not in use (its module has another weight now)"
+    assert lines[-1] == "share covered: 0.0% of 72 parameters"
+    assert not optimizer.diagnostics()
 
 
 # ---- parameters of other shapes and dtypes -------------------------------------------------------

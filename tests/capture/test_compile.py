@@ -428,15 +428,27 @@ def test_optimizer_of_a_compiled_model_is_freed_without_the_cycle_collector():
     loss.backward()
 
 
-def test_vmap_in_a_graph_is_refused():
-    model = make_net("mlp")
-    optimizer = GLS(model)
-    mapped = torch.compile(torch.func.vmap(model), backend="aot_eager")
-    # By torch 2.11 before the layer can say so itself.
-    refusal = r"layer 'stem': torch\.func's|Batching rule not implemented for gls_fused::traced_lin"
-    with pytest.raises(RuntimeError, match=refusal):
-        mapped(make_batch("mlp", 5, 0)[0][:, None])
+@pytest.mark.parametrize("graphs", ["eager", "aot_eager"])
+def test_vmap_in_a_graph(graphs):
+    """It shows no rows, and the report says so; where P is to apply in the backward, torch does."""
+    model, twin = make_net("mlp"), make_net("mlp")
+    optimizer = GLS(model, **OPTIONS, site="step")
+    mapped = torch.compile(torch.func.vmap(model), backend=graphs)
+    inputs, _ = make_batch("mlp", 5, 0)
+    mapped(inputs[:, None]).square().sum().backward()
+    torch.func.vmap(twin)(inputs[:, None]).square().sum().backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_near(p.grad, q.grad, SAME_STEPS)
+    for _ in range(3):
+        optimizer.step()
+        mapped(inputs[:, None]).square().sum().backward()
+    assert "stem: Adam (torch.func transforms its module in a compiled graph)" in optimizer.report()
     optimizer.detach()
+    if graphs == "eager":
+        optimizer = GLS(model, **OPTIONS, site="backward")
+        train(model, optimizer, "mlp", steps=2)
+        with pytest.raises(RuntimeError, match=r"atching rule .*gls_fused::traced_linear"):
+            torch.compile(torch.func.vmap(model), backend=graphs)(inputs[:, None])
 
 
 def test_functional_gradient_in_a_graph_is_the_true_one():

@@ -1,15 +1,13 @@
-"""Modules that wrap, compute, share or make their weights later; and torch.func."""
+"""Modules that wrap, compute, share or make their weights later."""
 
-import copy
 import gc
 import weakref
 
 import pytest
 import torch
 from nets import KINDS, loss_of, make_batch, make_net, snapshot
-from tolerances import PRODUCT, SAME_STEPS, assert_near
+from tolerances import SAME_STEPS, assert_near
 from torch import nn
-from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
 
 from gls_fused import GLS
@@ -116,76 +114,6 @@ def test_channels_last_trains_as_contiguous(backend, site, options):
         assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
     for p, q in zip(*map(snapshot, models), strict=True):
         assert_near(q, p, SAME_STEPS)
-
-
-# ---- torch.func ----------------------------------------------------------------------------------
-
-
-def per_sample_loss(model, inputs):
-    return vmap(lambda row: model(row[None]).square().sum())(inputs).sum()
-
-
-def gradient_of_parameters(model, inputs):
-    params = {name: p.detach() for name, p in model.named_parameters()}
-    return grad(lambda values: functional_call(model, values, inputs).sum())(params)
-
-
-def directional_derivative(model, inputs):
-    return jvp(model, (inputs,), (torch.ones_like(inputs),))
-
-
-# torch's own, of the derivatives that jvp loads.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-@pytest.mark.parametrize("site", ["step", "backward"])
-@pytest.mark.parametrize("step", [0, 1, 2])
-@pytest.mark.parametrize(
-    "transform", [per_sample_loss, gradient_of_parameters, directional_derivative]
-)
-@pytest.mark.parametrize("kind", KINDS)
-def test_transforms_are_refused_by_name(backend, kind, transform, step, site):
-    """Whether or not the step gathers rows."""
-    model = make_net(kind)
-    optimizer = GLS(model, site=site, backend=backend, rank=4, curvature_every=2)
-    train(model, optimizer, make_batch(kind, 5, 0), step)
-    inputs, _ = make_batch(kind, 5, 1)
-    with pytest.raises(RuntimeError, match=r"layer 'stem': torch.func's .* call detach\(\)"):
-        transform(model, inputs)
-    expected = transform(copy.deepcopy(model), inputs)
-    optimizer.detach()
-    found = transform(model, inputs)
-    pairs = zip(*(torch.utils._pytree.tree_leaves(x) for x in (found, expected)), strict=True)
-    for actual, wanted in pairs:
-        assert_near(actual, wanted, PRODUCT[torch.float64])
-
-
-def test_transforms_of_frozen_layers_and_without_gradients():
-    model = make_net("mlp")
-    inputs, _ = make_batch("mlp", 5, 1)
-    expected = per_sample_loss(model, inputs)
-    GLS(model)
-    with torch.no_grad():
-        assert_near(per_sample_loss(model, inputs), expected, PRODUCT[torch.float64])
-    model.requires_grad_(False)
-    assert_near(per_sample_loss(model, inputs), expected, PRODUCT[torch.float64])
-
-
-def test_ensemble_of_copies():
-    """What torch.func.stack_module_state makes of captured models has their weights."""
-    models = [make_net("mlp") for _ in range(2)]
-    for model in models:
-        train(model, GLS(model), make_batch("mlp", 5, 0), 2)
-    params, buffers = torch.func.stack_module_state([copy.deepcopy(model) for model in models])
-    base = copy.deepcopy(models[0])
-    inputs, _ = make_batch("mlp", 5, 1)
-
-    def call(values, extra):
-        return functional_call(base, (values, extra), inputs)
-
-    outputs = vmap(call)(params, buffers)
-    for model, output in zip(models, outputs, strict=True):
-        assert_near(output, model(inputs), PRODUCT[torch.float64])
-    outputs.sum().backward()
-    assert all(stacked.grad is not None for stacked in params.values())
 
 
 class Doubled(nn.Linear):

@@ -115,6 +115,17 @@ class Recurrent(nn.Module):
         return self.head(torch.cat(outputs, 1))
 
 
+class Casting(nn.Module):
+    """Reads a weight that another module uses, which fully_shard has apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        return self.head(torch.tanh(self.stem(inputs.to(self.stem.weight.dtype))))
+
+
 RECURRENT = {
     "lstm": functools.partial(nn.LSTM, 4, 5),
     "gru": functools.partial(nn.GRU, 4, 5, num_layers=2),
@@ -149,6 +160,8 @@ def make(kind):
     if kind == "masked":
         layers = nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), Mask(), nn.Linear(8, 3)
         return nn.Sequential(*layers).double()
+    if kind == "casting":
+        return Casting().double()
     if kind in RECURRENT:
         return Recurrent(RECURRENT[kind]()).double()
     if kind in NORMS:
@@ -175,7 +188,7 @@ def sizes_of(kind):
 
 def check_equals_one_process(kind, options, **policy):
     expected, model, sizes = make(kind), sharded(make(kind), **policy), sizes_of(kind)
-    alike = dict.fromkeys(("uneven", "masked", *RECURRENT, *NORMS), "mlp")
+    alike = dict.fromkeys(("uneven", "masked", "casting", *RECURRENT, *NORMS), "mlp")
     data = {**alike, "upsampling": "conv1d"}.get(kind, kind)
     train_on_all(expected, GLS(expected, **options, process_group=alone()), data, sum(sizes))
     optimizer = GLS(model, **options)
@@ -194,6 +207,10 @@ for kind, site in itertools.product(("mlp", "cnn", "uneven"), ("step", "backward
         kind, {**OPTIONS, "site": site}
     )
 CASES["attention_step"] = lambda: check_equals_one_process("attention", OPTIONS)
+for site in ("step", "backward"):
+    CASES[f"casting_{site}"] = lambda site=site: check_equals_one_process(
+        "casting", {**OPTIONS, "site": site}
+    )
 CASES["grouped"] = lambda: check_equals_one_process("grouped", OPTIONS)
 for kind in (*RECURRENT, *NORMS):
     CASES[kind] = lambda kind=kind: check_equals_one_process(kind, OPTIONS)
@@ -588,6 +605,42 @@ def resumes_bit_for_bit_from_a_whole_state():
         train_on_part(model, other, data, sizes, range(5, 10))
         for p, q in zip(model.parameters(), whole_run.parameters(), strict=True):
             assert torch.equal(whole(p), whole(q))
+
+
+@case
+def a_rank_without_rows():
+    expected, model = make("casting"), sharded(make("casting"))
+    reference = GLS(expected, **OPTIONS, process_group=alone())
+    optimizer = GLS(model, **OPTIONS)
+    sizes = [4] * (dist.get_world_size() - 1) + [0]
+    for step in range(STEPS):
+        inputs, _ = batch = make_batch("mlp", sum(sizes), step)
+        for net, own in ((expected, inputs), (model, part_of(batch, sizes)[0])):
+            net.zero_grad()
+            share = len(sizes) if net is model else 1
+            (net(own).square().sum() * share / len(inputs)).backward()
+        reference.step()
+        optimizer.step()
+    assert_same_weights(model, expected)
+    assert_one_preconditioner(optimizer.state.values())
+
+
+@case
+def parameters_exchanged_for_shards_between_two_backwards():
+    """As Accelerate does, without a call of zero_grad before the first forward."""
+    model = make("casting")
+    optimizer = GLS(model, **OPTIONS)
+    names = {param: name for name, param in model.named_parameters()}
+    sharded(model)
+    shards = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [shards[names[param]] for param in group["params"]]
+    for step in range(STEPS):
+        loss_of(model, part_of(make_batch("mlp", 8, step), even(8))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert "stem: GLS (Linear 7 -> 8" in optimizer.report()
+    assert "no rows yet" not in optimizer.report()
 
 
 @case

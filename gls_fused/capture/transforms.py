@@ -1,0 +1,58 @@
+"""Values as they are beneath forward-mode differentiation and torch.func's transforms.
+
+A model may be called inside `vmap`, `jacrev`, `jvp` and the like over its inputs, with a loss of
+what they give. The weights are outside of these transforms, and so is the node that observes them:
+autograd comes there with the whole gradient, once the transforms are done.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func runs."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def outside_transforms() -> AbstractContextManager[Any]:
+    """A context in which ops are not transformed."""
+    return temporarily_clear_interpreter_stack() if in_transform() else nullcontext()
+
+
+def has_level() -> bool:
+    """Whether forward-mode differentiation is on."""
+    return forward_ad._current_level >= 0
+
+
+def beneath(tensor: Tensor) -> Tensor:
+    """What transforms that differentiate have wrapped, such as a view of a weight."""
+    if torch.compiler.is_compiling():
+        return tensor
+    while _functorch.is_gradtrackingtensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def values_of(inputs: Tensor) -> Tensor:
+    """The values of inputs, outside of transforms: without tangents, and of all mapped calls.
+
+    What `vmap` maps over is the first axis: of a call with a row [k] the values are [n, k].
+    """
+    while _functorch.is_functorch_wrapped_tensor(inputs):
+        batched = _functorch.is_batchedtensor(inputs)
+        axis = _functorch.maybe_get_bdim(inputs) if batched else 0
+        inputs = _functorch.get_unwrapped(inputs)
+        if batched:
+            inputs = inputs.movedim(axis, 0)
+    if not has_level():
+        return inputs
+    values: Tensor = forward_ad.unpack_dual(inputs).primal  # type: ignore[no-untyped-call]
+    return values
