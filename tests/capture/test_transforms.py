@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+import gls_fused
 from gls_fused import GLS
 
 # torch's own, of the derivatives that jvp loads.
@@ -109,6 +110,18 @@ def test_laplacian(backend, site):
     check_alike(lambda: make_net("mlp"), LAPLACIAN, "mlp", site, backend)
 
 
+class Shown(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Linear(8, 8).weight
+
+    def forward(self, inputs):
+        return inputs @ gls_fused.observe(self, inputs).T
+
+
+gls_fused.register(Shown, "observed")
+
+
 class Users(nn.Module):
     """Uses weights by itself: some rows of one, a transposed one, a whole one; one is computed."""
 
@@ -118,13 +131,14 @@ class Users(nn.Module):
         self.stem = parametrizations.weight_norm(nn.Linear(6, 8))
         self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
         self.inner, self.last = nn.Linear(8, 8, bias=False), nn.Linear(8, 3)
+        self.shown = Shown()
         self.double()
 
     def forward(self, inputs):
         tokens = torch.tanh(self.stem(inputs)).unflatten(-1, (2, 4))
         memory = tokens + 1
         hidden = self.attend(tokens, memory, memory)[0].flatten(-2)
-        hidden = torch.tanh(hidden @ self.inner.weight.t())
+        hidden = torch.tanh(self.shown(hidden @ self.inner.weight.t()))
         return F.linear(hidden, self.last.weight, self.last.bias)
 
 
