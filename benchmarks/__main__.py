@@ -1,6 +1,7 @@
 """`python -m benchmarks COMMAND`: one subcommand per experiment.
 
-Exit status: 0 done, 1 a check failed, 2 a bad option or bad data (one line on standard error), 130 interrupted.
+Exit status: 0 done, 1 a check failed, 2 a bad option or bad data (one line on standard error), 130
+interrupted.
 """
 
 from __future__ import annotations

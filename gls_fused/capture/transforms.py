@@ -34,9 +34,7 @@ def has_level() -> bool:
 
 def beneath(tensor: Tensor) -> Tensor:
     """What transforms that differentiate have wrapped, such as a view of a weight."""
-    if torch.compiler.is_compiling():
-        return tensor
-    while _functorch.is_gradtrackingtensor(tensor):
+    while _is_wrapped(tensor) and not _functorch.is_batchedtensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
 
@@ -46,7 +44,7 @@ def values_of(inputs: Tensor) -> Tensor:
 
     What `vmap` maps over is the first axis: of a call with a row [k] the values are [n, k].
     """
-    while _functorch.is_functorch_wrapped_tensor(inputs):
+    while _is_wrapped(inputs):
         batched = _functorch.is_batchedtensor(inputs)
         axis = _functorch.maybe_get_bdim(inputs) if batched else 0
         inputs = _functorch.get_unwrapped(inputs)
@@ -56,3 +54,8 @@ def values_of(inputs: Tensor) -> Tensor:
         return inputs
     values: Tensor = forward_ad.unpack_dual(inputs).primal  # type: ignore[no-untyped-call]
     return values
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    # Dynamo knows no such question, and in its graphs no layer is watched inside of a transform.
+    return not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(tensor)
