@@ -15,7 +15,6 @@ from gls_fused.capture.linear import LinearRows
 from gls_fused.capture.modules import KEY, captured_by, tie_module
 from gls_fused.capture.rows import outside_autocast
 from gls_fused.capture.traced import define_traced, fill_rows, flatten_rows
-from gls_fused.capture.transforms import outside_transforms
 
 
 def observe(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -102,8 +101,7 @@ class ObservedLayer(LinearRows, Layer):
             shown = torch.ops.gls_fused.traced_observe(inputs, turned, None, *arguments)
             return self.turn(shown)
         if self.at_backward and not self.promised and self._gradient_is_in_use():
-            with outside_transforms():
-                self.leave_backward_site()
+            self.leave_backward_site()
         seen = self.gathers and self.sees(inputs)
         if not (seen or self.by_node):
             return weight

@@ -347,8 +347,7 @@ class Layer(Passes):
         """The module's output, its rows seen and P applied in the backward as the step asks."""
         if torch.compiler.is_compiling():
             return self.traced(module, inputs)
-        with outside_transforms():
-            self.leave_where_in_use(module)
+        self.leave_where_in_use(module)
         if self.by_node:
             return self.precondition(module, inputs)
         if not self.gathers:
@@ -382,8 +381,7 @@ class Layer(Passes):
                 f'layer {self.name!r}: {reason}, where P cannot be applied; use site="step"'
             )
         if self.at_backward:
-            with outside_transforms():
-                self.leave_backward_site()
+            self.leave_backward_site()
 
     def leave_where_in_use(self, module: nn.Module) -> None:
         """Leave a backward site that is not promised, if D would be seen or lack a bias."""

@@ -143,8 +143,7 @@ class Lender(Layer):
             outputs = outputs if apart is None else outputs + apart
             return outputs.transpose(-2, -1) if turned else outputs
         if self.at_backward and not self.promised:
-            with outside_transforms():
-                self.leave_backward_site()
+            self.leave_backward_site()
         self.stays_at_step = not self.promised
         (inputs,) = autocast_inputs(inputs)
         seen = self.gathers and self.sees(inputs)

@@ -19,6 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from gls_fused.capture.graph import Reach, at_end_of_pass, reach_of, running_task
 from gls_fused.capture.rows import Rows
+from gls_fused.capture.transforms import outside_transforms
 from gls_fused.curvature.precision import without_tf32
 from gls_fused.distributed.sharding import rows_here, shards_of
 from gls_fused.reference import Inverse, undo_inverse
@@ -374,9 +375,10 @@ class Passes(Rows):
         self.marks.clear_marks()
 
     def leave_backward_site(self) -> None:
-        self.restore_gradient()
-        self.stays_at_step = True
-        self.expect(self.inverse, gathers=self.gathers, at_backward=False)
+        with outside_transforms():
+            self.restore_gradient()
+            self.stays_at_step = True
+            self.expect(self.inverse, gathers=self.gathers, at_backward=False)
         # A checkpoint may compute again what has been computed so, with the same tensors.
         self.by_node = True
 
