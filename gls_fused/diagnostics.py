@@ -64,9 +64,9 @@ def describe(
     uncovered = [each for each in uncovered if each.param.requires_grad and each.param in held]
     known = {each.param for each in uncovered}
     known |= {param for layer in layers for param in layer.params}
-    # What is not initialised yet has no shape.
     unused = {layer.weight for layer in layers if layer.replaced}
     trained = [param for param in params if param.requires_grad and param not in unused]
+    # What is not initialised yet has no shape.
     sizes = {param: 0 if is_lazy(param) else param.numel() for param in trained}
     large, small = [], 0
     for each in uncovered:
