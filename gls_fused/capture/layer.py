@@ -309,9 +309,13 @@ class Layer(Passes):
     def watches(self, module: nn.Module) -> bool:
         """Whether a call of the module is to go through `forward`."""
         weight = self.held_by(module)
-        if weight is None or not (weight.requires_grad and torch.is_grad_enabled()):
-            if weight is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.is_grad_enabled():
+            return False
+        if weight is None:
+            if not torch.compiler.is_compiling():
                 self.miss("its weight is now computed from others")
+            return False
+        if not weight.requires_grad:
             return False
         # Another's: a parameter replaced, or those of torch.func.functional_call.
         own = self.shards is not None or self.is_own(weight, self.weight)
@@ -416,8 +420,8 @@ class Layer(Passes):
         with outside_transforms():
             rows = self.rows_of(inputs) if seen else None
             rows = rows if rows is None or source is None else source(rows)
-            weight = self.shown_weight(beneath(weight))
-            weight, own = observe(self, rows, weight, bias if owned else None, gather)
+        weight = self.shown_weight(weight)
+        weight, own = observe(self, rows, weight, bias if owned else None, gather)
         return weight, own if owned else bias
 
     def observes_bias(self, module: nn.Module, bias: Tensor | None) -> bool:
@@ -439,7 +443,12 @@ class Layer(Passes):
 
         Itself where P applies to its gradient, which in 16 bits may be more than these hold.
         """
-        return weight if self.by_node else autocast_inputs(weight)[0]
+        if self.by_node:
+            return weight
+        # Autocast keeps the cast, also for calls after the transforms.
+        with outside_transforms():
+            shown: Tensor = autocast_inputs(beneath(weight))[0]
+        return shown
 
     def takes_rows(self, module: nn.Module, inputs: Tensor) -> bool:
         """Whether a node of ours may compute the output, with rows and gradients in its backward.

@@ -19,7 +19,6 @@ from gls_fused.capture.layer import Found, Layer
 from gls_fused.capture.modules import plain_class
 from gls_fused.capture.observed import observe
 from gls_fused.capture.reads import reads_weights
-from gls_fused.capture.transforms import outside_transforms
 from gls_fused.capture.uses import Observer, rewatch_module, unwatch_module, watch_module
 from gls_fused.curvature.estimate import State
 
@@ -150,11 +149,8 @@ class Lender(Layer):
         if not (seen or self.by_node):
             return compute(inputs, weight, bias)
         owned = self.couples and own and bias is not None and bias.requires_grad
-        with outside_transforms():
-            weight = self.shown_weight(weight)
-            weight, theirs = observe(
-                self, inputs if seen else None, weight, bias if owned else None
-            )
+        rows, weight = inputs if seen else None, self.shown_weight(weight)
+        weight, theirs = observe(self, rows, weight, bias if owned else None)
         return compute(inputs, weight, theirs if owned else bias)
 
     def take_call(self, uses: Sequence[Use], func: Any, args: tuple[Any, ...]) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gls_fused.capture.rows import Rows, outside_autocast
-from gls_fused.capture.transforms import outside_transforms, values_of
+from gls_fused.capture.transforms import beneath, outside_transforms, values_of
 
 
 def observe(
@@ -37,7 +37,7 @@ def observe(
     with outside_transforms():
         # For gradients of the inputs alone, autograd need not come here.
         seen = None if inputs is None else values_of(inputs).detach()
-        return Observed.apply(rows, gather or rows.gather, seen, weight, bias)  # type: ignore[no-any-return]
+        return Observed.apply(rows, gather or rows.gather, seen, beneath(weight), bias)  # type: ignore[no-any-return]
 
 
 def observe_factor(ctx: Any, inputs: Tensor, weight: Tensor, *, biased: bool) -> Tensor:

@@ -84,7 +84,7 @@ class RecurrentLayer(LinearLayer):
         inputs: Tensor | None = None
         if isinstance(rows, Tensor) and self.gathers:
             (inputs,) = autocast_inputs(rows)
-            inputs = values_of(inputs) if self.sees(inputs) else None
+            inputs = inputs if self.sees(inputs) else None
         owned = self.observes_bias(module, bias)
         seen: Any = self if late is None else late
         if casts:

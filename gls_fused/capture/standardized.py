@@ -23,7 +23,7 @@ from gls_fused.capture.conv import ConvLayer, Numbers, make_geometry, pad_images
 from gls_fused.capture.layer import Found
 from gls_fused.capture.modules import plain_class
 from gls_fused.capture.observed import observe
-from gls_fused.capture.transforms import beneath, outside_transforms
+from gls_fused.capture.transforms import outside_transforms
 
 
 class StandardizedConv2dLayer(ConvLayer):
@@ -59,7 +59,7 @@ class StandardizedConv2dLayer(ConvLayer):
             gather = functools.partial(self.gather_in, geometry)
             with outside_transforms():
                 images = pad_images(self.rows_of(inputs), geometry)
-                weight, _ = observe(self, images, beneath(weight), None, gather)
+            weight, _ = observe(self, images, weight, None, gather)
         return torch.conv2d(inputs, weight, bias, stride, padding, dilation, groups)
 
 
