@@ -266,6 +266,10 @@ def _options(arguments: argparse.Namespace) -> Options:
     refuse_twice(arguments, "tasks", "optimizers", "seeds")
     if arguments.resume and arguments.overwrite and not arguments.demo:
         raise InputError("--resume and --overwrite exclude each other")
+    for name, _ in arguments.lr:
+        if name not in arguments.optimizers:
+            trained = " ".join(arguments.optimizers)
+            raise InputError(f"--lr: {name} is not among --optimizers {trained}")
     decays = arguments.weight_decays
     if decays is not None and arguments.tries is None:
         raise InputError("--weight-decays are searched with --tries only: add it")

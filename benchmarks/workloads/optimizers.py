@@ -194,8 +194,8 @@ OPTIMIZERS = {
 }
 # Those that take the options of --gls.
 GLS_NAMES = ("gls", "gls-sgd", "gls-tuned")
-# What GLS takes besides: lr has an option of its own.
-NOT_OPTIONS = ("params", "model", "lr")
+# What GLS takes besides: lr has an option of its own, and one process trains.
+NOT_OPTIONS = ("params", "model", "lr", "process_group")
 # Of data, for models on which options are tried.
 SMALL_IMAGES, SMALL_TEXT = (1, 28, 28), (16, 8)
 

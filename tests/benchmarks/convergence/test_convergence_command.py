@@ -196,6 +196,8 @@ def test_results_are_not_overwritten_by_accident(tmp_path, run_main):
         (("--lr", "adam"), "expected NAME=VALUE"),
         (("--lr", "adam=nan"), "expected a number > 0, got 'nan'"),
         (("--lr", "lion=1"), "expected NAME=VALUE"),
+        (("--optimizers", "sgd", "--lr", "adam=1"), "--lr: adam is not among --optimizers sgd"),
+        (("--optimizers", "sgd", "--lr-gls", "1"), "--lr: gls is not among --optimizers sgd"),
         (("--lr-gls", "0"), "expected a number > 0, got '0'"),
         (("--lr-grid", "wide"), "--lr-grid: expected NAME=VALUE"),
         (("--lr-grid", "lion=1,2"), "--lr-grid: unknown optimizer 'lion'"),
@@ -216,6 +218,10 @@ def test_results_are_not_overwritten_by_accident(tmp_path, run_main):
             ("--optimizers", "gls", "--gls", "dampin=1"),
             "--gls: unknown option 'dampin', choose",
         ),
+        (
+            ("--optimizers", "gls", "--gls", "process_group=1"),
+            "--gls: unknown option 'process_group', choose",
+        ),
         (("--optimizers", "gls", "--gls", "lr=1"), "use --lr gls=VALUE"),
         (("--optimizers", "gls", "--gls", "damping=-1"), "--gls: "),
         (("--optimizers", "gls", "--gls", "rank=few"), "--gls: "),
@@ -233,7 +239,7 @@ def test_results_are_not_overwritten_by_accident(tmp_path, run_main):
 )
 def test_a_bad_option_gives_one_line(tmp_path, monkeypatch, run_main, arguments, message):
     monkeypatch.chdir(tmp_path)
-    defaults = (*RUN, "--optimizers", "adam", "--lr", "adam=0.001")
+    defaults = (*RUN, "--optimizers", "adam", "--lr-grid", "adam=0.001")
     status, output, errors = run_main(*defaults, *arguments)
     assert (status, output, errors.count("\n")) == (2, "", 1)
     assert errors.startswith("error: ")
