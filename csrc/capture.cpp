@@ -220,7 +220,7 @@ bool applies_to(LinearCapture& capture, const Tensor& weight) {
   if (capture.at_backward() && at::GradMode::is_enabled()) {
     TORCH_CHECK(!capture.promised, "layer '", capture.name,
                 "': a backward with create_graph=True would differentiate through the "
-                "preconditioned gradient; use site=\"step\"");
+                "preconditioned gradient; use GLS(..., site=\"step\")");
     capture.leave();
   }
   // Who asks torch.autograd.grad for the gradient gets the gradient.

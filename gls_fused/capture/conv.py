@@ -89,6 +89,7 @@ class Convolution(torch.autograd.Function):
         tally: Tensor | None,
         rows: ImageRows,
     ) -> Tensor:
+        rows.set_out(ctx)
         # As torch's own op: the bias may change.
         ctx.save_for_backward(images, weight)
         ctx.rows, ctx.bias, ctx.shows = rows, bias, rows.gathers

@@ -115,7 +115,10 @@ class Layer(Passes):
     # Whether its rows are seen under torch.func's transforms of the inputs.
     seen_in_transforms: ClassVar[bool] = True
     # Why no rows are seen where nothing else is known.
-    missed: ClassVar[str] = "its module is not called, its weight is used elsewhere"
+    missed: ClassVar[str] = (
+        "its module is not called, its weight is used elsewhere; or torch.autograd.grad takes its "
+        "gradient from a compiled graph"
+    )
 
     def __init__(self, found: Found) -> None:
         self.found = found
@@ -382,7 +385,8 @@ class Layer(Passes):
         self.unseen = reason
         if self.at_backward and self.promised:
             raise RuntimeError(
-                f'layer {self.name!r}: {reason}, where P cannot be applied; use site="step"'
+                f"layer {self.name!r}: {reason}, where P cannot be applied; use "
+                'GLS(..., site="step")'
             )
         if self.at_backward:
             self.leave_backward_site()

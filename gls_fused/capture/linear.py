@@ -59,6 +59,7 @@ class Linear(torch.autograd.Function):
         tally: Tensor | None,
         rows: LinearRows,
     ) -> Tensor:
+        rows.set_out(ctx)
         # As torch's own op: the weight may change where nobody needs it, and the bias always. The
         # memory that the weight has now is kept, as somebody may swap it for another.
         ctx.save_for_backward(inputs, weight.detach() if ctx.needs_input_grad[0] else None)

@@ -67,6 +67,7 @@ class Observed(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
+        rows.set_out(ctx)
         ctx.rows, ctx.gather = rows, gather
         # Which of the tensors the weight is.
         ctx.place = int(inputs is not None)

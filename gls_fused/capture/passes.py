@@ -119,6 +119,10 @@ class Passes(Rows):
 
     # ---- the backward ----------------------------------------------------------------------------
 
+    def set_out(self, ctx: Any) -> None:
+        # The backward pass that runs this forward, if one does.
+        ctx.within = running_task()
+
     def enter(self, ctx: Any, weight: int) -> tuple[bool, bool]:
         """See `Rows.enter`.
 
@@ -129,15 +133,20 @@ class Passes(Rows):
         if reach is Reach.NOTHING or not self.captured:
             return False, False
         if reach is Reach.GRADIENT:
-            self._begin_pass()
+            self._begin_pass(running_task())
             self._counted = True
+        elif reach is Reach.NESTED:
+            # What a function's backward asks for, as adjoint methods do, it gives to p.grad.
+            self._counted = True
+            if self.shards is None:
+                self._begin_pass(ctx.within)
         # Beside those that p.grad is made of, rows of a gradient that somebody asks for are others.
         beside = reach is Reach.CAPTURED and self._counted and self.weight.grad is not None
         if self.at_backward and torch.is_grad_enabled():
             if self.promised:
                 raise RuntimeError(
                     f"layer {self.name!r}: a backward with create_graph=True would differentiate "
-                    'through the preconditioned gradient; use site="step"'
+                    'through the preconditioned gradient; use GLS(..., site="step")'
                 )
             self.leave_backward_site()
         # Who asks torch.autograd.grad for the gradient gets the gradient.
@@ -181,16 +190,15 @@ class Passes(Rows):
 
     def add_traced(self, sums: Tensor) -> None:
         """Add what a traced graph has summed over rows whose gradient counts."""
-        self._begin_pass()
+        self._begin_pass(running_task())
         self.compiled = True
         if self.gathers:
             self.called = True
             self.sums = sums if self.sums is None else self.sums + sums
             self._watch_gradient()
 
-    def _begin_pass(self) -> None:
-        """To be called in a backward pass before it adds to the weight's gradient."""
-        task = running_task()
+    def _begin_pass(self, task: int) -> None:
+        """To be called in the backward pass `task` before it adds to the weight's gradient."""
         if task == self._task:
             return
         self._task = task
@@ -435,4 +443,4 @@ def _begin_pass(layer: weakref.ref[Passes], _gradients: Any) -> None:
     """The hook before the weight's gradient is added to p.grad."""
     found = layer()
     if found is not None:
-        found._begin_pass()
+        found._begin_pass(running_task())

@@ -62,6 +62,7 @@ class Shown(torch.autograd.Function):
         tally: Tensor | None,
         weight: Tensor,
     ) -> Tensor:
+        rows.set_out(ctx)
         expert, experts = (whose, None) if isinstance(whose, int) else (None, whose)
         ctx.rows, ctx.expert = rows, expert
         # Which of the tensors the weight is.

@@ -75,6 +75,13 @@ class Rows(abc.ABC):
         sums, self.sums = self.sums, None
         return sums
 
+    def set_out(self, ctx: Any) -> None:  # noqa: B027  # a traced graph has one backward pass
+        """What a forward begins with.
+
+        Args:
+            ctx: of the autograd function.
+        """
+
     def enter(self, ctx: Any, weight: int) -> tuple[bool, bool]:
         """What a backward pass asks first, when the weight's gradient is to be computed.
 
