@@ -432,7 +432,7 @@ def invert_damped(matrix: Tensor, damp: Tensor, power: float) -> Tensor:
         definite = finite & (values[..., :1] + damp > 0).all()
         roots = (values + damp).clamp(min=torch.finfo(matrix.dtype).tiny) ** -power
         # Rounding of the vectors does not mix inputs that are always zero with the others.
-        seen = matrix.diagonal() > 0
+        seen = matrix.ne(0).any(dim=-1)
         found = torch.where(seen & seen[:, None], (vectors * roots) @ vectors.T, eye * damp**-power)
         definite = definite & found.isfinite().all()
     return torch.where(definite, found, eye / (damp + matrix.trace() / len(matrix)) ** power)

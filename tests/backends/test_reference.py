@@ -335,6 +335,22 @@ def test_powers_of_p_are_those_of_the_inverse(power, dtype, d, r, damping, seed)
         assert_near(torch.linalg.matrix_power(matrix.double(), 4), expected, 4 * SOLVE[dtype])
 
 
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("power", [0.75, 0.5, 0.25])
+def test_power_of_the_core_of_fewer_rows_than_directions(power, dtype):
+    """Rounding tilts spare directions towards the others, and takes their diagonals below zero."""
+    eps, eye = torch.finfo(dtype).eps, torch.eye(6).double()
+    tilted = eye + 4 * eps**0.5 * randn(6, 6)
+    basis, values = torch.linalg.qr(tilted).Q, torch.tensor([1, 0.5, 0, 0, 0, 0]).double()
+    core = (basis * values) @ basis.T - 64 * eps * eye
+    assert (core.diagonal()[2:] < 0).any()
+    damp = torch.tensor(0.1, dtype=torch.float64)
+    found = reference.invert_damped(core.to(dtype), damp.to(dtype), power)
+    inverse = torch.linalg.inv(core + damp * eye)
+    expected = torch.linalg.matrix_power(inverse, round(4 * power))
+    assert_near(torch.linalg.matrix_power(found.double(), 4), expected, 4 * SOLVE[dtype])
+
+
 @pytest.mark.parametrize("power", [0.75, 0.5, 0.25])
 def test_power_of_what_is_not_positive_definite_is_a_multiple_of_the_identity(power):
     damp, matrix = torch.tensor(0.5), torch.diag(torch.tensor([1.0, -0.75]))
