@@ -428,7 +428,18 @@ def test_optimizer_of_a_compiled_model_is_freed_without_the_cycle_collector():
     loss.backward()
 
 
-@pytest.mark.parametrize("graphs", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "graphs",
+    [
+        "eager",
+        pytest.param(
+            "aot_eager",
+            marks=pytest.mark.skipif(
+                torch.__version__ < "2.11", reason="torch 2.9 breaks this graph inside of vmap"
+            ),
+        ),
+    ],
+)
 def test_vmap_in_a_graph(graphs):
     """It shows no rows, and the report says so; where P is to apply in the backward, torch does."""
     model, twin = make_net("mlp"), make_net("mlp")
