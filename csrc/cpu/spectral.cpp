@@ -68,11 +68,12 @@ Value lerp(Value from, Value to, Scalar weight) {
 
 // m and N of n elements.
 template <typename T>
-void blend(const T* direction, T* exp_avg, T* average, int64_t n, T momentum) {
+void blend(const T* direction, T* exp_avg, T* average, int64_t n, double momentum) {
   using Vec = at::vec::Vectorized<T>;
+  const T share = 1 - momentum, kept = momentum;
   const auto run = [&](auto d, auto& m) {
-    m = lerp(m, d, T(1) - momentum);
-    return lerp(d, m, momentum);
+    m = lerp(m, d, share);
+    return lerp(d, m, kept);
   };
   int64_t i = 0;
   for (; i + Vec::size() <= n; i += Vec::size()) {

@@ -99,18 +99,19 @@ std::vector<double> sum_layers(const std::vector<Span<param_t>>& spans, size_t l
   return totals;
 }
 
-// One element of a chunk. `rate` is lr times the layer's scale over the bias correction.
+// One element of a chunk. `share` is 1 - momentum and `fresh` 1 - beta2, which single precision loses
+// digits of where it takes the difference; `rate` is lr times the layer's scale over the bias correction.
 template <bool kMomentum, bool kElementwise, typename Value, typename Scalar>
 inline Value update_element(Value param, Value direction, Value& exp_avg, Value& exp_avg_sq,
-                            Scalar decayed, Scalar momentum, Scalar beta2, Scalar eps,
+                            Scalar decayed, Scalar share, Scalar beta2, Scalar fresh, Scalar eps,
                             Scalar correction, Scalar rate) {
   Value average = direction;
   if constexpr (kMomentum) {
-    exp_avg = exp_avg + (direction - exp_avg) * Value(Scalar(1) - momentum);
+    exp_avg = exp_avg + (direction - exp_avg) * Value(share);
     average = exp_avg;
   }
   if constexpr (kElementwise) {
-    exp_avg_sq = exp_avg_sq * Value(beta2) + direction * direction * Value(Scalar(1) - beta2);
+    exp_avg_sq = exp_avg_sq * Value(beta2) + direction * direction * Value(fresh);
     Value root;
     if constexpr (std::is_arithmetic_v<Value>) {
       root = std::sqrt(exp_avg_sq / correction);
@@ -126,8 +127,9 @@ template <bool kMomentum, bool kElementwise, typename param_t, typename state_t>
 void update_chunk(const Slice<param_t, state_t>& slice, int64_t begin, int64_t end,
                   const Scalars& scalars, double correction, double rate) {
   using Vec = at::vec::Vectorized<state_t>;
-  const state_t decayed = scalars.decayed, momentum = scalars.momentum, beta2 = scalars.beta2;
-  const state_t eps = scalars.eps, corrected = correction, step = rate;
+  const state_t decayed = scalars.decayed, share = 1 - scalars.momentum, eps = scalars.eps;
+  const state_t beta2 = scalars.beta2, fresh = 1 - scalars.beta2;
+  const state_t corrected = correction, step = rate;
   int64_t i = begin;
   if constexpr (std::is_same_v<param_t, state_t>) {
     for (; i + Vec::size() <= end; i += Vec::size()) {
@@ -136,7 +138,7 @@ void update_chunk(const Slice<param_t, state_t>& slice, int64_t begin, int64_t e
       if constexpr (kElementwise) exp_avg_sq = Vec::loadu(slice.exp_avg_sq + i);
       const Vec updated = update_element<kMomentum, kElementwise>(
           Vec::loadu(slice.param + i), Vec::loadu(slice.direction + i), exp_avg, exp_avg_sq,
-          decayed, momentum, beta2, eps, corrected, step);
+          decayed, share, beta2, fresh, eps, corrected, step);
       updated.store(slice.param + i);
       if constexpr (kMomentum) exp_avg.store(slice.exp_avg + i);
       if constexpr (kElementwise) exp_avg_sq.store(slice.exp_avg_sq + i);
@@ -147,7 +149,7 @@ void update_chunk(const Slice<param_t, state_t>& slice, int64_t begin, int64_t e
     state_t exp_avg_sq = kElementwise ? slice.exp_avg_sq[i] : state_t(0);
     slice.param[i] = static_cast<param_t>(update_element<kMomentum, kElementwise>(
         static_cast<state_t>(slice.param[i]), static_cast<state_t>(slice.direction[i]), exp_avg,
-        exp_avg_sq, decayed, momentum, beta2, eps, corrected, step));
+        exp_avg_sq, decayed, share, beta2, fresh, eps, corrected, step));
     if constexpr (kMomentum) slice.exp_avg[i] = exp_avg;
     if constexpr (kElementwise) slice.exp_avg_sq[i] = exp_avg_sq;
   }

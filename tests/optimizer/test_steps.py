@@ -36,6 +36,29 @@ def test_training_lowers_the_loss(backend, kind, normalize, lr):
     assert loss_of(model, batch) < 0.8 * before
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("beta2", 0.999), ("beta2", 0.99999), ("momentum", 0.9999)]
+)
+@pytest.mark.parametrize("normalize", ["factored", "row", "rms", "adam", "spectral", "none"])
+def test_averages_that_remember_long(backend, normalize, option, value):
+    """1 - beta in the parameters' dtype would have lost digits."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model = make_net("mlp").to(dtype)
+        optimizer = GLS(
+            *(model, 1e-4), damping=1e6, normalize=normalize, backend=backend, **{option: value}
+        )
+        for step in range(8):
+            optimizer.zero_grad()
+            loss_of(model, [x.to(dtype) for x in make_batch("mlp", 5, step)]).backward()
+            optimizer.step()
+        states = optimizer.state.values()
+        keys = "exp_avg", "exp_avg_sq"
+        found.append([state[key] for state in states for key in keys if key in state])
+    for average, wanted in zip(*found, strict=True):
+        assert_near(average, wanted, 2e-5)
+
+
 def test_zero_grad_clears_gradients():
     model = make_net("mlp")
     optimizer = GLS(model)
