@@ -306,10 +306,11 @@ def sketch_shift(trace: Tensor, dim: int) -> Tensor:
 def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
     """The basis moves one step towards the leading eigenvectors of Sigma.
 
-        U+ T = Z,   M+ = T (M + nu I)^-1 T'
+        U+ T = Z,   M+ = T (M + nu I)^-1 T',   nu = 4 eps tr M
 
     T M^-1 T' = U+' Z M^-1 Z' U+ is Nystrom's approximation of Sigma in the new basis. Nothing else
-    keeps M positive semi-definite; nu, at the rounding error of M, lets M be singular.
+    keeps M positive semi-definite; nu, a few units of rounding, lets M be singular. It is no more, as
+    small eigenvalues lose nu in each commit.
 
     Args:
         core: M = U' Sigma U [r, r], positive semi-definite up to rounding.
@@ -325,7 +326,7 @@ def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
     scale = sketch.abs().max().clamp(min=precision.tiny)
     basis, triangle = torch.linalg.qr(sketch / scale)
     unit = core / scale
-    shift = unit.trace() * precision.eps * len(core) + precision.tiny
+    shift = 4 * precision.eps * unit.trace() + precision.tiny
     factor, _ = torch.linalg.cholesky_ex(unit + shift * eye_like(unit))
     root = torch.linalg.solve_triangular(factor, triangle.T, upper=False)
     # Of a row of zeros QR leaves its rounding.

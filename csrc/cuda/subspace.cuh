@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kMoveThreads)
   store_outer(sums, x.rank, x.parts + int64_t(block) * x.rank * x.rank);
 }
 
-// M+ = T (M + nu I)^-1 T' for T = R2 R1, nu = r eps tr M, of R1 = x.triangles and R2 [rank, rank].
+// M+ = T (M + nu I)^-1 T' for T = R2 R1, nu = 4 eps tr M, of R1 = x.triangles and R2 [rank, rank].
 // `m` [rank, rank + 1] is in shared memory, and so are `row` and `column`; the parts have done their
 // work.
 __device__ inline void move_core(const Move& x, const double* twice, double* m, double* row,
@@ -96,7 +96,7 @@ __device__ inline void move_core(const Move& x, const double* twice, double* m, 
   double trace = 0;
   for (int i = 0; i < rank; ++i) trace += x.core[i * rank + i];
   // A core of zeros has M+ = 0 whatever nu is.
-  double nu = trace * rank * FLT_EPSILON;
+  double nu = 4 * trace * FLT_EPSILON;
   if (!(nu > 1e-300)) nu = 1e-300;
   for (int at = threadIdx.x; at < square; at += kMoveThreads) {
     const int i = at / rank, j = at % rank;
