@@ -694,7 +694,7 @@ def scales_of_axes(
 def layer_directions(
     gradients: Sequence[Tensor], exp_avgs: Sequence[Tensor], inverse: Inverse | None
 ) -> list[Tensor]:
-    """D of a layer's weight and bias, in the dtype of m; the gradients where `inverse` is None."""
+    """D of a layer's weight and bias, the gradients where `inverse` is None; at least float32."""
     directions = list(gradients)
     if inverse is not None:
         weight, *bias = gradients
@@ -702,8 +702,8 @@ def layer_directions(
         shaped = zip(parts, gradients, strict=False)
         directions = [part.view_as(gradient) for part, gradient in shaped if part is not None]
     if exp_avgs:
-        directions = [d.to(m.dtype) for d, m in zip(directions, exp_avgs, strict=True)]
-    return directions
+        return [d.to(m.dtype) for d, m in zip(directions, exp_avgs, strict=True)]
+    return [d.to(torch.promote_types(d.dtype, torch.float32)) for d in directions]
 
 
 def move_layer_(
@@ -933,7 +933,8 @@ def _through_memory(tensor: Tensor) -> Tensor:
 
 def layer_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Frobenius norm of a layer's weight and bias taken together, 0-d."""
-    norms = torch.stack([torch.linalg.vector_norm(x) for x in tensors])
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    norms = torch.stack([torch.linalg.vector_norm(x, dtype=wide) for x in tensors])
     norm: Tensor = torch.linalg.vector_norm(norms)
     return norm
 

@@ -150,7 +150,7 @@ def root_mean_squares(
             pairs = zip(averages, directions, strict=True)
             updates = [m.lerp(d, 1 - momentum) for m, d in pairs]
         for place, tensors in enumerate((updates, d0, directions)):
-            squares[layer, place] = sum(x.square().sum(dtype=dtype) for x in tensors)
+            squares[layer, place] = sum(x.to(dtype).square().sum() for x in tensors)
     if shards is not None:
         dist.all_reduce(squares, group=shards[0].get_group(shards[1]))
     means, d0_norms, norms = (squares / squares.new_tensor(counts)[:, None].clamp(min=1)).unbind(1)

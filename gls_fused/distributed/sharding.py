@@ -258,4 +258,4 @@ def _sum_axes(directions: Sequence[Tensor], exp_avg_sq: Tensor, beta2: float) ->
 def _square_sum(tensors: Sequence[Tensor]) -> Tensor:
     """In at least float32."""
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    return torch.stack([tensor.square().sum(dtype=wide) for tensor in tensors]).sum()
+    return torch.stack([tensor.to(wide).square().sum() for tensor in tensors]).sum()

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from nets import loss_of, make_batch, make_net, snapshot
+from tolerances import assert_near
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,6 +13,7 @@ from benchmarks.workloads.data import load_dataset
 from gls_fused import GLS, reference
 from gls_fused.apply.low_precision import POLICIES, make_seeds
 from gls_fused.backends.dispatch import resolve_backend
+from gls_fused.groups import NORMALIZATIONS
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -201,3 +203,30 @@ def test_an_epoch_in_bfloat16_is_one_in_float32(low_precision, bound, seed):
     assert abs(near / exact - 1) < bound
     stalled = loss_after_an_epoch(torch.bfloat16, "nearest", seed)
     assert stalled / exact - 1 > 2 * bound
+
+
+@pytest.mark.parametrize("size", [1e-5, 300.0])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("normalize", [*NORMALIZATIONS])
+def test_squares_of_float16_gradients_are_taken_in_float32(normalize, momentum, size, backend):
+    """In float16 those below 2e-4 are zero and those above 256 infinite."""
+    moved = {}
+    # Of those whose step is as long as the gradient, `max_change` decides.
+    lr = 1e5 if normalize in ("sgd", "none") else 0.03
+    for dtype in (torch.float16, torch.float32):
+        torch.manual_seed(0)
+        layer = nn.Linear(16, 32).to(dtype)
+        optimizer = GLS(
+            *(layer, lr), site="step", normalize=normalize, momentum=momentum, eps=1e-12,
+            low_precision="nearest", backend=backend, spectral_head=True,
+        )  # fmt: skip
+        for _ in range(3):
+            optimizer.zero_grad()
+            outputs = layer(torch.randn(64, 16).to(dtype))
+            (outputs.float() * torch.randn(64, 32)).sum().mul(size).backward()
+            before = layer.weight.detach().double().clone()
+            optimizer.step()
+            moved.setdefault(dtype, []).append(layer.weight.detach().double() - before)
+    for near, exact in zip(moved[torch.float16], moved[torch.float32], strict=True):
+        assert exact.norm() > 0
+        assert_near(near, exact, 0.05)
