@@ -316,7 +316,8 @@ bool orthonormalise(const T* sketch, int64_t r, int64_t d, T* basis, Matrix& tri
   return true;
 }
 
-// M+ = T (M + nu I)^-1 T', nu = 4 eps tr M, for T given as T' (lower triangular, or of any form after LAPACK's QR).
+// M+ = T (M + nu I)^-1 T', nu = 4 eps tr M, for T given as T': lower triangular, or of any form after
+// LAPACK's QR.
 Matrix move_core(Matrix core, const Matrix& triangle, int64_t r, double eps, double tiny) {
   const double nu = 4 * trace_of(core, r) * eps + tiny;
   for (int64_t i = 0; i < r; ++i) core[i * r + i] += nu;

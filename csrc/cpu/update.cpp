@@ -99,8 +99,8 @@ std::vector<double> sum_layers(const std::vector<Span<param_t>>& spans, size_t l
   return totals;
 }
 
-// One element of a chunk. `share` is 1 - momentum and `fresh` 1 - beta2, which single precision loses
-// digits of where it takes the difference; `rate` is lr times the layer's scale over the bias correction.
+// One element of a chunk. `share` is 1 - momentum and `fresh` 1 - beta2, whose digits a difference in
+// single precision would lose; `rate` is lr times the layer's scale over the bias correction.
 template <bool kMomentum, bool kElementwise, typename Value, typename Scalar>
 inline Value update_element(Value param, Value direction, Value& exp_avg, Value& exp_avg_sq,
                             Scalar decayed, Scalar share, Scalar beta2, Scalar fresh, Scalar eps,

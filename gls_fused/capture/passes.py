@@ -120,7 +120,6 @@ class Passes(Rows):
     # ---- the backward ----------------------------------------------------------------------------
 
     def set_out(self, ctx: Any) -> None:
-        # The backward pass that runs this forward, if one does.
         ctx.within = running_task()
 
     def enter(self, ctx: Any, weight: int) -> tuple[bool, bool]:
