@@ -309,8 +309,8 @@ def refresh_subspace(core: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
         U+ T = Z,   M+ = T (M + nu I)^-1 T',   nu = 4 eps tr M
 
     T M^-1 T' = U+' Z M^-1 Z' U+ is Nystrom's approximation of Sigma in the new basis. Nothing else
-    keeps M positive semi-definite; nu, a few units of rounding, lets M be singular. It is no more, as
-    small eigenvalues lose nu in each commit.
+    keeps M positive semi-definite; nu, a few units of rounding, lets M be singular. More would be
+    missed by small eigenvalues, which lose nu in each commit.
 
     Args:
         core: M = U' Sigma U [r, r], positive semi-definite up to rounding.

@@ -76,7 +76,7 @@ class Rows(abc.ABC):
         return sums
 
     def set_out(self, ctx: Any) -> None:  # noqa: B027  # a traced graph has one backward pass
-        """To be called first in a forward: keeps in `ctx` which backward pass it is part of, if any.
+        """To be called first in a forward; keeps which backward pass it is part of, if any.
 
         Args:
             ctx: of the autograd function.
