@@ -933,8 +933,9 @@ def _through_memory(tensor: Tensor) -> Tensor:
 
 def layer_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Frobenius norm of a layer's weight and bias taken together, 0-d."""
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    norms = torch.stack([torch.linalg.vector_norm(x, dtype=wide) for x in tensors])
+    wide = [torch.promote_types(x.dtype, torch.float32) for x in tensors]
+    each = zip(tensors, wide, strict=True)
+    norms = torch.stack([torch.linalg.vector_norm(x, dtype=dtype) for x, dtype in each])
     norm: Tensor = torch.linalg.vector_norm(norms)
     return norm
 
