@@ -594,7 +594,12 @@ def update_layers_(
 
 def wide_rate(lr: float | Tensor) -> float | Tensor:
     """A learning rate; one of 16 bits in float32, which 1 - lr weight_decay needs."""
-    return lr.to(torch.promote_types(lr.dtype, torch.float32)) if isinstance(lr, Tensor) else lr
+    return widened(lr) if isinstance(lr, Tensor) else lr
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In at least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @contextmanager
@@ -703,7 +708,7 @@ def layer_directions(
         directions = [part.view_as(gradient) for part, gradient in shaped if part is not None]
     if exp_avgs:
         return [d.to(m.dtype) for d, m in zip(directions, exp_avgs, strict=True)]
-    return [d.to(torch.promote_types(d.dtype, torch.float32)) for d in directions]
+    return list(map(widened, directions))
 
 
 def move_layer_(
@@ -933,9 +938,7 @@ def _through_memory(tensor: Tensor) -> Tensor:
 
 def layer_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Frobenius norm of a layer's weight and bias taken together, 0-d."""
-    wide = [torch.promote_types(x.dtype, torch.float32) for x in tensors]
-    each = zip(tensors, wide, strict=True)
-    norms = torch.stack([torch.linalg.vector_norm(x, dtype=dtype) for x, dtype in each])
+    norms = torch.stack([torch.linalg.vector_norm(widened(x)) for x in tensors])
     norm: Tensor = torch.linalg.vector_norm(norms)
     return norm
 

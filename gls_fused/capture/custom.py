@@ -50,7 +50,6 @@ class Shown(torch.autograd.Function):
     def forward(
         ctx: Any, inputs: Tensor, weight: Tensor, tally: Tensor | None, rows: LinearRows
     ) -> Tensor:
-        rows.set_out(ctx)
         ctx.save_for_backward(inputs)
         ctx.rows = rows
         return weight.view_as(weight)
