@@ -39,7 +39,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using gls_fused::LinearCapture;
   m.doc() = "Native kernels of gls_fused.";
   m.def("build_info", &build_info, "How this module was built; see _C.pyi.");
-  m.def("captured_linear", &gls_fused::captured_linear,
+  m.def("captured_linear", &gls_fused::captured_linear, py::call_guard<py::gil_scoped_release>(),
         "torch.nn.functional.linear whose backward applies P to the rows.");
   m.def(
       "cast_by_autocast",
@@ -78,6 +78,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       }))
       .def("expect", &LinearCapture::expect, py::arg("basis"), py::arg("core_inverse"),
            py::arg("shift"))
+      .def("let_through", &gls_fused::let_through, py::arg("weight"), py::arg("bias"))
+      .def("call", &gls_fused::call_captured, py::arg("params"), py::arg("inputs"))
       .def_property_readonly("has_marks", &LinearCapture::has_marks)
       .def("clear_marks", &LinearCapture::clear_marks)
       .def("add_marks", &LinearCapture::add_marks, py::arg("part"), py::arg("bias_part"))

@@ -5,11 +5,15 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 
 #include <algorithm>
 #include <cmath>
@@ -57,6 +61,35 @@ void LinearCapture::expect(const std::optional<Tensor>& new_basis,
   basis = new_basis.value_or(Tensor());
   core_inverse = new_core_inverse.value_or(Tensor());
   shift = new_shift.value_or(Tensor());
+}
+
+namespace {
+
+bool has_hooks(const Tensor& param) {
+  if (torch::autograd::impl::get_autograd_meta(param) == nullptr) return false;
+  return !torch::autograd::impl::hooks(param).empty() ||
+         torch::autograd::impl::post_acc_grad_hooks(param) != nullptr;
+}
+
+// Whether torch.func transforms what runs, forward-mode differentiation or a torch function mode is
+// on, or torch.jit traces.
+bool is_transformed() {
+  using c10::DispatchKey, c10::impl::tls_is_dispatch_key_included;
+  return tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerBackMode) ||
+         torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr ||
+         at::impl::PythonTorchFunctionTLS::stack_len() != 0 || torch::jit::tracer::isTracing();
+}
+
+}  // namespace
+
+bool LinearCapture::lets_through(const Tensor& inputs, const Tensor& own,
+                                 const std::optional<Tensor>& own_bias) const {
+  if (!at_backward() || !at::GradMode::is_enabled() || !own.requires_grad()) return false;
+  if (own.scalar_type() != dtype || own.device() != basis.device()) return false;
+  if (has_hooks(own) || (own_bias && has_hooks(*own_bias))) return false;
+  return inputs.layout() == at::kStrided && !inputs.is_nested() &&
+         !at::autocast::is_autocast_enabled(inputs.device().type()) && !is_transformed();
 }
 
 namespace {

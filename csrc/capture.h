@@ -22,6 +22,10 @@ struct LinearCapture : torch::CustomClassHolder {
   at::Tensor basis;         // U; undefined where P does not apply
   at::Tensor core_inverse;
   at::Tensor shift;
+  // Python's objects of the parameters whose calls need not ask Python, and the weight's dtype; see
+  // `call_captured`. The layer keeps them, and nobody here: torch swaps no tensor that others refer to.
+  const void *weight = nullptr, *bias = nullptr;
+  at::ScalarType dtype = at::kFloat;
   // Over the parts of D in .grad: sums of their entries, of absolute ones, and how many they are.
   std::vector<double> sums, sizes;
   int64_t parts = 0;
@@ -32,6 +36,10 @@ struct LinearCapture : torch::CustomClassHolder {
   // P as it applies from here on, or nothing.
   void expect(const std::optional<at::Tensor>& basis, const std::optional<at::Tensor>& core_inverse,
               const std::optional<at::Tensor>& shift);
+  // Whether nothing is on that Python would ask about in a call with the layer's own parameters: what
+  // Layer.watches, Layer.forward and LinearLayer.precondition ask, at once.
+  bool lets_through(const at::Tensor& inputs, const at::Tensor& weight,
+                    const std::optional<at::Tensor>& bias) const;
   // Marks of gls_fused/capture/marks.py.
   bool has_marks() const { return parts > 0; }
   void clear_marks();

@@ -1,10 +1,39 @@
 #include "host.h"
 
 #include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 namespace gls_fused {
 
 namespace py = pybind11;
+
+void let_through(const c10::intrusive_ptr<LinearCapture>& capture, const py::object& weight,
+                 const py::object& bias) {
+  capture->weight = weight.is_none() ? nullptr : weight.ptr();
+  capture->bias = bias.ptr();
+  if (!weight.is_none()) capture->dtype = py::cast<at::Tensor>(weight).scalar_type();
+}
+
+py::object call_captured(const c10::intrusive_ptr<LinearCapture>& capture, const py::dict& params,
+                         const py::object& inputs) {
+  static PyObject* const names[] = {PyUnicode_InternFromString("weight"),
+                                    PyUnicode_InternFromString("bias")};
+  PyObject* weight = PyDict_GetItem(params.ptr(), names[0]);
+  PyObject* bias = PyDict_GetItem(params.ptr(), names[1]);
+  const bool own = weight != nullptr && weight == capture->weight && bias == capture->bias;
+  // Inputs of no subclass, whose ops may be others.
+  if (!own || !THPVariable_CheckExact(inputs.ptr())) return py::none();
+  const at::Tensor rows = THPVariable_Unpack(inputs.ptr()), matrix = THPVariable_Unpack(weight);
+  std::optional<at::Tensor> added;
+  if (bias != Py_None) added = THPVariable_Unpack(bias);
+  if (!capture->lets_through(rows, matrix, added)) return py::none();
+  at::Tensor outputs;
+  {
+    const py::gil_scoped_release unlocked;
+    outputs = captured_linear(rows, matrix, added, capture);
+  }
+  return py::cast(outputs);
+}
 
 bool holds(const py::dict& states, const py::list& known) {
   const Py_ssize_t count = PyList_GET_SIZE(known.ptr());

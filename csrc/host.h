@@ -11,6 +11,16 @@
 
 namespace gls_fused {
 
+// Calls with this weight, and this bias or None, need not ask Python from here on; with None for a
+// weight all do.
+void let_through(const c10::intrusive_ptr<LinearCapture>& capture,
+                 const pybind11::object& weight, const pybind11::object& bias);
+
+// The output of a captured nn.Linear with these parameters, by name; None where Python has to look
+// first.
+pybind11::object call_captured(const c10::intrusive_ptr<LinearCapture>& capture,
+                               const pybind11::dict& params, const pybind11::object& inputs);
+
 // Whether a dict of dicts holds these very objects: its values, then theirs, in their order. None is
 // touched, so that the caches need not have them.
 bool holds(const pybind11::dict& states, const pybind11::list& known);

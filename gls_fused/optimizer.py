@@ -105,8 +105,8 @@ class GLS(torch.optim.Optimizer):
             one per output; "factored", one per output and input; "adam", one per element;
             "sgd", scaled to the gradient's norm; "none", the plain step. "spectral": its
             orthogonal factor, of weights but the last layer's; "auto": the same where it costs
-            little and the weight's shorter side is 16 or more, but for linear layers of models that
-            normalise no activations; the others "factored".
+            little and the weight's shorter side is 16 or more, but for linear layers, and
+            convolutions of one tap, of models that normalise no activations; the others "factored".
         max_change: > 0 or None; the root mean square of a layer's step is at most so much of its
             weight's (or of 1 / sqrt(3 d) if that is more), about.
         split: >= 1; how many matrices a weight is, one above the other, for "spectral": 3 for a
@@ -129,10 +129,11 @@ class GLS(torch.optim.Optimizer):
     Raises:
         ValueError: an option out of its range, a model or module without parameters,
             nn.DataParallel, FullyShardedDataParallel.
-        TypeError: neither a module nor parameters, an option that is no number.
+        TypeError: neither a module nor parameters, a rate or another real number that is none.
         RuntimeError: the backend is not available.
-    Numerics: rows with a NaN or an infinity, and rows that are all zero, do not enter the
-        statistics; a gradient that is not finite does to the weights what it does with Adam.
+    Numerics: rows whose sums, over a call of the module, are not finite or all zero do not enter
+        the statistics. A gradient that is not finite spoils all of its layer in the step that it
+        takes, as P mixes inputs; Adam's would spoil the elements that it stands in.
     Source: a reconstruction of GLS by Erwan Fagnou; see docs/method.md for what is known of it.
     """
 
@@ -346,8 +347,9 @@ class GLS(torch.optim.Optimizer):
     def _groups(self) -> list[tuple[dict[str, Any], list[Layer]]]:
         """Every group with the layers whose weights it holds now."""
         groups, layers = self.param_groups, self._preconditioner.layers
-        params = itertools.chain.from_iterable([group["params"] for group in groups])
-        members = list(itertools.chain(params, groups, layers))
+        # Each group after its parameters, so that one that has moved to another is elsewhere.
+        held = itertools.chain.from_iterable([(*group["params"], group) for group in groups])
+        members = [*held, *layers]
         if are_same(members, self._seen):
             return self._layers_of
         self._seen, self._owners = members, {}
@@ -367,7 +369,7 @@ class GLS(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         for layer in layers:
-            layer.bias_trains = layer.bias in self._owners
+            layer.train_bias(layer.bias in self._owners)
         self._preconditioner.rest([p for p in layers if p.weight not in self._owners])
         return self._layers_of
 

@@ -104,7 +104,8 @@ class Preconditioner:
         backends = {layer.backend for layer in self.layers}
         devices = {layer.device.type for layer in self.layers}
         alike = len(backends) == 1 and all(
-            param.device.type in devices and param.is_floating_point() for param in params
+            param.device.type in devices and (param.is_floating_point() or param.is_complex())
+            for param in params
         )
         return backends.pop() if alike else None
 
@@ -143,6 +144,9 @@ class Preconditioner:
             routed = layer.routed
             if layer.watched or not (routed and all(map(is_captured, map(type, routed)))):
                 layer.recapture()
+                asked = layer.at_backward and layer.promised and layer.weight.grad is not None
+                if asked and not all(map(is_captured, map(type, routed))):
+                    layer.miss("its module's class was replaced, as by a parametrization")
 
     def discard_sums(self) -> None:
         """Forget the rows of this step."""

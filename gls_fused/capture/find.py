@@ -238,9 +238,11 @@ def _problem_of(param: Tensor, modules: Sequence[nn.Module], roles: Sequence[str
         return "its weight is empty"
     if param.is_complex():
         return "its weight is complex"
-    if not is_sharded(param) and type(param) not in PLAIN_TENSORS:
-        return f"its weight is a {type(param).__name__}, which may compute otherwise"
-    return sharding_problem(param, _bias_of(modules[0], kind))
+    bias = _bias_of(modules[0], kind)
+    for role, own in (("weight", param), ("bias", bias)):
+        if own is not None and not is_sharded(own) and type(own) not in PLAIN_TENSORS:
+            return f"its {role} is a {type(own).__name__}, which may compute otherwise"
+    return sharding_problem(param, bias)
 
 
 def _bias_of(module: nn.Module, kind: Kind) -> Tensor | None:
@@ -386,6 +388,8 @@ def _uncovered(module: nn.Module, role: str) -> str | None:
 def _reason(module: nn.Module, role: str, param: nn.Parameter) -> str:
     if role in ("original0", "weight_g"):
         return "the lengths of weight_norm"
+    if role in ("bias_k", "bias_v") and isinstance(module, nn.MultiheadAttention):
+        return "added beside the keys and values, no part of a product"
     if isinstance(param, UninitializedParameter):
         return "not initialised yet: run the model once before building the optimizer"
     problem = _uncovered(module, role)

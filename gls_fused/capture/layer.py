@@ -33,6 +33,7 @@ from gls_fused.capture.passes import Passes
 from gls_fused.capture.transforms import (
     beneath,
     has_level,
+    in_function_mode,
     in_transform,
     outside_transforms,
     values_of,
@@ -46,6 +47,8 @@ from gls_fused.distributed.sharding import (
     whole_on_each,
 )
 
+# What computes as torch's own ops do, or nothing.
+PLAIN = (Tensor, nn.Parameter, type(None))
 # An attribute that captured parameters have, for `Layer.is_own`.
 OWNED = "_gls_owned"
 
@@ -112,6 +115,8 @@ class Layer(Passes):
     weight_key: str = "weight"
     bias_key: str | None = "bias"
     gated: ClassVar[bool] = False
+    # The outputs of a module with these parameters by name; None where it takes `watches` to know.
+    through: Callable[[dict[str, Any], Any], Tensor | None] | None = None
     # Whether its rows are seen under torch.func's transforms of the inputs.
     seen_in_transforms: ClassVar[bool] = True
     # Why no rows are seen where nothing else is known.
@@ -457,11 +462,12 @@ class Layer(Passes):
     def takes_rows(self, module: nn.Module, inputs: Tensor) -> bool:
         """Whether a node of ours may compute the output, with rows and gradients in its backward.
 
-        Rows that are no plain tensor, may have a tangent or are transformed by torch.func take
-        torch's own op; so does the bias of somebody else.
+        Rows or a bias that are no plain tensor, may have a tangent, are transformed by torch.func
+        or shown to a mode take torch's own op; so does the bias of somebody else.
         """
-        plain = type(inputs) in (Tensor, nn.Parameter) and self.sees(inputs) and not has_level()
-        return plain and not in_transform() and self.owns_bias_of(module)
+        plain = type(inputs) in PLAIN and type(bias_of(module)) in PLAIN and self.sees(inputs)
+        seen_by_others = has_level() or in_transform() or in_function_mode()
+        return plain and not seen_by_others and self.owns_bias_of(module)
 
     def precondition(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """The output where P applies in the backward."""

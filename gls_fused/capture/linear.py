@@ -108,7 +108,7 @@ class LinearLayer(LinearRows, Lender):
     def begin(self) -> None:
         super().begin()
         # Backends may have an autograd function of their own, for the subspace.
-        self.native = None
+        self.native = self.through = None
         has_own = hasattr(self.backend, "LinearCapture") and not self.turned
         if has_own and isinstance(self.curvature, Subspace):
             # Not this layer itself, which then nothing would free but the cycle collector.
@@ -116,17 +116,31 @@ class LinearLayer(LinearRows, Lender):
             self.native = self.backend.LinearCapture(
                 self.name, self.ones, self.promised, *self.marked_places(), leave
             )
-            self.marks = self.native
+            self.marks, self.through = self.native, self.native.call
 
     def expect(self, inverse: Inverse | None, *, gathers: bool, at_backward: bool) -> None:
         super().expect(inverse, gathers=gathers, at_backward=at_backward)
         if self.native is not None:
             self.native.expect(*(inverse if at_backward and inverse else (None, None, None)))
+        self._let_through()
 
     def take_over(self, inverse: Inverse) -> None:
         super().take_over(inverse)
         if self.native is not None and self.at_backward:
             self.native.expect(*inverse)
+
+    def train_bias(self, trains: bool) -> None:
+        super().train_bias(trains)
+        self._let_through()
+
+    def _let_through(self) -> None:
+        """Have calls that need nothing of `forward` but P be the native module's alone."""
+        if self.native is None:
+            return
+        alone = self.at_backward and self.captured and not (self.gathers or self.derived)
+        own = self.shards is None and self.fits and (self.bias_trains or not self.ones)
+        shown = self.params if alone and own else [None]
+        self.native.let_through(*shown, *[None] * (2 - len(shown)))
 
     def compute(
         self, module: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None

@@ -113,6 +113,10 @@ class Passes(Rows):
     def couples(self) -> bool:
         return self.by_node or self.promised or not self.ones
 
+    def train_bias(self, trains: bool) -> None:
+        """Told whether the optimizer has the bias."""
+        self.bias_trains = trains
+
     def take_over(self, inverse: Inverse) -> None:
         """Hold the same P in other tensors from here on; what has been seen stays."""
         self.inverse = inverse

@@ -15,11 +15,20 @@ from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 
 def in_transform() -> bool:
     """Whether a transform of torch.func runs."""
     return torch._C._are_functorch_transforms_active()
+
+
+def in_function_mode() -> bool:
+    """Whether somebody's torch function mode, which sees torch's ops and not ours, is on."""
+    count = torch._C._len_torch_function_stack()
+    modes = map(torch._C._get_function_stack_at, range(count))
+    # That of torch.set_default_device looks at what makes tensors alone.
+    return any(type(mode) is not DeviceContext for mode in modes)
 
 
 def outside_transforms() -> AbstractContextManager[Any]:

@@ -8,7 +8,7 @@ from nets import snapshot
 from tolerances import SAME_STEPS, assert_near
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 import gls_fused
 from gls_fused import GLS
@@ -311,6 +311,40 @@ def test_promised_directions_of_a_pruned_weight():
         RuntimeError, match=r"layer '2': its weight is now computed .*site=\"step\""
     ):
         pruned_in_training("backward")
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_promised_directions_of_a_weight_that_is_parametrized(attached):
+    """Nothing moves: without P its gradient would pass for a direction."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    if attached:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        gls_fused.attach(model, optimizer)
+    else:
+        optimizer = GLS(model, **OPTIONS, site="backward")
+
+    def train():
+        optimizer.zero_grad()
+        model(torch.randn(5, 6, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+
+    train()
+    parametrize.register_parametrization(model[2], "weight", Halved())
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"layer '2': its module's class .*site=\"step\""):
+        train()
+    for found, wanted in zip(snapshot(model), before, strict=True):
+        assert torch.equal(found, wanted)
+    # Once it is gone the layer is as it was.
+    parametrize.remove_parametrizations(model[2], "weight", leave_parametrized=False)
+    train()
+    assert not torch.equal(snapshot(model)[0], before[0])
 
 
 class Tied(nn.Module):

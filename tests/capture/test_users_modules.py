@@ -4,6 +4,7 @@ import gc
 import re
 import warnings
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
+from torch.overrides import TorchFunctionMode
 
 from gls_fused import GLS, attach, register
 
@@ -225,6 +227,89 @@ def test_inputs_of_a_subclass(backend, site, kind):
         optimizer.zero_grad()
         found.square().mean().backward()
         optimizer.step()
+
+
+def fitting(module, rows):
+    """The module, and inputs of so few rows that P applies to them in the backward."""
+    torch.manual_seed(0)
+    if module == "Linear":
+        return nn.Linear(8, 64).double(), torch.randn(rows, 8, dtype=torch.float64)
+    return nn.Conv2d(8, 64, 1).double(), torch.randn(1, 8, rows, 1, dtype=torch.float64)
+
+
+class TwiceTheBias(torch.Tensor):
+    """Is twice itself to the ops that add it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        args = list(args)
+        if function in (F.linear, torch.conv2d):
+            with torch._C.DisableTorchFunctionSubclass():
+                args[2] = 2 * args[2].as_subclass(torch.Tensor)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("module", ["Linear", "Conv2d"])
+def test_bias_of_a_subclass(backend, module, frozen, late):
+    """From the start the layer is not covered; put in later, the bias keeps the op that it has."""
+    layer, inputs = fitting(module, 5)
+    bias = nn.Parameter(torch.ones(64, dtype=torch.float64).as_subclass(TwiceTheBias), not frozen)
+    if not late:
+        layer.bias = bias
+    elif frozen:
+        layer.bias.requires_grad_(False)
+    model = nn.Sequential(layer, nn.Flatten(0), nn.Tanh())
+    optimizer = GLS(model, backend=backend, curvature_every=3, lr=0.01)
+    for step in range(8):
+        if step == 4:
+            layer.bias = bias
+        optimizer.zero_grad()
+        outputs = model(inputs)
+        with torch.no_grad():
+            assert torch.equal(outputs, model(inputs))
+        outputs.square().mean().backward()
+        optimizer.step()
+    assert late == ("its bias is a TwiceTheBias" not in optimizer.report())
+
+
+class Doubling(TorchFunctionMode):
+    """Of emulated products, as those of quantised training."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        return 2 * found if function in (F.linear, torch.conv2d) else found
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("module", ["Linear", "Conv2d"])
+def test_products_that_a_function_mode_sees(backend, module, site):
+    """They are what the mode makes of them, and the steps those of the same model without it."""
+    weights = []
+    for mode in (Doubling, None):
+        layer, inputs = fitting(module, 5)
+        optimizer = GLS(layer, backend=backend, site=site, curvature_every=3, lr=0.01)
+        for _ in range(8):
+            optimizer.zero_grad()
+            with nullcontext() if mode is None else mode():
+                outputs = layer(inputs)
+            outputs = outputs if mode else 2 * outputs
+            outputs.sin().square().mean().backward()
+            optimizer.step()
+        weights.append(layer.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-12)
+
+
+def test_the_mode_of_a_default_device_is_no_ones(backend):
+    layer, inputs = fitting("Linear", 5)
+    optimizer = GLS(layer, backend=backend)
+    with torch.device("cpu"):
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(inputs).square().mean().backward()
+            optimizer.step()
+    assert "site backward" in optimizer.report()
 
 
 # torch's own, of a prototype.

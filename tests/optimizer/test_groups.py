@@ -184,3 +184,30 @@ def test_report_leaves_out_what_the_optimizer_no_longer_has():
     model[0] = nn.Embedding(7, 4)
     optimizer.param_groups[0]["params"][0] = model[0].weight
     assert optimizer.report().count("Embedding is not covered") == 1
+
+
+@pytest.mark.parametrize("site", ["auto", "step", "backward"])
+@pytest.mark.parametrize("moved", [1, 4])
+def test_parameters_that_move_to_the_group_before_theirs(site, moved):
+    """As in thawing, where the order of all parameters may stay; all but one move, or all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, 3))
+    thawed, frozen = list(model[0].parameters()), list(model[2:].parameters())
+    groups = [{"params": thawed, "lr": 0.01}, {"params": frozen, "lr": 0.0}]
+    optimizer = GLS(groups, model=model, site=site, curvature_every=2)
+
+    def train(steps):
+        before = snapshot(model)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(5, 6)).square().mean().backward()
+            optimizer.step()
+        return [not torch.equal(p, q) for p, q in zip(snapshot(model), before, strict=True)]
+
+    assert train(3) == [True, True] + [False] * 4
+    first, second = optimizer.param_groups
+    first["params"] += second["params"][:moved]
+    del second["params"][:moved]
+    assert train(2) == [True] * (2 + moved) + [False] * (4 - moved)
+    saved = optimizer.state_dict()
+    assert [len(group["params"]) for group in saved["param_groups"]] == [2 + moved, 4 - moved]
