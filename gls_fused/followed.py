@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from torch import Tensor, float32, float64
+from torch import Tensor, float32, promote_types
 
 from gls_fused.apply.kept import Kept
 from gls_fused.curvature.estimate import State, check_device, recast
@@ -66,7 +66,7 @@ class Followed:
             RuntimeError: a state is not where its parameter is.
         """
         for param, key, probe in self._probes:
-            wide = float64 if param.dtype is float64 else float32
+            wide = promote_types(param.dtype, float32)
             dtype = wide if key == "exp_avg" else float32
             if probe.dtype is not dtype or probe.device != param.device:
                 state, name = states[param], f"parameter {names.get(param, '')!r}"

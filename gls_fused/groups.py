@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor, complex32, nn
 
 from gls_fused.apply.low_precision import MOST_SEEDS, POLICIES
 from gls_fused.capture.layer import Layer
@@ -200,8 +200,10 @@ def split_group(entry: Any) -> Members:
     if names and len(names) != len(params):
         raise ValueError("params: expected a name for all parameters of a group or for none")
     for param in params:
-        if param.is_complex():
-            raise ValueError(f"params: GLS takes no complex parameters, got {param.dtype}")
+        if param.dtype is complex32:
+            raise ValueError(
+                f"params: expected parameters of any dtype but complex32, got {param.dtype}"
+            )
     return Members(modules, list(params), names)
 
 

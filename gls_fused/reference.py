@@ -825,7 +825,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     """orth(X) by products alone: five steps of X <- a X + (b A + c A A) X, A = X X'.
 
     Numerics: a singular value of 2e-3 of ||X||_F or more comes within 13% of 1; one that is smaller
-        is multiplied by up to 940, and 0 stays 0. So does next to all of a matrix with a root mean
+        is multiplied by up to 970, and 0 stays 0. So does next to all of a matrix with a root mean
         square far below LEAST_RMS, whose norm float32 does not hold.
     Source: Amsel et al., 2025, "The Polar Express", arXiv 2505.16932: the coefficients are the
         best for singular values from 1e-3 to 1, the 1.01 is theirs against rounding.

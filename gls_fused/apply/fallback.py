@@ -48,7 +48,8 @@ def adam_(
     """One Adam step with decoupled weight decay, in place, for parameters that have a gradient.
 
     Args:
-        params: at least one, of any shapes, floating point, dense gradients.
+        params: at least one, of any shapes, floating point or complex, dense gradients. Real and
+            imaginary parts of complex ones are scaled each by its own mean square, as torch does.
         states: of the same length; filled at the first step with step, exp_avg and exp_avg_sq.
         options: lr, momentum (Adam's beta1), beta2, eps, weight_decay, low_precision.
         seeds: of what rounds stochastically.
@@ -66,7 +67,7 @@ def adam_(
         [rows_here(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq")
     )
     steps = [state["step"] for state in states]
-    lists = mine, gradients, averages, squares
+    lists = _as_real(mine), _as_real(gradients), _as_real(averages), _as_real(squares)
     if getattr(backend, "TAKES_OTHERS", False) and options["momentum"]:
         _update_by_(backend, lists, steps, options, skip)
     else:
@@ -74,6 +75,11 @@ def adam_(
     # torch's fused kernel does not tell autograd.
     torch.autograd.graph.increment_version(params)
     close_copies(params, copies, options, seeds, steps, backend)
+
+
+def _as_real(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Views of complex tensors that have their two parts in a last axis; others as they are."""
+    return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in tensors]
 
 
 def _update_by_torch_(

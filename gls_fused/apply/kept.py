@@ -165,8 +165,13 @@ class Kept:
             groups: of every parameter that is to move.
         """
         choices = [options[key] for key in CHOICES]
-        missing = [param.grad is None for layer in layers for param in layer.params]
-        made_for = choices, missing
+        # Without a gradient, or of another dtype since the model was cast.
+        moving = [
+            None if param.grad is None else param.dtype
+            for layer in layers
+            for param in layer.params
+        ]
+        made_for = choices, moving
         if made_for != self._made_for or layers != self._layers:
             self._found = [
                 Alike(alike, normalize, states, options, groups)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gls_fused.apply.bounds import count_held_, hold_idle, root_mean_squares
 from gls_fused.apply.kept import Alike, Kept
-from gls_fused.apply.low_precision import Seeds, close_copies, open_copies, widen
+from gls_fused.apply.low_precision import Seeds, close_copies, is_low, open_copies, widen
 from gls_fused.apply.matrices import Copied, Steps, by_matrix, write_back_
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
@@ -186,9 +186,14 @@ class Apart:
 
 
 def _beside(tensor: Tensor, value: float | Tensor) -> Any:
-    """A number as torch's ops over many tensors take it: a tensor has to be on their device."""
+    """A number as torch's ops over many tensors take it: a tensor has to be on their device.
+
+    Of a plain number the CPU's take no more digits than 16-bit tensors have.
+    """
     if isinstance(value, Tensor):
         return value.to(tensor.device, non_blocking=True)
+    if is_low(tensor):
+        return torch.full((), value, dtype=torch.float32, device=tensor.device)
     return value
 
 

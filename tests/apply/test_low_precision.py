@@ -230,3 +230,37 @@ def test_squares_of_float16_gradients_are_taken_in_float32(normalize, momentum, 
     for near, exact in zip(moved[torch.float16], moved[torch.float32], strict=True):
         assert exact.norm() > 0
         assert_near(near, exact, 0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bias_apart_has_rate_and_decay_of_more_digits_than_it_has(backend, dtype):
+    """In the mean over entries, of which each is rounded: by 1 - .3 * .1, and .3 of the update."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4096, dtype=dtype)
+    start = torch.linspace(1, 2, 4096).to(dtype)
+    groups = [{"params": [layer.weight], "lr": 1.0}, {"params": [layer.bias], "lr": 0.3}]
+    options = {"normalize": "none", "momentum": 0.0, "max_change": None, "backend": backend}
+    optimizer = GLS(
+        groups, model=layer, low_precision="nearest", weight_decay=0.1, site="step", **options
+    )
+
+    def step(slope):
+        """What a step makes of the bias, and the update at rate 1."""
+        with torch.no_grad():
+            layer.bias.copy_(start)
+        optimizer.zero_grad()
+        (layer(torch.ones(3, 4, dtype=dtype)) * slope).sum().backward()
+        optimizer.step()
+        return layer.bias.detach().double()
+
+    # The layer has a P from here on.
+    step(torch.ones(4096, dtype=dtype))
+    decayed = step(torch.zeros(4096, dtype=dtype))
+    assert abs((decayed / start.double()).mean() - 0.97) < 5e-4
+    optimizer.param_groups[1]["weight_decay"] = 0.0
+    layer.weight.data.zero_()
+    slope = torch.linspace(-1, -0.5, 4096).to(dtype)
+    optimizer.param_groups[1]["lr"] = 1.0
+    whole = step(slope) - start.double()
+    optimizer.param_groups[1]["lr"] = 0.3
+    assert abs(((step(slope) - start.double()) / whole).mean() - 0.3) < 3e-3 * 0.3

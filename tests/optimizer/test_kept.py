@@ -66,6 +66,15 @@ def single(model, optimizer):
     model.to(torch.float32)
 
 
+def sixteen_bits(model, optimizer):
+    model.to(torch.bfloat16)
+
+
+def sixteen_bits_and_a_master(model, optimizer):
+    model.to(torch.bfloat16)
+    optimizer.param_groups[0]["low_precision"] = "master"
+
+
 def bias_in_a_group_of_its_own(model, optimizer):
     bias = model.first.bias
     group = optimizer.param_groups[0]
@@ -81,15 +90,19 @@ def left_out(model, optimizer):
 CHANGES = [
     other_scale, no_momentum, a_bound, frozen_bias, frozen_weight, cleared_state,
     state_of_one_layer_gone, cloned_tensors, copied_dicts, swapped_averages, loaded_state, double,
-    single, bias_in_a_group_of_its_own, left_out,
+    single, sixteen_bits, sixteen_bits_and_a_master, bias_in_a_group_of_its_own, left_out,
 ]  # fmt: skip
 
 
-def run(kind, change, *, keeps):
-    model = make_net(kind).float() if change is double else make_net(kind)
+# The averages of 16 bits are those of float32, so that only the parameters tell.
+FROM_SINGLE = [double, sixteen_bits, sixteen_bits_and_a_master]
+
+
+def run(kind, change, when, *, keeps):
+    model = make_net(kind).float() if change in FROM_SINGLE else make_net(kind)
     optimizer = GLS(model, **{**OPTIONS, "max_change": None, "normalize": "factored"})
     for step in range(8):
-        if step == 5:
+        if step == when:
             change(model, optimizer)
         if not keeps:
             optimizer._followed.drop()
@@ -102,13 +115,14 @@ def run(kind, change, *, keeps):
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("when", [4, 5], ids=["before a step that gathers", "before another"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_changes_between_steps_are_seen(kind, change):
-    kept, anew = (run(kind, change, keeps=keeps) for keeps in (True, False))
+def test_changes_between_steps_are_seen(kind, when, change):
+    kept, anew = (run(kind, change, when, keeps=keeps) for keeps in (True, False))
     assert_equal(kept, anew)
     assert any(
         not torch.equal(ours, theirs.to(ours))
-        for ours, theirs in zip(kept, run(kind, lambda *_: None, keeps=True), strict=True)
+        for ours, theirs in zip(kept, run(kind, lambda *_: None, when, keeps=True), strict=True)
     ) or change in (cloned_tensors, loaded_state)
 
 
