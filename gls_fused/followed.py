@@ -47,15 +47,19 @@ class Followed:
         """Drop what is kept unless the states hold what they held, for the same members."""
         if self._known_for is members and holds(states, self._known):
             return
-        self._known, self._known_for = held_by(states), members
+        # In this order, as an interrupt may come in between.
+        self._known_for = None
         self.kept.clear()
+        self._known = held_by(states)
         # Who moves or casts a state does so with all of it: one of its tensors tells.
         self._probes = []
         for param in owners:
             state = states.get(param) or {}
-            key = "exp_avg" if state.get("exp_avg") is not None else "step"
-            if state.get(key) is not None:
-                self._probes.append((param, key, state[key]))
+            for key in (*AVERAGES, "step"):
+                if state.get(key) is not None:
+                    self._probes.append((param, key, state[key]))
+                    break
+        self._known_for = members
 
     def recast(self, states: States, names: Mapping[Tensor, str]) -> None:
         """Give states that were cast the dtypes that they have to have, before anything is changed.
@@ -67,7 +71,7 @@ class Followed:
         """
         for param, key, probe in self._probes:
             wide = promote_types(param.dtype, float32)
-            dtype = wide if key == "exp_avg" else float32
+            dtype = float32 if key == "step" else wide
             if probe.dtype is not dtype or probe.device != param.device:
                 state, name = states[param], f"parameter {names.get(param, '')!r}"
                 check_device(name, param, state, ("step", "master", *AVERAGES))

@@ -59,7 +59,6 @@ from gls_fused.state import (
     check_saved,
     check_state,
     copy_states,
-    forget_orthogonal,
     is_priming,
     prime_states,
     saved_group,
@@ -310,8 +309,18 @@ class GLS(torch.optim.Optimizer):
         self._check_splits(layers, groups)
         for layer in layers:
             self._preconditioner.add([layer], groups[layer.weight])
+        self._mark_last()
         self._uncovered += uncovered
         self._preconditioner.ranks.disagree()
+
+    def _mark_last(self) -> None:
+        """Tell the layers which is the last of the model, or of those that were added."""
+        params = () if self._model is None else self._model.parameters()
+        places: dict[Tensor, int] = {param: place for place, param in enumerate(params)}
+        # As `find_layers` has it: a head that is tied to an embedding is last.
+        self._preconditioner.mark_last(
+            lambda layer: (layer.table is not None, places.get(layer.weight, len(places)))
+        )
 
     @staticmethod
     def _check_splits(layers: Sequence[Layer], groups: Mapping[Tensor, Mapping[str, Any]]) -> None:
@@ -348,11 +357,12 @@ class GLS(torch.optim.Optimizer):
         """Every group with the layers whose weights it holds now."""
         groups, layers = self.param_groups, self._preconditioner.layers
         # Each group after its parameters, so that one that has moved to another is elsewhere.
-        held = itertools.chain.from_iterable([(*group["params"], group) for group in groups])
-        members = [*held, *layers]
-        if are_same(members, self._seen):
+        held = [each for group in groups for each in (*group["params"], group)]
+        if are_same([*held, *layers], self._seen):
             return self._layers_of
-        self._seen, self._owners = members, {}
+        # Nothing is taken for seen until all has been looked at, as what follows may raise.
+        self._seen, self._owners = [], {}
+        self._checked.clear()
         # All but lr, which a schedule changes in every step.
         self._checked_options = [option for option in self._options if option != "lr"]
         for group in self.param_groups:
@@ -363,6 +373,7 @@ class GLS(torch.optim.Optimizer):
             group.setdefault("version", VERSION)
             self._owners.update(dict.fromkeys(group["params"], group))
         self._seeds = {id(group): make_seeds(group) for group in self.param_groups}
+        self._forget_gone()
         self._cover_by_hand()
         self._layers_of = [
             (group, [layer for layer in layers if self._owners.get(layer.weight) is group])
@@ -371,7 +382,22 @@ class GLS(torch.optim.Optimizer):
         for layer in layers:
             layer.train_bias(layer.bias in self._owners)
         self._preconditioner.rest([p for p in layers if p.weight not in self._owners])
+        self._seen = [*held, *layers]
         return self._layers_of
+
+    def _forget_gone(self) -> None:
+        """Keep nothing of parameters that neither a group nor the model has any more."""
+        if self._model is None:
+            return
+        there = {*self._owners, *self._model.parameters()}
+        self._names = {param: name for param, name in self._names.items() if param in there}
+        self._uncovered = [each for each in self._uncovered if each.param in there]
+        # What fully_shard gathers is another parameter than its shards.
+        layers = self._preconditioner.layers
+        gone = [p for p in layers if p.weight not in there and p.shards is None]
+        if gone:
+            self._preconditioner.drop(gone)
+            self._mark_last()
 
     def _cover_by_hand(self) -> None:
         """The layers of parameters that somebody has put into the groups without `add_param_group`.
@@ -382,9 +408,9 @@ class GLS(torch.optim.Optimizer):
         if not added or self._model is None or self._waiting is not None:
             return
         members = Members([], added, [])
-        self._names.update(name_params(members, 0, self._model))
         layers, uncovered = self._find([members])
         self._add_layers(layers, uncovered, self._owners)
+        self._names.update(name_params(members, 0, self._model))
         for layer in layers:
             # Its gradient was made without it.
             layer.finish_step()
@@ -544,8 +570,7 @@ class GLS(torch.optim.Optimizer):
         def restore(_: torch.optim.Optimizer) -> None:
             self._preconditioner.restore_gradients(self._preconditioner.layers)
             self.state.update(copies)
-            for group, layers in self._groups():
-                forget_orthogonal(layers, self.state, group)
+            for _group, layers in self._groups():
                 take_due(layers, self.state)
             self._restart()
 
@@ -612,6 +637,7 @@ class GLS(torch.optim.Optimizer):
             layer.due = due
             if not captured:
                 layer.release()
+        self._mark_last()
         self._restart()
 
     def __enter__(self) -> Self:

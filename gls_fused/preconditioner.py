@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from numbers import Real
 from types import ModuleType
 from typing import Any, TypeAlias, TypeGuard
@@ -116,14 +116,25 @@ class Preconditioner:
             for earlier in filter(None, map(captured_by, layer.modules)):
                 # Of a weight that has been replaced, by this one.
                 if earlier is not layer and earlier in self.layers:
-                    self.layers.remove(earlier)
-                    earlier.release()
+                    self.drop([earlier])
             layer.assign(options["curvature"], options["rank"], self.backend, promised=promised)
             layer.capture()
-            if self.layers:
-                self.layers[-1].last = False
-            layer.last = True
             self.layers.append(layer)
+
+    def drop(self, layers: Sequence[Layer]) -> None:
+        """Leave layers alone for good."""
+        for layer in layers:
+            self.layers.remove(layer)
+            self._told.pop(layer, None)
+            layer.release()
+
+    def mark_last(self, place: Callable[[Layer], Any]) -> None:
+        """Tell the layers which of them has the greatest place; of equals, the one added last."""
+        places = [(place(layer), index) for index, layer in enumerate(self.layers)]
+        for layer in self.layers:
+            layer.last = False
+        if places:
+            self.layers[max(places)[1]].last = True
 
     def check_captured(self) -> None:
         """Raises RuntimeError if the modules have been detached or taken over."""
@@ -193,6 +204,7 @@ class Preconditioner:
             self.restore_gradients([layer])
             layer.forget()
             self._told.pop(layer, None)
+            at_backward = at_backward and found is not None
             layer.expect(found, gathers=found is None, at_backward=at_backward)
             changed = True
         return changed
@@ -336,7 +348,7 @@ class Preconditioner:
         self.ranks.disagree()
         self._told.clear()
         for layer in self.layers:
-            layer.stays_at_step = False
+            layer.stays_at_step, layer.scaled = False, None
             layer.midway = layer.weight.grad is not None
             self._wake(layer)
 

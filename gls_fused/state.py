@@ -26,9 +26,8 @@ import torch
 from torch import Tensor
 
 from gls_fused.apply.buffers import fill_layer_states, square_shapes, zeros_of
-from gls_fused.apply.fallback import forget_adam, start_adam
+from gls_fused.apply.fallback import start_adam
 from gls_fused.apply.low_precision import open_copies
-from gls_fused.apply.spectral import normalize_of
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import (
     Dense,
@@ -235,23 +234,6 @@ def take_due(layers: Iterable[Layer], states: Mapping[Tensor, State]) -> None:
     """Tell layers what a state that has been loaded says of their next step."""
     for layer in layers:
         layer.due = bool((states.get(layer.weight) or {}).pop("due", 0))
-
-
-def forget_orthogonal(
-    layers: Iterable[Layer], states: MutableMapping[Tensor, State], group: Mapping[str, Any]
-) -> None:
-    """Begin the averages of layers anew that "auto" gave orthogonal steps once, and scales now.
-
-    Their mean squares by input have never been written.
-    """
-    for layer in layers if group["normalize"] == "auto" else ():
-        state = states.get(layer.weight) or {}
-        columns = state.get("exp_avg_sq_columns")
-        if columns is None or not state.get("step") or columns.any():
-            continue
-        if normalize_of(layer, state, group) == "factored":
-            for param in layer.params:
-                forget_adam(states.get(param) or {})
 
 
 def copy_tensors(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:

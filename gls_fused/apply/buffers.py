@@ -13,7 +13,7 @@ from gls_fused.apply.fallback import forget_adam
 from gls_fused.apply.spectral import kept_by, normalize_of
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
-from gls_fused.distributed.sharding import is_sharded, zeros_beside
+from gls_fused.distributed.sharding import everywhere, is_sharded, zeros_beside
 
 # What a layer keeps the mean squares of its directions as: on its weight, for "adam" on each
 # parameter.
@@ -65,10 +65,10 @@ def fill_layer_states(
     # Somebody may have taken the mean squares away, or chosen another way to normalize.
     if "exp_avg_sq_columns" not in shapes:
         first.pop("exp_avg_sq_columns", None)
-    for key, shape in shapes.items():
-        if "step" in first and (key not in first or first[key].shape != shape):
-            for state in states:
-                forget_adam(state)
+    fit = all(key in first and first[key].shape == shape for key, shape in shapes.items())
+    if "step" in first and not (fit and _are_written(layer, first, group)):
+        for state in states:
+            forget_adam(state)
     if "step" not in first:
         first["step"] = torch.zeros((), dtype=torch.float32, device=device)
         if group["normalize"] != "adam":
@@ -85,6 +85,19 @@ def fill_layer_states(
             state["exp_avg"] = _empty_average(layer, param, normalize_of(layer, first, group))
         if group["normalize"] == "adam" and "exp_avg_sq" not in state:
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+
+
+def _are_written(layer: Layer, first: State, group: Mapping[str, Any]) -> bool:
+    """Whether steps have written the mean squares that scale the next one.
+
+    Orthogonal ones have not. The device is asked where the layer is scaled otherwise than in its
+    last step, and where its state was loaded since.
+    """
+    normalize, before = normalize_of(layer, first, group), layer.scaled
+    layer.scaled = normalize
+    if normalize == before or normalize not in ("row", "factored"):
+        return True
+    return all(bool(everywhere(first[key]).any()) for key in SQUARES[normalize])
 
 
 def zeros_of(layer: Layer, shape: tuple[int, ...]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -67,19 +67,37 @@ def adam_(
         [rows_here(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq")
     )
     steps = [state["step"] for state in states]
-    lists = _as_real(mine), _as_real(gradients), _as_real(averages), _as_real(squares)
+    given: Lists = mine, gradients, averages, squares
+    # Kernels take memory as it lies, and real numbers.
+    unlike = any(param.is_complex() or param.is_neg() for param in mine)
+    found = _each(_resolve, given) if unlike else given
+    lists = _each(_as_real, found) if unlike else given
     if getattr(backend, "TAKES_OTHERS", False) and options["momentum"]:
         _update_by_(backend, lists, steps, options, skip)
     else:
         _update_by_torch_(lists, steps, options, skip)
+    for place in (0, 2, 3):
+        for tensor, values in zip(given[place], found[place], strict=True):
+            if values is not tensor:
+                tensor.copy_(values)
     # torch's fused kernel does not tell autograd.
     torch.autograd.graph.increment_version(params)
     close_copies(params, copies, options, seeds, steps, backend)
 
 
-def _as_real(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Views of complex tensors that have their two parts in a last axis; others as they are."""
-    return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in tensors]
+def _each(change: Callable[[Tensor], Tensor], lists: Lists) -> Lists:
+    params, gradients, averages, squares = (list(map(change, tensors)) for tensors in lists)
+    return params, gradients, averages, squares
+
+
+def _resolve(tensor: Tensor) -> Tensor:
+    """A copy of a view that is conjugated or negated when it is read, else the tensor."""
+    return tensor.resolve_conj().resolve_neg()
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    """Of a complex tensor a view with its two parts in a last axis, else the tensor."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _update_by_torch_(

@@ -242,6 +242,8 @@ def _problem_of(param: Tensor, modules: Sequence[nn.Module], roles: Sequence[str
     for role, own in (("weight", param), ("bias", bias)):
         if own is not None and not is_sharded(own) and type(own) not in PLAIN_TENSORS:
             return f"its {role} is a {type(own).__name__}, which may compute otherwise"
+        if own is not None and own.is_neg():
+            return f"its {role} is a view that is negated when it is read"
     return sharding_problem(param, bias)
 
 

@@ -106,6 +106,7 @@ class Layer(Passes):
         watched: whether modules are to show this layer where they use its weight by themselves.
         returned: whether rows of an idle layer have been seen since, with a gradient.
         last: whether it is the last of all that an optimizer covers.
+        scaled: how its last step was scaled, None where that is not known.
     """
 
     kind: str
@@ -154,6 +155,7 @@ class Layer(Passes):
         self.dim = self.size + self.ones
         self.returned = self.lent = self.last = self.due = self.watched = False
         self.misses = 0
+        self.scaled: str | None = None
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -324,6 +326,10 @@ class Layer(Passes):
                 self.miss("its weight is now computed from others")
             return False
         if not weight.requires_grad:
+            return False
+        if weight.is_complex():
+            # Since the model was cast.
+            self.unseen = "its weight is complex"
             return False
         # Another's: a parameter replaced, or those of torch.func.functional_call.
         own = self.shards is not None or self.is_own(weight, self.weight)

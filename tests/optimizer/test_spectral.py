@@ -94,6 +94,68 @@ def test_layer_that_is_added_later_is_the_last():
     assert [layer.last for layer in twin._preconditioner.layers] == [False, False, True]
 
 
+def make_normalized(bias=True):
+    torch.manual_seed(0)
+    first, second = (nn.Linear(32, 32, bias=bias) for _ in range(2))
+    layers = first, nn.LayerNorm(32), second, nn.LayerNorm(32), nn.Linear(32, 10)
+    return nn.Sequential(*layers)
+
+
+def train_normalized(model, optimizer, steps):
+    for number in steps:
+        inputs = torch.randn(512, 32, generator=torch.Generator().manual_seed(number))
+        optimizer.zero_grad()
+        (model(inputs) - inputs[:, :10].sin()).square().mean().backward()
+        optimizer.step()
+
+
+def test_the_last_layer_is_the_models_and_not_the_one_added_last():
+    model = make_normalized()
+    model[:4].requires_grad_(False)
+    optimizer = GLS(model[4].parameters(), model=model)
+    train_normalized(model, optimizer, range(3))
+    model.requires_grad_(True)
+    optimizer.add_param_group({"params": list(model[:4].parameters())})
+    train_normalized(model, optimizer, range(3, 5))
+    assert scales(optimizer) == {"4": "factored", "0": "spectral", "2": "spectral"}
+    assert scales(copy.deepcopy([model, optimizer])[1]) == scales(optimizer)
+    # The last is gone, from the model too.
+    model[4] = nn.Identity()
+    del optimizer.param_groups[0]
+    optimizer.zero_grad()
+    assert scales(optimizer) == {"0": "spectral", "2": "factored"}
+
+
+@pytest.mark.parametrize("reloaded", [False, True])
+@pytest.mark.parametrize(
+    ("before", "change"),
+    [
+        ("auto", {"spectral_share": 0.0}),
+        ("auto", {"split": 4}),
+        ("auto", {"normalize": "factored"}),
+        ("auto", {"normalize": "row"}),
+        ("spectral", {"normalize": "row"}),
+        ("spectral", {"normalize": "factored"}),
+        ("factored", {"normalize": "row"}),
+    ],
+)
+def test_scales_that_follow_orthogonal_steps_begin_anew(backend, before, change, reloaded):
+    """Of mean squares that no step has written the first steps would be some times too long."""
+    model = make_normalized(bias=False)
+    optimizer = GLS(model, lr=1.0, max_change=0.01, normalize=before, backend=backend)
+    train_normalized(model, optimizer, range(11))
+    assert scales(optimizer)["0"] == ("factored" if before == "factored" else "spectral")
+    optimizer.param_groups[0].update(change)
+    if reloaded:
+        optimizer.load_state_dict(optimizer.state_dict())
+    for number in range(11, 14):
+        start = model[0].weight.detach().clone()
+        train_normalized(model, optimizer, [number])
+        moved = (model[0].weight - start).square().mean().sqrt() / start.square().mean().sqrt()
+        assert moved < 1.1 * 0.01
+        assert scales(optimizer)["0"] == change.get("normalize", "factored")
+
+
 def test_split_weight_steps_as_its_matrices_do(backend):
     """Queries and keys in one weight, or in two: one P, a factor for each."""
     torch.manual_seed(0)

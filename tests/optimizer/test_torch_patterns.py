@@ -272,6 +272,62 @@ def test_complex_parameters_take_adams_update(backend, momentum, dtype):
     assert "head: GLS (Linear 5 -> 3" in optimizer.report()
 
 
+def conjugated(values):
+    return values.conj().resolve_conj().conj()
+
+
+def negated(values):
+    return torch.complex(torch.zeros_like(values), -values).conj().imag
+
+
+@pytest.mark.parametrize("view", [conjugated, negated])
+def test_parameters_that_are_conjugated_or_negated_when_they_are_read(backend, view):
+    dtype = torch.complex128 if view is conjugated else torch.float64
+    found = []
+    for make in (view, torch.clone):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4, dtype=torch.float64))
+        model.own = nn.Parameter(make(torch.randn(4, dtype=dtype)))
+        assert (model.own.is_conj() or model.own.is_neg()) == (make is view)
+        optimizer = GLS(model, lr=0.1, weight_decay=0.1, backend=backend)
+        for step in range(5):
+            optimizer.zero_grad()
+            inputs = torch.full((5, 3), step + 1.0, dtype=torch.float64)
+            (model[0](inputs) * model.own - step).abs().square().mean().backward()
+            optimizer.step()
+        found.append([p.detach().resolve_conj().resolve_neg() for p in model.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("role", ["weight", "bias"])
+def test_a_layer_that_is_negated_when_it_is_read_takes_adams_update(backend, role):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    setattr(model[0], role, nn.Parameter(negated(getattr(model[0], role).detach())))
+    optimizer = GLS(model, lr=0.1, backend=backend)
+    assert f"0.weight: Adam (its {role} is a view that is negated" in optimizer.report()
+    before = snapshot(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(5, 3)).square().mean().backward()
+        optimizer.step()
+    assert all(not torch.equal(p, q) for p, q in zip(snapshot(model), before, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+def test_a_model_that_is_cast_to_complex_takes_adams_update(backend):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = GLS(model, lr=0.1, backend=backend)
+    model.to(torch.complex64)
+    before = snapshot(model)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.ones(5, 3, dtype=torch.complex64)).abs().square().mean().backward()
+        optimizer.step()
+    assert all((p != q).all() for p, q in zip(snapshot(model), before, strict=True))
+    assert "0: Adam (its weight is complex)" in optimizer.report()
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_a_layer_of_complex_weights_takes_adams_update(dtype):
     model = nn.Linear(3, 2, dtype=dtype)

@@ -1,7 +1,10 @@
 """Groups as everybody writes them, and what the report says of them."""
 
 import copy
+import gc
 import warnings
+import weakref
+from collections import defaultdict
 
 import pytest
 import torch
@@ -382,3 +385,62 @@ def test_parameters_put_into_the_groups_by_hand(backend, how):
         twin.param_groups = [*twin.param_groups, {"params": parts[1], "lr": 1e-3}]
         twin.load_state_dict(found[0][1])
         fit(model, twin, [7])
+
+
+def test_an_error_in_groups_that_were_changed_by_hand_leaves_them_to_be_seen():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
+    optimizer = GLS(model[4].parameters(), model=model)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.randn(5, 6)).square().mean().backward()
+        optimizer.step()
+
+    step()
+    optimizer.param_groups.append({"params": list(model[:4].parameters()), "split": 3})
+    before = [param.detach().clone() for param in model.parameters()]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="split: expected a divisor of the 8 outputs"):
+            step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    optimizer.param_groups[1]["split"] = 1
+    step()
+    assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert "share covered: 100.0%" in optimizer.report()
+
+
+@pytest.mark.parametrize("replaced", ["module", "weight"])
+def test_what_was_replaced_is_not_kept_alive(replaced):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = GLS(model)
+    gone = []
+    for _ in range(4):
+        old = model[0].weight
+        if replaced == "module":
+            model[0] = nn.Linear(6, 8)
+        else:
+            model[0].weight = nn.Parameter(torch.randn(8, 6))
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+        optimizer.state = defaultdict(
+            dict, {p: s for p, s in optimizer.state.items() if p in set(model.parameters())}
+        )
+        gone.append(weakref.ref(old))
+        del old
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(5, 6)).square().mean().backward()
+            optimizer.step()
+    gc.collect()
+    assert [each() for each in gone] == [None] * 4
+    assert [line[:6] for line in optimizer.report().splitlines()[:2]] == ["2: GLS", "0: GLS"]
+
+
+def test_states_that_are_loaded_often_leave_nothing_behind():
+    model = nn.Linear(6, 3)
+    optimizer = GLS(model)
+    for _ in range(5):
+        model(torch.randn(5, 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert len(optimizer._checked) <= 1

@@ -353,6 +353,23 @@ def test_model_is_cast_between_backward_and_step(backend, site, step):
     assert_near(*found, 1e-6)
 
 
+@pytest.mark.parametrize("normalize", ["factored", "row", "rms", "adam", "sgd", "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_states_that_were_cast_are_cast_back(backend, momentum, dtype, normalize):
+    model = make_mlp()
+    optimizer = GLS(model, momentum=momentum, normalize=normalize, backend=backend, **OPTIONS)
+    fit(model, optimizer, range(3))
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            # All but the count of steps, as torch's own load_state_dict does.
+            if isinstance(value, torch.Tensor) and key != "step":
+                state[key] = value.to(dtype)
+    fit(model, optimizer, range(3, 6))
+    kept = {v.dtype for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)}
+    assert kept == {torch.float32}
+
+
 def test_states_are_replaced_between_backward_and_step(backend):
     """With D in p.grad, as the user has asked for."""
     found = []
