@@ -66,7 +66,9 @@ def fill_layer_states(
     if "exp_avg_sq_columns" not in shapes:
         first.pop("exp_avg_sq_columns", None)
     fit = all(key in first and first[key].shape == shape for key, shape in shapes.items())
-    if "step" in first and not (fit and _are_written(layer, first, group)):
+    normalize, before = normalize_of(layer, first, group), layer.scaled
+    layer.scaled = normalize
+    if "step" in first and not (fit and (normalize == before or _are_written(first, normalize))):
         for state in states:
             forget_adam(state)
     if "step" not in first:
@@ -82,22 +84,19 @@ def fill_layer_states(
             forget_adam(state)
     for param, state in zip(params, states, strict=True):
         if group["momentum"] and "exp_avg" not in state:
-            state["exp_avg"] = _empty_average(layer, param, normalize_of(layer, first, group))
+            state["exp_avg"] = _empty_average(layer, param, normalize)
         if group["normalize"] == "adam" and "exp_avg_sq" not in state:
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
 
 
-def _are_written(layer: Layer, first: State, group: Mapping[str, Any]) -> bool:
+def _are_written(first: State, normalize: str) -> bool:
     """Whether steps have written the mean squares that scale the next one.
 
-    Orthogonal ones have not. The device is asked where the layer is scaled otherwise than in its
-    last step, and where its state was loaded since.
+    Orthogonal ones have not. This waits for the device, where a layer is scaled otherwise than in
+    its last step or was loaded.
     """
-    normalize, before = normalize_of(layer, first, group), layer.scaled
-    layer.scaled = normalize
-    if normalize == before or normalize not in ("row", "factored"):
-        return True
-    return all(bool(everywhere(first[key]).any()) for key in SQUARES[normalize])
+    keys = SQUARES[normalize] if normalize in ("row", "factored") else ()
+    return all(bool(everywhere(first[key]).any()) for key in keys)
 
 
 def zeros_of(layer: Layer, shape: tuple[int, ...]) -> Tensor:

@@ -76,7 +76,7 @@ def adam_(
         _update_by_(backend, lists, steps, options, skip)
     else:
         _update_by_torch_(lists, steps, options, skip)
-    for place in (0, 2, 3):
+    for place in (0, 2, 3) if unlike else ():
         for tensor, values in zip(given[place], found[place], strict=True):
             if values is not tensor:
                 tensor.copy_(values)
