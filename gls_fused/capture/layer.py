@@ -24,6 +24,7 @@ from gls_fused.capture.marks import BIAS_MARKS, Marks, choose_places
 from gls_fused.capture.modules import (
     capture_module,
     captured_by,
+    is_captured,
     plain_class,
     recapture_module,
     release_module,
@@ -288,9 +289,16 @@ class Layer(Passes):
         self.captured = True
 
     def recapture(self) -> None:
-        """See that the modules' forward still goes through this layer, whatever became of them."""
+        """See that the modules' forward still goes through this layer, whatever became of them.
+
+        Raises:
+            RuntimeError: one's does not, and its gradient lacks the P that the user has asked for.
+        """
         for module in self.routed:
             recapture_module(module)
+            promises = self.at_backward and self.promised and self.weight.grad is not None
+            if promises and not is_captured(type(module)):
+                self.miss("its module's class was replaced, as by a parametrization")
 
     def release(self) -> None:
         """Give the modules their own forward back; gradients are true from here on."""
