@@ -28,7 +28,7 @@ from gls_fused.capture.experts import (
     register_experts,
     why_not_experts,
 )
-from gls_fused.capture.layer import Found, Layer
+from gls_fused.capture.layer import PLAIN, Found, Layer
 from gls_fused.capture.lending import Lender
 from gls_fused.capture.linear import LinearLayer, TurnedLinearLayer, why_not_linear
 from gls_fused.capture.modules import ALIKE, describe_class, plain_class
@@ -40,7 +40,6 @@ from gls_fused.distributed.sharding import is_sharded, sharding_problem
 
 # What torch.compile and activation checkpointing put into the names of what they wrap.
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
-PLAIN_TENSORS = (Tensor, nn.Parameter)
 # Their gradients have no rows to see. A head that shares the weight has.
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 
@@ -240,7 +239,7 @@ def _problem_of(param: Tensor, modules: Sequence[nn.Module], roles: Sequence[str
         return "its weight is complex"
     bias = _bias_of(modules[0], kind)
     for role, own in (("weight", param), ("bias", bias)):
-        if own is not None and not is_sharded(own) and type(own) not in PLAIN_TENSORS:
+        if own is not None and not is_sharded(own) and type(own) not in PLAIN:
             return f"its {role} is a {type(own).__name__}, which may compute otherwise"
         if own is not None and own.is_neg():
             return f"its {role} is a view that is negated when it is read"
