@@ -48,8 +48,8 @@ from gls_fused.distributed.sharding import (
     whole_on_each,
 )
 
-# What computes as torch's own ops do, or nothing.
-PLAIN = (Tensor, nn.Parameter, type(None))
+# The classes of tensors that torch's own ops compute with.
+PLAIN = (Tensor, nn.Parameter)
 # An attribute that captured parameters have, for `Layer.is_own`.
 OWNED = "_gls_owned"
 
@@ -479,9 +479,10 @@ class Layer(Passes):
         Rows or a bias that are no plain tensor, may have a tangent, are transformed by torch.func
         or shown to a mode take torch's own op; so does the bias of somebody else.
         """
-        plain = type(inputs) in PLAIN and type(bias_of(module)) in PLAIN and self.sees(inputs)
+        bias = bias_of(module)
+        plain = type(inputs) in PLAIN and (bias is None or type(bias) in PLAIN)
         seen_by_others = has_level() or in_transform() or in_function_mode()
-        return plain and not seen_by_others and self.owns_bias_of(module)
+        return plain and self.sees(inputs) and not seen_by_others and self.owns_bias_of(module)
 
     def precondition(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """The output where P applies in the backward."""

@@ -139,8 +139,8 @@ class LinearLayer(LinearRows, Lender):
             return
         alone = self.at_backward and self.captured and not (self.gathers or self.derived)
         own = self.shards is None and self.fits and (self.bias_trains or not self.ones)
-        shown = self.params if alone and own else [None]
-        self.native.let_through(*shown, *[None] * (2 - len(shown)))
+        shown = (self.weight, self.bias) if alone and own else (None, None)
+        self.native.let_through(*shown)
 
     def compute(
         self, module: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None

@@ -236,6 +236,10 @@ class Spectrum(nn.Module):
         return (self(inputs) - inputs[..., :3]).square().mean()
 
 
+def conjugated(values):
+    return values.conj().resolve_conj().conj()
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 def test_complex_parameters_take_adams_update(backend, momentum, dtype):
@@ -249,7 +253,7 @@ def test_complex_parameters_take_adams_update(backend, momentum, dtype):
         apart.grad = model.weight.grad.clone()
         if step == 2:
             # As torch's own ops give it, where a product's other factor is real.
-            model.weight.grad = model.weight.grad.conj().resolve_conj().conj()
+            model.weight.grad = conjugated(model.weight.grad)
         if step == 4:
             saved = io.BytesIO()
             torch.save([model.state_dict(), optimizer.state_dict()], saved)
@@ -270,10 +274,6 @@ def test_complex_parameters_take_adams_update(backend, momentum, dtype):
         assert optimizer.state[model.weight]["exp_avg"].dtype is dtype
     assert "weight: Adam (Spectrum" in optimizer.report().replace(f"{__name__}.", "")
     assert "head: GLS (Linear 5 -> 3" in optimizer.report()
-
-
-def conjugated(values):
-    return values.conj().resolve_conj().conj()
 
 
 def negated(values):
