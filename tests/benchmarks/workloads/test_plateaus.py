@@ -1,0 +1,34 @@
+"""The small tasks on which gradients grow, and the one on which they shrink."""
+
+import pytest
+import torch
+
+from benchmarks.workloads import plateaus
+
+
+@pytest.mark.parametrize("name", plateaus.TASKS)
+def test_gradients_grow_but_for_one_task(name):
+    torch.manual_seed(0)
+    build, steps = plateaus.TASKS[name]
+    model, loss_of = build()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    norms = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of().backward()
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+        optimizer.step()
+    # By twentieths of the steps, over the least one before.
+    means = torch.stack(norms).view(20, -1).mean(1)
+    growth = (means / means.cummin(0).values).max()
+    assert (growth > 2) == (name != "regression")
+
+
+def test_table(monkeypatch, capsys):
+    tasks = {name: (build, 20) for name, (build, _) in plateaus.TASKS.items()}
+    monkeypatch.setattr(plateaus, "TASKS", tasks)
+    monkeypatch.setattr("sys.argv", ["plateaus", "--lr", "1e-3", "--seeds", "20"])
+    plateaus.main()
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in tasks]
+    assert all(row.count("|") == head.count("|") for row in rows)
