@@ -343,7 +343,7 @@ struct CapturedLinear : torch::autograd::Function<CapturedLinear> {
         ones ? capture->basis : capture->basis.narrow(0, 0, weight.size(1));
     Tensor core_inverse = capture->core_inverse, shift = capture->shift, factor = gradient.t();
     if (rows.scalar_type() == at::kHalf) {
-      // As LinearRows.weight_gradient does, and why.
+      // As Rows.weight_gradient does, and why.
       shift = shift.sqrt();
       core_inverse = core_inverse * shift;
       factor = (factor / shift.unsqueeze(0)).to(at::kHalf);

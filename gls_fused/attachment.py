@@ -19,13 +19,12 @@ from gls_fused.capture.find import Uncovered, find_layers, plain_name
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.curvature.precision import outside_modes
-from gls_fused.diagnostics import describe, diagnose
+from gls_fused.diagnostics import describe, describe_layers, diagnose
 from gls_fused.distributed.ranks import Ranks, unwrapped
 from gls_fused.distributed.sharding import rows_here
+from gls_fused.groups import check_options
 from gls_fused.preconditioner import (
     Preconditioner,
-    check_options,
-    describe_layers,
     release_all,
     take_sums,
 )
@@ -131,12 +130,16 @@ class Attachment:
         self._primes = False
         self._preconditioner = Preconditioner(site="backward", backend=backend, ranks=ranks)
         resolve_backend(backend, {layer.weight.device.type for layer in layers})
-        self._preconditioner.add(layers, options)
         self._started: list[Layer] = []
         self._hooks: list[RemovableHandle] = []
         self._finalizer = weakref.finalize(self, release_all, self._layers)
         self._finalizer.atexit = False
-        self._expect()
+        try:
+            self._preconditioner.add(layers, options)
+            self._expect()
+        except BaseException:
+            self.detach()
+            raise
         if optimizer is not None:
             # As where a cell of a notebook has run before.
             earlier = _followers.get(optimizer, lambda: None)()
@@ -199,7 +202,7 @@ class Attachment:
             started = self._start(self._take_sums(waiting, skip))
             # A closure may be evaluated several times in a step.
             self._started += started
-            # Nor has a backward left D of what is not the rows' alone.
+            # Where a gradient is of rows only in part, backward leaves D0: see `Layer.stays_whole`.
             whole = [
                 layer for layer in self._layers if layer.stays_whole and layer.inverse is not None
             ]
@@ -235,7 +238,9 @@ class Attachment:
         ranks = self._preconditioner.ranks
         if ranks.size > 1:
             terms = f"step {self._step}, {self._options}"
-            ranks.agree(lambda: [terms, *describe_layers(self._preconditioner, self._states)])
+            ranks.agree(
+                lambda: [terms, *describe_layers(self._preconditioner, self._states, whys=False)]
+            )
         return take_sums(layers, ranks, skip)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Numbers to watch a run by, of what the optimizers keep."""
+"""What the optimizers tell of a run: numbers to watch it by, and a report of the layers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from gls_fused.apply.bounds import most_rms
-from gls_fused.apply.spectral import normalize_of
+from gls_fused.apply.spectral import factor_share, normalize_of
+from gls_fused.backends.dispatch import describe_backend
 from gls_fused.capture.find import Uncovered
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.distributed.sharding import everywhere
+from gls_fused.preconditioner import MOST_MISSES, Preconditioner, States
 from gls_fused.reference import bias_correction, damping_of
 
 
@@ -44,6 +46,50 @@ def diagnose(
     device = next(iter(found.values())).device
     numbers = torch.stack([value.to(device) for value in found.values()]).tolist()
     return dict(zip(found, numbers, strict=True))
+
+
+def describe_layers(
+    preconditioner: Preconditioner,
+    states: States,
+    groups: Mapping[Tensor, Mapping[str, Any]] | None = None,
+    *,
+    whys: bool = True,
+) -> list[str]:
+    """A line per layer: kind, shape, rows, rank, site, backend; what an orthogonal step costs.
+
+    Those whose weight is frozen share one.
+
+    Args:
+        groups: of the weights, where the layers' steps are scaled by them.
+        whys: whether to say why layers are idle, which ranks may see each in its own way.
+    """
+    lines = []
+    frozen = sum(not layer.weight.requires_grad for layer in preconditioner.layers)
+    for layer in preconditioner.layers:
+        name = layer.name or layer.kind
+        if not layer.weight.requires_grad:
+            continue
+        if layer.idle is not None:
+            lines.append(f"{name}: Adam ({layer.idle if whys else 'idle'})")
+            continue
+        if layer.replaced:
+            lines.append(f"{name}: not in use (its module has another weight now)")
+            continue
+        state = states.get(layer.weight) or {}
+        rank = f"rank {state['basis'].shape[-1]}" if "basis" in state else "dense"
+        started = f"{state['rows']} rows, {rank}" if state.get("rows") else "no rows yet"
+        if state.get("rows") and layer.misses >= MOST_MISSES:
+            started += f", none for {layer.misses} steps"
+        stack = "" if layer.blocks is None else f"{layer.blocks} x "
+        lines.append(
+            f"{name}: GLS ({layer.kind} {stack}{layer.dim} -> {layer.outputs}, {started}, "
+            f"site {preconditioner.site_of(layer)}, backend {describe_backend(layer.backend_name)}"
+            f"{'' if layer.table is None else f', tied to {layer.table}'}"
+            f"{_describe_scale(layer, state, (groups or {}).get(layer.weight))})"
+        )
+    if frozen:
+        lines.append(f"{frozen} frozen layers: not trained")
+    return lines
 
 
 def describe(
@@ -84,6 +130,16 @@ def describe(
     share = sum(sizes[param] for param in mine if param in sizes) / max(1, sum(sizes.values()))
     found.append(f"share covered: {share:.1%} of {sum(sizes.values()):,} parameters")
     return "\n".join(found)
+
+
+def _describe_scale(layer: Layer, state: State, group: Mapping[str, Any] | None) -> str:
+    if group is None or not state.get("rows"):
+        return ""
+    normalize = normalize_of(layer, state, group)
+    if normalize != "spectral":
+        return f", {normalize}"
+    share = factor_share(layer, state["rows"], group["split"])
+    return f", spectral: {share:.1%} of its forward's and backward's flops"
 
 
 def _of_layer(

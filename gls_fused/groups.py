@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
+import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor, complex32, nn
@@ -13,11 +16,14 @@ from gls_fused.apply.low_precision import MOST_SEEDS, POLICIES
 from gls_fused.capture.layer import Layer
 from gls_fused.distributed.ranks import unwrapped
 from gls_fused.host import has_sparse_gradient
-from gls_fused.preconditioner import check_choice, check_count, check_number, check_options
 from gls_fused.reference import Normalize
 
 Scale: TypeAlias = Normalize | Literal["auto", "spectral"]
 NORMALIZATIONS = ("auto", "spectral", "factored", "row", "rms", "adam", "sgd", "none")
+
+CURVATURES = ("subspace", "dense")
+SITES = ("auto", "step", "backward")
+POWERS = (1, 0.75, 0.5, 0.25)
 
 # Keys that a group may have besides the options of GLS; others are kept as well.
 FREE_KEYS = {"params", "param_names", "name", "initial_lr", "step", "version"}
@@ -31,6 +37,52 @@ class Members(NamedTuple):
     modules: list[tuple[str, nn.Module]]  # with a prefix for the names of their parameters
     params: list[Tensor]
     names: list[str]  # of the parameters where the user gave them, else empty
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if not (isinstance(value, str | bool) or _is_plain(value)) or value not in choices:
+        raise ValueError(f"{name}: expected {', '.join(map(str, choices))}, got {value!r}")
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float = math.inf, *, closed: bool = False
+) -> None:
+    """Checks that low < value < high, or low <= value with `closed`.
+
+    Raises:
+        TypeError: it is no int or float, be it Python's or numpy's.
+        ValueError: it is out of this range, or not a number.
+    """
+    expected = f"{'[' if closed else '('}{low}, {high})"
+    if not _is_plain(value):
+        raise TypeError(f"{name}: expected a number in {expected}, got {value!r}")
+    # An int may be more than any float.
+    inside = (low <= value if closed else low < value) and value < high
+    if not (inside and value <= sys.float_info.max):
+        raise ValueError(f"{name}: expected a value in {expected}, got {value}")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a number of Python's or numpy's."""
+    return isinstance(value, int | float) or (isinstance(value, Real) and hasattr(value, "item"))
+
+
+def check_count(name: str, value: Any, otherwise: str = "") -> None:
+    """Raises ValueError unless `value` is a whole number, at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected a whole number, at least 1{otherwise}, got {value!r}")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises ValueError naming the first option of the statistics that is out of range."""
+    check_number("damping", options["damping"], 0)
+    check_choice("power", options["power"], POWERS)
+    check_number("beta", options["beta"], 0, 1, closed=True)
+    if options["rank"] != "auto":
+        check_count("rank", options["rank"], " or 'auto'")
+    check_count("curvature_every", options["curvature_every"])
+    check_choice("curvature", options["curvature"], CURVATURES)
 
 
 def check_group_options(options: Mapping[str, Any], site: str) -> None:
@@ -223,6 +275,12 @@ def name_params(members: Members, index: int, model: nn.Module | None) -> dict[T
         own = module.named_parameters(prefix)
         names.update({param: name for name, param in own if param in names})
     return names
+
+
+def option_names(defaults: Mapping[str, Any]) -> list[str]:
+    """The options of an optimizer's groups, by its defaults."""
+    # torch's own mark, which it gives to the defaults of every optimizer.
+    return [option for option in defaults if option != "differentiable"]
 
 
 def describe_options(group: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 import weakref
 from collections import defaultdict
@@ -19,37 +18,33 @@ from gls_fused.apply.bounds import measure_weights
 from gls_fused.apply.fallback import adam_, forget_adam
 from gls_fused.apply.kept import Kept
 from gls_fused.apply.layers import step_layers_
-from gls_fused.apply.low_precision import Seeds, make_seeds
 from gls_fused.apply.spectral import MOST_SHARE
-from gls_fused.backends.dispatch import resolve_backend
-from gls_fused.capture.find import Uncovered, find_layers
+from gls_fused.capture.find import Uncovered
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.precision import outside_modes
-from gls_fused.diagnostics import describe, diagnose
+from gls_fused.diagnostics import describe, describe_layers, diagnose
 from gls_fused.distributed.ranks import Ranks, unwrapped
 from gls_fused.followed import Followed
 from gls_fused.groups import (
+    SITES,
     Members,
     Scale,
+    check_choice,
     check_dense,
     check_group_options,
-    check_kept,
     check_keys,
-    check_rate,
-    check_rest,
     check_split,
     describe_options,
     name_params,
+    option_names,
     read_groups,
     split_group,
     warn_of_misspellings,
 )
-from gls_fused.host import are_same, has_frozen_gradient
+from gls_fused.host import has_frozen_gradient
+from gls_fused.membership import Membership, check_splits
 from gls_fused.preconditioner import (
-    SITES,
     Preconditioner,
-    check_choice,
-    describe_layers,
     release_all,
     take_sums,
 )
@@ -192,18 +187,17 @@ class GLS(torch.optim.Optimizer):
             raise TypeError(f"model: expected a module or None, got {type(model).__name__}")
         groups = read_groups(params, model)
         model = params if model is None and isinstance(params, nn.Module) else model
-        self._model = None if model is None else unwrapped(model)
-        self._names: dict[Tensor, str] = {}
-        self._uncovered: list[Uncovered] = []
         # What the groups hold, until all are known.
         self._waiting: list[Members] | None = []
-        self._open(Preconditioner(site=site, backend=backend, ranks=Ranks(process_group)))
+        preconditioner = Preconditioner(site=site, backend=backend, ranks=Ranks(process_group))
+        self._open(preconditioner, None if model is None else unwrapped(model), defaults)
+        membership = self._membership
         try:
             super().__init__(groups, defaults)
             waiting, self._waiting = self._waiting, None
             if not any(group["params"] for group in self.param_groups):
                 raise ValueError("params: got no parameters")
-            self._cover(*self._find(waiting))
+            self._cover(*membership.find(waiting, self._params()))
         except BaseException:
             self.detach()
             raise
@@ -211,38 +205,35 @@ class GLS(torch.optim.Optimizer):
 
     def _warn_of_unseen(self, added: Sequence[Members]) -> None:
         """Warns of groups that no layer can be found of."""
-        alone = self._model is None
-        held = set() if self._model is None else set(self._model.parameters())
+        model, held = self._membership.model, set(self._membership.held())
         known = any(members.modules or held.intersection(members.params) for members in added)
         if not known:
-            given = "without the model" if alone else "with a model that holds none of them"
-            mend = "GLS(params, model=model)" if alone else "the model whose parameters they are"
+            given, mend = (
+                ("without the model", "GLS(params, model=model)")
+                if model is None
+                else ("with a model that holds none of them", "the model whose parameters they are")
+            )
             warnings.warn(
                 f"params: given {given}, so that GLS sees no layer and all parameters "
                 f"take Adam's update; pass {mend}",
                 stacklevel=3,
             )
 
-    def _open(self, preconditioner: Preconditioner) -> None:
+    def _open(
+        self, preconditioner: Preconditioner, model: nn.Module | None, defaults: Mapping[str, Any]
+    ) -> None:
         """Begin without layers, and leave the model alone once nobody refers to the optimizer."""
         self._preconditioner = preconditioner
-        # Groups with their layers, each parameter's group, and what that was found for.
-        self._layers_of: list[tuple[dict[str, Any], list[Layer]]] = []
-        self._owners: dict[Tensor, dict[str, Any]] = {}
-        self._seen: list[Any] = []
+        self._membership = Membership(preconditioner, model, defaults)
         self._followed = Followed()
-        # By a group's id, what its parameters are rounded by.
-        self._seeds: dict[int, Seeds] = {}
-        # By a group's id, the options that have been found in range, and which they are.
-        self._checked_options: list[str] = []
-        self._checked: dict[int, tuple[list[Any], list[Any]]] = {}
-        # Which a shallow copy of the optimizer shares.
+        # A shallow copy shares the preconditioner, so its layers are released with that.
         self._finalizer = weakref.finalize(preconditioner, release_all, preconditioner.layers)
         self._finalizer.atexit = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of modules, parameters or named parameters, with options of its own."""
         check_keys(param_group)
+        membership = self._membership
         members = split_group(param_group["params"])
         options = {**self.defaults, **param_group}
         # Who called this, or the constructor, by way of torch's.
@@ -253,100 +244,35 @@ class GLS(torch.optim.Optimizer):
         # Before anything is changed; at first a bias may be in a group that is still to come.
         found = None
         if self._waiting is None:
-            found = self._find([members])
-            self._check_splits(found[0], dict.fromkeys(members.params, options))
+            found = membership.find([members], self._params().union(members.params))
+            check_splits(found[0], dict.fromkeys(members.params, options))
         params = (
             list(zip(members.names, members.params, strict=True))
             if members.names
             else members.params
         )
         super().add_param_group({**param_group, "params": params, "step": 0, "version": VERSION})
-        self._names.update(name_params(members, len(self.param_groups) - 1, self._model))
-        if self._waiting is not None:
+        index = len(self.param_groups) - 1
+        membership.names.update(name_params(members, index, membership.model))
+        if found is None:
+            assert self._waiting is not None
             self._waiting.append(members)
-        if found is not None:
+            return
+        try:
             self._cover(*found)
-            if any(param.ndim > 1 for param in members.params):
-                self._warn_of_unseen([members])
-
-    def _find(self, added: Sequence[Members]) -> tuple[list[Layer], list[Uncovered]]:
-        """The layers that new groups bring along, and the parameters that no layer owns.
-
-        Raises:
-            RuntimeError: the backend is not available for them.
-        """
-        new = {param for members in added for param in members.params}
-        trained = new.union(*(group["params"] for group in self.param_groups))
-        known = {layer.weight for layer in self._preconditioner.layers}
-        roots = [members.modules for members in added]
-        if self._model is not None:
-            held = set(self._model.parameters())
-            modules = itertools.chain.from_iterable(roots)
-            outside = [each for each in modules if not held.issuperset(each[1].parameters())]
-            roots = [[("", self._model)], outside]
-        layers: list[Layer] = []
-        uncovered: list[Uncovered] = []
-        for root in roots:
-            found, rest = find_layers(root, trained)
-            layers += [layer for layer in found if layer.weight not in known]
-            known.update(layer.weight for layer in found)
-            uncovered += [each for each in rest if each.param in new]
-        resolve_backend(self._preconditioner.backend, {p.weight.device.type for p in layers})
-        return layers, uncovered
+        except BaseException:
+            # To be added once more.
+            del self.param_groups[index]
+            for param in members.params:
+                membership.names.pop(param, None)
+            raise
+        if any(param.ndim > 1 for param in members.params):
+            self._warn_of_unseen([members])
 
     def _cover(self, layers: Sequence[Layer], uncovered: Sequence[Uncovered]) -> None:
         groups = {param: group for group in self.param_groups for param in group["params"]}
-        self._add_layers(layers, uncovered, groups)
+        self._membership.add(layers, uncovered, groups)
         self._expect()
-
-    def _add_layers(
-        self,
-        layers: Sequence[Layer],
-        uncovered: Sequence[Uncovered],
-        groups: Mapping[Tensor, Mapping[str, Any]],
-    ) -> None:
-        """Capture layers; what their next step asks of them is still to be told."""
-        self._check_splits(layers, groups)
-        for layer in layers:
-            self._preconditioner.add([layer], groups[layer.weight])
-        self._mark_last()
-        self._uncovered += uncovered
-        self._preconditioner.ranks.disagree()
-
-    def _mark_last(self) -> None:
-        """Tell the layers which is the last of the model, or of those that were added."""
-        params = () if self._model is None else self._model.parameters()
-        places: dict[Tensor, int] = {param: place for place, param in enumerate(params)}
-        # As `find_layers` has it: a head that is tied to an embedding is last.
-        self._preconditioner.mark_last(
-            lambda layer: (layer.table is not None, places.get(layer.weight, len(places)))
-        )
-
-    @staticmethod
-    def _check_splits(layers: Sequence[Layer], groups: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        for layer in layers:
-            if layer.weight in groups:
-                check_split(layer, groups[layer.weight], last=layer is layers[-1])
-
-    def _check_options(self, groups: Sequence[tuple[dict[str, Any], list[Layer]]]) -> None:
-        """What somebody may have changed by hand since the last step, before anything moves.
-
-        Raises:
-            ValueError, TypeError: an option out of its range, or one that layers cannot change.
-        """
-        for group, layers in groups:
-            check_rate(group["lr"], waits=False)
-            now = [self._seen, *map(group.__getitem__, self._checked_options)]
-            known = self._checked.get(id(group), ([], []))
-            if are_same(now, known[0]):
-                continue
-            check_rest(group, self._preconditioner.site)
-            # A schedule may change the others in every step.
-            made = [self._seen, *map(group.get, ("curvature", "rank", "split", "spectral_head"))]
-            for layer in [] if are_same(made, known[1]) else layers:
-                check_split(layer, group, last=layer.last)
-                check_kept(layer, group)
-            self._checked[id(group)] = now, made
 
     def _expect(self) -> None:
         """Tell the layers what the coming step asks of them."""
@@ -355,67 +281,12 @@ class GLS(torch.optim.Optimizer):
 
     def _groups(self) -> list[tuple[dict[str, Any], list[Layer]]]:
         """Every group with the layers whose weights it holds now."""
-        groups, layers = self.param_groups, self._preconditioner.layers
-        # Each group after its parameters, so that one that has moved to another is elsewhere.
-        held = [each for group in groups for each in (*group["params"], group)]
-        if are_same([*held, *layers], self._seen):
-            return self._layers_of
-        # Nothing is taken for seen until all has been looked at, as what follows may raise.
-        self._seen, self._owners = [], {}
-        self._checked.clear()
-        # All but lr, which a schedule changes in every step.
-        self._checked_options = [option for option in self._options if option != "lr"]
-        for group in self.param_groups:
-            # One that somebody made without us lacks what torch's own `add_param_group` gives.
-            for option in self._options:
-                group.setdefault(option, self.defaults[option])
-            group.setdefault("step", 0)
-            group.setdefault("version", VERSION)
-            self._owners.update(dict.fromkeys(group["params"], group))
-        self._seeds = {id(group): make_seeds(group) for group in self.param_groups}
-        self._forget_gone()
-        self._cover_by_hand()
-        self._layers_of = [
-            (group, [layer for layer in layers if self._owners.get(layer.weight) is group])
-            for group in self.param_groups
-        ]
-        for layer in layers:
-            layer.train_bias(layer.bias in self._owners)
-        self._preconditioner.rest([p for p in layers if p.weight not in self._owners])
-        self._seen = [*held, *layers]
-        return self._layers_of
-
-    def _forget_gone(self) -> None:
-        """Keep nothing of parameters that neither a group nor the model has any more."""
-        if self._model is None:
-            return
-        there = {*self._owners, *self._model.parameters()}
-        self._names = {param: name for param, name in self._names.items() if param in there}
-        self._uncovered = [each for each in self._uncovered if each.param in there]
-        # What fully_shard gathers is another parameter than its shards.
-        layers = self._preconditioner.layers
-        gone = [p for p in layers if p.weight not in there and p.shards is None]
-        if gone:
-            self._preconditioner.drop(gone)
-            self._mark_last()
-
-    def _cover_by_hand(self) -> None:
-        """The layers of parameters that somebody has put into the groups without `add_param_group`.
-
-        As callbacks of Lightning do that thaw a model which they resume.
-        """
-        added = [param for param in self._owners if param not in self._names]
-        if not added or self._model is None or self._waiting is not None:
-            return
-        members = Members([], added, [])
-        layers, uncovered = self._find([members])
-        self._add_layers(layers, uncovered, self._owners)
-        self._names.update(name_params(members, 0, self._model))
-        for layer in layers:
+        for layer in self._membership.follow(self.param_groups):
             # Its gradient was made without it.
             layer.finish_step()
-            group = self._owners[layer.weight]
+            group = self._membership.owners[layer.weight]
             self._preconditioner.expect([layer], self.state, group["step"], group)
+        return self._membership.parts
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -462,10 +333,11 @@ class GLS(torch.optim.Optimizer):
         return found
 
     def _take_step(self) -> None:
-        groups, preconditioner = self._groups(), self._preconditioner
+        groups = self._groups()
+        preconditioner, membership = self._preconditioner, self._membership
         preconditioner.check_captured()
         check_dense(self.param_groups)
-        self._check_options(groups)
+        membership.check_options()
         kept = self._follow_states()
         for group, layers in groups:
             if preconditioner.adopt(layers, self.state, known=bool(kept)):
@@ -473,7 +345,7 @@ class GLS(torch.optim.Optimizer):
             if group["normalize"] == "sgd":
                 # Where it was another scale in the backward, p.grad may hold D.
                 preconditioner.leave_backward_sites(layers)
-        unscale_(self, self._owners)
+        unscale_(self, membership.owners)
         if is_priming(self.param_groups, self.state):
             prime_states(groups, self.state)
             preconditioner.discard_sums()
@@ -485,21 +357,20 @@ class GLS(torch.optim.Optimizer):
         for group, layers in groups:
             started = preconditioner.start(layers, self.state, sums, group)
             self._forget_earlier(layers, started)
-            if group["max_change"] is not None and (started or not kept[id(group)].measured):
-                new = [p for p in layers if p in started or self._is_unmeasured(p)]
-                measure_weights(new, self.state)
-                kept[id(group)].measured = True
+            if group["max_change"] is not None:
+                self._measure_new(layers, started, kept[id(group)])
             mine = [p for p in layers if p.weight.grad is not None and p.inverse is not None]
             ready.update(id(param) for layer in mine for param in layer.params)
+        seed_of = membership.seed_of
         for group, layers in groups:
             stepping = [layer for layer in layers if id(layer.weight) in ready]
             step_layers_(
-                stepping, self.state, group, self._owners, kept[id(group)], self._seed_of, skip
+                stepping, self.state, group, membership.owners, kept[id(group)], seed_of, skip
             )
             others = [p for p in group["params"] if id(p) not in ready and p.grad is not None]
             if others:
                 own = [self.state[p] for p in others]
-                adam_(others, own, group, self._seed_of, skip, preconditioner.backend_for(others))
+                adam_(others, own, group, seed_of, skip, preconditioner.backend_for(others))
         for group, layers in groups:
             summed = [layer for layer in layers if layer in sums]
             if summed:
@@ -528,7 +399,9 @@ class GLS(torch.optim.Optimizer):
         def lay_out(_: torch.optim.Optimizer, found: dict[str, Any]) -> dict[str, Any]:
             states = {key: saved_state(state) for key, state in found["state"].items()}
             saved = list(map(saved_group, found["param_groups"]))
-            for (group, layers), numbers in zip(self._groups(), saved, strict=True):
+            groups = self._groups()
+            self._membership.check_options()
+            for (group, layers), numbers in zip(groups, saved, strict=True):
                 places = dict(zip(group["params"], numbers["params"], strict=True))
                 for layer in layers:
                     place = places[layer.weight]
@@ -556,10 +429,10 @@ class GLS(torch.optim.Optimizer):
         layers = [layers for _, layers in self._groups()]
 
         def check(_: torch.optim.Optimizer, found: dict[str, Any]) -> dict[str, Any]:
-            checked.update(upgrade_state(found, self._options))
+            checked.update(upgrade_state(found, option_names(self.defaults)))
             for group in checked["param_groups"]:
                 check_group_options(group, self._preconditioner.site)
-            check_state(checked, self.param_groups, layers, self._names)
+            check_state(checked, self.param_groups, layers, self._membership.names)
             for mine, group in zip(layers, checked["param_groups"], strict=True):
                 for layer in mine:
                     check_split(layer, group, last=layer.last)
@@ -597,7 +470,7 @@ class GLS(torch.optim.Optimizer):
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        preconditioner = self._preconditioner
+        preconditioner, membership = self._preconditioner, self._membership
         return {
             **super().__getstate__(),
             "_own": {
@@ -607,9 +480,9 @@ class GLS(torch.optim.Optimizer):
                 "layers": preconditioner.layers,
                 "captured": [layer.captured for layer in preconditioner.layers],
                 "due": [layer.due for layer in preconditioner.layers],
-                "model": self._model,
-                "names": self._names,
-                "uncovered": self._uncovered,
+                "model": membership.model,
+                "names": membership.names,
+                "uncovered": membership.uncovered,
             },
         }
 
@@ -626,18 +499,18 @@ class GLS(torch.optim.Optimizer):
                 )
             return
         for index, group in enumerate(self.param_groups):
-            group.update(upgrade_group(group, index, self._options))
-        self._model, self._names, self._uncovered = own["model"], own["names"], own["uncovered"]
+            group.update(upgrade_group(group, index, option_names(self.defaults)))
         self._waiting = None
         parts = {key: own[key] for key in ("site", "backend", "ranks")}
-        self._open(Preconditioner(**parts))
+        self._open(Preconditioner(**parts), own["model"], self.defaults)
+        self._membership.names, self._membership.uncovered = own["names"], own["uncovered"]
         groups = {param: group for group in self.param_groups for param in group["params"]}
         for layer, captured, due in zip(own["layers"], own["captured"], own["due"], strict=True):
             self._preconditioner.add([layer], groups.get(layer.weight, self.defaults))
             layer.due = due
             if not captured:
                 layer.release()
-        self._mark_last()
+        self._membership.mark_last()
         self._restart()
 
     def __enter__(self) -> Self:
@@ -658,9 +531,10 @@ class GLS(torch.optim.Optimizer):
         last one how large a share of the parameters the layers hold.
         """
         self._groups()
-        lines = describe_layers(self._preconditioner, self.state, self._owners)
-        params = [param for group in self.param_groups for param in group["params"]]
-        return describe(lines, self._preconditioner.layers, self._uncovered, params, "Adam")
+        membership, layers = self._membership, self._preconditioner.layers
+        membership.check_options()
+        lines = describe_layers(self._preconditioner, self.state, membership.owners)
+        return describe(lines, layers, membership.uncovered, list(membership.owners), "Adam")
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers to log, by layer: `{"encoder.0/trace": ..., "encoder.0/captured": ..., ...}`.
@@ -680,7 +554,9 @@ class GLS(torch.optim.Optimizer):
         fully_shard it is a collective: every rank has to call it. With several groups and no
         `model`, names begin with `group0/`, `group1/`, ...
         """
-        groups, apart = self._groups(), self._model is None and len(self.param_groups) > 1
+        groups = self._groups()
+        self._membership.check_options()
+        apart = self._membership.model is None and len(groups) > 1
         prefixes = [f"group{index}/" if apart else "" for index in range(len(groups))]
         return diagnose(
             [
@@ -694,10 +570,8 @@ class GLS(torch.optim.Optimizer):
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{self.report()}"
 
-    @property
-    def _options(self) -> list[str]:
-        # torch's own mark, which it gives to the defaults of every optimizer.
-        return [option for option in self.defaults if option != "differentiable"]
+    def _params(self) -> set[Tensor]:
+        return {param for group in self.param_groups for param in group["params"]}
 
     def _restart(self) -> None:
         self._followed.drop()
@@ -716,12 +590,19 @@ class GLS(torch.optim.Optimizer):
         """
         if type(self.state) is not defaultdict:
             self.state = defaultdict(dict, self.state)
-        self._followed.follow(self.state, self._owners, self._seen)
-        self._followed.recast(self.state, self._names)
+        membership = self._membership
+        self._followed.follow(self.state, membership.owners, membership.seen)
+        self._followed.recast(self.state, membership.names)
         return self._followed.kept
 
-    def _is_unmeasured(self, layer: Layer) -> bool:
-        return layer.inverse is not None and "weight_rms" not in self.state[layer.weight]
+    def _measure_new(self, layers: Sequence[Layer], started: Sequence[Layer], kept: Kept) -> None:
+        """The weights of layers that have just started, or that were loaded without that."""
+        if kept.measured and not started:
+            return
+        settled = [layer for layer in layers if layer.inverse is not None]
+        new = [p for p in settled if p in started or "weight_rms" not in self.state[p.weight]]
+        measure_weights(new, self.state)
+        kept.measured = True
 
     def _take_sums(
         self, groups: Sequence[tuple[dict[str, Any], list[Layer]]], skip: Tensor | None
@@ -732,14 +613,11 @@ class GLS(torch.optim.Optimizer):
             preconditioner.ranks.agree(
                 lambda: [
                     *map(describe_options, self.param_groups),
-                    *describe_layers(preconditioner, self.state),
+                    *describe_layers(preconditioner, self.state, whys=False),
                 ]
             )
         layers = [layer for _, layers in groups for layer in layers]
         return take_sums(layers, preconditioner.ranks, skip)
-
-    def _seed_of(self, param: Tensor) -> int:
-        return self._seeds[id(self._owners[param])](param)
 
     def _forget_earlier(self, layers: Sequence[Layer], started: Sequence[Layer]) -> None:
         """What layers got before they started were Adam's updates, averages of another quantity.

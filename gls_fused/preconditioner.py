@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from numbers import Real
 from types import ModuleType
 from typing import Any, TypeAlias, TypeGuard
 
@@ -12,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gls_fused.apply.spectral import factor_share, normalize_of
-from gls_fused.backends.dispatch import describe_backend
 from gls_fused.capture.layer import Layer
 from gls_fused.capture.modules import captured_by, is_captured
 from gls_fused.curvature.estimate import (
@@ -29,54 +25,10 @@ from gls_fused.distributed.sharding import knows_shards
 from gls_fused.reference import Inverse
 from gls_fused.scaling import where_flag
 
-CURVATURES = ("subspace", "dense")
-SITES = ("auto", "step", "backward")
-POWERS = (1, 0.75, 0.5, 0.25)
-
 # A layer that trains but has not been called in so many steps takes part in no statistics.
 MOST_MISSES = 3
 
 States: TypeAlias = MutableMapping[Tensor, State]
-
-
-def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Raises ValueError unless `value` is one of `choices`."""
-    if not isinstance(value, str | Real) or value not in choices:
-        raise ValueError(f"{name}: expected {', '.join(map(str, choices))}, got {value!r}")
-
-
-def check_number(
-    name: str, value: Any, low: float, high: float = math.inf, *, closed: bool = False
-) -> None:
-    """Checks that low < value < high, or low <= value with `closed`.
-
-    Raises:
-        TypeError: it is no int or float, be it Python's or numpy's.
-        ValueError: it is out of this range, or not a number.
-    """
-    expected = f"{'[' if closed else '('}{low}, {high})"
-    plain = isinstance(value, int | float) or (isinstance(value, Real) and hasattr(value, "item"))
-    if not plain:
-        raise TypeError(f"{name}: expected a number in {expected}, got {value!r}")
-    if not ((low <= value if closed else low < value) and value < high):
-        raise ValueError(f"{name}: expected a value in {expected}, got {value}")
-
-
-def check_count(name: str, value: Any, otherwise: str = "") -> None:
-    """Raises ValueError unless `value` is a whole number, at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected a whole number, at least 1{otherwise}, got {value!r}")
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raises ValueError naming the first option of the statistics that is out of range."""
-    check_number("damping", options["damping"], 0)
-    check_choice("power", options["power"], POWERS)
-    check_number("beta", options["beta"], 0, 1, closed=True)
-    if options["rank"] != "auto":
-        check_count("rank", options["rank"], " or 'auto'")
-    check_count("curvature_every", options["curvature_every"])
-    check_choice("curvature", options["curvature"], CURVATURES)
 
 
 class Preconditioner:
@@ -175,7 +127,7 @@ class Preconditioner:
         """
         changed = False
         for layer in layers:
-            # Whose user asked for D in p.grad has it there already.
+            # Where the user asked for D in p.grad, it is there already.
             at_backward = layer.at_backward and layer.promised
             if not layer.fits:
                 layer.fit()
@@ -233,13 +185,14 @@ class Preconditioner:
                 if mine is not None and mine[-1] > 0:
                     self._wake(layer)
             elif mine is not None and (rows := int(layer.count_rows(mine[:-1]))) > 0:
-                state = states.setdefault(layer.weight, {})
-                for key in layer.curvature.shapes():
-                    state.pop(key, None)
-                state.update(rows=rows, outputs=layer.outputs, at_step=0, lent=0)
+                state: State = {"rows": rows, "outputs": layer.outputs, "at_step": 0, "lent": 0}
                 moments = layer.curvature.start(state, layer.sketched_with(), mine[:-1])
                 started.append((layer, state, moments))
-            elif layer.weight.grad is not None and (mine is None or mine[-1] == 0):
+                layer.misses = 0
+            elif mine is not None and mine[-1] > 0:
+                # On some rank: all of them count alike.
+                layer.misses = 0
+            elif layer.weight.grad is not None:
                 self._miss(layer)
         if started:
             settle(
@@ -248,6 +201,8 @@ class Preconditioner:
                 options["power"],
             )
         for layer, state, _ in started:
+            # At once, so that no error leaves a part of it.
+            states.setdefault(layer.weight, {}).update(state)
             layer.expect(layer.curvature.inverse(state), gathers=layer.gathers, at_backward=False)
             self._told.pop(layer, None)
         return [layer for layer, _, _ in started]
@@ -304,7 +259,6 @@ class Preconditioner:
                 normalize,
             )
             if known != told:
-                self._told[layer] = told
                 state = states.get(layer.weight) or {}
                 inverse = _inverse(layer, state)
                 layer.expect(
@@ -316,6 +270,8 @@ class Preconditioner:
                     state["at_step"] = 1
                 if layer.lent and inverse is not None:
                     state["lent"] = 1
+                # Not before, as an interrupt may come in between.
+                self._told[layer] = told
 
     def leave_backward_sites(self, layers: Sequence[Layer]) -> None:
         """p.grad holds the gradient from here on, but for layers whose user asked for D there."""
@@ -339,7 +295,7 @@ class Preconditioner:
                 layer.restore_gradient()
 
     def restart(self) -> None:
-        """The layers' states may have been replaced: `expect` is to be called."""
+        """The layers' states may have been replaced; the caller calls `expect` next."""
         # The rows gathered so far were sketched with a basis that is no longer in force.
         self.discard_sums()
         self.ranks.disagree()
@@ -440,7 +396,9 @@ def take_sums(
         if layer.returned and (ranks.size == 1 or taking):
             own[layer] = layer.no_sums().new_ones(1)
     for layer in own:
-        layer.due, layer.misses = False, 0
+        layer.due = False
+        if layer.inverse is not None:
+            layer.misses = 0
     if ranks.size == 1 or not taking:
         return own
     taking += idle
@@ -491,54 +449,3 @@ def release_all(layers: Iterable[Layer]) -> None:
     """Give all modules their own forward back."""
     for layer in layers:
         layer.release()
-
-
-def describe_layers(
-    preconditioner: Preconditioner,
-    states: States,
-    groups: Mapping[Tensor, Mapping[str, Any]] | None = None,
-) -> list[str]:
-    """A line per layer: kind, shape, rows, rank, site, backend; what an orthogonal step costs.
-
-    Those whose weight is frozen share one.
-
-    Args:
-        groups: of the weights, where the layers' steps are scaled by them.
-    """
-    lines = []
-    frozen = sum(not layer.weight.requires_grad for layer in preconditioner.layers)
-    for layer in preconditioner.layers:
-        name = layer.name or layer.kind
-        if not layer.weight.requires_grad:
-            continue
-        if layer.idle is not None:
-            lines.append(f"{name}: Adam ({layer.idle})")
-            continue
-        if layer.replaced:
-            lines.append(f"{name}: not in use (its module has another weight now)")
-            continue
-        state = states.get(layer.weight) or {}
-        rank = f"rank {state['basis'].shape[-1]}" if "basis" in state else "dense"
-        started = f"{state['rows']} rows, {rank}" if state.get("rows") else "no rows yet"
-        if state.get("rows") and layer.misses >= MOST_MISSES:
-            started += f", none for {layer.misses} steps"
-        stack = "" if layer.blocks is None else f"{layer.blocks} x "
-        lines.append(
-            f"{name}: GLS ({layer.kind} {stack}{layer.dim} -> {layer.outputs}, {started}, "
-            f"site {preconditioner.site_of(layer)}, backend {describe_backend(layer.backend_name)}"
-            f"{'' if layer.table is None else f', tied to {layer.table}'}"
-            f"{_describe_scale(layer, state, (groups or {}).get(layer.weight))})"
-        )
-    if frozen:
-        lines.append(f"{frozen} frozen layers: not trained")
-    return lines
-
-
-def _describe_scale(layer: Layer, state: State, group: Mapping[str, Any] | None) -> str:
-    if group is None or not state.get("rows"):
-        return ""
-    normalize = normalize_of(layer, state, group)
-    if normalize != "spectral":
-        return f", {normalize}"
-    share = factor_share(layer, state["rows"], group["split"])
-    return f", spectral: {share:.1%} of its forward's and backward's flops"

@@ -16,6 +16,7 @@ Rows are passed as [n, k]; `ones` says that the column of ones belongs to them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -574,12 +575,10 @@ def update_layers_(
     check_normalize(normalize)
     lr = wide_rate(lr)
     options = (momentum, beta2, eps, lr * weight_decay)
-    first = 0
     # How many of `exp_avg_sqs` a layer has, where it is not one per parameter.
     squares_each = {"rms": 1, "row": 1, "factored": 2}.get(normalize)
     with kept_where(skip, [*params, *exp_avgs, *exp_avg_sqs, *steps]):
-        for layer, size in enumerate(layer_sizes):
-            mine = slice(first, first + size)
+        for layer, mine in enumerate(layer_slices(layer_sizes)):
             squares = exp_avg_sqs[mine]
             if squares_each is not None:
                 squares = exp_avg_sqs[layer * squares_each : (layer + 1) * squares_each]
@@ -589,7 +588,12 @@ def update_layers_(
                 params[mine], gradients[mine], exp_avgs[mine], squares, steps[layer],
                 inverses[layer], normalize, rate, *options,
             )  # fmt: skip
-            first += size
+
+
+def layer_slices(layer_sizes: Sequence[int]) -> list[slice]:
+    """Which parameters each layer has, of so many one after the other."""
+    ends = itertools.accumulate(layer_sizes)
+    return [slice(end - size, end) for end, size in zip(ends, layer_sizes, strict=True)]
 
 
 def wide_rate(lr: float | Tensor) -> float | Tensor:
@@ -770,13 +774,11 @@ def update_spectral_layers_(
         updates_of: what stands for `orthogonal_updates`.
     """
     lr = wide_rate(lr)
-    decayed, first = 1 - lr * weight_decay, 0
+    decayed = 1 - lr * weight_decay
     averages: list[Tensor] = []
     moved: list[tuple[Tensor, Tensor | float]] = []
     with kept_where(skip, [*params, *exp_avgs, *exp_avg_sqs, *steps]):
-        for layer, size in enumerate(layer_sizes):
-            mine = slice(first, first + size)
-            first += size
+        for layer, mine in enumerate(layer_slices(layer_sizes)):
             steps[layer].add_(1)
             rate = lr if lr_bounds is None else torch.clamp(lr_bounds[layer], max=lr)
             directions = layer_directions(gradients[mine], exp_avgs[mine], inverses[layer])

@@ -79,9 +79,13 @@ def upgrade_group(group: Mapping[str, Any], index: int, options: Iterable[str]) 
     """
     check_mapping(f"group {index}", group)
     version = check_version(group)
-    added = [options for since, options in ADDED_SINCE.items() if version <= since]
-    group = {**{key: value for each in added for key, value in each.items()}, **group}
-    group["version"] = VERSION
+    added = {
+        key: value
+        for since, defaults in ADDED_SINCE.items()
+        if version <= since
+        for key, value in defaults.items()
+    }
+    group = {**added, **group, "version": VERSION}
     for option in (*options, "step"):
         if option not in group:
             raise ValueError(

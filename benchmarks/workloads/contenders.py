@@ -13,7 +13,7 @@ from benchmarks.harness.heap import minor_faults
 from benchmarks.workloads.data import Dataset
 from benchmarks.workloads.optimizers import OPTIMIZERS, Together
 from benchmarks.workloads.tasks import Task
-from benchmarks.workloads.training import Steps, draw_batches
+from benchmarks.workloads.training import Steps, draw_batches, synchronise
 from gls_fused import GLS
 
 # So small that all keep the same weights, since seconds depend on them: max pooling of the CNN's
@@ -98,12 +98,6 @@ class Trainer:
         """Go on without time being taken."""
         for _ in range(steps):
             self.step()
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for what the device still has to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def state_bytes(optimizer: Steps) -> int:

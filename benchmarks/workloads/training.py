@@ -207,11 +207,11 @@ class _Clock:
         self._started = 0.0
 
     def start(self) -> None:
-        _synchronise(self._device)
+        synchronise(self._device)
         self._started = time.perf_counter()
 
     def stop(self) -> None:
-        _synchronise(self._device)
+        synchronise(self._device)
         self.seconds += time.perf_counter() - self._started
 
 
@@ -278,6 +278,7 @@ def _warm_up(
     validate(task, dataset, replica)
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait for what the device still has to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gls_fused.apply.buffers import zeros_of
-from gls_fused.apply.matrices import norms_of
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.distributed.sharding import (
@@ -23,7 +22,13 @@ from gls_fused.distributed.sharding import (
     rows_here,
     shards_of,
 )
-from gls_fused.reference import SPECTRAL_RMS, Inverse, bias_correction, layer_directions
+from gls_fused.reference import (
+    SPECTRAL_RMS,
+    Inverse,
+    bias_correction,
+    layer_directions,
+    layer_slices,
+)
 from gls_fused.scaling import where_flag
 
 
@@ -135,13 +140,11 @@ def root_mean_squares(
     D is formed for it alone, as no backend knows its norm before it writes with "none". At least a
     tiny number.
     """
-    momentum, first = options["momentum"], 0
+    momentum = options["momentum"]
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
     shards, counts = shards_of(gradients[0]), []
     squares = torch.zeros(len(steps), 3, dtype=dtype, device=gradients[0].device)
-    for layer, (inverse, size) in enumerate(zip(inverses, sizes, strict=True)):
-        mine = slice(first, first + size)
-        first += size
+    for layer, (inverse, mine) in enumerate(zip(inverses, layer_slices(sizes), strict=True)):
         counts.append(sum(gradient.numel() for gradient in gradients[mine]))
         d0, averages = ([rows_here(x) for x in tensors[mine]] for tensors in (gradients, exp_avgs))
         directions = layer_directions(d0, averages, inverse)
@@ -184,7 +187,7 @@ def measure_weights(
             state["weight_rms"] = kept
         if is_sharded(weight):
             size = max(1, weight.numel() // (layer.blocks or 1))
-            rms = (everywhere(norms_of(layer)) / size**0.5).clamp(min=least)
+            rms = (everywhere(_norms_of(layer)) / size**0.5).clamp(min=least)
             kept.copy_(rms if unless is None else where_flag(unless, kept, rms))
             continue
         weights = [weight] if layer.blocks is None else weight.unbind()
@@ -194,3 +197,10 @@ def measure_weights(
         measured, results, floors = zip(*found, strict=True)
         flag = None if always or skip is None else skip.to(device, non_blocking=True)
         backend.measure_weights_(measured, results, floors, flag)
+
+
+def _norms_of(layer: Layer) -> Tensor:
+    """Of the weight, 0-d; of each matrix of a stack, [blocks]; of a sharded one, sharded."""
+    axes = None if layer.blocks is None else (1, 2)
+    norms: Tensor = torch.linalg.vector_norm(layer.weight, dim=axes, dtype=layer.statistics_dtype)
+    return norms

@@ -39,7 +39,7 @@ class Alike:
         params: weight and bias of one layer after the other, of those that are to move.
         low: whether any of these has 16 bits.
         elsewhere: the groups other than the weights', and the places of their biases in `params`.
-        zeros: for what biases of these groups, see `gls_fused.apply.layers.Apart`.
+        zeros: for what biases of these groups, see `gls_fused.apply.apart.Apart`.
         states: of each, with all its buffers.
         firsts: those of the weights, which hold what is the layer's.
         sizes: how many of the parameters each layer has.

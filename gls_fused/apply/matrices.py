@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from gls_fused.capture.layer import Layer
@@ -91,10 +90,3 @@ def of_each_matrix(layers: Sequence[Layer], values: Sequence[int]) -> list[int]:
 def _matrices_here(layer: Layer, tensor: Tensor) -> list[Tensor]:
     # One matrix that is spread over ranks stays whole for the update, which knows of them.
     return layer.matrices(rows_here(tensor) if layer.stacked else tensor)
-
-
-def norms_of(layer: Layer) -> Tensor:
-    """Of the weight, 0-d; of each matrix of a stack, [blocks]; of a sharded one, sharded."""
-    axes = None if layer.blocks is None else (1, 2)
-    norms: Tensor = torch.linalg.vector_norm(layer.weight, dim=axes, dtype=layer.statistics_dtype)
-    return norms

@@ -151,5 +151,5 @@ def _lie_on_cpu(
 
 
 def is_turned(tensor: Tensor) -> bool:
-    """Whether a matrix lies in memory by columns."""
-    return tensor.dim() == 2 and tensor.T.is_contiguous()
+    """Whether a matrix lies in memory by columns, and not by rows."""
+    return tensor.dim() == 2 and not tensor.is_contiguous() and tensor.T.is_contiguous()

@@ -410,7 +410,7 @@ def _(
     outputs = 0 if bias_gradient is None else bias_gradient.shape[0]
     direction = weight_gradient.new_empty(weight_gradient.shape)
     on_cpu = weight_gradient.device.type == "cpu"
-    if on_cpu and not weight_gradient.is_contiguous() and cpu_factors.is_turned(weight_gradient):
+    if on_cpu and cpu_factors.is_turned(weight_gradient):
         # There it lies as the gradient does.
         direction = weight_gradient.new_empty(weight_gradient.T.shape).T
     return direction, weight_gradient.new_empty(outputs)

@@ -254,7 +254,7 @@ class ConvLayer(ImageRows, Layer):
     ) -> Tensor:
         """The output of inputs, weight and bias in a graph that torch.compile traces."""
         images = pad_images(inputs, geometry)
-        arguments = flatten_rows(self, self.backend_name)
+        arguments = flatten_rows(self)
         outputs: Tensor = torch.ops.gls_fused.traced_convolution(
             images, weight, bias, *arguments, *geometry.window, geometry.groups
         )

@@ -96,7 +96,7 @@ class ObservedLayer(LinearRows, Layer):
             )
         (inputs,) = autocast_inputs(inputs.detach())
         if torch.compiler.is_compiling():
-            arguments = flatten_rows(self, self.backend_name)
+            arguments = flatten_rows(self)
             turned = self.turn(weight)
             shown = torch.ops.gls_fused.traced_observe(inputs, turned, None, *arguments)
             return self.turn(shown)

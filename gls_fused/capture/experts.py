@@ -45,6 +45,7 @@ class ExpertsLayer(LinearLayer):
     """The matrices [experts, m, k] of one parameter; [experts, k, m] where they are turned."""
 
     kind = "Experts"
+    own_op = False
     missed = "its products are of a kind that is not seen"
     by_rows = False
     stacked = True
@@ -57,18 +58,10 @@ class ExpertsLayer(LinearLayer):
         self.turned = known.turned
         self.bias_key = bias_key_of(found.key)
         super().__init__(found)
-        # Its forward is more than this layer's op, and uses the weight by itself.
-        self.routed = []
 
     @property
     def observer(self) -> Any:
         return _ExpertsObserver
-
-    def find_holders(self, holders: Mapping[int, Sequence[nn.Module]]) -> None:
-        self.holders, self.watched = list(self.modules), True
-
-    def settle_uses(self, state: Mapping[str, Any]) -> None:
-        """Nothing: it stays watched."""
 
     def watches(self, module: nn.Module) -> bool:
         # A graph has an op that shows rows, and none that applies P.
@@ -329,7 +322,7 @@ def _show_rows(part: _Part, whose: Tensor | int, inputs: Tensor) -> Tensor:
         return Shown.apply(layer, whose, rows, None, part.tensor)  # type: ignore[no-any-return]
     if isinstance(whose, int):
         whose = torch.full((len(rows),), whose, device=rows.device)
-    arguments = flatten_rows(layer, layer.backend_name)
+    arguments = flatten_rows(layer)
     return torch.ops.gls_fused.traced_experts(  # type: ignore[no-any-return]
         rows, part.tensor, None, *arguments, whose, layer.blocks
     )

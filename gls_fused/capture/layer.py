@@ -25,6 +25,7 @@ from gls_fused.capture.modules import (
     capture_module,
     captured_by,
     is_captured,
+    is_exporting,
     plain_class,
     recapture_module,
     release_module,
@@ -43,7 +44,7 @@ from gls_fused.curvature.estimate import Curvature, State, make_curvature
 from gls_fused.distributed.sharding import (
     is_sharded,
     part_here,
-    spread_as,
+    spread_like,
     spread_over_first,
     whole_on_each,
 )
@@ -117,6 +118,8 @@ class Layer(Passes):
     weight_key: str = "weight"
     bias_key: str | None = "bias"
     gated: ClassVar[bool] = False
+    # Whether its modules' forward is its op and nothing else.
+    own_op: ClassVar[bool] = True
     # The outputs of a module with these parameters by name; None where it takes `watches` to know.
     through: Callable[[dict[str, Any], Any], Tensor | None] | None = None
     # Whether its rows are seen under torch.func's transforms of the inputs.
@@ -132,7 +135,7 @@ class Layer(Passes):
         name, modules, self.weight_key, bias, self.table, _ = found
         self.modules = modules
         # Those whose forward is this layer's op.
-        self.routed = modules
+        self.routed = modules if self.own_op else []
         sources = [source_of(module) if found.key == "weight" else None for module in modules]
         self.derived = any(sources)
         places = [
@@ -192,7 +195,7 @@ class Layer(Passes):
             return super().turn(tensor)
         if self.groups > 1:
             # A view by group can be of the whole alone, where ranks share groups.
-            return spread_as(tensor, super().turn(whole_on_each(tensor)))
+            return spread_like(super().turn(whole_on_each(tensor)), tensor)
         turned = super().turn(tensor)
         return turned if turned is tensor else spread_over_first(turned)
 
@@ -343,7 +346,7 @@ class Layer(Passes):
         own = self.shards is not None or self.is_own(weight, self.weight)
         if torch.compiler.is_compiling():
             applies = self.at_backward and self.promised
-            asked = own and (applies or self.gathers) and not _is_exporting()
+            asked = own and (applies or self.gathers) and not is_exporting()
             if asked and not applies and in_transform():
                 # Torch has no rule to transform an op of ours; where P is to apply, it says so.
                 self.unseen = "torch.func transforms its module in a compiled graph"
@@ -555,8 +558,3 @@ def bias_of(module: nn.Module) -> Tensor | None:
     bias: Any = known["bias"] if "bias" in known else getattr(module, "bias", None)
     assert bias is None or isinstance(bias, Tensor)
     return bias
-
-
-def _is_exporting() -> bool:
-    # Of torch.compiler.is_exporting, which torch 2.11 takes for true in every graph that it traces.
-    return bool(getattr(torch.compiler, "_is_exporting_flag", False))

@@ -56,6 +56,9 @@ class Lender(Layer):
         Args:
             holders: by a module's id.
         """
+        if not self.own_op:
+            self.holders, self.watched = list(self.modules), True
+            return
         for module in self.modules:
             for each in holders.get(id(module), ()):
                 if all(each is not known for known in self.holders):
@@ -106,6 +109,8 @@ class Lender(Layer):
             self.lent = True
             self.watch()
         # Its own module is called, or nobody knows who uses its weight.
+        if not self.own_op:
+            return
         vain = self.called or (self.idle is not None and not self._is_read)
         if vain and self.watched and not self.lent:
             self.unwatch()

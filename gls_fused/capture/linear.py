@@ -169,7 +169,7 @@ class LinearLayer(LinearRows, Lender):
         return self.traced_product(inputs, weight, None) + bias
 
     def traced_product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        arguments = flatten_rows(self, self.backend_name)
+        arguments = flatten_rows(self)
         return torch.ops.gls_fused.traced_linear(inputs, weight, bias, *arguments)  # type: ignore[no-any-return]
 
     def _operands(self, module: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

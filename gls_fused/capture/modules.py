@@ -114,11 +114,11 @@ def release_module(module: nn.Module, layer: Layer) -> None:
     """Make a module plain that this layer captures."""
     if captured_by(module) is not layer:
         return
+    # A class that was put on top of ours since keeps it below, where it does nothing.
+    module.__class__ = plain_class(module)
     capture = module.__dict__.pop(KEY)
     # Copies of the module's attributes may still hold it.
     capture.module = capture.layer = None
-    # A class that was put on top of ours since keeps it below, where it does nothing.
-    module.__class__ = plain_class(module)
 
 
 def recapture_module(module: nn.Module) -> None:
@@ -139,6 +139,12 @@ def recapture_module(module: nn.Module) -> None:
 def is_captured(kind: type[Any]) -> bool:
     """Whether it is a class that `make_class` made."""
     return _PLAIN in kind.__dict__
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces, and is to see the plain modules."""
+    # Of torch.compiler.is_exporting, which torch 2.11 takes for true in every graph that it traces.
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 def _set_class(module: Any, kind: type[Any]) -> None:

@@ -45,7 +45,7 @@ class Passes(Rows):
         bias_trains: whether the optimizer still has the bias, where there is one.
         stays_at_step: whether p.grad has turned out to be in use, so that it keeps the gradient.
         compiled: whether a graph that torch.compile traced has shown rows.
-        captured: False once another optimizer has taken the modules over.
+        captured: whether its modules' forward asks this layer now.
         called: whether rows have been seen.
         cleared: whether some D in p.grad has been cleared since the last step.
         midway: whether p.grad had a part of the step's gradient when a state was loaded; it keeps
@@ -63,6 +63,7 @@ class Passes(Rows):
     shape: torch.Size
     blocks: int | None
     device: torch.device
+    backend_name: str
     curvature: Any
 
     def __init__(self, name: str, weight: Tensor, bias: Tensor | None) -> None:

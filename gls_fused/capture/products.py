@@ -7,11 +7,8 @@ mixtures of experts, and classes that `gls_fused.register` has been told of.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from torch import nn
 
-from gls_fused.capture.layer import Found
 from gls_fused.capture.linear import LinearLayer
 from gls_fused.capture.modules import plain_class
 
@@ -20,16 +17,9 @@ class ProductsLayer(LinearLayer):
     """A weight [m, k]. A bias is no part of it, as it may be added to something else."""
 
     kind = "products"
+    own_op = False
     bias_key: str | None = None
     missed = "its module's forward multiplies no rows with it that are seen"
-
-    def __init__(self, found: Found) -> None:
-        super().__init__(found)
-        # Its forward is more than this layer's op.
-        self.routed = []
-
-    def find_holders(self, holders: Mapping[int, Sequence[nn.Module]]) -> None:
-        self.holders, self.watched = list(self.modules), True
 
 
 class TurnedProductsLayer(ProductsLayer):

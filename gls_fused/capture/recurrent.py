@@ -20,7 +20,7 @@ from gls_fused.capture.layer import Found
 from gls_fused.capture.linear import LinearLayer
 from gls_fused.capture.observed import observe
 from gls_fused.capture.transforms import values_of
-from gls_fused.capture.uses import Use, rewatch_module, unwatch_module, watch_module
+from gls_fused.capture.uses import Use
 
 OPS = (torch.rnn_tanh, torch.rnn_relu, torch.lstm, torch.gru)
 CELL_OPS = (torch.rnn_tanh_cell, torch.rnn_relu_cell, torch.lstm_cell, torch.gru_cell)
@@ -30,6 +30,7 @@ class RecurrentLayer(LinearLayer):
     """One weight of such a module, with the bias that is added to its product."""
 
     kind = "recurrent"
+    own_op = False
     seen_in_transforms = False
     by_rows = False
     gated = True
@@ -38,32 +39,10 @@ class RecurrentLayer(LinearLayer):
     def __init__(self, found: Found) -> None:
         self.bias_key = found.key.replace("weight", "bias")
         super().__init__(found)
-        # Its forward is more than this layer's op, and is watched instead.
-        self.routed = []
-
-    def capture(self) -> None:
-        super().capture()
-        for module in self.modules:
-            watch_module(module, self, module)
-
-    def recapture(self) -> None:
-        for module in self.modules:
-            rewatch_module(module)
-
-    def release(self) -> None:
-        super().release()
-        for module in self.modules:
-            unwatch_module(module, self)
 
     def take_call(self, uses: Sequence[Use], func: Any, args: tuple[Any, ...]) -> Any:
         layers = {use.layer.weight_key: use.layer for use in uses}
         return run(layers, uses[0].owner, func, args)  # type: ignore[arg-type]
-
-    def seek_uses(self) -> None:
-        """They are known."""
-
-    def settle_uses(self, state: Any) -> None:
-        """They are known."""
 
     def observe(
         self,

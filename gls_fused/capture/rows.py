@@ -184,9 +184,13 @@ class Rows(abc.ABC):
             product, ones = self.backend.precondition_rows(rows, inverse, ones=with_bias)
             return self._multiply(gradient, product), None if ones is None else gradient.T @ ones
         # Fewer outputs than rows: by linearity, P is cheaper on this call's gradient.
-        return self.backend.precondition_gradient(  # type: ignore[no-any-return]
+        weight, bias = self.backend.precondition_gradient(
             self._multiply(gradient, rows), gradient.sum(0) if with_bias else None, inverse
         )
+        if len(weight) == 1:
+            # A part of D's one row, of whose strides DistributedDataParallel would warn.
+            weight, bias = _copy(weight), None if bias is None else _copy(bias)
+        return weight, bias
 
     def _multiply(self, gradient: Tensor, rows: Tensor) -> Tensor:
         return (rows.T @ gradient).T if self.turned else gradient.T @ rows
@@ -249,6 +253,10 @@ class Rows(abc.ABC):
     @abc.abstractmethod
     def sample(self, inputs: Tensor) -> tuple[Tensor, float]:
         """The rows [n, k] that the sums are taken over, and how many each of them stands for."""
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _times_root(inverse: Inverse) -> tuple[Inverse, Tensor]:

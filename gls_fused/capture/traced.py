@@ -29,24 +29,24 @@ _ARGUMENTS = (
 _library = torch.library.Library("gls_fused", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def define_traced(name: str, run: Callable[..., Tensor], geometry: str = "") -> None:
+def define_traced(name: str, run: Callable[..., Tensor], more: str = "") -> None:
     """An op of torch's that runs a layer's forward on what `flatten_rows` gave.
 
     Args:
         run: takes inputs, weight, bias, tally and then the rest for `fill_rows`.
-        geometry: the schema of the arguments after these.
+        more: the schema of the arguments after these.
     """
-    _library.define(f"{name}({_ARGUMENTS}{geometry}) -> Tensor")  # type: ignore[no-untyped-call]
+    _library.define(f"{name}({_ARGUMENTS}{more}) -> Tensor")  # type: ignore[no-untyped-call]
     _library.impl(name, run, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 def flatten_rows(
-    layer: Passes, backend: str
+    layer: Passes,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | int | None, list[Tensor], bool, bool, str]:
     """What is in force for a layer, as arguments of its op."""
     inverse = [] if layer.inverse is None else list(layer.inverse)
     # What a graph leaves in p.grad has no marks by which the step would know it.
-    parts = inverse, layer.ones, layer.at_backward and layer.promised, backend
+    parts = inverse, layer.ones, layer.at_backward and layer.promised, layer.backend_name
     if not layer.gathers:
         return None, None, None, *parts
     return layer.tally, layer.test_matrix, layer.draw, *parts

@@ -23,6 +23,7 @@ from gls_fused.capture.modules import (
     as_plain,
     captured_by,
     is_captured,
+    is_exporting,
     make_class,
     once_per_class,
     plain_class,
@@ -115,26 +116,26 @@ def unwatch_module(module: nn.Module, layer: Lender) -> None:
         return
     watch.uses = [use for use in watch.uses if use[0] is not layer]
     if not watch.uses:
+        if captured_by(module) is None:
+            module.__class__ = plain_class(module)
         module.__dict__.pop(WATCH_KEY)
         # Copies of the module's attributes may still hold it.
         watch.module = None
-        if captured_by(module) is None:
-            module.__class__ = plain_class(module)
 
 
 @once_per_class
 def _watched_class(plain: Any) -> type[Any]:
-    key = WATCH_KEY
+    key, exporting = WATCH_KEY, is_exporting
 
     def forward(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         watch = getattr(self, key, None)
-        if watch is None or watch.module is not self:
+        if watch is None or watch.module is not self or exporting():
             return plain.forward(self, *args, **kwargs)
         return watch.run(plain, *args, **kwargs)
 
     found: Any = as_plain(plain, forward)
     if issubclass(plain, nn.RNNBase | nn.RNNCellBase):
-        # Which torch.compile leaves as they are.
+        # torch.compile leaves recurrent modules as they are.
         return make_class(plain, _disable_dynamo(found))
     return make_class(plain, found)
 

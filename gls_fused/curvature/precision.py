@@ -33,20 +33,23 @@ class _Inside:
 @contextmanager
 def without_tf32() -> Iterator[None]:
     """Inside, products of float32 are float32's own; the setting is the process's."""
-    with _Inside.lock:
-        if not _Inside.count:
-            _Inside.before = [owner.fp32_precision for owner in _OWNERS]
+    entered = False
+    # Interrupts may come in anywhere.
+    try:
+        with _Inside.lock:
+            if not _Inside.count:
+                _Inside.before = [owner.fp32_precision for owner in _OWNERS]
+            _Inside.count, entered = _Inside.count + 1, True
             for owner in _OWNERS:
                 owner.fp32_precision = "ieee"
-        _Inside.count += 1
-    try:
         yield
     finally:
-        with _Inside.lock:
-            _Inside.count -= 1
-            if not _Inside.count:
-                for owner, value in zip(_OWNERS, _Inside.before, strict=True):
-                    owner.fp32_precision = value
+        if entered:
+            with _Inside.lock:
+                _Inside.count -= 1
+                if not _Inside.count:
+                    for owner, value in zip(_OWNERS, _Inside.before, strict=True):
+                        owner.fp32_precision = value
 
 
 def without_autocast() -> AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from gls_fused.reference import (
     Inverse,
@@ -24,6 +24,7 @@ from gls_fused.reference import (
     inverse_root,
     kept_where,
     layer_directions,
+    layer_slices,
     move_layer_,
     scales_of_axes,
     squares_by_row,
@@ -37,6 +38,20 @@ def knows_shards() -> bool:
     """
     known = "torch.distributed.tensor" in sys.modules
     return known and dist.is_available() and dist.is_initialized()
+
+
+def reshard(model: nn.Module | None) -> None:
+    """Have fully_shard's modules hold their shards, which are the optimizer's parameters.
+
+    After a forward without gradients the outermost holds what it has gathered; it will gather that
+    again.
+    """
+    module = sys.modules.get("torch.distributed.fsdp")
+    if model is None or module is None or not knows_shards():
+        return
+    for part in model.modules():
+        if isinstance(part, module.FSDPModule):
+            part.reshard()
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -113,7 +128,7 @@ def whole_on_each(tensor: Any) -> Any:
     return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
 
 
-def spread_as(tensor: Any, whole: Any) -> Tensor:
+def spread_like(whole: Any, tensor: Any) -> Tensor:
     """A DTensor that every rank has all of, spread as another one is: nothing is sent."""
     found: Tensor = whole.redistribute(placements=tensor.placements)
     return found
@@ -178,7 +193,7 @@ def update_shards_(
     assert shards is not None
     mesh, dimension = shards
     elements = [param.numel() for param in params]
-    layers = _slices(layer_sizes)
+    layers = layer_slices(layer_sizes)
     weights = [params[mine][0] for mine in layers]
     outputs = [len(weight) for weight in weights]
     params, gradients, exp_avgs, exp_avg_sqs = (
@@ -241,11 +256,6 @@ def update_shards_(
 def _sharded_dimensions(weight: Any) -> list[int]:
     """Of the device mesh."""
     return [i for i, placement in enumerate(weight.placements) if not placement.is_replicate()]
-
-
-def _slices(sizes: Sequence[int]) -> list[slice]:
-    ends = [sum(sizes[: layer + 1]) for layer in range(len(sizes))]
-    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
 def _sum_axes(directions: Sequence[Tensor], exp_avg_sq: Tensor, beta2: float) -> Tensor:

@@ -556,7 +556,7 @@ def test_parameters_of_others_in_a_graph_keep_their_gradient(kind, site, change,
 
 
 def by_another_optimizer(make, model):
-    return GLS(make().double(), rank=3)._model
+    return GLS(make().double(), rank=3)._membership.model
 
 
 def of_a_pickle(make, model):

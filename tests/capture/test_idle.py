@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import gls_fused
 from gls_fused import GLS, attach
 from gls_fused.preconditioner import MOST_MISSES
 
@@ -207,3 +208,28 @@ def test_reason_is_the_last_one():
         F.linear(inputs_of(seed), model.weight).sum().backward()
         optimizer.step()
     assert "its module is not called" in optimizer.report()
+
+
+class Router(nn.Module):
+    """Multiplies its weight in a way that shows rows, or in one that does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix, self.shows = nn.Parameter(torch.randn(5, 8)), False
+
+    def forward(self, x):
+        if self.shows:
+            return F.linear(x, self.matrix)
+        return torch.einsum("nk,mk->nm", x, self.matrix)
+
+
+def test_products_start_once_they_are_seen():
+    gls_fused.register(Router, "products")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), Router())
+    optimizer = GLS(model, rank=4, curvature_every=1)
+    train(model, optimizer, range(2 * MOST_MISSES))
+    assert "1.matrix: Adam (its module's forward multiplies no rows" in optimizer.report()
+    model[1].shows = True
+    train(model, optimizer, range(2))
+    assert "1.matrix: GLS (products 8 -> 5, 16 rows" in optimizer.report()

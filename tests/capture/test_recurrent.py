@@ -467,6 +467,37 @@ def test_projections_and_shared_weights():
     assert_near(gram, a.T @ a / len(a), SOLVE[a.dtype])
 
 
+class Tied(nn.Module):
+    """A recurrent module under a head that is tied to the embedding, however it is written."""
+
+    def __init__(self, reads):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.reads = nn.Embedding(9, HIDDEN), reads
+        self.inner = nn.LSTM(HIDDEN, HIDDEN, batch_first=True)
+
+    def forward(self, x):
+        table = self.embedding.weight if self.reads else next(self.embedding.parameters())
+        return self.inner(self.embedding(x))[0] @ table.t()
+
+
+@pytest.mark.parametrize("site", ["step", "backward"])
+def test_rows_count_once_where_the_holder_reads_weights(site):
+    found = []
+    for reads in (False, True):
+        model = Tied(reads).double()
+        optimizer = GLS(list(model.inner.parameters()), model=model, site=site, **BARE)
+        for seed in range(4):
+            x = torch.randint(9, (4, 6), generator=torch.Generator().manual_seed(seed))
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        found.append([snapshot(model), optimizer.report(), optimizer.diagnostics()])
+    assert "inner.weight_hh_l0: GLS (recurrent 5 -> 16, 24 rows" in found[0][1]
+    assert_equal(found[1][0], found[0][0])
+    assert found[1][1:] == found[0][1:]
+
+
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
 def test_outputs_may_be_changed_in_place(kind):
     """As far as torch lets them; the rows of the inner weight are the states as they were."""

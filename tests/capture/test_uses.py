@@ -533,6 +533,21 @@ def test_scripted():
     assert_near(scripted(x), model(x), PRODUCT[torch.float64])
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_in_the_middle_of_training_it_is_the_plain_model(strict):
+    model = make_model("encoder layer")
+    optimizer = GLS(model, **OPTIONS)
+    x = inputs_of("", 0)
+    for step in range(2):
+        found, expected = (
+            torch.export.export(each, (x,), strict=strict) for each in (model, copy.deepcopy(model))
+        )
+        assert found.graph_signature == expected.graph_signature, step
+        nodes = [[str(node.target) for node in each.graph.nodes] for each in (found, expected)]
+        assert nodes[0] == nodes[1], step
+        train(model, optimizer, "encoder layer", [step])
+
+
 def test_attach_leaves_directions():
     found = []
     for site in ("step", "attach"):

@@ -1,6 +1,7 @@
 """Saving and loading as users of torch.distributed.checkpoint do it."""
 
 import os
+import warnings
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -9,7 +10,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 def save(folder, model, optimizer):
     """Every rank its shards."""
     weights, state = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=os.fspath(folder))
+    with warnings.catch_warnings():
+        # Of torch 2.9's own code.
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=os.fspath(folder))
 
 
 def load(folder, model, optimizer):

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -319,6 +320,59 @@ def idle_layer_starts_on_all_ranks():
     assert_one_preconditioner(optimizer.state.values())
     for p in model.parameters():
         assert_same_bits(p.detach())
+
+
+class Penalised(nn.Module):
+    """The branch has a gradient whether or not it is called; its rows are zeros."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(6, 5), nn.Linear(6, 5)
+        self.branch = nn.Linear(6, 5, bias=False)
+
+    def forward(self, x, calls):
+        y = self.head(x) + self.first(x)
+        if calls:
+            y = y + self.branch(torch.zeros_like(x))
+        return y.square().mean() + self.branch.weight.square().mean()
+
+
+@case
+def ranks_count_alike_which_layers_show_no_rows():
+    """Rows that count for nothing, of one rank: the others count the step as it does."""
+    for when in (0, 2):
+        model = Penalised()
+        wrapped = DistributedDataParallel(model)
+        members = [*model.first.parameters(), *model.branch.parameters()]
+        optimizer = GLS(members, model=wrapped, rank=4)
+        for step in range(6):
+            if step == 5:
+                # What the ranks are about to do is compared anew.
+                optimizer.add_param_group({"params": list(model.head.parameters())})
+            optimizer.zero_grad()
+            wrapped(torch.randn(8, 6), step == when and dist.get_rank() == 0).backward()
+            optimizer.step()
+            branch = optimizer._preconditioner.layers[1]
+            counts = torch.tensor([branch.misses, branch.idle is not None])
+            assert_same_bits(counts)
+        assert "branch: Adam (its " in optimizer.report()
+
+
+@case
+def directions_of_one_output_are_laid_out_as_ddp_expects():
+    """It warns of other strides, which is an error here."""
+    for options in ({"curvature": "dense"}, {"backend": "reference"}):
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        wrapped = DistributedDataParallel(model)
+        optimizer = GLS(wrapped, site="backward", **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(3):
+                optimizer.zero_grad()
+                wrapped(torch.randn(8, 6, dtype=torch.float64)).square().mean().backward()
+                optimizer.step()
+        assert [p.grad.stride() for p in model[2].parameters()] == [(8, 1), (1,)]
 
 
 @case

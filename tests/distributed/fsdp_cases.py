@@ -655,6 +655,36 @@ def fully_shard_after_the_optimizer_is_an_error():
 
 
 @case
+def layers_added_after_a_validation_are_found_in_their_place():
+    """A forward without gradients leaves the outermost module's weights gathered."""
+    for head_apart in (False, True):
+        found = []
+        for validates in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 20)).double()
+            if head_apart:
+                fully_shard(model[2], mesh=line_mesh())
+            fully_shard(model, mesh=line_mesh())
+            body, head = [list(part.parameters()) for part in (model[:2], model[2])]
+            optimizer = GLS(body, model=model, normalize="spectral", site="step", rank=4)
+            for step in range(4):
+                if step == 2:
+                    if validates:
+                        with torch.no_grad():
+                            model(torch.ones(2, 16, dtype=torch.float64))
+                    optimizer.add_param_group({"params": head})
+                optimizer.zero_grad()
+                inputs = torch.randn(8, 16, dtype=torch.float64)
+                model(inputs + dist.get_rank()).square().mean().backward()
+                optimizer.step()
+            found.append((optimizer.report(), [whole(p) for p in model.parameters()]))
+        assert found[0][0] == found[1][0]
+        assert "2: GLS (Linear 33 -> 20, 16 rows, rank 4, site step" in found[0][0], found[0][0]
+        for p, q in zip(found[0][1], found[1][1], strict=True):
+            assert torch.equal(p, q)
+
+
+@case
 def sharded_over_its_inputs_takes_adams_update():
     model = make_net("mlp")
     columns = model.first.weight

@@ -97,7 +97,7 @@ def test_share_with_a_preconditioner(name):
     wanted = {param for param in model.parameters() if param.requires_grad}
     layers = optimizer._preconditioner.layers
     found = {param for layer in layers for param in layer.params}
-    reported = {uncovered.param for uncovered in optimizer._uncovered}
+    reported = {uncovered.param for uncovered in optimizer._membership.uncovered}
     assert wanted <= found ^ reported
     # A layer that is found and not called has no P.
     covered = wanted & {

@@ -443,4 +443,4 @@ def test_states_that_are_loaded_often_leave_nothing_behind():
         model(torch.randn(5, 6)).square().mean().backward()
         optimizer.step()
         optimizer.load_state_dict(optimizer.state_dict())
-    assert len(optimizer._checked) <= 1
+    assert len(optimizer._membership._checked) <= 1

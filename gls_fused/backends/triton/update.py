@@ -30,7 +30,6 @@ with stands in the layer's line, so the update reads v and c and no sum.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -41,7 +40,7 @@ from torch.autograd.graph import increment_version
 from gls_fused.backends.triton.launch import ELEMENTS, bits, upload
 from gls_fused.backends.triton.update_kernels import LAYER_LINE
 from gls_fused.backends.triton.update_plan import Plan, formed_shape
-from gls_fused.reference import Inverse, Normalize, check_normalize
+from gls_fused.reference import Inverse, Normalize, check_normalize, layer_slices
 
 # How many of `exp_avg_sqs` a layer has, where it is not one per parameter.
 SQUARES_EACH = {"rms": 1, "row": 1, "factored": 2}
@@ -85,18 +84,12 @@ def update_layers_(
         raise ValueError(f"exp_avgs: expected exactly with momentum, got momentum {momentum}")
     device = params[0].device
     bounds = None if lr_bounds is None else lr_bounds.contiguous()
-    firsts = itertools.accumulate(layer_sizes, initial=0)
-    found = [
-        formed_shape(params[first : first + 1], inverse)
-        for first, inverse in zip(firsts, inverses, strict=False)
-    ]
+    layers = list(zip(layer_slices(layer_sizes), inverses, strict=True))
+    found = [formed_shape(params[mine][:1], inverse) for mine, inverse in layers]
     plan = Plan(normalize, [shape for shape in found if shape is not None])
     each = SQUARES_EACH.get(normalize)
     layer_lines: list[int] = []
-    first = 0
-    for layer, (size, inverse) in enumerate(zip(layer_sizes, inverses, strict=True)):
-        mine = slice(first, first + size)
-        first += size
+    for layer, (mine, inverse) in enumerate(layers):
         squares = exp_avg_sqs[mine if each is None else slice(layer * each, (layer + 1) * each)]
         slot = plan.slots
         programs = plan.add_layer(
