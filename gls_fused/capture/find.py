@@ -125,6 +125,22 @@ class Uncovered(NamedTuple):
     reason: str
 
 
+class _Contents(NamedTuple):
+    """What some modules hold.
+
+    Attributes:
+        users: by a parameter's id, who uses it.
+        params: by their id.
+        holders: by a module's id, the modules that hold it.
+        normalized: whether one of them normalises activations.
+    """
+
+    users: dict[int, list[Use]]
+    params: dict[int, nn.Parameter]
+    holders: dict[int, list[nn.Module]]
+    normalized: bool
+
+
 def find_layers(
     roots: Iterable[tuple[str, nn.Module]], trained: Container[Tensor] | None = None
 ) -> tuple[list[Layer], list[Uncovered]]:
@@ -134,6 +150,42 @@ def find_layers(
         roots: modules, with a prefix for the names of what is in them.
         trained: the parameters that are asked for; None for all.
     """
+    contents = _read(roots)
+    layers: list[Layer] = []
+    owned: set[int] = set()
+    reasons: dict[int, tuple[str, str]] = {}
+    # Heads last, wherever a model defines its embedding: the last layer keeps its scale.
+    uses_of, tables = _set_tables_apart(contents.users)
+    for key, uses in sorted(uses_of.items(), key=lambda item: item[0] in tables):
+        names, modules, roles = zip(*uses, strict=True)
+        param = contents.params[key]
+        if "weight" not in roles and not any(map(kind_of, modules, roles)):
+            continue
+        if isinstance(param, UninitializedParameter):
+            continue
+        if trained is not None and param not in trained:
+            continue
+        problem = _problem_of(param, modules, roles)
+        if problem is None:
+            layer = _make_layer(contents, uses, tables.get(key), trained)
+            layers.append(layer)
+            owned.update(map(id, layer.params))
+            continue
+        if len(contents.users[key]) > 1:
+            names, _, roles = zip(*contents.users[key], strict=True)
+            problem = f"shared by {', '.join(names)}: {problem}"
+        reasons[key] = (_join(names[0], roles[0]), problem)
+
+    uncovered = []
+    for key, ((name, module, role), *_) in contents.users.items():
+        param = contents.params[key]
+        if key not in owned and (trained is None or param in trained):
+            name, why = reasons.get(key) or (_join(name, role), _reason(module, role, param))
+            uncovered.append(Uncovered(name, param, why))
+    return layers, uncovered
+
+
+def _read(roots: Iterable[tuple[str, nn.Module]]) -> _Contents:
     users: dict[int, list[Use]] = {}
     params: dict[int, nn.Parameter] = {}
     holders: dict[int, list[nn.Module]] = {}
@@ -160,61 +212,38 @@ def find_layers(
                 # Not its truth value, which torch.compile's modules do not have.
                 if child is not None:
                     holders.setdefault(id(child), []).append(module)
+    return _Contents(users, params, holders, normalized)
 
-    layers: list[Layer] = []
-    owned: set[int] = set()
-    reasons: dict[int, tuple[str, str]] = {}
-    # Heads last, wherever a model defines its embedding: the last layer keeps its scale.
-    uses_of, tables = _set_tables_apart(users)
-    for key, uses in sorted(uses_of.items(), key=lambda item: item[0] in tables):
-        names, modules, roles = zip(*uses, strict=True)
-        param = params[key]
-        kinds = list(map(kind_of, modules, roles))
-        if "weight" not in roles and not any(kinds):
-            continue
-        if isinstance(param, UninitializedParameter):
-            continue
-        if trained is not None and param not in trained:
-            continue
-        problem = _problem_of(param, modules, roles)
-        if problem is not None:
-            if len(users[key]) > 1:
-                names, _, roles = zip(*users[key], strict=True)
-                problem = f"shared by {', '.join(names)}: {problem}"
-            reasons[key] = (_join(names[0], roles[0]), problem)
-            continue
-        kind = kinds[0]
-        assert kind is not None
-        biases = {id(bias): bias for bias in (_bias_of(module, kind) for module in modules)}
-        # A bias belongs to the layer when it is used exactly where the weight is.
-        bias = next(iter(biases.values())) if len(biases) == 1 else None
-        if bias is not None and len(users[id(bias)]) != len(uses):
-            bias = None
-        if bias is not None and trained is not None and bias not in trained:
-            bias = None
-        name = names[0]
-        if roles[0] != "weight":
-            name = _join(name, roles[0].removesuffix("_weight"))
-        found = Found(name, list(modules), roles[0], bias, tables.get(key), normalized)
-        layer = kind.layer(found)
-        if bias is not None and bias.shape != (*layer.stack, layer.outputs):
-            # One that is spread over the outputs, or lies otherwise, has an equation of its own.
-            layer = kind.layer(found._replace(bias=None))
-        layers.append(layer)
-        if isinstance(layer, Lender):
-            layer.find_holders(holders)
-        owned.update(map(id, layer.params))
 
-    uncovered = []
-    for key, uses in users.items():
-        if key in owned or (trained is not None and params[key] not in trained):
-            continue
-        name, module, role = uses[0]
-        named = (_join(name, role), _reason(module, role, params[key]))
-        uncovered.append(
-            Uncovered(reasons.get(key, named)[0], params[key], reasons.get(key, named)[1])
-        )
-    return layers, uncovered
+def _make_layer(
+    contents: _Contents, uses: Sequence[Use], table: str | None, trained: Container[Tensor] | None
+) -> Layer:
+    """The layer of a weight that these use, with its bias where that belongs to it.
+
+    Args:
+        table: that looks the same weight up.
+    """
+    names, modules, roles = zip(*uses, strict=True)
+    kind = kind_of(modules[0], roles[0])
+    assert kind is not None
+    biases = {id(bias): bias for bias in (_bias_of(module, kind) for module in modules)}
+    # A bias belongs to the layer when it is used exactly where the weight is.
+    bias = next(iter(biases.values())) if len(biases) == 1 else None
+    if bias is not None and len(contents.users[id(bias)]) != len(uses):
+        bias = None
+    if bias is not None and trained is not None and bias not in trained:
+        bias = None
+    name = names[0]
+    if roles[0] != "weight":
+        name = _join(name, roles[0].removesuffix("_weight"))
+    found = Found(name, list(modules), roles[0], bias, table, contents.normalized)
+    layer = kind.layer(found)
+    if bias is not None and bias.shape != (*layer.stack, layer.outputs):
+        # One that is spread over the outputs, or lies otherwise, has an equation of its own.
+        layer = kind.layer(found._replace(bias=None))
+    if isinstance(layer, Lender):
+        layer.find_holders(contents.holders)
+    return layer
 
 
 def _problem_of(param: Tensor, modules: Sequence[nn.Module], roles: Sequence[str]) -> str | None:

@@ -97,7 +97,7 @@ def test_what_is_counted_is_what_the_optimizer_says():
         assert all(param.is_meta for param in model.parameters())
         _, adam = count_uncovered(model)
         optimizer = GLS(model)
-        uncovered = [u.param for u in optimizer._uncovered if u.param.requires_grad]
+        uncovered = [u.param for u in optimizer._membership.uncovered if u.param.requires_grad]
         assert sum(param.numel() for param in uncovered) == sum(adam.values())
 
 
