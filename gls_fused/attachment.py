@@ -208,6 +208,9 @@ class Attachment:
             ]
             for layer in dict.fromkeys([*started, *whole]):
                 _precondition_gradients_(layer)
+            for layer in started:
+                # Evaluated once more in this step, backward leaves D.
+                layer.expect(layer.inverse, gathers=False, at_backward=not layer.stays_whole)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -218,9 +221,6 @@ class Attachment:
             skip: 0-d bool; where it is true they are forgotten, without the host knowing.
         """
         with outside_modes():
-            # Rows that came after the start were sketched with the test matrix still.
-            for layer in self._started:
-                layer.take_sums()
             settled = [layer for layer in self._layers if layer not in self._started]
             self._started = []
             sums = self._take_sums(settled, skip)

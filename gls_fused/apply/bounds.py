@@ -98,33 +98,46 @@ def count_held_(
         torch._foreach_lerp_(kept, now, [weights] * len(kept))
 
 
-def hold_idle(gradients: Sequence[Tensor], bounds: Tensor | None) -> Tensor | None:
-    """The bounds of layers that take orthogonal steps, 0 where the weight has a gradient of zeros.
+def hold_idle(
+    gradients: Sequence[Tensor], sizes: Sequence[int], bounds: Tensor | None
+) -> Tensor | None:
+    """The bounds of layers that take orthogonal steps, 0 where their gradients are all zeros.
 
     The momentum alone shrinks, but the step that it leads to would not.
 
     Args:
-        gradients: of the weights.
+        gradients: of each layer's weight, and of its bias where P acts on both.
+        sizes: how many of them each layer has, 1 or 2.
         bounds: of the rates, [layers]; None without any.
     """
     here, shards = [rows_here(gradient) for gradient in gradients], shards_of(gradients[0])
+    layers = [here[mine] for mine in layer_slices(sizes)]
     if shards is None and here[0].is_cpu:
-        # A few entries tell most often.
-        moving = [bool(x.flatten(1).diagonal().any() or x.any()) for x in here]
+        moving = [any(map(_has_entries, own)) for own in layers]
         if all(moving):
             return bounds
         flags = torch.tensor(moving)
     else:
         norms = torch._foreach_norm([x if x.numel() else x.new_zeros(1) for x in here], math.inf)
-        flags = torch.stack(norms) != 0
+        both = [norms[mine] for mine in layer_slices(sizes)]
+        biased = [own for own in both if len(own) > 1]
+        if biased:
+            torch._foreach_add_([own[0] for own in biased], [own[1] for own in biased])
+        flags = torch.stack([own[0] for own in both]) != 0
     if shards is not None:
         found = flags.float()
         dist.all_reduce(found, dist.ReduceOp.MAX, group=shards[0].get_group(shards[1]))
         flags = found != 0
     if bounds is None:
         dtype = torch.promote_types(here[0].dtype, torch.float32)
-        bounds = torch.full((len(here),), math.inf, dtype=dtype, device=here[0].device)
+        bounds = torch.full((len(sizes),), math.inf, dtype=dtype, device=here[0].device)
     return torch.where(flags, bounds, 0.0)
+
+
+def _has_entries(gradient: Tensor) -> bool:
+    """Whether one is not zero, which a few of a matrix tell most often."""
+    few = gradient.flatten(1).diagonal() if gradient.ndim > 1 else gradient
+    return bool(few.any() or gradient.any())
 
 
 def root_mean_squares(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -87,8 +86,7 @@ def _step_together_(
             )
         count_held_(layers, alike.firsts, lr_bounds, options, skip)
     if normalize == "spectral":
-        firsts = itertools.accumulate(sizes[:-1], initial=0)
-        lr_bounds = hold_idle([gradients[first] for first in firsts], lr_bounds)
+        lr_bounds = hold_idle(gradients, sizes, lr_bounds)
     update_(
         written,
         gradients,

@@ -679,7 +679,8 @@ def layers_added_after_a_validation_are_found_in_their_place():
                 optimizer.step()
             found.append((optimizer.report(), [whole(p) for p in model.parameters()]))
         assert found[0][0] == found[1][0]
-        assert "2: GLS (Linear 33 -> 20, 16 rows, rank 4, site step" in found[0][0], found[0][0]
+        rows = 8 * dist.get_world_size()
+        assert f"2: GLS (Linear 33 -> 20, {rows} rows, rank 4, site step" in found[0][0]
         for p, q in zip(found[0][1], found[1][1], strict=True):
             assert torch.equal(p, q)
 

@@ -222,6 +222,36 @@ def test_closure_is_evaluated_before_the_gradients_are_asked_for(kind, as_keywor
     assert_equal(*found)
 
 
+class Thrice(torch.optim.SGD):
+    """Evaluates its closure three times, and moves nothing."""
+
+    def step(self, closure):
+        self.seen = []
+        for _ in range(3):
+            with torch.enable_grad():
+                closure()
+            params = self.param_groups[0]["params"]
+            self.seen.append([p.grad.clone() for p in params])
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_each_evaluation_of_a_step_gives_the_direction(kind):
+    model = make_net(kind)
+    optimizer = Thrice(model.parameters(), lr=0.1)
+    attach(model, optimizer, **OPTIONS)
+    batch = make_batch(kind, 12, 0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+
+    for _ in range(3):
+        optimizer.step(closure)
+        for again in optimizer.seen[1:]:
+            for p, q in zip(again, optimizer.seen[0], strict=True):
+                assert_near(p, q, SAME_STEPS)
+
+
 def test_closure_may_be_evaluated_several_times():
     """By L-BFGS, in whose first step layers start: D each time, once."""
     torch.manual_seed(0)
@@ -238,4 +268,5 @@ def test_closure_may_be_evaluated_several_times():
 
     losses = [optimizer.step(closure).item() for _ in range(4)]
     assert losses[-1] < losses[0]
+    assert not any(layer.has_rows for layer in handle._layers)
     assert handle.report().count("12 rows") == len(list(handle.state_dict()["layers"]))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from nets import assert_equal
+from tolerances import SAME_STEPS, assert_near
 from torch import nn
 
 import gls_fused
@@ -48,6 +49,26 @@ def test_orthogonal_step_of_a_gradient_of_zeros_is_none(backend, max_change):
     assert not torch.equal(model.trunk.weight, others[0])
     step_of(model, optimizer, 1.0)
     assert not torch.equal(model.branch.weight, branch[0])
+
+
+@pytest.mark.parametrize("max_change", [0.1, None])
+def test_sites_agree_where_the_bias_alone_has_a_gradient(max_change):
+    """D of the weight is not zero then, as P couples the two."""
+    found = []
+    for site in ("step", "backward"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 18), nn.LayerNorm(18), nn.Linear(18, 3)).double()
+        optimizer = GLS(model, site=site, max_change=max_change, curvature="dense", **OPTIONS)
+        for seed in range(6):
+            inputs = torch.randn(8, 20, dtype=torch.float64).abs() * (seed < 5)
+            before = [p.detach().clone() for p in model[0].parameters()]
+            optimizer.zero_grad()
+            model(inputs).sub(torch.arange(3)).square().mean().backward()
+            optimizer.step()
+        found.append([p.detach() - q for p, q in zip(model[0].parameters(), before, strict=True)])
+    for p, q in zip(*found, strict=True):
+        assert q.abs().max() > 1e-5
+        assert_near(p, q, SAME_STEPS)
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])

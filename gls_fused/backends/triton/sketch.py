@@ -28,7 +28,6 @@ from gls_fused.backends.triton.configs import (
     sketch_splits,
     sketch_tile,
 )
-from gls_fused.backends.triton.counting import is_last
 from gls_fused.backends.triton.launch import launch, needs_reference, traceable, upload
 from gls_fused.backends.triton.sample import (
     Geometry,
@@ -209,7 +208,10 @@ def _sum_rows_kernel(
             each = tl.cast(size, tl.int64) * RANK
             own = parts + j[:, None] * RANK + c[None, :]
             tl.store(own + split * each, z, mask=in_columns)
-            if is_last(counters + column, tl.num_programs(1)):
+            # The count is one thread's, who must not be ahead of the others.
+            tl.debug_barrier()
+            done = tl.atomic_add(counters + column, 1, sem="acq_rel", scope="gpu")
+            if done == tl.num_programs(1) - 1:
                 z = tl.zeros([BLOCK_D, RANK], dtype=tl.float32)
                 for part in range(tl.num_programs(1)):
                     z += tl.load(own + part * each, mask=in_columns, other=0.0)
