@@ -368,9 +368,11 @@ class GLS(torch.optim.Optimizer):
                 stepping, self.state, group, membership.owners, kept[id(group)], seed_of, skip
             )
             others = [p for p in group["params"] if id(p) not in ready and p.grad is not None]
-            if others:
-                own = [self.state[p] for p in others]
-                adam_(others, own, group, seed_of, skip, preconditioner.backend_for(others))
+            known = kept[id(group)].others
+            if others and not known.step_(others, group, skip):
+                own, backend = [self.state[p] for p in others], preconditioner.backend_for(others)
+                adam_(others, own, group, seed_of, skip, backend)
+                known.keep(others, own, backend)
         for group, layers in groups:
             summed = [layer for layer in layers if layer in sums]
             if summed:

@@ -136,7 +136,7 @@ def hold_idle(
 
 def _has_entries(gradient: Tensor) -> bool:
     """Whether one is not zero, which a few of a matrix tell most often."""
-    few = gradient.flatten(1).diagonal() if gradient.ndim > 1 else gradient
+    few = gradient.diagonal() if gradient.ndim > 1 else gradient
     return bool(few.any() or gradient.any())
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from gls_fused.apply.low_precision import Seeds, close_copies, open_copies, widen
+from gls_fused.capture.layer import PLAIN
 from gls_fused.distributed.sharding import gradient_here, rows_here
+from gls_fused.host import are_same
 
 # Parameters, gradients, averages and mean squares, in one order.
 Lists: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
@@ -85,6 +87,61 @@ def adam_(
     close_copies(params, copies, options, seeds, steps, backend)
 
 
+class Others:
+    """What the backend takes of other parameters' states, from one step to the next.
+
+    To be dropped when the states or the parameters' group have changed. To look all up and to look
+    at each of them takes longer than their update.
+    """
+
+    def __init__(self) -> None:
+        self._params: list[Tensor] = []
+        self._dtype: torch.dtype | None = None
+        self._lists: tuple[list[Tensor], ...] = ()
+        self._backend: Any = None
+
+    def keep(
+        self, params: Sequence[Tensor], states: Sequence[dict[str, Any]], backend: ModuleType | None
+    ) -> None:
+        """What `adam_` has taken, where it took the parameters as they are.
+
+        Args:
+            backend: of `adam_`.
+        """
+        first = params[0]
+        plain = getattr(backend, "TAKES_OTHERS", False) and all(
+            type(param) in PLAIN and param.dtype is first.dtype and param.device == first.device
+            for param in params
+        )
+        self._dtype = None
+        if plain and first.dtype in (torch.float32, torch.float64):
+            self._params, self._backend = list(params), backend
+            keys = "exp_avg", "exp_avg_sq", "step"
+            self._lists = tuple([state[key] for state in states] for key in keys)
+            # Last, as an interrupt may come in between.
+            self._dtype = first.dtype
+
+    def step_(
+        self, params: Sequence[Tensor], options: Mapping[str, Any], skip: Tensor | None
+    ) -> bool:
+        """`adam_`, if these were kept and are as they were; else nothing, and False."""
+        dtype = self._dtype
+        if dtype is None or not options["momentum"] or not are_same(params, self._params):
+            return False
+        gradients = [param.grad for param in params]
+        for param, gradient in zip(params, gradients, strict=True):
+            if type(gradient) is not Tensor or gradient.dtype is not dtype:
+                return False
+            if param.is_neg() or gradient.is_neg():
+                return False
+        averages, squares, steps = self._lists
+        self._backend.update_layers_(
+            params, gradients, averages, squares, steps, **_by_element(params, options, skip)
+        )
+        torch.autograd.graph.increment_version(params)
+        return True
+
+
 def _each(change: Callable[[Tensor], Tensor], lists: Lists) -> Lists:
     params, gradients, averages, squares = (list(map(change, tensors)) for tensors in lists)
     return params, gradients, averages, squares
@@ -155,16 +212,23 @@ def _update_by_(
     places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, param in enumerate(lists[0]):
         places.setdefault((param.device, param.dtype), []).append(index)
-    for (device, _), mine in places.items():
-        backend.update_layers_(
-            *([tensors[index] for index in mine] for tensors in (*lists, steps)),
-            [None] * len(mine),
-            layer_sizes=[1] * len(mine),
-            normalize="adam",
-            momentum=options["momentum"],
-            skip=None if skip is None else skip.to(device, non_blocking=True),
-            **_alike_in_both(options),
-        )
+    for mine in places.values():
+        parts = [[tensors[index] for index in mine] for tensors in (*lists, steps)]
+        backend.update_layers_(*parts, **_by_element(parts[0], options, skip))
+
+
+def _by_element(
+    params: Sequence[Tensor], options: Mapping[str, Any], skip: Tensor | None
+) -> dict[str, Any]:
+    """What `update_layers_` takes beside the tensors of parameters of one device."""
+    return {
+        "inverses": [None] * len(params),
+        "layer_sizes": [1] * len(params),
+        "normalize": "adam",
+        "momentum": options["momentum"],
+        "skip": None if skip is None else skip.to(params[0].device, non_blocking=True),
+        **_alike_in_both(options),
+    }
 
 
 def _alike_in_both(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gls_fused.apply.bounds import bound_rates, most_rms
 from gls_fused.apply.buffers import SQUARES, fill_layer_states
+from gls_fused.apply.fallback import Others
 from gls_fused.apply.low_precision import is_low
 from gls_fused.apply.matrices import of_each_matrix
 from gls_fused.apply.spectral import normalize_of
@@ -143,10 +144,12 @@ class Kept:
 
     Attributes:
         measured: whether all weights have been measured for `max_change`.
+        others: the group's parameters that no layer steps.
     """
 
     def __init__(self) -> None:
         self.measured = False
+        self.others = Others()
         self._layers: Sequence[Layer] = ()
         self._made_for: object = None
         self._found: list[Alike] = []

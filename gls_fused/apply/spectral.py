@@ -61,14 +61,16 @@ def factor_share(layer: Layer, rows: int, split: int) -> float:
     """Flops of the orthogonal factor over those of the layer's forward and backward.
 
     A step of the iteration takes 2 s^2 b for A = X X', 2 s^3 for A A and 2 s^2 b for the last
-    product, for the shorter side s and the longer b; forward and backward take 6 n m k. A stack has
-    a factor for each of its matrices, and n is the rows of all.
+    product, for the shorter side s and the longer b; forward and backward take 6 n m k, less what
+    rows have of zeros between pixels. A stack has a factor for each of its matrices, and n is the
+    rows of all.
     """
-    return _factor_share(layer.outputs, layer.size, layer.blocks or 1, rows, split)
+    filled = rows * layer.filled
+    return _factor_share(layer.outputs, layer.size, layer.blocks or 1, filled, split)
 
 
 @functools.cache
-def _factor_share(outputs: int, inputs: int, blocks: int, rows: int, split: int) -> float:
+def _factor_share(outputs: int, inputs: int, blocks: int, rows: float, split: int) -> float:
     short, long = sorted((outputs // split, inputs))
     factor = blocks * split * len(POLAR_EXPRESS) * (4 * short**2 * long + 2 * short**3)
     return factor / max(1, 6 * rows * outputs * inputs)

@@ -278,14 +278,17 @@ def update_layers_(
     lr_bounds: Tensor | None = None,
 ) -> None:
     """See `gls_fused.reference.update_layers_`."""
-    if any(isinstance(inverse, DenseInverse) for inverse in inverses):
+    some = inverses.count(None) < len(inverses)
+    if some and any(isinstance(inverse, DenseInverse) for inverse in inverses):
         reference.update_layers_(
             params, gradients, exp_avgs, exp_avg_sqs, steps, inverses, layer_sizes=layer_sizes,
             normalize=normalize, lr=lr, momentum=momentum, beta2=beta2, eps=eps,
             weight_decay=weight_decay, skip=skip, lr_bounds=lr_bounds,
         )  # fmt: skip
         return
-    parts = zip(*(inverse or (None, None, None) for inverse in inverses), strict=True)
+    parts: Any = (inverses,) * 3
+    if some:
+        parts = zip(*(inverse or (None, None, None) for inverse in inverses), strict=True)
     if isinstance(lr, Tensor) and lr.dtype not in (torch.float32, torch.float64):
         lr = lr.double()
     _ops.update_layers_(

@@ -269,6 +269,10 @@ class ConvTransposeLayer(ConvLayer):
 
     turned = True
 
+    def __init__(self, found: Found) -> None:
+        super().__init__(found)
+        self.filled = 1 / math.prod(self.window.stride)
+
     def compute_in(self, geometry: Geometry, module: Any, *operands: Any) -> Tensor:
         op = next(op for kind, op in TRANSPOSED.items() if isinstance(module, kind))
         _, stride, padding, dilation, more = geometry.window

@@ -122,6 +122,8 @@ class Layer(Passes):
     own_op: ClassVar[bool] = True
     # The outputs of a module with these parameters by name; None where it takes `watches` to know.
     through: Callable[[dict[str, Any], Any], Tensor | None] | None = None
+    # How much of a row the layer's own op multiplies, where the rest is always zeros.
+    filled: float = 1.0
     # Whether its rows are seen under torch.func's transforms of the inputs.
     seen_in_transforms: ClassVar[bool] = True
     # Why no rows are seen where nothing else is known.

@@ -185,6 +185,9 @@ def _captured_class(plain: Any) -> type[Any]:
                 outputs = layer.through(self._parameters, inputs)
                 if outputs is not None:
                     return outputs
+            if alone and not (layer.gathers or layer.by_node):
+                # Nothing is asked of it in this step.
+                return own(self, inputs)
             # What torch.fx.symbolic_trace hands around has no rows.
             if not isinstance(inputs, proxy) and layer.watches(self):
                 if plain.forward is not own:

@@ -8,6 +8,7 @@ from nets import KINDS, OPTIONS, assert_equal, loss_of, make_batch, make_net
 from torch import nn
 
 from gls_fused import GLS
+from gls_fused.apply.fallback import Others
 
 
 def other_scale(model, optimizer):
@@ -143,6 +144,97 @@ def test_one_layer_of_two_is_cast(policy):
             for layer in model:
                 layer(torch.randn(6, 4).to(layer.weight.dtype)).square().sum().backward()
             optimizer.step()
+        found.append([param.detach() for param in model.parameters()])
+    assert_equal(*found)
+
+
+class Scaled(nn.Module):
+    """Parameters that no layer owns, of one and of two axes, between layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.norm, self.table = nn.LayerNorm(6), nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x, place):
+        hidden = self.norm(self.first(x))
+        return self.second(hidden if place is None else hidden + self.table[place].to(hidden))
+
+
+def table_of_double(model, optimizer):
+    model.table.data = model.table.data.double()
+
+
+def table_by_columns(model, optimizer):
+    model.table.data = model.table.data.t().contiguous().t()
+
+
+def negated_gradient(model, optimizer):
+    def negate(param):
+        param.grad = torch._neg_view(param.grad.neg())
+
+    model.norm.bias.register_post_accumulate_grad_hook(negate)
+
+
+def negated_parameter(model, optimizer):
+    model.norm.bias.data = torch._neg_view(model.norm.bias.data.neg())
+
+
+def gradient_of_16_bits(model, optimizer):
+    model.norm.bias.grad = None
+    model.norm.bias.grad_dtype = torch.bfloat16
+
+
+def tensor_rate(model, optimizer):
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.02)
+
+
+def averages_of_others(model, optimizer):
+    state = optimizer.state[model.norm.weight]
+    state["exp_avg"] = state["exp_avg"] + 1
+
+
+def overflow(model, optimizer):
+    optimizer.found_inf = torch.tensor(1.0)
+
+
+def nothing(model, optimizer):
+    pass
+
+
+OF_OTHERS = [
+    table_of_double, table_by_columns, negated_gradient, negated_parameter, tensor_rate, overflow,
+    averages_of_others, no_momentum, cleared_state, cloned_tensors, loaded_state, double, nothing,
+]  # fmt: skip
+# Gradients of another dtype came with torch 2.10.
+OF_OTHERS += [gradient_of_16_bits] if hasattr(nn.Parameter, "grad_dtype") else []
+
+
+@pytest.mark.parametrize("change", OF_OTHERS, ids=lambda change: change.__name__)
+def test_changes_of_parameters_that_no_layer_owns_are_seen(change, monkeypatch):
+    taken, plain = [], Others.step_
+    monkeypatch.setattr(Others, "step_", lambda *args: taken.append(plain(*args)) or taken[-1])
+    found = []
+    for keeps in (True, False):
+        model = Scaled()
+        optimizer = GLS(model, **OPTIONS)
+        if not keeps:
+            assert taken[2:4] == [True, True]
+            assert change is not nothing or taken[2:] == [True, True, False, False, False, True]
+            monkeypatch.setattr(Others, "step_", lambda *_: False)
+        for step in range(8):
+            if step == 4:
+                change(model, optimizer)
+            optimizer.zero_grad()
+            inputs = torch.randn(7, 5, generator=torch.Generator().manual_seed(step))
+            # In one step the table has no gradient, and in the next one the norm's bias.
+            place = None if step == 4 else step % 4
+            model(inputs.to(model.first.weight.dtype), place).square().sum().backward()
+            if step == 5:
+                model.norm.bias.grad = None
+            optimizer.step()
+            optimizer.found_inf = None
         found.append([param.detach() for param in model.parameters()])
     assert_equal(*found)
 

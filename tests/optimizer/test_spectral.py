@@ -8,9 +8,10 @@ from nets import assert_equal, loss_of, make_batch, make_net, train
 from tolerances import SAME_STEPS, assert_near, relative_error
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from gls_fused import GLS
-from gls_fused.apply.spectral import MOST_SHARE, normalize_of
+from gls_fused.apply.spectral import MOST_SHARE, factor_share, normalize_of
 
 OPTIONS = {"curvature_every": 2, "rank": 4, "lr": 0.01}
 
@@ -214,6 +215,27 @@ def test_auto_goes_by_the_rows_of_the_first_step():
         twin = GLS(model, normalize="auto", **OPTIONS)
         twin.load_state_dict(optimizer.state_dict())
         assert scales(twin) == scales(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("stride", "kernel", "padding"), [(1, 3, 1), (2, 2, 0), (2, 4, 1), (4, 4, 0)]
+)
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_share_is_of_the_flops_that_torch_counts(kind, stride, kernel, padding):
+    """No kernel multiplies the zeros between the pixels of a transposed convolution."""
+    layer = kind(16, 24, kernel, stride, padding)
+    model = nn.Sequential(layer, nn.BatchNorm2d(24), nn.Conv2d(24, 4, 1))
+    images = torch.randn(4, 16, 16, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counted:
+        layer(images).sum().backward()
+    optimizer = GLS(model, normalize="spectral")
+    step(model, optimizer, images.detach())
+    short, long = sorted((24, 16 * kernel**2))
+    factor = 5 * (4 * short**2 * long + 2 * short**3)
+    share = factor_share(
+        optimizer._preconditioner.layers[0], optimizer.state[layer.weight]["rows"], 1
+    )
+    assert share == pytest.approx(factor / counted.get_total_flops(), rel=1e-6)
 
 
 def test_auto_leaves_narrow_and_gated_weights_their_scales():
