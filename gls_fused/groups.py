@@ -57,9 +57,9 @@ def check_number(
     expected = f"{'[' if closed else '('}{low}, {high})"
     if not _is_plain(value):
         raise TypeError(f"{name}: expected a number in {expected}, got {value!r}")
-    # An int may be more than any float.
-    inside = (low <= value if closed else low < value) and value < high
-    if not (inside and value <= sys.float_info.max):
+    # Python's ints may be more than any float.
+    beyond = isinstance(value, int) and value > sys.float_info.max
+    if beyond or not ((low <= value if closed else low < value) and value < high):
         raise ValueError(f"{name}: expected a value in {expected}, got {value}")
 
 
