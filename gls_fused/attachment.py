@@ -130,7 +130,6 @@ class Attachment:
         self._primes = False
         self._preconditioner = Preconditioner(site="backward", backend=backend, ranks=ranks)
         resolve_backend(backend, {layer.weight.device.type for layer in layers})
-        self._started: list[Layer] = []
         self._hooks: list[RemovableHandle] = []
         self._finalizer = weakref.finalize(self, release_all, self._layers)
         self._finalizer.atexit = False
@@ -200,8 +199,6 @@ class Attachment:
             self._preconditioner.adopt(self._layers, self._states)
             waiting = [layer for layer in self._layers if layer.inverse is None]
             started = self._start(self._take_sums(waiting, skip))
-            # A closure may be evaluated several times in a step.
-            self._started += started
             # Where a gradient is of rows only in part, backward leaves D0: see `Layer.stays_whole`.
             whole = [
                 layer for layer in self._layers if layer.stays_whole and layer.inverse is not None
@@ -209,7 +206,8 @@ class Attachment:
             for layer in dict.fromkeys([*started, *whole]):
                 _precondition_gradients_(layer)
             for layer in started:
-                # Evaluated once more in this step, backward leaves D.
+                # A closure may be evaluated once more in this step: backward leaves D, and of the
+                # rows the statistics have theirs.
                 layer.expect(layer.inverse, gathers=False, at_backward=not layer.stays_whole)
 
     @_disable_dynamo
@@ -221,9 +219,7 @@ class Attachment:
             skip: 0-d bool; where it is true they are forgotten, without the host knowing.
         """
         with outside_modes():
-            settled = [layer for layer in self._layers if layer not in self._started]
-            self._started = []
-            sums = self._take_sums(settled, skip)
+            sums = self._take_sums(self._layers, skip)
             # An optimizer that evaluates the model in its step shows layers their first rows there.
             self._start(sums)
             summed = [layer for layer in self._layers if layer in sums]

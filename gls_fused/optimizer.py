@@ -197,7 +197,7 @@ class GLS(torch.optim.Optimizer):
             waiting, self._waiting = self._waiting, None
             if not any(group["params"] for group in self.param_groups):
                 raise ValueError("params: got no parameters")
-            self._cover(*membership.find(waiting, self._params()))
+            self._cover(*membership.find(waiting, set(self._owners())))
         except BaseException:
             self.detach()
             raise
@@ -244,7 +244,7 @@ class GLS(torch.optim.Optimizer):
         # Before anything is changed; at first a bias may be in a group that is still to come.
         found = None
         if self._waiting is None:
-            found = membership.find([members], self._params().union(members.params))
+            found = membership.find([members], {*self._owners(), *members.params})
             check_splits(found[0], dict.fromkeys(members.params, options))
         params = (
             list(zip(members.names, members.params, strict=True))
@@ -270,8 +270,7 @@ class GLS(torch.optim.Optimizer):
             self._warn_of_unseen([members])
 
     def _cover(self, layers: Sequence[Layer], uncovered: Sequence[Uncovered]) -> None:
-        groups = {param: group for group in self.param_groups for param in group["params"]}
-        self._membership.add(layers, uncovered, groups)
+        self._membership.add(layers, uncovered, self._owners())
         self._expect()
 
     def _expect(self) -> None:
@@ -401,9 +400,7 @@ class GLS(torch.optim.Optimizer):
         def lay_out(_: torch.optim.Optimizer, found: dict[str, Any]) -> dict[str, Any]:
             states = {key: saved_state(state) for key, state in found["state"].items()}
             saved = list(map(saved_group, found["param_groups"]))
-            groups = self._groups()
-            self._membership.check_options()
-            for (group, layers), numbers in zip(groups, saved, strict=True):
+            for (group, layers), numbers in zip(self._checked_groups(), saved, strict=True):
                 places = dict(zip(group["params"], numbers["params"], strict=True))
                 for layer in layers:
                     place = places[layer.weight]
@@ -506,7 +503,7 @@ class GLS(torch.optim.Optimizer):
         parts = {key: own[key] for key in ("site", "backend", "ranks")}
         self._open(Preconditioner(**parts), own["model"], self.defaults)
         self._membership.names, self._membership.uncovered = own["names"], own["uncovered"]
-        groups = {param: group for group in self.param_groups for param in group["params"]}
+        groups = self._owners()
         for layer, captured, due in zip(own["layers"], own["captured"], own["due"], strict=True):
             self._preconditioner.add([layer], groups.get(layer.weight, self.defaults))
             layer.due = due
@@ -532,9 +529,8 @@ class GLS(torch.optim.Optimizer):
         A line says how many norms, biases and other parameters of one dimension there are, the
         last one how large a share of the parameters the layers hold.
         """
-        self._groups()
+        self._checked_groups()
         membership, layers = self._membership, self._preconditioner.layers
-        membership.check_options()
         lines = describe_layers(self._preconditioner, self.state, membership.owners)
         return describe(lines, layers, membership.uncovered, list(membership.owners), "Adam")
 
@@ -556,8 +552,7 @@ class GLS(torch.optim.Optimizer):
         fully_shard it is a collective: every rank has to call it. With several groups and no
         `model`, names begin with `group0/`, `group1/`, ...
         """
-        groups = self._groups()
-        self._membership.check_options()
+        groups = self._checked_groups()
         apart = self._membership.model is None and len(groups) > 1
         prefixes = [f"group{index}/" if apart else "" for index in range(len(groups))]
         return diagnose(
@@ -572,8 +567,14 @@ class GLS(torch.optim.Optimizer):
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{self.report()}"
 
-    def _params(self) -> set[Tensor]:
-        return {param for group in self.param_groups for param in group["params"]}
+    def _owners(self) -> dict[Tensor, dict[str, Any]]:
+        return {param: group for group in self.param_groups for param in group["params"]}
+
+    def _checked_groups(self) -> list[tuple[dict[str, Any], list[Layer]]]:
+        """`_groups`, whose options are in range."""
+        groups = self._groups()
+        self._membership.check_options()
+        return groups
 
     def _restart(self) -> None:
         self._followed.drop()

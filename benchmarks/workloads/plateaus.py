@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,10 @@ from gls_fused import GLS
 
 # Gives the loss of a step.
 Loss: TypeAlias = Callable[[], Tensor]
+# Takes a model and a rate.
+Make: TypeAlias = Callable[[nn.Module, float], torch.optim.Optimizer]
 
-OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Make] = {
     "Adam": lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr),
     "Adam, beta2 .95": lambda model, lr: torch.optim.Adam(model.parameters(), lr, (0.9, 0.95)),
     "GLS": GLS,
@@ -116,7 +118,7 @@ TASKS: dict[str, tuple[Callable[[], tuple[nn.Module, Loss]], int]] = {
 }
 
 
-def train(name: str, make: Callable[[nn.Module, float], Any], lr: float, seed: int) -> float:
+def train(name: str, make: Make, lr: float, seed: int) -> float:
     """The mean training loss of the last twentieth of the steps."""
     torch.manual_seed(seed)
     build, steps = TASKS[name]

@@ -111,19 +111,18 @@ def hold_idle(
         bounds: of the rates, [layers]; None without any.
     """
     here, shards = [rows_here(gradient) for gradient in gradients], shards_of(gradients[0])
-    layers = [here[mine] for mine in layer_slices(sizes)]
+    layers = layer_slices(sizes)
     if shards is None and here[0].is_cpu:
-        moving = [any(map(_has_entries, own)) for own in layers]
+        moving = [any(map(_has_entries, here[mine])) for mine in layers]
         if all(moving):
             return bounds
         flags = torch.tensor(moving)
     else:
         norms = torch._foreach_norm([x if x.numel() else x.new_zeros(1) for x in here], math.inf)
-        both = [norms[mine] for mine in layer_slices(sizes)]
-        biased = [own for own in both if len(own) > 1]
+        biased = [mine.start for mine, size in zip(layers, sizes, strict=True) if size > 1]
         if biased:
-            torch._foreach_add_([own[0] for own in biased], [own[1] for own in biased])
-        flags = torch.stack([own[0] for own in both]) != 0
+            torch._foreach_add_([norms[i] for i in biased], [norms[i + 1] for i in biased])
+        flags = torch.stack([norms[mine.start] for mine in layers]) != 0
     if shards is not None:
         found = flags.float()
         dist.all_reduce(found, dist.ReduceOp.MAX, group=shards[0].get_group(shards[1]))

@@ -109,10 +109,8 @@ class Lender(Layer):
             self.lent = True
             self.watch()
         # Its own module is called, or nobody knows who uses its weight.
-        if not self.own_op:
-            return
         vain = self.called or (self.idle is not None and not self._is_read)
-        if vain and self.watched and not self.lent:
+        if vain and self.own_op and self.watched and not self.lent:
             self.unwatch()
 
     def lend(

@@ -252,6 +252,30 @@ def test_each_evaluation_of_a_step_gives_the_direction(kind):
                 assert_near(p, q, SAME_STEPS)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("again", ["of an earlier forward", "of a new one", "of a compiled one"])
+def test_rows_after_the_start_do_not_count_in_that_step(again):
+    found = []
+    for repeats in (False, True):
+        torch.manual_seed(0)
+        model = make_net("mlp")
+        handle = attach(model, **OPTIONS)
+        if again == "of a compiled one":
+            model.compile(backend="aot_eager")
+        losses = [loss_of(model, make_batch("mlp", 12, seed)) for seed in range(2)]
+        losses[0].backward()
+        handle.pre_step()
+        if repeats and again == "of a new one":
+            loss_of(model, make_batch("mlp", 12, 1)).backward()
+        elif repeats:
+            losses[1].backward()
+        handle.commit()
+        assert not any(layer.has_rows for layer in handle._layers)
+        states = handle.state_dict()["layers"].values()
+        found.append([torch.as_tensor(value) for state in states for value in state.values()])
+    assert_equal(*found)
+
+
 def test_closure_may_be_evaluated_several_times():
     """By L-BFGS, in whose first step layers start: D each time, once."""
     torch.manual_seed(0)
