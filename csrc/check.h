@@ -317,7 +317,7 @@ inline std::vector<size_t> check_update(at::TensorList params, at::TensorList gr
                                         const OptionalTensors& shifts,
                                         at::IntArrayRef layer_sizes,
                                         c10::string_view normalize_name, double momentum,
-                                        const std::optional<at::Tensor>& lr_bounds) {
+                                        const std::optional<at::Tensor>& rates) {
   const Normalize normalize = parse_normalize(normalize_name);
   const size_t layers = layer_sizes.size();
   TORCH_CHECK(gradients.size() == params.size(), "update_layers_: expected ", params.size(),
@@ -332,13 +332,13 @@ inline std::vector<size_t> check_update(at::TensorList params, at::TensorList gr
               " for momentum ", momentum);
   size_t squares = 0;
   for (const int64_t size : layer_sizes) squares += squares_of(normalize, size);
-  if (lr_bounds) {
-    check_device("update_layers_", params[0], *lr_bounds);
-    TORCH_CHECK(lr_bounds->dim() == 1 && lr_bounds->size(0) == static_cast<int64_t>(layers) &&
-                    (lr_bounds->scalar_type() == at::kFloat ||
-                     lr_bounds->scalar_type() == at::kDouble),
-                "update_layers_: expected lr_bounds [", layers, "] of Float or Double, got ",
-                lr_bounds->sizes(), " of ", lr_bounds->scalar_type());
+  if (rates) {
+    check_device("update_layers_", params[0], *rates);
+    TORCH_CHECK(rates->dim() == 2 && rates->size(0) == static_cast<int64_t>(layers) &&
+                    rates->size(1) == 2 &&
+                    (rates->scalar_type() == at::kFloat || rates->scalar_type() == at::kDouble),
+                "update_layers_: expected rates [", layers, ", 2] of Float or Double, got ",
+                rates->sizes(), " of ", rates->scalar_type());
   }
   TORCH_CHECK(exp_avg_sqs.size() == squares, "update_layers_: expected ", squares,
               " exp_avg_sqs for normalize ", normalize_name, ", got ", exp_avg_sqs.size());

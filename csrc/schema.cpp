@@ -93,7 +93,8 @@ TORCH_LIBRARY(gls_fused, m) {
   m.def(
       "orthogonalize_each(Tensor[] matrices, float[] lengths, int split, float[] coefficients) "
       "-> Tensor[]");
-  // Before and after them. Layers, their inverses and lr_bounds are as below.
+  // Before and after them. Layers and their inverses are as below; lr_bounds: the most that a
+  // layer's lr may be.
   m.def(
       "blend_directions_(Tensor(a!)[] params, Tensor[] gradients, Tensor(b!)[] exp_avgs,"
       " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor?[] bases, Tensor?[] core_inverses,"
@@ -108,13 +109,14 @@ TORCH_LIBRARY(gls_fused, m) {
   // layer_sizes[i] consecutive params, gradients and exp_avgs belong to layer i, whose inverse is
   // the i-th of bases, core_inverses and shifts; None where gradients holds the directions.
   // lr_tensor stands for lr; gradients are divided by grad_scale; where found_inf is not 0 no step
-  // is taken. All three are read on the device, as is lr_bounds, the most that a layer's lr may be.
+  // is taken. All three are read on the device, as are rates, the most that a layer's rate may be,
+  // and how many times lr it is below that.
   m.def(
       "update_layers_(Tensor(a!)[] params, Tensor[] gradients, Tensor(b!)[] exp_avgs,"
       " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor?[] bases, Tensor?[] core_inverses,"
       " Tensor?[] shifts, int[] layer_sizes, str normalize, float lr, float momentum, float beta2,"
       " float eps, float weight_decay, Tensor? lr_tensor=None, Tensor? grad_scale=None,"
-      " Tensor? found_inf=None, Tensor? lr_bounds=None) -> ()");
+      " Tensor? found_inf=None, Tensor? rates=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(gls_fused, CompositeExplicitAutograd, m) {

@@ -165,11 +165,14 @@ def _of_layer(
         count = sum(square.numel() for square in squares)
         corrected = total / count / bias_correction(options["beta2"], state["step"], total.dtype)
         values["update_rms"] = corrected.sqrt()
+    growth: float | Tensor = 1.0
+    if options.get("max_growth") is not None and "growth" in state:
+        growth = values["growth"] = everywhere(state["growth"].mean())
     if options.get("max_change") is not None and "weight_rms" in state:
         if normalize not in ("sgd", "none"):
             share = options["max_change"] / most_rms(str(normalize), options)
             bound = state["weight_rms"].mean() * share
-            values["lr_share"] = (bound / options["lr"]).clamp(max=1)
+            values["lr_share"] = (bound / (options["lr"] * growth)).clamp(max=1)
         if "held" in state:
             values["held"] = everywhere(state["held"].mean())
     return values

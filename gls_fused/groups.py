@@ -118,6 +118,8 @@ def check_rest(options: Mapping[str, Any], site: str) -> None:
     check_choice("normalize", options["normalize"], NORMALIZATIONS)
     if options["max_change"] is not None:
         check_number("max_change", options["max_change"], 0)
+    if options["max_growth"] is not None:
+        check_number("max_growth", options["max_growth"], 1, closed=True)
     check_count("split", options["split"])
     check_choice("spectral_head", options["spectral_head"], (True, False))
     check_number("spectral_share", options["spectral_share"], 0, closed=True)

@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from gls_fused.apply.bounds import measure_weights
 from gls_fused.apply.fallback import adam_, forget_adam
+from gls_fused.apply.growth import measure_growths_
 from gls_fused.apply.kept import Kept
 from gls_fused.apply.layers import step_layers_
 from gls_fused.apply.spectral import MOST_SHARE
@@ -50,6 +51,7 @@ from gls_fused.preconditioner import (
 )
 from gls_fused.scaling import take_flag, unscale_
 from gls_fused.state import (
+    MEASURED,
     VERSION,
     check_saved,
     check_state,
@@ -103,6 +105,8 @@ class GLS(torch.optim.Optimizer):
             convolutions of one tap, of models that normalise no activations; the others "factored".
         max_change: > 0 or None; the root mean square of a layer's step is at most so much of its
             weight's (or of 1 / sqrt(3 d) if that is more), about.
+        max_growth: >= 1 or None; a layer's rate is up to so many times lr while its directions
+            grow, as Adam's steps are longer then; not with "spectral", "sgd" and "none".
         split: >= 1; how many matrices a weight is, one above the other, for "spectral": 3 for a
             projection to queries, keys and values.
         spectral_head: whether "spectral" takes the last layer, too.
@@ -149,6 +153,7 @@ class GLS(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         normalize: Scale = "auto",
         max_change: float | None = 0.1,
+        max_growth: float | None = 2.0,
         split: int = 1,
         spectral_head: bool = False,
         spectral_share: float = MOST_SHARE,
@@ -173,6 +178,7 @@ class GLS(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "normalize": normalize,
             "max_change": max_change,
+            "max_growth": max_growth,
             "split": split,
             "spectral_head": spectral_head,
             "spectral_share": spectral_share,
@@ -376,6 +382,7 @@ class GLS(torch.optim.Optimizer):
             summed = [layer for layer in layers if layer in sums]
             if summed:
                 preconditioner.commit(summed, self.state, sums, group, skip)
+                measure_growths_(summed, self.state, group, skip)
                 if group["max_change"] is not None:
                     measure_weights(summed, self.state, skip)
             if skip is None or not (skip.is_cpu and skip):
@@ -543,8 +550,9 @@ class GLS(torch.optim.Optimizer):
             samples     s, how many rows of equal weight its statistics stand for
             update_rms  root mean square of D = D0 P, bias-corrected; not with "sgd" and "none",
                         nor of orthogonal steps
-            lr_share    the share of lr that max_change leaves its step, 1 where it does not hold;
-                        only with max_change, and not with "sgd" and "none"
+            growth      how many times lr its rate is; only where max_growth has a part in it
+            lr_share    the share of that rate that max_change leaves its step, 1 where it does not
+                        hold; only with max_change, and not with "sgd" and "none"
             held        in what share of the steps max_change held: of those that gather, of late,
                         a mean with the statistics' decay beta; only with max_change
 
@@ -632,6 +640,6 @@ class GLS(torch.optim.Optimizer):
         for param in (param for layer in (*started, *primed) for param in layer.params):
             forget_adam(self.state[param])
         for layer in primed:
-            plain = "rows", "outputs", "at_step", "lent", "weight_rms", "held"
+            plain = "rows", "outputs", "at_step", "lent", *MEASURED
             for key in (*plain, *layer.curvature.shapes()):
                 self.state[layer.weight].pop(key, None)

@@ -65,6 +65,8 @@ POLAR_EXPRESS = tuple(
 )
 # Root mean square of a spectral step: three times Adam's, about.
 SPECTRAL_RMS = 0.6
+# Decay of the mean square that `measure_growth` compares with: Adam's.
+SLOW_BETA = 0.999
 
 
 class Window(NamedTuple):
@@ -546,13 +548,13 @@ def update_layers_(
     eps: float,
     weight_decay: float,
     skip: Tensor | None = None,
-    lr_bounds: Tensor | None = None,
+    rates: Tensor | None = None,
 ) -> None:
     """The parameters of some layers take their step, in place.
 
         D = D0 P where P has not been applied in the backward,
         m <- momentum m + (1 - momentum) D,   v <- beta2 v + (1 - beta2) mean(D^2)
-        W <- W (1 - lr weight_decay) - min(lr, bound) update,
+        W <- W (1 - lr weight_decay) - min(growth lr, bound) update,
         update = m^ / (sqrt(v^) + eps) | m^ ||D0|| / ||D|| | m^     (^: bias-corrected)
 
     The mean is over the layer for "rms", one element for "adam", a row [W b]_i for "row". For
@@ -569,7 +571,7 @@ def update_layers_(
         inverses: P per layer, d = k (+ 1 with a bias), or None where `gradients` holds D.
         layer_sizes: how many of `params` each layer has, 1 or 2.
         skip: 0-d bool; where it is true nothing changes, which the host need not know.
-        lr_bounds: [layers], of the averages' dtype: the most that lr may be in each layer's step.
+        rates: [layers, 2], of the averages' dtype: each layer's bound, and its growth; None, none.
     Numerics: a gradient that is not finite makes the layer not finite, as with Adam.
     """
     check_normalize(normalize)
@@ -583,7 +585,7 @@ def update_layers_(
             if squares_each is not None:
                 squares = exp_avg_sqs[layer * squares_each : (layer + 1) * squares_each]
             steps[layer].add_(1)
-            rate = lr if lr_bounds is None else torch.clamp(lr_bounds[layer], max=lr)
+            rate = lr if rates is None else rate_within(lr, *rates[layer])
             _update_layer_(
                 params[mine], gradients[mine], exp_avgs[mine], squares, steps[layer],
                 inverses[layer], normalize, rate, *options,
@@ -594,6 +596,11 @@ def layer_slices(layer_sizes: Sequence[int]) -> list[slice]:
     """Which parameters each layer has, of so many one after the other."""
     ends = itertools.accumulate(layer_sizes)
     return [slice(end - size, end) for end, size in zip(ends, layer_sizes, strict=True)]
+
+
+def rate_within(lr: float | Tensor, bound: Tensor, growth: Tensor) -> Tensor:
+    """min(growth lr, bound), 0-d; a bound that is not a number stays one."""
+    return torch.minimum(bound, growth * lr)
 
 
 def wide_rate(lr: float | Tensor) -> float | Tensor:
@@ -769,6 +776,7 @@ def update_spectral_layers_(
 
     Args:
         exp_avg_sqs: v [m] of each layer.
+        lr_bounds: [layers], of the averages' dtype: each layer's bound; None, none.
         split: how many matrices of as many rows each weight is, one above the other, as in fused
             projections; each has its own factor, and its own m.
         updates_of: what stands for `orthogonal_updates`.
@@ -844,6 +852,37 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 def least_norm(matrix: Tensor) -> float:
     """What ||X||_F of a matrix [..., m, k] counts for at least, as squares of less underflow."""
     return LEAST_RMS * math.sqrt(matrix.shape[-2:].numel())
+
+
+def measure_growth(
+    means: Tensor, slow: Tensor, steps: Tensor, *, beta2: float, every: int, most: float
+) -> tuple[Tensor, Tensor]:
+    """How many times lr the steps of some layers are, where their directions have grown.
+
+        a = mean(v) / (1 - beta2^t),   w = min(1, (1 - b^k) / (1 - b^t)),   b = .999
+        u <- u + w (a - u),   growth = min(max(1, sqrt(a / u)), most)
+
+    u is the average of a with decay b, bias-corrected, where a is known every k steps; it starts
+    at a.
+
+    Args:
+        means: mean(v), [layers].
+        slow: u, [layers]; 0 where there is none yet.
+        steps: t, how many have been taken, [layers].
+        every: k.
+        most: >= 1.
+    Returns:
+        growth and u.
+    """
+    dtype = means.dtype
+    tiny = torch.finfo(dtype).tiny
+    recent = means / bias_correction(beta2, steps, dtype).clamp(min=tiny)
+    taken = -math.expm1(every * math.log(SLOW_BETA))
+    weight = taken / bias_correction(SLOW_BETA, steps, dtype)
+    slow = torch.where((weight < 1) & (slow > 0), slow.lerp(recent, weight), recent)
+    growth = (recent / slow.clamp(min=tiny)).sqrt()
+    # Of mean squares beyond the dtype nothing is known.
+    return growth.nan_to_num(nan=1.0).clamp(1, most), slow
 
 
 def measure_weights_(

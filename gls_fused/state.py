@@ -5,7 +5,8 @@
     a layer's weight  rows and outputs (plain numbers), at_step (whether its p.grad has turned out
                       to be in use), lent (whether another module uses it by itself) and, where it
                       is saved, due (whether it is to gather in its next step), 1 or 0, and none is
-                      as good as 0, weight_rms and held of max_change (0-d), and the tensors of
+                      as good as 0, weight_rms and held of max_change (0-d), growth and slow_sq of
+                      max_growth (0-d), and the tensors of
                       gls_fused.curvature.estimate
     a stack's weight  the same, with the matrices as first axis of all tensors but step
     a group           its options, step and version: numbers and names
@@ -39,17 +40,20 @@ from gls_fused.curvature.estimate import (
 from gls_fused.distributed.sharding import is_sharded
 
 # 0: without a version, "low_precision", "seed" and "outputs". 1: without "at_step". 2: without
-# "power", "max_change" and what goes with them. 3: without "samples",
-# "split" and "spectral_head". 4: without "spectral_share", which was a half.
-VERSION = 5
+# "power", "max_change" and what goes with them. 3: without "samples", "split" and "spectral_head".
+# 4: without "spectral_share", which was a half. 5: without "max_growth".
+VERSION = 6
 ADDED_SINCE: dict[int, dict[str, Any]] = {
     0: {"low_precision": "nearest", "seed": 0},
     2: {"power": 1, "max_change": None},
     3: {"split": 1, "spectral_head": False},
     4: {"spectral_share": 0.5},
+    5: {"max_growth": None},
 }
 
-AVERAGES = ("exp_avg", "exp_avg_sq", "exp_avg_sq_columns", "weight_rms", "held")
+# A number for each of a layer's matrices.
+MEASURED = ("weight_rms", "held", "growth", "slow_sq")
+AVERAGES = ("exp_avg", "exp_avg_sq", "exp_avg_sq_columns", *MEASURED)
 OWN_NUMBERS = {"rows", "outputs", "at_step", "lent", "due"}
 OWN_TENSORS = {"step", "master", *AVERAGES, *Dense.names, *Subspace.names}
 
@@ -328,7 +332,8 @@ def _shapes(param: Tensor) -> dict[str, Sequence[int]]:
 def _layer_shapes(layer: Layer, group: Mapping[str, Any]) -> dict[str, Sequence[int]]:
     """Of what the state of a layer's weight may hold."""
     squares = square_shapes(layer, group)
-    return {**layer.curvature.shapes(), **squares, "weight_rms": layer.stack, "held": layer.stack}
+    measured = dict.fromkeys(MEASURED, layer.stack)
+    return {**layer.curvature.shapes(), **squares, **measured}
 
 
 def _check_layer(layer: Layer, param: Tensor, state: Mapping[str, Any]) -> None:

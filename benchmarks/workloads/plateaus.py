@@ -1,4 +1,4 @@
-"""What `beta2` is worth on a plateau: `python -m benchmarks.workloads.plateaus`.
+"""What `max_growth` is worth on a plateau: `python -m benchmarks.workloads.plateaus`.
 
 Trains small models on data that is drawn here, and prints the mean training loss of the last
 twentieth of the steps. In the first three tasks gradients become small and grow again. In the last
@@ -26,8 +26,9 @@ OPTIMIZERS: dict[str, Make] = {
     "Adam": lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr),
     "Adam, beta2 .95": lambda model, lr: torch.optim.Adam(model.parameters(), lr, (0.9, 0.95)),
     "GLS": GLS,
-    "GLS, beta2 .99": lambda model, lr: GLS(model, lr, beta2=0.99),
-    "GLS, beta2 .999": lambda model, lr: GLS(model, lr, beta2=0.999),
+    "GLS, max_growth 4": lambda model, lr: GLS(model, lr, max_growth=4.0),
+    "GLS, no growth": lambda model, lr: GLS(model, lr, max_growth=None),
+    "GLS, no growth, beta2 .999": lambda model, lr: GLS(model, lr, max_growth=None, beta2=0.999),
 }
 
 

@@ -39,16 +39,30 @@ T blend_square(T square, double mean, double beta2) {
   return square * static_cast<T>(beta2) + static_cast<T>(mean) * static_cast<T>(1 - beta2);
 }
 
+// Not std::min: a bound that is not a number must reach the parameters.
+inline double at_most(double rate, double bound) { return rate < bound ? rate : bound; }
+
 // min(lr, bound) of each layer.
 inline std::vector<double> bounded(double lr, const std::optional<at::Tensor>& bounds,
                                    size_t layers) {
   std::vector<double> lrs(layers, lr);
   if (!bounds) return lrs;
   const at::Tensor wide = bounds->to(at::kDouble).contiguous();
-  for (size_t layer = 0; layer < layers; ++layer) {
-    // Not std::min: a bound that is not a number must reach the parameters.
-    const double bound = wide.const_data_ptr<double>()[layer];
-    if (!(lr < bound)) lrs[layer] = bound;
+  const double* bound = wide.const_data_ptr<double>();
+  for (double& rate : lrs) rate = at_most(lr, *bound++);
+  return lrs;
+}
+
+// min(growth lr, bound) of each layer, from bound and growth of each.
+inline std::vector<double> rates_within(double lr, const std::optional<at::Tensor>& rates,
+                                        size_t layers) {
+  std::vector<double> lrs(layers, lr);
+  if (!rates) return lrs;
+  const at::Tensor wide = rates->to(at::kDouble).contiguous();
+  const double* own = wide.const_data_ptr<double>();
+  for (double& rate : lrs) {
+    rate = at_most(lr * own[1], own[0]);
+    own += 2;
   }
   return lrs;
 }

@@ -623,10 +623,10 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
                     double eps, double weight_decay, const std::optional<at::Tensor>& lr_tensor,
                     const std::optional<at::Tensor>& grad_scale,
                     const std::optional<at::Tensor>& found_inf,
-                    const std::optional<at::Tensor>& lr_bounds) {
+                    const std::optional<at::Tensor>& rates) {
   if (params.empty()) return;
   check_update(params, gradients, exp_avgs, exp_avg_sqs, steps, bases, core_inverses, shifts,
-               layer_sizes, normalize_name, momentum, lr_bounds);
+               layer_sizes, normalize_name, momentum, rates);
   advance_versions({params, exp_avgs, exp_avg_sqs, steps});
   check_scalar("lr_tensor", lr_tensor);
   check_scalar("grad_scale", grad_scale);
@@ -636,7 +636,7 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
   const Normalize normalize = parse_normalize(normalize_name);
   How how{normalize, {1 - lr * weight_decay, momentum, beta2, eps}, std::nullopt};
   if (grad_scale) how.grad_scale = grad_scale->item<double>();
-  const std::vector<double> lrs = bounded(lr, lr_bounds, layer_sizes.size());
+  const std::vector<double> lrs = rates_within(lr, rates, layer_sizes.size());
   for (const Run& run : cut_runs(params, layer_sizes, normalize)) {
     const auto first = lrs.begin() + run.layer;
     update_run(params.slice(run.param, run.params), gradients.slice(run.param, run.params),

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kBlendThreads)
   const uint32_t column_blocks =
       x.columns ? uint32_t((x.dim + kBlendThreads - 1) / kBlendThreads) : 0;
   if (block == row_blocks + column_blocks) {
-    if (threadIdx.x == 0) start_step(x.step, x.lr_bound, options, steps[x.layer]);
+    if (threadIdx.x == 0) start_step(x.step, x.rates, options, steps[x.layer]);
     return;
   }
   if (!is_taken(options)) return;

@@ -46,7 +46,7 @@ struct AxisTable : Table<AxisLayer> {
 // has blended takes the place of the first sum of its rows, for the mean over all.
 struct AxisBlend {
   void* step;            // float or double, 0-d
-  const void* lr_bound;  // 0-d; null where there is none
+  const void* rates;     // bound and growth; null where there are none
   void* rows;
   void* columns;
   int64_t row_sums;

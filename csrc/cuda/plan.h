@@ -115,11 +115,11 @@ class UpdatePlan {
  public:
   explicit UpdatePlan(Dtype dtype) : dtype_(dtype), products_(dtype) {}
 
-  void add_layer(void* step, void* exp_avg_sq, const void* lr_bound) {
+  void add_layer(void* step, void* exp_avg_sq, const void* rates) {
     LayerSums layer{};
     layer.step = step;
     layer.exp_avg_sq = exp_avg_sq;
-    layer.lr_bound = lr_bound;
+    layer.rates = rates;
     append(layers_, layer);
     ++count_;
   }
@@ -164,8 +164,8 @@ class UpdatePlan {
     // And one block that counts the step.
     const int64_t blends =
         divide_up(x.n, kBlendThreads) + (x.columns ? divide_up(dim, kBlendThreads) : 0) + 1;
-    const AxisBlend blend{layer.step,    layer.lr_bound, x.rows, x.columns,      x.row_sums,
-                          x.column_sums, x.n,            dim,    x.across,       uint32_t(down),
+    const AxisBlend blend{layer.step,    layer.rates, x.rows, x.columns, x.row_sums,
+                          x.column_sums, x.n,         dim,    x.across,  uint32_t(down),
                           x.layer,       0};
     append(blends_, blend, blends);
     if (x.n == 0) return;

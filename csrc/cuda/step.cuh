@@ -54,8 +54,9 @@ __device__ inline W step_element(W param, W direction, W& exp_avg, W& exp_avg_sq
   return param * rates.decayed - rates.rate * average;
 }
 
-__device__ inline double load_number(const void* address, bool is_double) {
-  return is_double ? *static_cast<const double*>(address) : *static_cast<const float*>(address);
+__device__ inline double load_number(const void* address, bool is_double, int at = 0) {
+  return is_double ? static_cast<const double*>(address)[at]
+                   : static_cast<const float*>(address)[at];
 }
 
 // `number` rounded to what memory holds, which is what the other backends go on with.
@@ -77,7 +78,7 @@ __device__ inline double gradient_scale(const FinishOptions& options) {
 
 // A layer counts its step and gets its numbers, `rate` before its scale. One thread comes here;
 // false where the step is not taken.
-__device__ inline bool start_step(void* step, const void* lr_bound, const FinishOptions& options,
+__device__ inline bool start_step(void* step, const void* rates, const FinishOptions& options,
                                   LayerStep& out) {
   out.taken = is_taken(options) ? 1 : 0;
   if (out.taken == 0) return false;
@@ -88,13 +89,14 @@ __device__ inline bool start_step(void* step, const void* lr_bound, const Finish
   out.decayed = 1 - lr * options.weight_decay;
   out.scale = gradient_scale(options);
   out.correction = 1 / (1 - pow(options.decays.beta2, count));
-  double bounded = lr;
-  if (lr_bound) {
-    const double bound = load_number(lr_bound, options.double_lr_bounds);
+  double rate = lr;
+  if (rates) {
+    const double bound = load_number(rates, options.double_rates);
+    rate *= load_number(rates, options.double_rates, 1);
     // A bound that is not a number must reach the parameters.
-    if (!(bound >= lr)) bounded = bound;
+    if (!(bound >= rate)) rate = bound;
   }
-  out.rate = bounded / (1 - pow(options.decays.momentum, count));
+  out.rate = rate / (1 - pow(options.decays.momentum, count));
   return true;
 }
 

@@ -42,13 +42,13 @@ struct FlatArrays {
 class Update {
  public:
   Update(at::TensorList params, at::TensorList gradients, at::TensorList exp_avgs,
-         at::TensorList exp_avg_sqs, const std::optional<Tensor>& lr_bounds, Normalize normalize,
+         at::TensorList exp_avg_sqs, const std::optional<Tensor>& rates, Normalize normalize,
          at::IntArrayRef layer_sizes)
       : params_(params),
         gradients_(gradients),
         exp_avgs_(exp_avgs),
         exp_avg_sqs_(exp_avg_sqs),
-        lr_bounds_(lr_bounds ? lr_bounds->contiguous() : Tensor()),
+        rates_(rates ? rates->contiguous() : Tensor()),
         normalize_(normalize),
         layer_sizes_(layer_sizes),
         type_(params[0].scalar_type()),
@@ -61,7 +61,7 @@ class Update {
     const size_t size = layer_sizes_[layer];
     const bool rms = normalize_ == Normalize::kRms;
     plan_.add_layer(target_of(step), rms ? target_of(exp_avg_sqs_[layer]) : nullptr,
-                    lr_bounds_.defined() ? source_of(lr_bounds_[layer]) : nullptr);
+                    rates_.defined() ? source_of(rates_[layer]) : nullptr);
     const bool by_axis = normalize_ == Normalize::kRow || normalize_ == Normalize::kFactored;
     if (basis && is_tiled(first, size, *basis)) {
       std::optional<Tensor> bias;
@@ -192,7 +192,7 @@ class Update {
   }
 
   at::TensorList params_, gradients_, exp_avgs_, exp_avg_sqs_;
-  Tensor lr_bounds_;  // contiguous, of one element per layer
+  Tensor rates_;  // contiguous, bound and growth of each layer
   Normalize normalize_;
   at::IntArrayRef layer_sizes_;
   at::ScalarType type_, state_type_;
@@ -230,11 +230,11 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
                     double eps, double weight_decay, const std::optional<Tensor>& lr_tensor,
                     const std::optional<Tensor>& grad_scale,
                     const std::optional<Tensor>& found_inf,
-                    const std::optional<Tensor>& lr_bounds) {
+                    const std::optional<Tensor>& rates) {
   if (params.empty()) return;
   const std::vector<size_t> layer_of =
       check_update(params, gradients, exp_avgs, exp_avg_sqs, steps, bases, core_inverses, shifts,
-                   layer_sizes, normalize_name, momentum, lr_bounds);
+                   layer_sizes, normalize_name, momentum, rates);
   advance_versions({params, exp_avgs, exp_avg_sqs, steps});
   check_scalar("lr_tensor", lr_tensor);
   check_scalar("grad_scale", grad_scale);
@@ -262,9 +262,9 @@ void update_layers_(at::TensorList params, at::TensorList gradients, at::TensorL
   }
   options.grad_scale = scalar_address(params[0], grad_scale, options.double_grad_scale);
   options.found_inf = scalar_address(params[0], found_inf, options.double_found_inf);
-  options.double_lr_bounds = lr_bounds && lr_bounds->scalar_type() == at::kDouble;
+  options.double_rates = rates && rates->scalar_type() == at::kDouble;
 
-  Update update(params, gradients, exp_avgs, exp_avg_sqs, lr_bounds, normalize, layer_sizes);
+  Update update(params, gradients, exp_avgs, exp_avg_sqs, rates, normalize, layer_sizes);
   for (size_t i = 0; i < params.size(); i += layer_sizes[layer_of[i]]) {
     const size_t layer = layer_of[i];
     update.add_layer(layer, i, steps[layer], bases.get(layer), core_inverses.get(layer),

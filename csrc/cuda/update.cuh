@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
   if (threadIdx.x != 0) return;
   LayerStep& out = steps[blockIdx.x];
-  if (!start_step(layer.step, layer.lr_bound, options, out)) return;
+  if (!start_step(layer.step, layer.rates, options, out)) return;
   if (options.scale == Scale::kRootMeanSquare) {
     const double mean = layer.numel > 0 ? direction * out.scale * out.scale / layer.numel : 0;
     double v = load_number(layer.exp_avg_sq, options.double_state);

@@ -20,7 +20,7 @@ constexpr int chunk_elements(int bytes) { return bytes > 4 ? kChunkBytes / 32 : 
 // Of one layer, in device memory, by finish_layers_kernel or blend_axes_kernel.
 struct LayerStep {
   double decayed;     // 1 - lr weight_decay
-  double rate;        // lr, as bounded, times the layer's scale over the bias correction
+  double rate;        // lr, grown and bounded, times the layer's scale over the bias correction
   double correction;  // 1 / (1 - beta2^step)
   double scale;       // of the gradients: 1 / grad_scale
   double taken;       // 0 where found_inf says that the step is not taken
@@ -49,7 +49,7 @@ using FlatTable = Table<FlatTensor>;
 struct LayerSums {
   void* step;            // float or double, 0-d
   void* exp_avg_sq;      // of the state's dtype, 0-d, for "rms"
-  const void* lr_bound;  // 0-d; null where there is none
+  const void* rates;     // bound and growth; null where there are none
   int64_t first;         // of its sums of squares
   int64_t count;
   int64_t numel;
@@ -66,7 +66,7 @@ struct FinishOptions {
   bool double_steps;
   bool double_state;
   bool double_lr;
-  bool double_lr_bounds;
+  bool double_rates;
   bool double_grad_scale;
   bool double_found_inf;
   double lr;

@@ -45,45 +45,57 @@ def most_rms(normalize: str, options: Mapping[str, Any]) -> float:
     return max(1.0, float((1 - options["momentum"]) / math.sqrt(1 - options["beta2"])))
 
 
-def bound_rates(layers: Sequence[Layer], sizes: Sequence[Tensor], share: float) -> Tensor:
-    """The most that the learning rate may be in each layer's step, [layers]; by matrix of stacks.
+def bound_rates(
+    layers: Sequence[Layer], sizes: Sequence[Tensor], share: float, growths: Sequence[Tensor]
+) -> Tensor:
+    """The most that the rate of each layer's step may be, and its growth, [layers, 2].
 
-    A layer's weight then moves by max_change of its root mean square at most, but for "sgd" and
-    "none", where what the update has is still to be divided by.
+    Of stacks by matrix of this rank. A layer's weight then moves by max_change of its root mean
+    square at most, but for "sgd" and "none", where what the update has is still to be divided by.
 
     Args:
-        sizes: of the weights, their states' "weight_rms".
+        sizes: of the weights, their states' "weight_rms"; or none.
         share: max_change over `most_rms`.
+        growths: their states' "growth" on this rank; or none.
     """
-    if all(layer.blocks is None for layer in layers):
-        found = torch.stack(list(sizes))
+    here = [size.view(-1)[layer.here] for layer, size in zip(layers, sizes, strict=bool(sizes))]
+    if here and growths and all(layer.blocks is None for layer in layers):
+        # The usual case, in two ops of torch's.
+        pairs = zip(here, growths, strict=True)
+        found = torch.stack([x.view(()) for pair in pairs for x in pair]).view(-1, 2)
+        found[:, 0] *= share
+        return found
+    grown = torch.cat([growth.view(-1) for growth in growths]) if growths else None
+    if grown is None:
+        bounds = torch.cat(here) * share
+        grown = torch.ones_like(bounds)
     else:
-        pairs = zip(layers, sizes, strict=True)
-        found = torch.cat([size.view(-1)[layer.here] for layer, size in pairs])
-    bounds: Tensor = found * share
-    return bounds
+        bounds = torch.cat(here) * share if here else torch.full_like(grown, math.inf)
+    return torch.stack([bounds, grown], 1)
 
 
 def count_held_(
     layers: Sequence[Layer],
     states: Sequence[State],
-    bounds: Tensor,
+    rates: Tensor,
     options: Mapping[str, Any],
     skip: Tensor | None,
 ) -> None:
-    """Blend into each state's "held", in steps that gather, whether lr is above the bound.
+    """Blend into each state's "held", in steps that gather, whether its rate is above the bound.
 
     Of a stack, one number for each matrix.
 
     Args:
-        bounds: by matrix, on this rank.
+        rates: bound and growth by matrix, on this rank.
         skip: 0-d bool; where it is true nothing changes.
     """
     if not any(layer.gathers for layer in layers):
         return
     lr = options["lr"]
-    lr = lr.to(bounds.device, non_blocking=True) if isinstance(lr, Tensor) else lr
-    now = torch.split((bounds < lr).to(bounds.dtype), [layer.matrices_here for layer in layers])
+    lr = lr.to(rates.device, non_blocking=True) if isinstance(lr, Tensor) else lr
+    bounds, growths = rates.unbind(1)
+    above = (bounds < growths * lr).to(rates.dtype)
+    now = torch.split(above, [layer.matrices_here for layer in layers])
     kept: list[Tensor] = []
     for layer, state, held in zip(layers, states, now, strict=True):
         if "held" not in state:
@@ -94,7 +106,7 @@ def count_held_(
     if skip is None:
         torch._foreach_lerp_(kept, now, weight)
     else:
-        weights = torch.where(skip, 0.0, weight).to(bounds.dtype)
+        weights = torch.where(skip, 0.0, weight).to(rates.dtype)
         torch._foreach_lerp_(kept, now, [weights] * len(kept))
 
 

@@ -13,7 +13,7 @@ from gls_fused.apply.fallback import forget_adam
 from gls_fused.apply.spectral import kept_by, normalize_of
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
-from gls_fused.distributed.sharding import everywhere, is_sharded, zeros_beside
+from gls_fused.distributed.sharding import everywhere, is_sharded, rows_here, zeros_beside
 
 # What a layer keeps the mean squares of its directions as: on its weight, for "adam" on each
 # parameter.
@@ -28,6 +28,10 @@ SQUARES: dict[str, tuple[str, ...]] = {
     "sgd": (),
     "none": (),
 }
+
+
+# Those whose steps are scaled by a mean square, which may grow.
+GROWING = ("rms", "row", "factored", "adam")
 
 
 def square_shapes(layer: Layer, group: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
@@ -68,9 +72,13 @@ def fill_layer_states(
     fit = all(key in first and first[key].shape == shape for key, shape in shapes.items())
     normalize, before = normalize_of(layer, first, group), layer.scaled
     layer.scaled = normalize
+    grows = group["max_growth"] is not None and normalize in GROWING
     if "step" in first and not (fit and (normalize == before or _are_written(first, normalize))):
         for state in states:
             forget_adam(state)
+    if not grows or "step" not in first:
+        first.pop("growth", None)
+        first.pop("slow_sq", None)
     if "step" not in first:
         first["step"] = torch.zeros((), dtype=torch.float32, device=device)
         if group["normalize"] != "adam":
@@ -78,6 +86,9 @@ def fill_layer_states(
             if is_sharded(layer.weight) and not layer.stacked and shapes.get("exp_avg_sq"):
                 # One per output, of which each rank updates some.
                 first["exp_avg_sq"] = zeros_beside(layer.weight, (layer.outputs,), dtype)
+    if grows and "growth" not in first:
+        first["growth"], first["slow_sq"] = (zeros_of(layer, layer.stack) for _ in range(2))
+        rows_here(first["growth"]).fill_(1)
     for state in states[1:]:
         # A bias that took Adam's steps while its weight was frozen averaged another quantity.
         if "step" in state:

@@ -5,6 +5,7 @@ To look states up, fill them and sort the layers takes longer than the update of
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
@@ -20,13 +21,22 @@ from gls_fused.apply.spectral import normalize_of
 from gls_fused.capture.layer import Layer
 from gls_fused.capture.marks import Marks
 from gls_fused.curvature.estimate import State
+from gls_fused.distributed.sharding import rows_here
 from gls_fused.host import match_all
 from gls_fused.reference import Inverse
 
 # Elements of layers of 16 bits that take their step together: 8 bytes each while they do.
 MOST_COPIED = 1 << 24
 # The options of a group by which layers are sorted, and their states filled.
-CHOICES = ("normalize", "momentum", "low_precision", "split", "spectral_head", "spectral_share")
+CHOICES = (
+    "normalize",
+    "max_growth",
+    "momentum",
+    "low_precision",
+    "split",
+    "spectral_head",
+    "spectral_share",
+)
 
 Groups = Mapping[Tensor, Mapping[str, Any]]
 
@@ -93,18 +103,23 @@ class Alike:
         self.matrix_sizes = of_each_matrix(layers, self.sizes)
         self._known: list[Inverse | None] = []
         self._inverses: list[Inverse | None] = []
-        self._bounds: Tensor | None = None
-        self._bounds_of: object = None
+        self._rates: Tensor | None = None
+        self._rates_of: object = None
 
-    def bounds(self, options: Mapping[str, Any]) -> Tensor:
-        """See `bound_rates`. Not to be written to."""
-        sizes = [state["weight_rms"] for state in self.firsts]
-        share = options["max_change"] / most_rms(self.normalize, options)
-        made_of = share, [size._version for size in sizes]
+    def rates(self, options: Mapping[str, Any]) -> Tensor | None:
+        """Bound and growth by matrix, [matrices, 2]; None without either. Not to be written to."""
+        share = options["max_change"]
+        sizes = [] if share is None else [state["weight_rms"] for state in self.firsts]
+        growths = [rows_here(state["growth"]) for state in self.firsts if "growth" in state]
+        if not (sizes or growths):
+            return None
+        share = math.inf if share is None else share / most_rms(self.normalize, options)
+        found = sizes + growths
+        made_of = share, [tensor._version for tensor in found]
         # A graph that replays the step on a device makes them anew.
-        if self._bounds is None or not sizes[0].is_cpu or made_of != self._bounds_of:
-            self._bounds, self._bounds_of = bound_rates(self.layers, sizes, share), made_of
-        return self._bounds
+        if self._rates is None or not found[0].is_cpu or made_of != self._rates_of:
+            self._rates, self._rates_of = bound_rates(self.layers, sizes, share, growths), made_of
+        return self._rates
 
     def inverses(self) -> list[Inverse | None]:
         """P by matrix, None where p.grad holds D."""

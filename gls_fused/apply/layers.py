@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gls_fused.apply.apart import Apart
@@ -71,22 +72,21 @@ def _step_together_(
     backend = layers[0].backend
     sharded = layers[0].shards is not None and not layers[0].stacked
     update_ = functools.partial(update_shards_, backend) if sharded else backend.update_layers_
-    how: dict[str, Any] = {"normalize": normalize}
+    rates = alike.rates(options)
+    if rates is not None and options["max_change"] is not None:
+        if normalize in ("sgd", "none"):
+            found = root_mean_squares(
+                gradients, averages, steps.by_matrix, inverses, sizes, options
+            )
+            rates = torch.stack([rates[:, 0] / found, rates[:, 1]], 1)
+        count_held_(layers, alike.firsts, rates, options, skip)
+    how: dict[str, Any] = {"normalize": normalize, "rates": rates}
     if normalize == "spectral":
         update_ = backend.update_spectral_layers_
         if sharded:
             update_ = functools.partial(update_spectral_shards_, backend)
-        how = {"split": options["split"]}
-    lr_bounds = None
-    if options["max_change"] is not None:
-        lr_bounds = alike.bounds(options)
-        if normalize in ("sgd", "none"):
-            lr_bounds = lr_bounds / root_mean_squares(
-                gradients, averages, steps.by_matrix, inverses, sizes, options
-            )
-        count_held_(layers, alike.firsts, lr_bounds, options, skip)
-    if normalize == "spectral":
-        lr_bounds = hold_idle(gradients, sizes, lr_bounds)
+        bounds = None if rates is None else rates[:, 0]
+        how = {"split": options["split"], "lr_bounds": hold_idle(gradients, sizes, bounds)}
     update_(
         written,
         gradients,
@@ -102,7 +102,6 @@ def _step_together_(
         eps=options["eps"],
         weight_decay=options["weight_decay"],
         skip=skip,
-        lr_bounds=lr_bounds,
     )
     write_back_(copied)
     apart.close_(skip)

@@ -275,7 +275,7 @@ def update_layers_(
     eps: float,
     weight_decay: float,
     skip: Tensor | None = None,
-    lr_bounds: Tensor | None = None,
+    rates: Tensor | None = None,
 ) -> None:
     """See `gls_fused.reference.update_layers_`."""
     some = inverses.count(None) < len(inverses)
@@ -283,7 +283,7 @@ def update_layers_(
         reference.update_layers_(
             params, gradients, exp_avgs, exp_avg_sqs, steps, inverses, layer_sizes=layer_sizes,
             normalize=normalize, lr=lr, momentum=momentum, beta2=beta2, eps=eps,
-            weight_decay=weight_decay, skip=skip, lr_bounds=lr_bounds,
+            weight_decay=weight_decay, skip=skip, rates=rates,
         )  # fmt: skip
         return
     parts: Any = (inverses,) * 3
@@ -308,7 +308,7 @@ def update_layers_(
         lr if isinstance(lr, Tensor) else None,
         None,
         None if skip is None else skip.float(),
-        lr_bounds,
+        rates,
     )
 
 

@@ -26,6 +26,7 @@ from gls_fused.reference import (
     layer_directions,
     layer_slices,
     move_layer_,
+    rate_within,
     scales_of_axes,
     squares_by_row,
 )
@@ -178,7 +179,7 @@ def update_shards_(
     eps: float,
     weight_decay: float,
     skip: Tensor | None = None,
-    lr_bounds: Tensor | None = None,
+    rates: Tensor | None = None,
 ) -> None:
     """`reference.update_layers_` for layers that are sharded over the same ranks.
 
@@ -204,7 +205,7 @@ def update_shards_(
         backend.update_layers_(
             params, gradients, exp_avgs, exp_avg_sqs, steps, inverses, layer_sizes=layer_sizes,
             normalize=normalize, lr=lr, momentum=momentum, beta2=beta2, eps=eps,
-            weight_decay=weight_decay, skip=skip, lr_bounds=lr_bounds,
+            weight_decay=weight_decay, skip=skip, rates=rates,
         )  # fmt: skip
         return
     directions = [
@@ -227,7 +228,7 @@ def update_shards_(
     with kept_where(skip, [*params, *exp_avgs, *exp_avg_sqs, *steps]):
         for layer, mine in enumerate(layers):
             steps[layer].add_(1)
-            rate = lr if lr_bounds is None else torch.clamp(lr_bounds[layer], max=lr)
+            rate = lr if rates is None else rate_within(lr, *rates[layer])
             scales: list[Tensor | float]
             if normalize == "factored":
                 rows, columns = exp_avg_sqs[2 * layer : 2 * layer + 2]

@@ -463,16 +463,17 @@ def test_update_layers(backend, normalize, momentum, dtype, lying):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("normalize", NORMALIZE)
-def test_bound_on_the_rate(backend, normalize, dtype):
+def test_bound_and_growth_of_the_rate(backend, normalize, dtype):
     wide = torch.promote_types(dtype, torch.float32)
-    bounds = {"lr_bounds": torch.tensor([0.01, 3.0, 0.02], dtype=wide)}
+    rates = {"rates": torch.tensor([[0.01, 1.5], [3.0, 1.7], [0.02, 1.0]], dtype=wide)}
     found, sought, free = (make_update(dtype, normalize, 0.9, strided=False) for _ in range(3))
-    run_update(backend, {**found, **bounds})
-    run_update(reference, {**sought, **bounds})
+    run_update(backend, {**found, **rates})
+    run_update(reference, {**sought, **rates})
     run_update(reference, free)
     for actual, expected in zip(found["params"], sought["params"], strict=True):
         assert_near(actual, expected, PRODUCT[dtype])
-    assert not torch.equal(sought["params"][0], free["params"][0])
+    # The first layer is bounded, the second grows.
+    assert not any(map(torch.equal, sought["params"][:2], free["params"][:2]))
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)

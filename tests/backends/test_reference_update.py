@@ -217,13 +217,14 @@ def test_norm_of_a_layer():
 
 
 @pytest.mark.parametrize("normalize", ["rms", "row", "factored", "adam", "sgd", "none"])
-def test_bound_on_the_rate_is_a_layers_own(normalize):
-    """It takes the place of a larger lr, in the step and not in the decay."""
+def test_rate_is_a_layers_own(normalize):
+    """Of bound and growth, whichever is less, in the step and not in the decay."""
     runs = []
-    for lr, bounds in ((0.5, [0.1, 2.0, 0.2]), (0.5, None), (0.1, None), (0.2, None)):
+    own = [[0.1, 2.0], [2.0, 1.5], [0.2, 1.0]]
+    for lr, rates in ((0.5, own), (0.75, None), (0.1, None), (0.2, None)):
         params = [randn(*s, seed=i).float() for i, s in enumerate(FLAT_SHAPES)]
         gradients = [randn(*s, seed=i + 20).float() for i, s in enumerate(FLAT_SHAPES)]
-        bounded = {} if bounds is None else {"lr_bounds": torch.tensor(bounds)}
+        bounded = {} if rates is None else {"rates": torch.tensor(rates)}
         options = {"lr": lr, "momentum": 0.9, "weight_decay": 0.1 / lr, **bounded}
         buffers = update_buffers(normalize, 0.9, torch.float32)
         update(params, gradients, buffers, 1, normalize=normalize, **options)

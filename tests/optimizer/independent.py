@@ -141,6 +141,7 @@ class IndependentGLS:
         curvature_every,
         power=1,
         max_change=None,
+        max_growth=None,
         split=1,
         spectral_head=False,
         test_matrix=None,
@@ -153,11 +154,11 @@ class IndependentGLS:
             normalize,
         )
         self.curvature_every, self.power, self.max_change = curvature_every, power, max_change
-        self.split, self.spectral_head = split, spectral_head
+        self.max_growth, self.split, self.spectral_head = max_growth, split, spectral_head
         self.layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
         self.seen = {layer: [] for layer in self.layers}  # (A, G) of every call in this step
         self.sigma, self.p, self.moment, self.square = {}, {}, {}, {}
-        self.column, self.bound = {}, {}
+        self.column, self.bound, self.slow, self.growth = {}, {}, {}, {}
         self.step_count = 0
         for layer in self.layers:
             d = layer.in_features + (layer.bias is not None)
@@ -166,6 +167,7 @@ class IndependentGLS:
             )
             self.moment[layer] = torch.zeros(layer.out_features, d, dtype=torch.float64)
             self.square[layer], self.column[layer], self.bound[layer] = 0.0, 0.0, None
+            self.slow[layer], self.growth[layer] = 0.0, 1.0
             layer.register_forward_hook(self.write_down)
 
     def write_down(self, layer, args, output):
@@ -192,6 +194,21 @@ class IndependentGLS:
                 self.sigma[layer].commit(a, self.beta)
                 self.p[layer] = self.sigma[layer].inverse(self.damping, self.power)
                 self.measure(layer)
+                self.grow(layer, step + 1)
+
+    def grow(self, layer, t):
+        head = layer is self.layers[-1] and not self.spectral_head
+        scaled = self.normalize not in ("sgd", "none", "spectral")
+        if self.max_growth is None or not (scaled or (self.normalize == "spectral" and head)):
+            return
+        square = self.square[layer]
+        if self.normalize == "adam":
+            square = square[:, : layer.in_features]
+        recent = (square.mean() / (1 - self.beta2**t)).item()
+        weight = min(1.0, (1 - 0.999**self.curvature_every) / (1 - 0.999**t))
+        weight = weight if self.slow[layer] else 1.0
+        self.slow[layer] += weight * (recent - self.slow[layer])
+        self.growth[layer] = min(max(1.0, (recent / self.slow[layer]) ** 0.5), self.max_growth)
 
     def measure(self, layer):
         rms = layer.weight.detach().square().mean().sqrt().item()
@@ -227,7 +244,7 @@ class IndependentGLS:
         weight = layer.weight
         if layer.bias is not None:
             weight = torch.cat([layer.weight, layer.bias[:, None]], 1)
-        lr = self.lr
+        lr = self.lr if normalize == "spectral" else self.lr * self.growth[layer]
         if self.max_change is not None:
             bound = self.max_change * self.bound[layer]
             if normalize in ("sgd", "none"):

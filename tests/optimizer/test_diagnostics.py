@@ -102,7 +102,7 @@ def test_root_mean_square_where_it_is_kept(normalize, has, momentum):
 
 
 def test_share_of_lr_that_the_bound_leaves():
-    """max_change times the weight's root mean square, over lr; 1 where that is more."""
+    """max_change times the weight's root mean square, over growth lr; 1 where that is more."""
     for lr, max_change in ((0.5, 0.1), (1e-3, 0.1), (1e-3, None)):
         model = make_net("mlp")
         optimizer = GLS(model, lr=lr, max_change=max_change, curvature_every=1)
@@ -110,7 +110,8 @@ def test_share_of_lr_that_the_bound_leaves():
         for name, values in by_layer(optimizer.diagnostics()).items():
             weight = getattr(model, name).weight.detach()
             rms = max(weight.square().mean().sqrt().item(), (3 * (weight[0].numel() + 1)) ** -0.5)
-            expected = None if max_change is None else pytest.approx(min(1, 0.1 * rms / lr), **NEAR)
+            share = min(1, 0.1 * rms / (lr * values["growth"]))
+            expected = None if max_change is None else pytest.approx(share, **NEAR)
             assert values.get("lr_share") == expected
 
 

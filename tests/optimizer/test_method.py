@@ -22,6 +22,7 @@ DEFAULTS = {
     "normalize": "rms",
     "power": 1,
     "max_change": None,
+    "max_growth": None,
     "curvature_every": 1,
 }
 SITES = {
@@ -52,26 +53,32 @@ def batches(step, micro_batches, rows):
         yield inputs, torch.randn(rows + part, 2, 3, generator=generator, dtype=torch.float64)
 
 
-def train(model, optimizer, micro_batches, rows):
-    for step in range(STEPS):
+def train(model, optimizer, micro_batches, rows, steps=STEPS, grows=1.0):
+    for step in range(steps):
         model.zero_grad()
         for inputs, targets in batches(step, micro_batches, rows):
-            (model(inputs) - targets).square().mean().backward()
+            loss = (model(inputs) - targets).square().mean()
+            (loss * grows**step).backward()
         optimizer.step()
 
 
-def check(options, backend, *, micro_batches=1, rows=6, bias=True, test_matrix=None, **chosen):
+def check(
+    options, backend, *, micro_batches=1, rows=6, bias=True, test_matrix=None, grows=1.0, **chosen
+):
     options = {**DEFAULTS, **options}
     ours = make_model(bias)
     theirs = copy.deepcopy(ours)
     start = copy.deepcopy(ours)
-    train(theirs, IndependentGLS(theirs, test_matrix=test_matrix, **options), micro_batches, rows)
-    train(ours, GLS(ours, backend=backend, **options, **chosen), micro_batches, rows)
+    how = {"micro_batches": micro_batches, "rows": rows, "grows": grows}
+    train(theirs, IndependentGLS(theirs, test_matrix=test_matrix, **options), **how)
+    optimizer = GLS(ours, backend=backend, **options, **chosen)
+    train(ours, optimizer, **how)
     for p, q, before in zip(
         ours.parameters(), theirs.parameters(), start.parameters(), strict=True
     ):
         assert_near(p, q, TRAJECTORY)
         assert relative_error(p, before) > 1e-3
+    return optimizer
 
 
 CURVATURES = {"dense": {"curvature": "dense"}, "whole subspace": {"rank": 100}}
@@ -109,6 +116,25 @@ VARIANTS = {
 @pytest.mark.parametrize("curvature", CURVATURES)
 def test_every_option(backend, curvature, variant):
     check(VARIANTS[variant], backend, **CURVATURES[curvature])
+
+
+GROWTHS = {
+    "below its bound": {"max_growth": 5.0},
+    "at its bound": {"max_growth": 1.2, "curvature_every": 2},
+    "below the layers' bound": {"max_growth": 2.0, "max_change": 0.04},
+}
+
+
+@pytest.mark.parametrize("growth", GROWTHS)
+@pytest.mark.parametrize("normalize", ["rms", "row", "factored", "adam", "spectral"])
+def test_gradients_that_grow(backend, normalize, growth):
+    options = {"normalize": normalize, **GROWTHS[growth]}
+    optimizer = check(options, backend, grows=1.3, curvature="dense")
+    values = optimizer.diagnostics()
+    found = [value for name, value in values.items() if name.endswith("/growth")]
+    # All but those of orthogonal steps, the head's among them.
+    assert len(found) == (1 if normalize == "spectral" else 3)
+    assert all(1.05 < each <= options["max_growth"] for each in found)
 
 
 @pytest.mark.parametrize("site", ["step", "backward"])

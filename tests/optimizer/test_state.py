@@ -75,7 +75,7 @@ def test_state_holds_tensors_and_plain_numbers():
     for group in saved["param_groups"]:
         assert group.pop("params") == list(range(8))
         assert all(isinstance(value, int | float | str | None) for value in group.values())
-        assert group["version"] == 5
+        assert group["version"] == 6
 
 
 def test_state_is_its_own_after_another_normalize_was_chosen():
@@ -148,7 +148,7 @@ def other_normalize(saved):
 
 
 def later_version(saved):
-    saved["param_groups"][0]["version"] = 6
+    saved["param_groups"][0]["version"] = 7
     return saved
 
 
@@ -193,7 +193,7 @@ REFUSED = {
     other_curvature: r"layer 'stem': expected basis \[7, 4\], .*, got gram \[7, 7\], samples",
     other_outputs: r"layer 'head': expected a state of a weight \[3, 8\], got one of \[5, 8\]",
     other_normalize: r"layer 'stem': expected .*exp_avg_sq \[8, 6\], .*got exp_avg_sq_columns",
-    later_version: r"version: expected a state of 0 to 5, got 6",
+    later_version: r"version: expected a state of 0 to 6, got 7",
     of_adam: r"group 0: expected the options of GLS, got none named 'damping'",
     fewer_layers: r"state_dict: expected 8 parameters in group 0, got 4",
     no_core: r"layer 'first': expected basis .*, core \[4, 4\], .*, got basis",
@@ -405,7 +405,7 @@ def test_state_of_version_4_keeps_its_orthogonal_steps():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda saved: saved.update(version=6), "version: expected a state of 0 to 5, got 6"),
+        (lambda saved: saved.update(version=7), "version: expected a state of 0 to 6, got 7"),
         (
             lambda saved: saved["layers"]["first"].update(basis=torch.ones(9, 2)),
             r"layer 'first': expected basis \[9, 4\], got \[9, 2\]",

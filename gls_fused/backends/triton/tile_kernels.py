@@ -131,7 +131,7 @@ def _walk_gradients_kernel(
     NORMALIZE: tl.constexpr,
     MOMENTUM: tl.constexpr,
     LR_TENSOR: tl.constexpr,
-    BOUND: tl.constexpr,
+    RATES: tl.constexpr,
     ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
     BASIS: tl.constexpr,
@@ -203,7 +203,7 @@ def _walk_gradients_kernel(
         tl.store(out + 1, tl.sum((given + b * b).to(tl.float64), axis=0))
         layer = layers + tl.load(line + 18) * LAYER_LINE
         _finish_norm(
-            layer, options, lr, squares, STEP, SQUARE, NORMALIZE, MOMENTUM, LR_TENSOR, BOUND
+            layer, options, lr, squares, STEP, SQUARE, NORMALIZE, MOMENTUM, LR_TENSOR, RATES
         )
 
 
@@ -253,7 +253,7 @@ def _tile_update_kernel(
     NORMALIZE: tl.constexpr,
     MOMENTUM: tl.constexpr,
     LR_TENSOR: tl.constexpr,
-    BOUND: tl.constexpr,
+    RATES: tl.constexpr,
     SUMS: tl.constexpr,
     FORMED: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -332,11 +332,11 @@ def _tile_update_kernel(
         else:
             tl.store(out, tl.sum(tl.sum(d * d, axis=1) + e * e, axis=0))
             _finish_norm(
-                layer, options, lr, squares, STEP, SQUARE, NORMALIZE, MOMENTUM, LR_TENSOR, BOUND
+                layer, options, lr, squares, STEP, SQUARE, NORMALIZE, MOMENTUM, LR_TENSOR, RATES
             )
     else:
         ADAM: tl.constexpr = NORMALIZE == "adam"
-        scales, step = _scales(layer, options, lr, STEP, NORMALIZE, MOMENTUM, LR_TENSOR, BOUND)
+        scales, step = _scales(layer, options, lr, STEP, NORMALIZE, MOMENTUM, LR_TENSOR, RATES)
         bias_scales = scales
         if AXES:
             decay, rate, share, square_share, correction, eps = scales
@@ -374,7 +374,7 @@ def _blend_axes_kernel(
     NORMALIZE: tl.constexpr,
     MOMENTUM: tl.constexpr,
     LR_TENSOR: tl.constexpr,
-    BOUND: tl.constexpr,
+    RATES: tl.constexpr,
     TINY: tl.constexpr,
     WALKED: tl.constexpr,  # whether a row's sum is whole
     BLOCK_N: tl.constexpr,  # of the tiles that the sums are of
@@ -416,7 +416,7 @@ def _blend_axes_kernel(
 
     layer = layers + tl.load(line + 18) * LAYER_LINE
     if is_last(layer + 5, tl.load(layer + 3)):
-        step, rate = _next_step(layer, options, lr, STEP, MOMENTUM, LR_TENSOR, BOUND)
+        step, rate = _next_step(layer, options, lr, STEP, MOMENTUM, LR_TENSOR, RATES)
         correction = 1.0 / (1.0 - tl.exp(step * _option(options, 5)))
         if NORMALIZE == "factored":
             sums = tl.zeros([SUM_SLOTS], dtype=tl.float64)

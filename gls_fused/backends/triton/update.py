@@ -62,7 +62,7 @@ def update_layers_(
     eps: float,
     weight_decay: float,
     skip: Tensor | None = None,
-    lr_bounds: Tensor | None = None,
+    rates: Tensor | None = None,
 ) -> None:
     """See `gls_fused.reference.update_layers_`; without a host synchronisation.
 
@@ -71,7 +71,7 @@ def update_layers_(
         exp_avg_sqs: all of one dtype, but for "adam".
         steps: all of one dtype.
         skip: read on the device, by each program that would write.
-        lr_bounds: read on the device.
+        rates: read on the device.
     Numerics: float32, or float64 where parameters or averages are; the direction is not rounded to
         the gradients' dtype on its way into the update. A dense P, float64 statistics, ranks above
         64 and weights that are not contiguous form D through `precondition_gradient` first;
@@ -83,7 +83,7 @@ def update_layers_(
     if bool(exp_avgs) != bool(momentum):
         raise ValueError(f"exp_avgs: expected exactly with momentum, got momentum {momentum}")
     device = params[0].device
-    bounds = None if lr_bounds is None else lr_bounds.contiguous()
+    rates = None if rates is None else rates.contiguous()
     layers = list(zip(layer_slices(layer_sizes), inverses, strict=True))
     found = [formed_shape(params[mine][:1], inverse) for mine, inverse in layers]
     plan = Plan(normalize, [shape for shape in found if shape is not None])
@@ -101,9 +101,9 @@ def update_layers_(
             inverse,
         )
         square = squares[0].data_ptr() if normalize == "rms" else 0
-        bound = 0 if bounds is None else bounds[layer].data_ptr()
+        rate = 0 if rates is None else rates[layer].data_ptr()
         elements = sum(param.numel() for param in params[mine])
-        layer_lines += [steps[layer].data_ptr(), square, slot, programs, elements, 0, 0, bound, 0]
+        layer_lines += [steps[layer].data_ptr(), square, slot, programs, elements, 0, 0, rate, 0]
 
     sums = plan.empty_sums(device)
     on_device = isinstance(lr, Tensor) and lr.device == device
@@ -128,7 +128,7 @@ def update_layers_(
         "NORMALIZE": normalize,
         "MOMENTUM": bool(exp_avgs),
         "LR_TENSOR": on_device,
-        "BOUND": None if bounds is None else ELEMENTS[bounds.dtype],
+        "RATES": None if rates is None else ELEMENTS[rates.dtype],
         "LAYER_LINE": LAYER_LINE,
     }
     plan.project(device)

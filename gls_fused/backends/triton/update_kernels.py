@@ -37,13 +37,15 @@ def _option(options, at):
 
 @triton.jit
 def _next_step(layer, options, lr, STEP: tl.constexpr, MOMENTUM: tl.constexpr,
-               LR_TENSOR: tl.constexpr, BOUND: tl.constexpr):  # fmt: skip
-    """The layer's count with the step being taken, and min(lr, bound) / (1 - momentum^step)."""
+               LR_TENSOR: tl.constexpr, RATES: tl.constexpr):  # fmt: skip
+    """The layer's count with the step being taken; min(growth lr, bound) / (1 - momentum^step)."""
     step = tl.load(tl.load(layer).to(tl.pointer_type(STEP))).to(tl.float64) + 1.0
     rate = tl.load(lr).to(tl.float64) if LR_TENSOR else _option(options, 0)
-    if BOUND is not None:
-        bound = tl.load(tl.load(layer + 7).to(tl.pointer_type(BOUND))).to(tl.float64)
-        # As clamp does, a NaN stays one.
+    if RATES is not None:
+        own = tl.load(layer + 7).to(tl.pointer_type(RATES))
+        bound = tl.load(own).to(tl.float64)
+        rate = rate * tl.load(own + 1).to(tl.float64)
+        # A bound that is not a number stays one.
         rate = tl.where(bound > rate, rate, bound)
     if MOMENTUM:
         rate = rate / (1.0 - tl.exp(step * _option(options, 3)))
@@ -58,7 +60,7 @@ def _count_step(layer, step, STEP: tl.constexpr):
 @triton.jit
 def _finish_norm(
     layer, options, lr, squares, STEP: tl.constexpr, SQUARE: tl.constexpr,
-    NORMALIZE: tl.constexpr, MOMENTUM: tl.constexpr, LR_TENSOR: tl.constexpr, BOUND: tl.constexpr,
+    NORMALIZE: tl.constexpr, MOMENTUM: tl.constexpr, LR_TENSOR: tl.constexpr, RATES: tl.constexpr,
 ):  # fmt: skip
     """The layer's last program adds the slots, blends v, leaves the rate and counts the step."""
     if is_last(layer + 5, tl.load(layer + 3)):
@@ -72,7 +74,7 @@ def _finish_norm(
             if NORMALIZE == "sgd":
                 gradient += tl.load(at + 1, mask=i < count, other=0.0)
         norm = tl.sum(direction, axis=0)
-        step, rate = _next_step(layer, options, lr, STEP, MOMENTUM, LR_TENSOR, BOUND)
+        step, rate = _next_step(layer, options, lr, STEP, MOMENTUM, LR_TENSOR, RATES)
         if NORMALIZE == "rms":
             average = tl.load(layer + 1).to(tl.pointer_type(SQUARE))
             v = tl.load(average).to(tl.float64)
@@ -92,10 +94,10 @@ def _finish_norm(
 @triton.jit
 def _scales(
     layer, options, lr, STEP: tl.constexpr, NORMALIZE: tl.constexpr, MOMENTUM: tl.constexpr,
-    LR_TENSOR: tl.constexpr, BOUND: tl.constexpr,
+    LR_TENSOR: tl.constexpr, RATES: tl.constexpr,
 ):  # fmt: skip
     """What `_step_elements` multiplies with, float64, and the step being taken."""
-    step, rate = _next_step(layer, options, lr, STEP, MOMENTUM, LR_TENSOR, BOUND)
+    step, rate = _next_step(layer, options, lr, STEP, MOMENTUM, LR_TENSOR, RATES)
     decay = tl.load(lr).to(tl.float64) if LR_TENSOR else _option(options, 0)
     if NORMALIZE != "none" and NORMALIZE != "adam":
         # The norm pass, or what follows it, has counted this step already.
@@ -157,7 +159,7 @@ def _flat_update_kernel(
     NORMALIZE: tl.constexpr,
     MOMENTUM: tl.constexpr,
     LR_TENSOR: tl.constexpr,
-    BOUND: tl.constexpr,  # the type of the rates' bounds, None without
+    RATES: tl.constexpr,  # the type of the layers' bounds and growths, None without
     SUMS: tl.constexpr,
     ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
@@ -192,11 +194,11 @@ def _flat_update_kernel(
             g = tl.load(given + at, mask=mask, other=0.0).to(COMPUTE)
             tl.store(out + 1, tl.sum(g * g, axis=0))
         _finish_norm(
-            layer, options, lr, squares, STEP, SQUARE, NORMALIZE, MOMENTUM, LR_TENSOR, BOUND
+            layer, options, lr, squares, STEP, SQUARE, NORMALIZE, MOMENTUM, LR_TENSOR, RATES
         )
     else:
         ADAM: tl.constexpr = NORMALIZE == "adam"
-        scales, step = _scales(layer, options, lr, STEP, NORMALIZE, MOMENTUM, LR_TENSOR, BOUND)
+        scales, step = _scales(layer, options, lr, STEP, NORMALIZE, MOMENTUM, LR_TENSOR, RATES)
         if not EVEN and first + BLOCK <= count:
             d = tl.load(gradient + at).to(COMPUTE)
             _step_elements(param, exp_avg, exp_avg_sq, d, at, None, scales, MOMENTUM, ADAM)

@@ -75,7 +75,7 @@ class Layer:
     exp_avg_sqs: list
     step: torch.Tensor
     inverse: SubspaceInverse | None
-    lr_bound: torch.Tensor | None = None
+    rates: torch.Tensor | None = None
 
 
 def draw(*shape, dtype):
@@ -126,11 +126,11 @@ def update_by_reference(layers, normalize, momentum, scale=1.0, **options):
     params, averages, squares = flat("params"), flat("exp_avgs"), flat("exp_avg_sqs")
     steps = [layer.step.double().clone() for layer in layers]
     inverses = [x.inverse and SubspaceInverse(*(y.double() for y in x.inverse)) for x in layers]
-    bounds = [x.lr_bound.double() for x in layers if x.lr_bound is not None]
+    rates = [x.rates.double() for x in layers if x.rates is not None]
     reference.update_layers_(
         params, [g * scale for g in flat("gradients")], averages, squares, steps, inverses,
         layer_sizes=[len(layer.params) for layer in layers], normalize=normalize,
-        lr_bounds=torch.stack(bounds) if bounds else None,
+        rates=torch.stack(rates) if rates else None,
         momentum=momentum, **{**OPTIONS, **options},
     )  # fmt: skip
     return params, averages, squares, steps
@@ -152,8 +152,8 @@ def update_in(emulator, memory, layers, normalize, momentum, *, misaligned=None,
         m = [place("exp_avg", x, writable=True) for x in layer.exp_avgs]
         v = [place("exp_avg_sq", x, writable=True) for x in layer.exp_avg_sqs]
         step = memory.copy("step", layer.step, writable=True)
-        bound = None if layer.lr_bound is None else memory.copy("lr_bound", layer.lr_bound)
-        emulator.call("add_layer", step, v[0] if normalize == "rms" else None, bound)
+        rates = None if layer.rates is None else memory.copy("rates", layer.rates)
+        emulator.call("add_layer", step, v[0] if normalize == "rms" else None, rates)
         per_param = v if normalize == "adam" else [None] * len(mine)
         arrays = list(zip(mine, gradients, m or [None] * len(mine), per_param, strict=True))
         tiled = layer.inverse is not None or normalize in AXIS
@@ -183,11 +183,11 @@ def update_in(emulator, memory, layers, normalize, momentum, *, misaligned=None,
         steps.append(step)
     squares_count, axis_count = ctypes.c_int64(), ctypes.c_int64()
     emulator.call("count_sums", ctypes.byref(squares_count), ctypes.byref(axis_count))
-    bounds = [layer.lr_bound for layer in layers if layer.lr_bound is not None]
+    rates = [layer.rates for layer in layers if layer.rates is not None]
     emulator.call(
         "run_update", NORMALIZE[normalize], OPTIONS["lr"] if lr is None else 0.0,
         None if lr is None else memory.copy("lr", lr), lr is not None and lr.dtype != torch.float32,
-        bool(bounds) and bounds[0].dtype == torch.float64, dtype == torch.float64,
+        bool(rates) and rates[0].dtype == torch.float64, dtype == torch.float64,
         None if grad_scale is None else memory.copy("grad_scale", grad_scale),
         None if found_inf is None else memory.copy("found_inf", found_inf), float(momentum),
         OPTIONS["beta2"], OPTIONS["eps"], OPTIONS["weight_decay"],
@@ -265,11 +265,11 @@ def test_a_column_that_is_not_finite(emulator, normalize):
 @pytest.mark.parametrize("momentum", MOMENTA)
 @pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("dtype", [torch.float32, SLOW_DOUBLE])
-def test_a_bound_on_the_rate_of_each_layer(emulator, dtype, normalize, momentum):
-    """Of some below lr and of others above it; the decay is lr's."""
+def test_a_bound_and_a_growth_of_each_layers_rate(emulator, dtype, normalize, momentum):
+    """Bounds below the rate that has grown, and above it; the decay is lr's."""
     layers = make_layers(LAYERS, torch.float32, normalize, momentum)
     for index, layer in enumerate(layers):
-        layer.lr_bound = torch.tensor(0.1 * (index + 1), dtype=dtype)
+        layer.rates = torch.tensor([0.1 * (index + 1), 1 + 0.1 * index], dtype=dtype)
     options = {} if momentum else {"lr": torch.tensor(0.25, dtype=dtype)}
     check(emulator, layers, normalize, momentum, **options)
 

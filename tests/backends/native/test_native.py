@@ -227,7 +227,7 @@ def test_results_of_more_elements_than_32_bits_count():
 
 @pytest.mark.parametrize("normalize", ["rms", "row", "factored", "adam", "sgd", "none"])
 def test_update_of_more_layers_than_fit_in_one_run(normalize):
-    """Each as by itself, with its own bias, inverse, squares and bound."""
+    """Each as by itself, with its own bias, inverse, squares, bound and growth."""
     layers = [((40, 700), 2), ((900, 800), 1), ((700, 900), 2), ((3, 5), 2), ((2048, 513), 1)]
 
     def make():
@@ -248,11 +248,12 @@ def test_update_of_more_layers_than_fit_in_one_run(normalize):
         return {**lists, "steps": [torch.tensor(float(i)) for i in range(len(layers))]}
 
     found, sought = make(), make()
+    bounds, growths = [0.0625, 0.015625, 0.03125, 0.5, 0.125], [1.0, 2.0, 1.5, 1.25, 0.5]
     for backend, arrays in ((native, found), (reference, sought)):
         backend.update_layers_(
             **arrays, layer_sizes=[size for _, size in layers], normalize=normalize, lr=0.125,
             momentum=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01,
-            lr_bounds=torch.tensor([0.125, 0.03125, 0.0625, 1.0, 0.25]) * 0.5,
+            rates=torch.tensor([bounds, growths]).T,
         )  # fmt: skip
     for key in ("params", "exp_avgs", "exp_avg_sqs", "steps"):
         for actual, expected in zip(found[key], sought[key], strict=True):

@@ -94,7 +94,7 @@ def launch_roundings():
 
 
 def launch_updates(
-    dtype, rank, *, momentum=0.9, odd=False, by_columns=False, skip=None, lr_bound=None
+    dtype, rank, *, momentum=0.9, odd=False, by_columns=False, skip=None, rates=None
 ):
     state = torch.promote_types(dtype, torch.float32)
     shapes = [(SIZE, SIZE - odd), (SIZE,)]
@@ -120,7 +120,7 @@ def launch_updates(
                     eps=1e-8,
                     weight_decay=0.1,
                     skip=skip,
-                    lr_bounds=None if lr_bound is None else lr_bound.reshape(1),
+                    rates=rates,
                 )
 
 
@@ -269,7 +269,7 @@ def test_statistics_fit(launches, target, tmp_path):
 
 def test_updates_that_may_be_skipped(launches, tmp_path):
     """The flag is read ahead of all else; with bounds of lr too."""
-    launch_updates(torch.float32, RANK, skip=torch.tensor(False), lr_bound=torch.ones(()))
+    launch_updates(torch.float32, RANK, skip=torch.tensor(False), rates=torch.ones(1, 2))
     monitored = ("_flat_update_kernel", "_tile_update_kernel", "_blend_axes_kernel")
     chosen = [launch for launch in launches if launch.name in monitored]
     assert {launch.name for launch in chosen} == set(monitored)

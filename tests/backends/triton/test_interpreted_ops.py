@@ -663,7 +663,7 @@ def test_update_within_bounds_of_the_rate(normalize, formed):
     options = [make_update(torch.float32, normalize, 0.9, strided=False) for _ in range(2)]
     for option, ops in zip(options, (backend, reference), strict=True):
         option["lr"] = torch.tensor(0.1)
-        option["lr_bounds"] = torch.tensor([0.01, 0.3, 0.0])
+        option["rates"] = torch.tensor([[0.01, 1.0], [0.3, 1.5], [0.0, 2.0]])
         if not formed:
             option["inverses"] = [None] * 3
         run_update(ops, option)
@@ -673,7 +673,7 @@ def test_update_within_bounds_of_the_rate(normalize, formed):
 @not_finite
 def test_update_within_a_bound_that_is_not_a_number():
     option = make_update(torch.float32, "none", 0.9, strided=False)
-    option["lr_bounds"] = torch.tensor([0.01, torch.nan, 0.0])
+    option["rates"] = torch.tensor([[0.01, 2.0], [torch.nan, 2.0], [0.0, 2.0]])
     run_update(backend, option)
     assert option["params"][0].isfinite().all()
     assert option["params"][2].isnan().all()

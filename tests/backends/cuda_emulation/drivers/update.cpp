@@ -31,8 +31,8 @@ EMULATED start_update(Dtype dtype) {
   return guarded([&] { plan = UpdatePlan(dtype); });
 }
 
-EMULATED add_layer(void* step, void* exp_avg_sq, const void* lr_bound) {
-  return guarded([&] { plan.add_layer(step, exp_avg_sq, lr_bound); });
+EMULATED add_layer(void* step, void* exp_avg_sq, const void* rates) {
+  return guarded([&] { plan.add_layer(step, exp_avg_sq, rates); });
 }
 
 // A parameter of the last layer, whose direction is given.
@@ -90,7 +90,7 @@ EMULATED count_sums(int64_t* squares, int64_t* axis_sums) {
 }
 
 EMULATED run_update(Scale scale, double lr, const void* lr_address, bool double_lr,
-                    bool double_lr_bounds, bool double_state, const float* grad_scale,
+                    bool double_rates, bool double_state, const float* grad_scale,
                     const float* found_inf, double momentum, double beta2, double eps,
                     double weight_decay, double* squares, void* axis_sums, LayerStep* steps) {
   return guarded([&] {
@@ -98,7 +98,7 @@ EMULATED run_update(Scale scale, double lr, const void* lr_address, bool double_
     options.scale = scale;
     options.double_state = double_state;
     options.double_lr = double_lr;
-    options.double_lr_bounds = double_lr_bounds;
+    options.double_rates = double_rates;
     options.lr = lr;
     options.weight_decay = weight_decay;
     options.decays = {momentum, beta2, eps};
