@@ -251,6 +251,29 @@ inline void check_measured(at::TensorList weights, at::TensorList results,
   }
 }
 
+inline void check_growths(at::TensorList squares, at::TensorList growths, at::TensorList slows,
+                          at::TensorList steps) {
+  const char* op = "measure_growths_";
+  const size_t layers = squares.size();
+  TORCH_CHECK(growths.size() == layers && slows.size() == layers && steps.size() == layers, op,
+              ": expected ", layers, " growths, slows and steps, got ", growths.size(), ", ",
+              slows.size(), " and ", steps.size());
+  for (size_t i = 0; i < layers; ++i) {
+    const at::ScalarType type = squares[i].scalar_type();
+    TORCH_CHECK(type == at::kFloat || type == at::kDouble, op,
+                ": expected squares of Float or Double, got ", type);
+    for (const at::Tensor& each : {growths[i], slows[i]}) {
+      check_device(op, squares[i], each);
+      TORCH_CHECK(each.dim() == 0 && each.scalar_type() == type, op,
+                  ": expected growths and slows [] of ", type, ", got ", each.sizes(), " of ",
+                  each.scalar_type());
+    }
+    check_device(op, squares[i], steps[i]);
+    TORCH_CHECK(steps[i].numel() == 1, op, ": expected steps of one number, got ",
+                steps[i].sizes());
+  }
+}
+
 // A tensor that is written to element by element.
 inline void check_written(const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) {
   TORCH_CHECK(tensor.sizes() == sizes, "update_layers_: expected ", name, " ", sizes, ", got ",

@@ -105,6 +105,10 @@ TORCH_LIBRARY(gls_fused, m) {
       " Tensor? lr_bounds) -> ()");
   // The root mean square of each weight, at least `least`.
   m.def("measure_weights_(Tensor[] weights, Tensor(a!)[] results, float[] least) -> ()");
+  // How much the mean squares of some layers have grown, over averages of more steps.
+  m.def(
+      "measure_growths_(Tensor[] squares, Tensor(a!)[] growths, Tensor(b!)[] slows, Tensor[] steps,"
+      " float beta2, int every, float most) -> ()");
   m.def("round_params_(Tensor(a!)[] params, Tensor[] values, int[] seeds, Tensor[] steps) -> ()");
   // layer_sizes[i] consecutive params, gradients and exp_avgs belong to layer i, whose inverse is
   // the i-th of bases, core_inverses and shifts; None where gradients holds the directions.

@@ -16,7 +16,6 @@ from typing_extensions import Self
 
 from gls_fused.apply.bounds import measure_weights
 from gls_fused.apply.fallback import adam_, forget_adam
-from gls_fused.apply.growth import measure_growths_
 from gls_fused.apply.kept import Kept
 from gls_fused.apply.layers import step_layers_
 from gls_fused.apply.spectral import MOST_SHARE
@@ -382,7 +381,6 @@ class GLS(torch.optim.Optimizer):
             summed = [layer for layer in layers if layer in sums]
             if summed:
                 preconditioner.commit(summed, self.state, sums, group, skip)
-                measure_growths_(summed, self.state, group, skip)
                 if group["max_change"] is not None:
                     measure_weights(summed, self.state, skip)
             if skip is None or not (skip.is_cpu and skip):

@@ -65,7 +65,7 @@ POLAR_EXPRESS = tuple(
 )
 # Root mean square of a spectral step: three times Adam's, about.
 SPECTRAL_RMS = 0.6
-# Decay of the mean square that `measure_growth` compares with: Adam's.
+# Decay of the mean square that `measure_growths_` compares with: Adam's.
 SLOW_BETA = 0.999
 
 
@@ -854,35 +854,49 @@ def least_norm(matrix: Tensor) -> float:
     return LEAST_RMS * math.sqrt(matrix.shape[-2:].numel())
 
 
-def measure_growth(
-    means: Tensor, slow: Tensor, steps: Tensor, *, beta2: float, every: int, most: float
-) -> tuple[Tensor, Tensor]:
-    """How many times lr the steps of some layers are, where their directions have grown.
+def measure_growths_(
+    squares: Sequence[Tensor],
+    growths: Sequence[Tensor],
+    slows: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    beta2: float,
+    every: int,
+    most: float,
+    skip: Tensor | None = None,
+) -> None:
+    """How many times lr the rates of some layers are, where their directions have grown; in place.
 
         a = mean(v) / (1 - beta2^t),   w = min(1, (1 - b^k) / (1 - b^t)),   b = .999
-        u <- u + w (a - u),   growth = min(max(1, sqrt(a / u)), most)
+        u <- u + w (a - u),   growth <- min(max(1, sqrt(a / u)), most)
 
-    u is the average of a with decay b, bias-corrected, where a is known every k steps; it starts
-    at a.
+    u is the average of a with decay b, bias-corrected, where a is known every k steps. It starts
+    as a, after the layer's first step, and nothing is measured of that.
 
     Args:
-        means: mean(v), [layers].
-        slow: u, [layers]; 0 where there is none yet.
-        steps: t, how many have been taken, [layers].
+        squares: v of each layer, of any shapes.
+        growths: 0-d.
+        slows: u, 0-d; 0 where there is none yet.
+        steps: t, how many have been taken, 0-d.
         every: k.
         most: >= 1.
-    Returns:
-        growth and u.
+        skip: 0-d bool; where it is true nothing changes.
     """
-    dtype = means.dtype
+    sums = torch._foreach_norm([v if v.numel() else v.new_zeros(1) for v in squares], 1)
+    means = torch.stack(torch._foreach_div(sums, [max(1, v.numel()) for v in squares]))
+    dtype, t, before = means.dtype, torch.stack(list(steps)), torch.stack(list(slows))
     tiny = torch.finfo(dtype).tiny
-    recent = means / bias_correction(beta2, steps, dtype).clamp(min=tiny)
+    recent = means / bias_correction(beta2, t, dtype).clamp(min=tiny)
     taken = -math.expm1(every * math.log(SLOW_BETA))
-    weight = taken / bias_correction(SLOW_BETA, steps, dtype)
-    slow = torch.where((weight < 1) & (slow > 0), slow.lerp(recent, weight), recent)
+    weight = taken / bias_correction(SLOW_BETA, t, dtype)
+    slow = torch.where((weight < 1) & (before > 0), before.lerp(recent, weight), recent)
     growth = (recent / slow.clamp(min=tiny)).sqrt()
     # Of mean squares beyond the dtype nothing is known.
-    return growth.nan_to_num(nan=1.0).clamp(1, most), slow
+    growth = growth.nan_to_num(nan=1.0).clamp(1, most)
+    kept = t <= 1 if skip is None else (t <= 1) | skip
+    for results, now in ((growths, growth), (slows, slow)):
+        found = torch.where(kept, torch.stack(list(results)), now)
+        torch._foreach_copy_(list(results), found.unbind())
 
 
 def measure_weights_(

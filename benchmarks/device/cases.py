@@ -81,6 +81,7 @@ def make_cases(shapes: Shapes, device: torch.device) -> Iterator[Case]:
             yield _update(shapes, draw, normalize, formed=formed)
     yield _spectral(shapes, draw)
     yield _measured(shapes, draw)
+    yield _grown(shapes, draw)
     yield _rounded(shapes, draw)
 
 
@@ -364,6 +365,29 @@ def _measured(shapes: Shapes, draw: _Draw) -> Case:
 
     what = f"{len(shapes.layers)} layers"
     return Case("measure_weights_", what, make, FLOAT * count, 2 * count, PRODUCT)
+
+
+def _grown(shapes: Shapes, draw: _Draw) -> Case:
+    """How much the mean squares have grown that `max_growth` multiplies rates by."""
+    count = sum(m for m, _ in shapes.layers)
+
+    def make(dtype: torch.dtype) -> Call:
+        wide = torch.promote_types(dtype, torch.float32)
+        squares = [draw.normal(m, seed=8).square().to(wide) for m, _ in shapes.layers]
+
+        def call(backend: ModuleType) -> Sequence[Tensor]:
+            growths, slows, steps = (_ones([()] * len(squares), draw, wide) for _ in range(3))
+            torch._foreach_mul_(slows, 0.5)
+            torch._foreach_mul_(steps, 31.0)
+            backend.measure_growths_(
+                squares, growths, slows, steps, beta2=0.95, every=10, most=10.0
+            )
+            return [*growths, *slows]
+
+        return call
+
+    what = f"{len(shapes.layers)} layers"
+    return Case("measure_growths_", what, make, FLOAT * count, count, PRODUCT)
 
 
 def _rounded(shapes: Shapes, draw: _Draw) -> Case:

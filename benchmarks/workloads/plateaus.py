@@ -26,7 +26,6 @@ OPTIMIZERS: dict[str, Make] = {
     "Adam": lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr),
     "Adam, beta2 .95": lambda model, lr: torch.optim.Adam(model.parameters(), lr, (0.9, 0.95)),
     "GLS": GLS,
-    "GLS, max_growth 4": lambda model, lr: GLS(model, lr, max_growth=4.0),
     "GLS, no growth": lambda model, lr: GLS(model, lr, max_growth=None),
     "GLS, no growth, beta2 .999": lambda model, lr: GLS(model, lr, max_growth=None, beta2=0.999),
 }
@@ -141,14 +140,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 3e-3])
+    parser.add_argument("--max-growth", type=float, help="of GLS; its default where not given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22])
     options = parser.parse_args()
     torch.set_num_threads(1)
+    optimizers = dict(OPTIMIZERS)
+    if options.max_growth is not None:
+        optimizers["GLS"] = lambda model, lr: GLS(model, lr, max_growth=options.max_growth)
     print(f"| task | lr | {' | '.join(OPTIMIZERS)} |\n{'|---' * (2 + len(OPTIMIZERS))}|")
     for name in options.tasks:
         for lr in options.lr:
             means = []
-            for make in OPTIMIZERS.values():
+            for make in optimizers.values():
                 losses = [train(name, make, lr, seed) for seed in options.seeds]
                 means.append(f"{sum(losses) / len(losses):.4f}")
             print(f"| {name} | {lr} | {' | '.join(means)} |", flush=True)

@@ -55,23 +55,20 @@ def bound_rates(
 
     Args:
         sizes: of the weights, their states' "weight_rms"; or none.
-        share: max_change over `most_rms`.
-        growths: their states' "growth" on this rank; or none.
+        share: max_change over `most_rms`; inf without sizes.
+        growths: of their matrices on this rank; or none.
     """
-    here = [size.view(-1)[layer.here] for layer, size in zip(layers, sizes, strict=bool(sizes))]
-    if here and growths and all(layer.blocks is None for layer in layers):
-        # The usual case, in two ops of torch's.
-        pairs = zip(here, growths, strict=True)
-        found = torch.stack([x.view(()) for pair in pairs for x in pair]).view(-1, 2)
-        found[:, 0] *= share
-        return found
-    grown = torch.cat([growth.view(-1) for growth in growths]) if growths else None
-    if grown is None:
-        bounds = torch.cat(here) * share
-        grown = torch.ones_like(bounds)
-    else:
-        bounds = torch.cat(here) * share if here else torch.full_like(grown, math.inf)
-    return torch.stack([bounds, grown], 1)
+    here: list[Tensor] = []
+    for layer, size in zip(layers, sizes, strict=bool(sizes)):
+        here += [size] if layer.blocks is None else size.view(-1)[layer.here].unbind()
+    if not (here and growths):
+        ones = [(here or growths)[0].new_ones(())] * max(len(here), len(growths))
+        here, growths = here or ones, growths or ones
+    # Two ops of torch's, however many layers.
+    own = [number for pair in zip(here, growths, strict=True) for number in pair]
+    found = torch.stack(own).view(-1, 2)
+    found[:, 0].mul_(share)
+    return found
 
 
 def count_held_(

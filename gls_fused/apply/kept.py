@@ -57,6 +57,7 @@ class Alike:
         counts: how many mean squares each layer has.
         averages: m of the parameters; none without momentum.
         squares: v, and whatever else the layers are scaled by.
+        growths, slows: what `max_growth` keeps, by matrix of this rank; or none.
         steps: steps taken, 0-d, by layer.
         steps_of_params: the same, by parameter.
         matrix_sizes: `sizes`, by matrix of this rank.
@@ -97,6 +98,10 @@ class Alike:
         holders = self.states if by_param else self.firsts
         self.squares = [state[key] for state in holders for key in keys]
         self.averages = [s["exp_avg"] for s in self.states] if options["momentum"] else []
+        self.growths, self.slows = (
+            [number for state in self.firsts if key in state for number in _numbers(state[key])]
+            for key in ("growth", "slow_sq")
+        )
         self.steps = [state["step"] for state in self.firsts]
         pairs = zip(self.steps, self.sizes, strict=True)
         self.steps_of_params = [step for step, size in pairs for _ in range(size)]
@@ -110,15 +115,15 @@ class Alike:
         """Bound and growth by matrix, [matrices, 2]; None without either. Not to be written to."""
         share = options["max_change"]
         sizes = [] if share is None else [state["weight_rms"] for state in self.firsts]
-        growths = [rows_here(state["growth"]) for state in self.firsts if "growth" in state]
-        if not (sizes or growths):
+        if not (sizes or self.growths):
             return None
         share = math.inf if share is None else share / most_rms(self.normalize, options)
-        found = sizes + growths
+        found = sizes + self.growths
         made_of = share, [tensor._version for tensor in found]
         # A graph that replays the step on a device makes them anew.
         if self._rates is None or not found[0].is_cpu or made_of != self._rates_of:
-            self._rates, self._rates_of = bound_rates(self.layers, sizes, share, growths), made_of
+            self._rates = bound_rates(self.layers, sizes, share, self.growths)
+            self._rates_of = made_of
         return self._rates
 
     def inverses(self) -> list[Inverse | None]:
@@ -197,6 +202,11 @@ class Kept:
             ]
             self._layers, self._made_for = layers, made_for
         return self._found
+
+
+def _numbers(tensor: Tensor) -> Sequence[Tensor]:
+    """Those of a layer's matrices on this rank, 0-d."""
+    return rows_here(tensor).view(-1).unbind() if tensor.ndim else [tensor]
 
 
 def _sort(

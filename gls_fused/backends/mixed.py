@@ -34,6 +34,7 @@ __all__ = [
     "invert_core",
     "invert_cores",
     "invert_gram",
+    "measure_growths_",
     "measure_weights_",
     "orthogonal_updates",
     "precondition_gradient",
@@ -62,8 +63,8 @@ commits = _chosen("commit_subspaces_").commits
 commit_subspaces_ = _chosen("commit_subspaces_").commit_subspaces_
 update_layers_ = _chosen("update_layers_").update_layers_
 TAKES_OTHERS = _chosen("update_layers_").TAKES_OTHERS
-# The C++ kernels have none: there it is a few of torch's ops.
-measure_weights_ = triton.measure_weights_
+# The C++ kernels have none of these: there they are a few of torch's ops.
+measure_weights_, measure_growths_ = triton.measure_weights_, triton.measure_growths_
 # A launch of either.
 round_params_ = triton.round_params_
 orthogonal_updates = _chosen("orthogonal_updates").orthogonal_updates

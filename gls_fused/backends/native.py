@@ -49,6 +49,7 @@ __all__ = [
     "invert_core",
     "invert_cores",
     "invert_gram",
+    "measure_growths_",
     "measure_weights_",
     "orthogonal_updates",
     "precondition_gradient",
@@ -338,6 +339,26 @@ def measure_weights_(
         torch._foreach_copy_(kept, found)
 
 
+def measure_growths_(
+    squares: Sequence[Tensor],
+    growths: Sequence[Tensor],
+    slows: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    beta2: float,
+    every: int,
+    most: float,
+    skip: Tensor | None = None,
+) -> None:
+    """See `gls_fused.reference.measure_growths_`; on CUDA that."""
+    if not squares[0].is_cpu:
+        reference.measure_growths_(
+            squares, growths, slows, steps, beta2=beta2, every=every, most=most, skip=skip
+        )
+    elif skip is None or not skip:
+        _ops.measure_growths_(squares, growths, slows, steps, beta2, every, most)
+
+
 def round_params_(
     params: Sequence[Tensor],
     values: Sequence[Tensor],
@@ -507,6 +528,12 @@ def _(*args: Any) -> None:
 @torch.library.register_fake("gls_fused::measure_weights_")
 def _(weights: list[Tensor], results: list[Tensor], least: list[float]) -> None:
     _check_device("measure_weights_", *weights, *results)
+
+
+@torch.library.register_fake("gls_fused::measure_growths_")
+def _(*args: Any) -> None:
+    # squares to steps.
+    _check_device("measure_growths_", *itertools.chain(*args[:4]))
 
 
 @torch.library.register_fake("gls_fused::add_sketch_")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from gls_fused import GLS, reference
+from gls_fused import GLS
+from gls_fused.backends.dispatch import resolve_backend
 
 # Of every step, so that they differ from 1.
 OPTIONS = {"curvature_every": 1, "beta2": 0.5, "max_growth": 3.0, "rank": 3, "normalize": "row"}
@@ -31,60 +32,87 @@ def growths(optimizer):
     return torch.cat([each.reshape(-1) for each in found])
 
 
-def measure(means, every=1, beta2=0.0, most=100.0):
-    """Growth and u after each of some means, one layer's."""
-    slow, found = torch.zeros(1, dtype=torch.float64), []
+def measure(
+    means, every=1, beta2=0.0, most=100.0, first=None, dtype=torch.float64, name="reference"
+):
+    """Growth and u after each of some means, one layer's, from the step after its first."""
+    growth, slow = torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype)
+    found = []
     for index, mean in enumerate(means):
-        # Layers start in a step that gathers, and are measured from the next one on.
-        step = torch.tensor([1.0 + every * (index + (every > 1))])
-        mean = torch.tensor([mean], dtype=torch.float64)
-        growth, slow = reference.measure_growth(
-            mean, slow, step, beta2=beta2, every=every, most=most
-        )
+        step = torch.tensor(1.0 + every * (index + 1) if first is None else first + index * every)
+        resolve_backend(name, ["cpu"]).measure_growths_(
+            [torch.tensor(mean, dtype=dtype)], [growth], [slow], [step],
+            beta2=beta2, every=every, most=most,
+        )  # fmt: skip
         found.append((growth.item(), slow.item()))
     return found
 
 
 @pytest.mark.parametrize("every", [1, 10])
-def test_growth_is_over_the_average_that_adam_has(every):
+def test_growth_is_over_the_average_that_adam_has(backend, every):
     means = [2.0**index for index in range(12)]
     adam, weight = 0.0, 0.0
-    for mean, (growth, slow) in zip(means, measure(means, every), strict=True):
+    for mean, (growth, slow) in zip(means, measure(means, every, name=backend), strict=True):
         kept = 0.999**every
         adam, weight = kept * adam + (1 - kept) * mean, kept * weight + (1 - kept)
-        if every == 1:
-            assert slow == pytest.approx(adam / weight, rel=1e-5)
-        # The first mean is that of step 11, and counts a little more.
-        assert slow == pytest.approx(adam / weight, rel=0.05)
+        # The mean of the layer's first step is missing, so that the next one counts more.
+        assert slow == pytest.approx(adam / weight, rel=0.05 if every > 1 else 0.3)
         assert growth == pytest.approx((mean / slow) ** 0.5, rel=1e-6)
 
 
-def test_growth_is_that_of_a_corrected_mean_and_within_its_range():
+def test_growth_is_that_of_a_corrected_mean_and_within_its_range(backend):
     # Averages of ones that began at zero.
-    averages = [1 - 0.95 ** (step + 1) for step in range(30)]
-    assert measure(averages, beta2=0.95) == [pytest.approx((1, 1), rel=1e-5)] * 30
-    assert {growth for growth, _ in measure([4.0, 2.0, 1.0])} == {1.0}
-    assert measure([1.0, 100.0], most=1.25)[-1][0] == 1.25
+    averages = [1 - 0.95**step for step in range(2, 30)]
+    found = measure(averages, beta2=0.95, name=backend)
+    assert found == [pytest.approx((1, 1), rel=1e-5)] * 28
+    assert {growth for growth, _ in measure([4.0, 2.0, 1.0], name=backend)} == {1.0}
+    assert measure([1.0, 100.0], most=1.25, name=backend)[-1][0] == 1.25
 
 
-@pytest.mark.parametrize("mean", [0.0, 1e-320, float("inf")])
-def test_growth_of_means_beyond_the_dtype(mean):
-    means = [1.0, mean, mean]
-    assert all(1 <= growth <= 100 for growth, _ in measure(means))
-    assert [growth for growth, _ in measure([mean, mean])] == [1.0, 1.0]
-    # A layer that has taken no step.
-    growth, slow = reference.measure_growth(
-        torch.zeros(1), torch.zeros(1), torch.zeros(1), beta2=0.9, every=10, most=2.0
+@pytest.mark.parametrize("mean", [0.0, 1e-320, 1e-40, float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_growth_of_means_beyond_the_dtype(backend, dtype, mean):
+    for means in ([1.0, mean, mean], [mean, mean]):
+        found = measure(means, dtype=dtype, name=backend)
+        assert all(1 <= growth <= 100 for growth, _ in found)
+    assert [growth for growth, _ in found] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("step", [0.0, 1.0])
+def test_first_step_of_a_layer_is_not_measured(backend, step):
+    assert measure([3.0], first=step, name=backend) == [(1, 0)]
+
+
+def test_growth_of_a_layer_that_has_grown_before_it_is_known(backend):
+    """As of a state of an earlier version, or where max_growth is set later: u starts as a."""
+    assert measure([1.0], every=10, first=5000.0, name=backend) == [(1, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_growth_of_layers_of_any_shape(backend, dtype):
+    """As the reference's; none where `skip` is true."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.rand(shape, generator=generator, dtype=dtype)
+
+    squares = [draw(70), draw(13, 40).T, draw(2, 3, 5, 5).to(memory_format=torch.channels_last)]
+    squares += [draw(), draw(0, 4), draw(90)[::3]]
+    steps = [torch.tensor(float(2 + 30 * i)) for i in range(len(squares))]
+    found, sought, kept = (
+        [[draw() * 0 + 1.5 for _ in squares], [torch.full((), 0.1, dtype=dtype) for _ in squares]]
+        for _ in range(3)
     )
-    assert (growth.item(), slow.item()) == (1, 0)
-
-
-def test_growth_of_a_layer_that_has_grown_before_it_is_known():
-    """As of a state of an earlier version, or where max_growth is set later: u starts at a."""
-    growth, slow = reference.measure_growth(
-        torch.ones(1), torch.zeros(1), torch.tensor([5000.0]), beta2=0.9, every=10, most=2.0
+    options = {"beta2": 0.9, "every": 10, "most": 1.9}
+    for name, results in ((backend, found), ("reference", sought)):
+        resolve_backend(name, ["cpu"]).measure_growths_(squares, *results, steps, **options)
+    resolve_backend(backend, ["cpu"]).measure_growths_(
+        squares, *kept, steps, **options, skip=torch.tensor(True)
     )
-    assert (growth.item(), slow.item()) == (1, 1)
+    for numbers, expected in zip(found, sought, strict=True):
+        torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=1e-7)
+    assert len({growth.item() for growth in found[0]}) > 3
+    assert kept[0] == [1.5] * len(squares)
 
 
 def test_none_leaves_the_rate_alone(backend):

@@ -29,7 +29,7 @@ from ranks import (
     uneven,
     whole,
 )
-from tolerances import PRODUCT, assert_near
+from tolerances import PRODUCT, SAME_STEPS, assert_near
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -186,14 +186,24 @@ def sizes_of(kind):
     return uneven() if kind in (*DIMENSIONS, "upsampling") else [2 * size for size in uneven()]
 
 
+def assert_same_growth(optimizer, reference):
+    both = zip(optimizer.state.values(), reference.state.values(), strict=True)
+    for state, expected in both:
+        for key in {"growth", "slow_sq"} & expected.keys():
+            assert (expected["slow_sq"] > 0).any()
+            assert_near(whole(state[key]), expected[key], SAME_STEPS)
+
+
 def check_equals_one_process(kind, options, **policy):
     expected, model, sizes = make(kind), sharded(make(kind), **policy), sizes_of(kind)
     alike = dict.fromkeys(("uneven", "masked", "casting", *RECURRENT, *NORMS), "mlp")
     data = {**alike, "upsampling": "conv1d"}.get(kind, kind)
-    train_on_all(expected, GLS(expected, **options, process_group=alone()), data, sum(sizes))
+    reference = GLS(expected, **options, process_group=alone())
+    train_on_all(expected, reference, data, sum(sizes))
     optimizer = GLS(model, **options)
     train_on_part(model, optimizer, data, sizes)
     assert_same_weights(model, expected)
+    assert_same_growth(optimizer, reference)
     assert_one_preconditioner(optimizer.state.values())
     assert "no rows yet" not in optimizer.report()
     assert "Adam (its" not in optimizer.report()
@@ -518,8 +528,8 @@ def communication_is_counted():
             with Traffic() as traffic:
                 optimizer.step()
             found = sums + (2 if step == 0 else 0)
-            # Of growth, in steps that gather but for the one that the layers start in.
-            means = [2] if step and normalize in ("row", "factored", "adam") else []
+            # Of growth, in steps that gather.
+            means = [2] if normalize in ("row", "factored", "adam") else []
             gathered = ([], []) if step % 3 else ([found], means)
             assert traffic.reduced == gathered[0] + norms + gathered[1], traffic.reduced
             assert bool(traffic.others) == (step == 0), traffic.others

@@ -54,6 +54,10 @@ def valid_arguments(op):
             "weights": [ones(2, 3), ones(4, dtype=torch.bfloat16)], "results": [ones(), ones()],
             "least": [0.1, 0.2],
         },
+        "measure_growths_": {
+            "squares": [ones(3), ones()], "growths": [ones(), ones()], "slows": [ones(), ones()],
+            "steps": [ones(), ones()], "beta2": 0.9, "every": 10, "most": 2.0,
+        },
         "refresh_subspace": {"core": torch.eye(2), "sketch": torch.eye(4)[:, :2]},
         "invert_core": {"core": torch.eye(2), "trace": ones(), "dim": 4, "damping": 0.1},
         "orthogonalize_each": {

@@ -279,6 +279,7 @@ def test_parameter_of_more_elements_than_32_bits_count():
         "move_weights_",
         "commit_subspaces_",
         "measure_weights_",
+        "measure_growths_",
     ],
 )
 def test_ops_that_the_cpu_alone_has_are_proper_torch_ops(op):

@@ -18,6 +18,7 @@ from gls_fused.backends.triton import (
     blend,
     commit,
     core,
+    growth,
     measure,
     rounding,
     rows,
@@ -28,7 +29,8 @@ from gls_fused.backends.triton import (
 )
 
 MODULES = (
-    *(rows, sketch, blend, commit, core, measure, rounding, subspace, symmetric, update_plan),
+    *(rows, sketch, blend, commit, core, growth, measure, rounding),
+    *(subspace, symmetric, update_plan),
 )
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -87,6 +87,16 @@ def launch_measures():
         backend.measure_weights_([weight, weight], [result, result], [0.1, 0.2])
 
 
+def launch_growths():
+    """Of layers with a number for each output, and with one."""
+    for kind in (torch.float32, torch.float64):
+        growths = [torch.ones(()) for _ in range(4)]
+        steps = [torch.ones((), dtype=kind)] * 2
+        options = {"beta2": 0.95, "every": 10, "most": 2.0, "skip": torch.tensor(False)}
+        squares = [torch.zeros(SIZE), torch.zeros(())]
+        backend.measure_growths_(squares, growths[:2], growths[2:], steps, **options)
+
+
 def launch_roundings():
     for dtype, kind in ((torch.bfloat16, torch.float32), (torch.float16, torch.float64)):
         param, value = torch.zeros(SIZE, SIZE, dtype=dtype), torch.zeros(SIZE, SIZE)
@@ -263,7 +273,9 @@ def test_symmetric_products(launches, target, dtype, tmp_path):
 def test_statistics_fit(launches, target, tmp_path):
     launch_statistics(RANK)
     launch_statistics(configs.MAX_CORE_RANK)
-    assert {launch.name for launch in launches} >= {"_blend_kernel", "_sweep_core_kernel"}
+    launch_growths()
+    names = {"_blend_kernel", "_sweep_core_kernel", "_growth_kernel"}
+    assert {launch.name for launch in launches} >= names
     check(launches, target, tmp_path)
 
 

@@ -286,6 +286,42 @@ def test_commit_of_all_layers_at_once(monkeypatch, counts, power):
     assert len(launches) == 3
 
 
+@not_finite
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_growths_are_measured_at_once(monkeypatch, dtype):
+    """One launch for several blocks, an empty layer, and numbers beyond the dtype."""
+    launches = record_launches(monkeypatch, backend.growth)
+    squares = [draw(*shape, dtype=dtype).square() for shape in [(1500,), (13,), (0, 4)]]
+    squares.append(squares[1].mean())
+    squares += [torch.full((7,), value, dtype=dtype) for value in (torch.inf, torch.nan, 0.0)]
+    squares.append(draw(90, dtype=dtype).square()[::3])
+    steps = [torch.tensor(float(1 + 30 * i)) for i in range(len(squares))]
+    for skip in (torch.tensor(True), torch.tensor(False), None):
+        found, sought = (
+            [[torch.full((), x, dtype=dtype) for _ in squares] for x in (1.5, 0.1)]
+            for _ in range(2)
+        )
+        for ops, numbers in ((backend, found), (reference, sought)):
+            ops.measure_growths_(
+                squares, *numbers, steps, beta2=0.95, every=10, most=1.9, skip=skip
+            )
+        for numbers, expected in zip(found, sought, strict=True):
+            torch.testing.assert_close(
+                numbers, expected, rtol=SAME_GROWTH[dtype], atol=0, equal_nan=True
+            )
+    assert len(launches) == 3
+    # More than a program adds.
+    many = [torch.ones(backend.growth.MOST_SQUARES + 1)]
+    numbers = [[torch.zeros(())] for _ in range(2)]
+    backend.measure_growths_(many, *numbers, [steps[1]], beta2=0.0, every=10, most=1.9)
+    assert numbers == [[1.0], [1.0]]
+    assert len(launches) == 3
+
+
+# The reference rounds each number of float32.
+SAME_GROWTH = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
 def test_weights_are_measured_at_once(monkeypatch):
     """One launch for several blocks and an empty one; where the flag says so none is written."""
     launches = record_launches(monkeypatch, backend.measure)

@@ -128,7 +128,7 @@ class CountedOps(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layers", [2, 4])
 def test_launches_of_a_step(monkeypatch, layers, dtype):
-    """Of layers of two ranks and a norm: four, and two a layer and four more where it gathers.
+    """Of layers of two ranks and a norm: four, and two a layer and five more where it gathers.
 
     In 16 bits layers and norm are copied and rounded, which is three more of each.
     """
@@ -158,17 +158,17 @@ def test_launches_of_a_step(monkeypatch, layers, dtype):
         for alike in itertools.chain.from_iterable(
             k._found for k in optimizer._followed.kept.values()
         ):
-            alike._bounds = None
+            alike._rates = None
         with CountedOps() as ops:
             optimizer.step()
         counts.append((gathered, len(launches) - gathered, ops.names))
-    # Torch's two make the bounds of the layers' rates; three more count where they hold.
-    bounds, held = ["stack", "mul"], ["lt", "_to_copy", "_foreach_lerp_"]
+    # Torch's two make the bounds of the layers' rates; four more count where they hold.
+    bounds, held = ["stack", "mul_"], ["mul", "lt", "_to_copy", "_foreach_lerp_"]
     low = dtype == torch.bfloat16
     # Of parameters and of gradients; roundings are launches of ours.
     copies = ["_foreach_copy_"] * 2 * low
     assert counts[3] == (0, 4 + 2 * low, [*copies, *bounds, *copies])
-    assert counts[4] == (2 * layers, 8 + 2 * low, [*copies, *bounds, *held, *copies])
+    assert counts[4] == (2 * layers, 9 + 2 * low, [*copies, *bounds, *held, *copies])
 
 
 def test_ops_have_the_reference_signatures():
