@@ -24,6 +24,16 @@ def test_gradients_grow_but_for_one_task(name):
     assert (growth > 2) == (name != "regression")
 
 
+@pytest.mark.parametrize("name", ["parity", "graph"])
+def test_growth_makes_up_for_the_short_memory(name):
+    """Without it GLS is behind Adam at Adam's rate."""
+    adam, gls, without = (
+        plateaus.train(name, plateaus.OPTIMIZERS[each], 1e-3, seed=23)
+        for each in ("Adam", "GLS", "GLS, no growth")
+    )
+    assert gls < adam < without
+
+
 def test_table(monkeypatch, capsys):
     tasks = {name: (build, 20) for name, (build, _) in plateaus.TASKS.items()}
     monkeypatch.setattr(plateaus, "TASKS", tasks)
