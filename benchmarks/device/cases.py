@@ -297,10 +297,13 @@ def _update(shapes: Shapes, draw: _Draw, normalize: str, *, formed: bool) -> Cas
         squares = _ones(of_squares.get(normalize, []), draw, dtype)
         steps = _ones([()] * len(layers), draw, torch.float32)
         inverses = [draw.inverse(k + 1, dtype) if formed else None for _, k in layers]
+        # A growth of a half, and a bound above that.
+        rates = _ones([(len(layers), 2)], draw, dtype)[0]
+        rates[:, 1] = 1.5
 
         def call(backend: ModuleType) -> Sequence[Tensor]:
             backend.update_layers_(
-                params, gradients, averages, squares, steps, inverses,
+                params, gradients, averages, squares, steps, inverses, rates=rates,
                 layer_sizes=[2] * len(layers), normalize=normalize, momentum=0.9, **UPDATE,
             )  # fmt: skip
             return [*params, *averages, *squares]
