@@ -67,14 +67,13 @@ void measure_weights_(at::TensorList weights, at::TensorList results, at::ArrayR
   }
 }
 
-// Decay of the averages that are compared with.
+// Decay of the averages that are compared with; SLOW_BETA of the reference.
 constexpr double kSlowBeta = 0.999;
 
 // The mean of mean squares: of one number, of one for each output or, for "adam", for each element.
 template <typename T>
 double mean_of(const Tensor& squares) {
-  const Tensor flat =
-      squares.is_non_overlapping_and_dense() ? squares : squares.contiguous();
+  const Tensor flat = squares.is_non_overlapping_and_dense() ? squares : squares.contiguous();
   const T* from = flat.const_data_ptr<T>();
   const int64_t count = flat.numel();
   // Lanes that one instruction adds to.

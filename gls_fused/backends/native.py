@@ -350,7 +350,7 @@ def measure_growths_(
     most: float,
     skip: Tensor | None = None,
 ) -> None:
-    """See `gls_fused.reference.measure_growths_`; on CUDA that."""
+    """See `gls_fused.reference.measure_growths_`, which is what runs on CUDA."""
     if not squares[0].is_cpu:
         reference.measure_growths_(
             squares, growths, slows, steps, beta2=beta2, every=every, most=most, skip=skip

@@ -189,9 +189,11 @@ def sizes_of(kind):
 def assert_same_growth(optimizer, reference):
     both = zip(optimizer.state.values(), reference.state.values(), strict=True)
     for state, expected in both:
-        for key in {"growth", "slow_sq"} & expected.keys():
-            assert (expected["slow_sq"] > 0).any()
-            assert_near(whole(state[key]), expected[key], SAME_STEPS)
+        # In one order on all ranks, as a sharded tensor is asked of all.
+        for key in ("slow_sq", "growth"):
+            if key in expected:
+                assert (expected["slow_sq"] > 0).any()
+                assert_near(whole(state[key]), expected[key], SAME_STEPS)
 
 
 def check_equals_one_process(kind, options, **policy):
