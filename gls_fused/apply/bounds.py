@@ -56,16 +56,13 @@ def bound_rates(
     Args:
         sizes: of the weights, their states' "weight_rms"; or none.
         share: max_change over `most_rms`; inf without sizes.
-        growths: of their matrices on this rank; or none.
+        growths: of their matrices on this rank, at least 1.
     """
     here: list[Tensor] = []
     for layer, size in zip(layers, sizes, strict=bool(sizes)):
         here += [size] if layer.blocks is None else size.view(-1)[layer.here].unbind()
-    if not (here and growths):
-        ones = [(here or growths)[0].new_ones(())] * max(len(here), len(growths))
-        here, growths = here or ones, growths or ones
-    # Two ops of torch's, however many layers.
-    own = [number for pair in zip(here, growths, strict=True) for number in pair]
+    # Two ops of torch's, however many layers. Without sizes any number stands for them.
+    own = [number for pair in zip(here or growths, growths, strict=True) for number in pair]
     found = torch.stack(own).view(-1, 2)
     found[:, 0].mul_(share)
     return found

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gls_fused.apply.bounds import bound_rates, most_rms
@@ -57,7 +58,8 @@ class Alike:
         counts: how many mean squares each layer has.
         averages: m of the parameters; none without momentum.
         squares: v, and whatever else the layers are scaled by.
-        growths, slows: what `max_growth` keeps, by matrix of this rank; or none.
+        growths: how many times lr the rates are, by matrix of this rank.
+        slows: what `max_growth` keeps beside these; none where it has no part.
         steps: steps taken, 0-d, by layer.
         steps_of_params: the same, by parameter.
         matrix_sizes: `sizes`, by matrix of this rank.
@@ -106,16 +108,23 @@ class Alike:
         pairs = zip(self.steps, self.sizes, strict=True)
         self.steps_of_params = [step for step, size in pairs for _ in range(size)]
         self.matrix_sizes = of_each_matrix(layers, self.sizes)
+        if not self.slows:
+            first = layers[0]
+            one = torch.ones((), dtype=first.statistics_dtype, device=first.weight.device)
+            self.growths = [one] * len(self.matrix_sizes)
         self._known: list[Inverse | None] = []
         self._inverses: list[Inverse | None] = []
         self._rates: Tensor | None = None
         self._rates_of: object = None
 
     def rates(self, options: Mapping[str, Any]) -> Tensor | None:
-        """Bound and growth by matrix, [matrices, 2]; None without either. Not to be written to."""
+        """Bound and growth by matrix, [matrices, 2]; None where lr is neither bounded nor grows.
+
+        Not to be written to.
+        """
         share = options["max_change"]
         sizes = [] if share is None else [state["weight_rms"] for state in self.firsts]
-        if not (sizes or self.growths):
+        if not (sizes or self.slows):
             return None
         share = math.inf if share is None else share / most_rms(self.normalize, options)
         found = sizes + self.growths

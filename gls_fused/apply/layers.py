@@ -107,7 +107,7 @@ def _step_together_(
         skip=skip,
     )
     # The group counts this step when all have been taken.
-    if alike.growths and options["step"] % options["curvature_every"] == 0:
+    if alike.slows and options["step"] % options["curvature_every"] == 0:
         each = len(SQUARES[normalize])
         firsts = layer_slices(sizes if normalize == "adam" else [each] * len(sizes))
         means_of = [squares[mine.start] for mine in firsts]

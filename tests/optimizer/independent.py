@@ -196,10 +196,12 @@ class IndependentGLS:
                 self.measure(layer)
                 self.grow(layer, step + 1)
 
-    def grow(self, layer, t):
+    def scale_of(self, layer):
         head = layer is self.layers[-1] and not self.spectral_head
-        scaled = self.normalize not in ("sgd", "none", "spectral")
-        if self.max_growth is None or not (scaled or (self.normalize == "spectral" and head)):
+        return "factored" if self.normalize == "spectral" and head else self.normalize
+
+    def grow(self, layer, t):
+        if self.max_growth is None or self.scale_of(layer) in ("sgd", "none", "spectral"):
             return
         square = self.square[layer]
         if self.normalize == "adam":
@@ -216,9 +218,7 @@ class IndependentGLS:
 
     @torch.no_grad()
     def move(self, layer, gradient, p, t):
-        direction, normalize = gradient @ p, self.normalize
-        if normalize == "spectral" and layer is self.layers[-1] and not self.spectral_head:
-            normalize = "factored"
+        direction, normalize = gradient @ p, self.scale_of(layer)
         self.moment[layer] = self.momentum * self.moment[layer] + (1 - self.momentum) * direction
         update = self.moment[layer] / (1 - self.momentum**t)
         if normalize in ("rms", "adam"):
@@ -244,7 +244,7 @@ class IndependentGLS:
         weight = layer.weight
         if layer.bias is not None:
             weight = torch.cat([layer.weight, layer.bias[:, None]], 1)
-        lr = self.lr if normalize == "spectral" else self.lr * self.growth[layer]
+        lr = self.lr * self.growth[layer]
         if self.max_change is not None:
             bound = self.max_change * self.bound[layer]
             if normalize in ("sgd", "none"):

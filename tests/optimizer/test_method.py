@@ -53,8 +53,8 @@ def batches(step, micro_batches, rows):
         yield inputs, torch.randn(rows + part, 2, 3, generator=generator, dtype=torch.float64)
 
 
-def train(model, optimizer, micro_batches, rows, steps=STEPS, grows=1.0):
-    for step in range(steps):
+def train(model, optimizer, micro_batches, rows, grows=1.0):
+    for step in range(STEPS):
         model.zero_grad()
         for inputs, targets in batches(step, micro_batches, rows):
             loss = (model(inputs) - targets).square().mean()
