@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from typing_extensions import Self
 
-from gls_fused.apply.bounds import measure_weights
 from gls_fused.apply.fallback import adam_, forget_adam
 from gls_fused.apply.kept import Kept
 from gls_fused.apply.layers import step_layers_
+from gls_fused.apply.measure import measure_
 from gls_fused.apply.spectral import MOST_SHARE
 from gls_fused.capture.find import Uncovered
 from gls_fused.capture.layer import Layer
@@ -362,7 +362,7 @@ class GLS(torch.optim.Optimizer):
             started = preconditioner.start(layers, self.state, sums, group)
             self._forget_earlier(layers, started)
             if group["max_change"] is not None:
-                self._measure_new(layers, started, kept[id(group)])
+                self._measure_new(layers, started, group, kept[id(group)])
             mine = [p for p in layers if p.weight.grad is not None and p.inverse is not None]
             ready.update(id(param) for layer in mine for param in layer.params)
         seed_of = membership.seed_of
@@ -381,8 +381,10 @@ class GLS(torch.optim.Optimizer):
             summed = [layer for layer in layers if layer in sums]
             if summed:
                 preconditioner.commit(summed, self.state, sums, group, skip)
-                if group["max_change"] is not None:
-                    measure_weights(summed, self.state, skip)
+            due = group["step"] % group["curvature_every"] == 0
+            grown = [alike for alike in kept[id(group)].alike if due and alike.slows]
+            weights = summed if group["max_change"] is not None else []
+            measure_(weights, grown, self.state, group, skip)
             if skip is None or not (skip.is_cpu and skip):
                 group["step"] += 1
             for layer in layers:
@@ -604,13 +606,19 @@ class GLS(torch.optim.Optimizer):
         self._followed.recast(self.state, membership.names)
         return self._followed.kept
 
-    def _measure_new(self, layers: Sequence[Layer], started: Sequence[Layer], kept: Kept) -> None:
+    def _measure_new(
+        self,
+        layers: Sequence[Layer],
+        started: Sequence[Layer],
+        group: Mapping[str, Any],
+        kept: Kept,
+    ) -> None:
         """The weights of layers that have just started, or that were loaded without that."""
         if kept.measured and not started:
             return
         settled = [layer for layer in layers if layer.inverse is not None]
         new = [p for p in settled if p in started or "weight_rms" not in self.state[p.weight]]
-        measure_weights(new, self.state)
+        measure_(new, (), self.state, group)
         kept.measured = True
 
     def _take_sums(

@@ -30,9 +30,8 @@ MODELS = (*(model(BATCH) for model in TASK_MODELS.values()), transformer())
 # torch's fused Adam: launches of at most 320 blocks of 65,536 elements
 # (ATen/native/cuda/MultiTensorApply.cuh), and one for the step counters.
 ADAM_ELEMENTS_PER_LAUNCH = 320 * 65536
-# Of all layers at the end of a gathering step: the estimates in three, growths, and the weights'
-# measures.
-COMMIT_LAUNCHES = 5
+# Of all layers at the end of a gathering step: the estimates in three, and what is measured.
+COMMIT_LAUNCHES = 4
 # torch's ops that make the bounds of all layers' rates, and the one that fills in the number of the
 # next sample.
 BOUND_OPS, SAMPLE_OPS = 2, 1

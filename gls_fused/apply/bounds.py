@@ -16,12 +16,7 @@ from torch import Tensor
 from gls_fused.apply.buffers import zeros_of
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
-from gls_fused.distributed.sharding import (
-    everywhere,
-    is_sharded,
-    rows_here,
-    shards_of,
-)
+from gls_fused.distributed.sharding import rows_here, shards_of
 from gls_fused.reference import (
     SPECTRAL_RMS,
     Inverse,
@@ -29,7 +24,6 @@ from gls_fused.reference import (
     layer_directions,
     layer_slices,
 )
-from gls_fused.scaling import where_flag
 
 
 def most_rms(normalize: str, options: Mapping[str, Any]) -> float:
@@ -180,45 +174,3 @@ def root_mean_squares(
     corrections = [bias_correction(momentum, step + 1, dtype) for step in steps]
     found: Tensor = means.sqrt() / torch.stack(corrections)
     return found.clamp(min=torch.finfo(dtype).tiny)
-
-
-@torch.no_grad()
-def measure_weights(
-    layers: Sequence[Layer], states: Mapping[Tensor, State], skip: Tensor | None = None
-) -> None:
-    """Root mean squares of the weights, for `bound_rates`; at least 1 / sqrt(3 d), the usual start.
-
-    In steps that gather, as the weights change little between two of these.
-
-    Args:
-        skip: 0-d bool; where it is true those there are stay.
-    """
-    together: dict[Any, list[tuple[Tensor, Tensor, float]]] = {}
-    for layer in layers:
-        state, weight = states[layer.weight], layer.weight.detach()
-        least = (3 * layer.dim) ** -0.5
-        kept = state.get("weight_rms")
-        # Where there is none yet, nothing can stay.
-        unless = None if kept is None else skip
-        if kept is None:
-            kept = torch.zeros(layer.stack, dtype=layer.statistics_dtype, device=weight.device)
-            state["weight_rms"] = kept
-        if is_sharded(weight):
-            size = max(1, weight.numel() // (layer.blocks or 1))
-            rms = (everywhere(_norms_of(layer)) / size**0.5).clamp(min=least)
-            kept.copy_(rms if unless is None else where_flag(unless, kept, rms))
-            continue
-        weights = [weight] if layer.blocks is None else weight.unbind()
-        own = [(*pair, least) for pair in zip(weights, kept.view(-1).unbind(), strict=True)]
-        together.setdefault((layer.backend, weight.device, unless is None), []).extend(own)
-    for (backend, device, always), found in together.items():
-        measured, results, floors = zip(*found, strict=True)
-        flag = None if always or skip is None else skip.to(device, non_blocking=True)
-        backend.measure_weights_(measured, results, floors, flag)
-
-
-def _norms_of(layer: Layer) -> Tensor:
-    """Of the weight, 0-d; of each matrix of a stack, [blocks]; of a sharded one, sharded."""
-    axes = None if layer.blocks is None else (1, 2)
-    norms: Tensor = torch.linalg.vector_norm(layer.weight, dim=axes, dtype=layer.statistics_dtype)
-    return norms

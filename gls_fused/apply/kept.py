@@ -172,6 +172,7 @@ class Kept:
     """The layers of a group, sorted. To be dropped when states, groups or layers have changed.
 
     Attributes:
+        alike: the layers of this step.
         measured: whether all weights have been measured for `max_change`.
         others: the group's parameters that no layer steps.
     """
@@ -181,7 +182,7 @@ class Kept:
         self.others = Others()
         self._layers: Sequence[Layer] = ()
         self._made_for: object = None
-        self._found: list[Alike] = []
+        self.alike: list[Alike] = []
 
     def sort(
         self,
@@ -205,12 +206,12 @@ class Kept:
         ]
         made_for = choices, moving
         if made_for != self._made_for or layers != self._layers:
-            self._found = [
+            self.alike = [
                 Alike(alike, normalize, states, options, groups)
                 for normalize, alike in _sort(layers, states, options)
             ]
             self._layers, self._made_for = layers, made_for
-        return self._found
+        return self.alike
 
 
 def _numbers(tensor: Tensor) -> Sequence[Tensor]:

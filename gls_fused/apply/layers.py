@@ -11,16 +11,13 @@ from torch import Tensor
 
 from gls_fused.apply.apart import Apart
 from gls_fused.apply.bounds import count_held_, hold_idle, root_mean_squares
-from gls_fused.apply.buffers import SQUARES
-from gls_fused.apply.growth import measure_growths_
 from gls_fused.apply.kept import Alike, Kept
 from gls_fused.apply.low_precision import Seeds, close_copies, open_copies, widen
 from gls_fused.apply.matrices import Copied, Steps, by_matrix, write_back_
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.distributed.factors import update_spectral_shards_
-from gls_fused.distributed.sharding import is_sharded, update_shards_
-from gls_fused.reference import layer_slices
+from gls_fused.distributed.sharding import update_shards_
 
 
 def step_layers_(
@@ -106,15 +103,6 @@ def _step_together_(
         weight_decay=options["weight_decay"],
         skip=skip,
     )
-    # The group counts this step when all have been taken.
-    if alike.slows and options["step"] % options["curvature_every"] == 0:
-        each = len(SQUARES[normalize])
-        firsts = layer_slices(sizes if normalize == "adam" else [each] * len(sizes))
-        means_of = [squares[mine.start] for mine in firsts]
-        measure_growths_(
-            backend, means_of, alike.growths, alike.slows, steps.by_matrix, options, skip,
-            layers[0].shards if is_sharded(means_of[0]) else None,
-        )  # fmt: skip
     write_back_(copied)
     apart.close_(skip)
     if copies is not params:

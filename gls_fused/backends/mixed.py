@@ -73,7 +73,7 @@ update_spectral_layers_ = functools.partial(
 )
 
 # Ops that only one of them has, beyond those of gls_fused.reference.
-sum_images = triton.sum_images
+measure_layers_, sum_images = triton.measure_layers_, triton.sum_images
 if _chosen("sketch_rows") is native:
     add_sketch_ = native.add_sketch_
 else:

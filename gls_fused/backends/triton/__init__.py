@@ -9,8 +9,8 @@
     update.py          the update of all layers at once; its tables are made in update_plan.py, its
                        kernels are in update_kernels.py and, of tiles of weights, tile_kernels.py
     rounding.py        parameters of 16 bits, all of a dtype in one launch
-    measure.py         root mean squares of the weights, all layers in one launch
-    growth.py          how much mean squares have grown, all layers in one launch
+    measure.py         root mean squares of the weights, and how much directions have grown, all
+                       layers in one launch
     symmetric.py       orthogonal steps: symmetric products of all weights of one shape
     configs.py         block sizes, a table
     counting.py        how the last of a layer's programs knows that it is
@@ -26,8 +26,11 @@ from gls_fused.backends import factors
 from gls_fused.backends.triton.blend import blend_subspace, blend_subspaces
 from gls_fused.backends.triton.commit import commit_subspaces_, commits
 from gls_fused.backends.triton.core import invert_core, invert_cores
-from gls_fused.backends.triton.growth import measure_growths_
-from gls_fused.backends.triton.measure import measure_weights_
+from gls_fused.backends.triton.measure import (
+    measure_growths_,
+    measure_layers_,
+    measure_weights_,
+)
 from gls_fused.backends.triton.rounding import round_params_
 from gls_fused.backends.triton.rows import precondition_gradient, precondition_rows
 from gls_fused.backends.triton.sketch import sketch_rows, sum_images, sum_rows
@@ -46,6 +49,7 @@ __all__ = [
     "invert_cores",
     "invert_gram",
     "measure_growths_",
+    "measure_layers_",
     "measure_weights_",
     "orthogonal_updates",
     "precondition_gradient",

@@ -18,7 +18,6 @@ from gls_fused.backends.triton import (
     blend,
     commit,
     core,
-    growth,
     measure,
     rounding,
     rows,
@@ -29,7 +28,7 @@ from gls_fused.backends.triton import (
 )
 
 MODULES = (
-    *(rows, sketch, blend, commit, core, growth, measure, rounding),
+    *(rows, sketch, blend, commit, core, measure, rounding),
     *(subspace, symmetric, update_plan),
 )
 TARGETS = {

@@ -25,6 +25,7 @@ FEW, MANY, SIZE = 128, 8192, 1024
 # 32-bit or narrower accesses that are not of a stream: (loads, stores) at most.
 #   rows: lambda'.  sums over rows: of a block of them Y'Y, 1'Y and ||A||_F^2; those are added with
 #   a lane for each element.
+#   measures: growth of mean squares, which have a lane each; flag, step and the slow average.
 #   roundings: seed and step.
 #   updates: the step's counter and v, by the layer's last program.
 #   tiles: the bias, its averages and U's last row, for which stores alone are counted; sums of rows
@@ -33,7 +34,7 @@ NARROW = {
     "_precondition_kernel": (1, 0),
     "_project_rows_kernel": (0, 9),
     "_sum_rows_kernel": (None, 2),
-    "_measure_kernel": (0, 1),
+    "_measure_kernel": (19, 3),
     "_round_kernel": (2, 0),
     "_flat_update_kernel": (2, 2),
     "_walk_gradients_kernel": (None, 4),
@@ -84,16 +85,13 @@ def launch_statistics(rank):
 def launch_measures():
     for dtype in (torch.float32, torch.bfloat16):
         weight, result = torch.zeros(SIZE, SIZE, dtype=dtype), torch.ones(())
-        backend.measure_weights_([weight, weight], [result, result], [0.1, 0.2])
-
-
-def launch_growths():
-    """Of layers with a number for each output, and with one."""
-    for kind in (torch.float32, torch.float64):
-        growths = [torch.ones(()) for _ in range(4)]
-        steps = [torch.ones((), dtype=kind)] * 2
+        weights = [weight, weight], [result, result], [0.1, 0.2]
+        # Of layers with a number for each output, and with one.
+        squares, growths = [torch.zeros(SIZE), torch.zeros(())], [torch.ones(()) for _ in range(4)]
+        steps = [torch.ones(())] * 2
         options = {"beta2": 0.95, "every": 10, "most": 2.0, "skip": torch.tensor(False)}
-        squares = [torch.zeros(SIZE), torch.zeros(())]
+        backend.measure_layers_(*weights, squares, growths[:2], growths[2:], steps, **options)
+        backend.measure_weights_(*weights)
         backend.measure_growths_(squares, growths[:2], growths[2:], steps, **options)
 
 
@@ -273,8 +271,7 @@ def test_symmetric_products(launches, target, dtype, tmp_path):
 def test_statistics_fit(launches, target, tmp_path):
     launch_statistics(RANK)
     launch_statistics(configs.MAX_CORE_RANK)
-    launch_growths()
-    names = {"_blend_kernel", "_sweep_core_kernel", "_growth_kernel"}
+    names = {"_blend_kernel", "_sweep_core_kernel"}
     assert {launch.name for launch in launches} >= names
     check(launches, target, tmp_path)
 

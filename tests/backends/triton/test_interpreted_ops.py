@@ -286,11 +286,40 @@ def test_commit_of_all_layers_at_once(monkeypatch, counts, power):
     assert len(launches) == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_and_growths_are_measured_at_once(monkeypatch, dtype):
+    """In one launch; where weights have two dtypes, or numbers another, in two."""
+    launches = record_launches(monkeypatch, backend.measure)
+    weights = [draw(*shape, dtype=dtype) for shape in [(130, 70), (3, 2), (0, 4)]]
+    least, options = [0.1, 50.0, 0.2], {"beta2": 0.95, "every": 10, "most": 1.9}
+    found, sought = ([[torch.full((), 0.1) for _ in weights] for _ in range(3)] for _ in range(2))
+    squares = [draw(*shape, dtype=torch.float32).square() for shape in [(1500,), (1,), (9,)]]
+    steps = [torch.tensor(float(21 + 10 * i)) for i in range(3)]
+    for skip in (torch.tensor(True), torch.tensor(False)):
+        backend.measure_layers_(
+            weights, found[0], least, squares, *found[1:], steps, **options, skip=skip
+        )
+        reference.measure_weights_(weights, sought[0], least, skip)
+        reference.measure_growths_(squares, *sought[1:], steps, **options, skip=skip)
+        for numbers, expected in zip(found, sought, strict=True):
+            torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=0)
+    assert len(launches) == 2
+    launches.clear()
+    weights[1] = weights[1].to(torch.float16)
+    backend.measure_layers_(weights, found[0], least, squares, *found[1:], steps, **options)
+    assert len(launches) == 2
+    backend.measure_layers_(
+        weights[:1], found[0][:1], least[:1], [x.double() for x in squares],
+        *([x.double() for x in numbers] for numbers in found[1:]), steps, **options,
+    )  # fmt: skip
+    assert len(launches) == 4
+
+
 @not_finite
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_growths_are_measured_at_once(monkeypatch, dtype):
     """One launch for several blocks, an empty layer, and numbers beyond the dtype."""
-    launches = record_launches(monkeypatch, backend.growth)
+    launches = record_launches(monkeypatch, backend.measure)
     squares = [draw(*shape, dtype=dtype).square() for shape in [(1500,), (13,), (0, 4)]]
     squares.append(squares[1].mean())
     squares += [torch.full((7,), value, dtype=dtype) for value in (torch.inf, torch.nan, 0.0)]
@@ -311,7 +340,7 @@ def test_growths_are_measured_at_once(monkeypatch, dtype):
             )
     assert len(launches) == 3
     # More than a program adds.
-    many = [torch.ones(backend.growth.MOST_SQUARES + 1)]
+    many = [torch.ones(backend.measure.MOST_SQUARES + 1)]
     numbers = [[torch.zeros(())] for _ in range(2)]
     backend.measure_growths_(many, *numbers, [steps[1]], beta2=0.0, every=10, most=1.9)
     assert numbers == [[1.0], [1.0]]
