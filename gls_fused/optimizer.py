@@ -360,7 +360,8 @@ class GLS(torch.optim.Optimizer):
         ready: set[int] = set()
         for group, layers in groups:
             started = preconditioner.start(layers, self.state, sums, group)
-            self._forget_earlier(layers, started)
+            if self._forget_earlier(layers, started):
+                kept.clear()
             if group["max_change"] is not None:
                 self._measure_new(layers, started, group, kept[id(group)])
             mine = [p for p in layers if p.weight.grad is not None and p.inverse is not None]
@@ -384,7 +385,8 @@ class GLS(torch.optim.Optimizer):
             due = group["step"] % group["curvature_every"] == 0
             grown = [alike for alike in kept[id(group)].alike if due and alike.slows]
             weights = summed if group["max_change"] is not None else []
-            measure_(weights, grown, self.state, group, skip)
+            if weights or grown:
+                measure_(weights, grown, self.state, group, skip)
             if skip is None or not (skip.is_cpu and skip):
                 group["step"] += 1
             for layer in layers:
@@ -636,10 +638,13 @@ class GLS(torch.optim.Optimizer):
         layers = [layer for _, layers in groups for layer in layers]
         return take_sums(layers, preconditioner.ranks, skip)
 
-    def _forget_earlier(self, layers: Sequence[Layer], started: Sequence[Layer]) -> None:
+    def _forget_earlier(self, layers: Sequence[Layer], started: Sequence[Layer]) -> bool:
         """What layers got before they started were Adam's updates, averages of another quantity.
 
         Or zeros for a saved state to fill, which Adam would take for averages.
+
+        Returns:
+            Whether there is such a layer.
         """
         waiting = [layer for layer in layers if layer.inverse is None]
         primed = [layer for layer in waiting if "rows" in self.state.get(layer.weight, {})]
@@ -649,3 +654,4 @@ class GLS(torch.optim.Optimizer):
             plain = "rows", "outputs", "at_step", "lent", *MEASURED
             for key in (*plain, *layer.curvature.shapes()):
                 self.state[layer.weight].pop(key, None)
+        return bool(started or primed)

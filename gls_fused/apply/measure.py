@@ -45,7 +45,6 @@ class _Growths(NamedTuple):
 _Call = tuple[ModuleType, torch.device, Tensor | None]
 
 
-@torch.no_grad()
 def measure_(
     layers: Sequence[Layer],
     grown: Iterable[Alike],
