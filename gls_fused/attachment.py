@@ -35,9 +35,11 @@ from gls_fused.state import (
     check_mapping,
     check_version,
     copy_tensors,
+    due_of,
     is_priming,
     read_step,
     saved_state,
+    set_due,
     take_due,
     upgrade_layer,
 )
@@ -244,7 +246,7 @@ class Attachment:
         layers = {}
         for layer in self._layers:
             state = saved_state(self._states[layer.weight])
-            layers[layer.name] = {**state, "due": int(layer.due)} if state else state
+            layers[layer.name] = {**state, "due": due_of(layer)} if state else state
         return {"version": VERSION, "step": self._step, "layers": layers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -302,7 +304,7 @@ class Attachment:
                 preconditioner.ranks,
             ),
             "states": [self._states[layer.weight] for layer in self._layers],
-            "due": [layer.due for layer in self._layers],
+            "due": [due_of(layer) for layer in self._layers],
             "step": self._step,
         }
 
@@ -312,7 +314,7 @@ class Attachment:
         pairs = zip(self._layers, state["states"], strict=True)
         self._states, self._step = {layer.weight: own for layer, own in pairs}, state["step"]
         for layer, due in zip(self._layers, state["due"], strict=True):
-            layer.due = due
+            set_due(layer, due)
         self._restart()
         if not state["captured"]:
             self.detach()

@@ -167,7 +167,8 @@ def _of_layer(
         values["update_rms"] = corrected.sqrt()
     growth: float | Tensor = 1.0
     if options.get("max_growth") is not None and "growth" in state:
-        growth = values["growth"] = everywhere(state["growth"].mean())
+        kept = state["growth"].clamp(max=options["max_growth"])
+        growth = values["growth"] = everywhere(kept.mean())
     if options.get("max_change") is not None and "weight_rms" in state:
         if normalize not in ("sgd", "none"):
             share = options["max_change"] / most_rms(str(normalize), options)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, complex32, nn
 
 from gls_fused.apply.low_precision import MOST_SEEDS, POLICIES
@@ -24,6 +25,8 @@ NORMALIZATIONS = ("auto", "spectral", "factored", "row", "rms", "adam", "sgd", "
 CURVATURES = ("subspace", "dense")
 SITES = ("auto", "step", "backward")
 POWERS = (1, 0.75, 0.5, 0.25)
+# What float32 holds, as the states do.
+MOST_GROWTH = torch.finfo(torch.float32).max
 
 # Keys that a group may have besides the options of GLS; others are kept as well.
 FREE_KEYS = {"params", "param_names", "name", "initial_lr", "step", "version"}
@@ -119,7 +122,7 @@ def check_rest(options: Mapping[str, Any], site: str) -> None:
     if options["max_change"] is not None:
         check_number("max_change", options["max_change"], 0)
     if options["max_growth"] is not None:
-        check_number("max_growth", options["max_growth"], 1, closed=True)
+        check_number("max_growth", options["max_growth"], 1, MOST_GROWTH, closed=True)
     check_count("split", options["split"])
     check_choice("spectral_head", options["spectral_head"], (True, False))
     check_number("spectral_share", options["spectral_share"], 0, closed=True)

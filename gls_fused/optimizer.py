@@ -48,19 +48,22 @@ from gls_fused.preconditioner import (
     release_all,
     take_sums,
 )
-from gls_fused.scaling import take_flag, unscale_
+from gls_fused.scaling import is_known_to_skip, take_flag, unscale_
 from gls_fused.state import (
     MEASURED,
     VERSION,
     check_saved,
     check_state,
     copy_states,
+    due_of,
     is_priming,
     prime_states,
     saved_group,
     saved_layer,
     saved_state,
+    set_due,
     take_due,
+    upgrade_defaults,
     upgrade_group,
     upgrade_state,
 )
@@ -355,6 +358,7 @@ class GLS(torch.optim.Optimizer):
             preconditioner.discard_sums()
             return
         skip = take_flag(self)
+        skipped = is_known_to_skip(skip)
         sums = self._take_sums(groups, skip)
         # By identity, as a tensor's own hash is a call of Python's.
         ready: set[int] = set()
@@ -382,12 +386,14 @@ class GLS(torch.optim.Optimizer):
             summed = [layer for layer in layers if layer in sums]
             if summed:
                 preconditioner.commit(summed, self.state, sums, group, skip)
-            due = group["step"] % group["curvature_every"] == 0
-            grown = [alike for alike in kept[id(group)].alike if due and alike.slows]
+            taken = kept[id(group)].alike
+            grown = [alike for alike in taken if any(layer.growth_due for layer in alike.layers)]
             weights = summed if group["max_change"] is not None else []
             if weights or grown:
                 measure_(weights, grown, self.state, group, skip)
-            if skip is None or not (skip.is_cpu and skip):
+            for layer in (layer for alike in grown for layer in alike.layers):
+                layer.growth_due &= skipped
+            if not skipped:
                 group["step"] += 1
             for layer in layers:
                 layer.finish_step()
@@ -487,7 +493,7 @@ class GLS(torch.optim.Optimizer):
                 "ranks": preconditioner.ranks,
                 "layers": preconditioner.layers,
                 "captured": [layer.captured for layer in preconditioner.layers],
-                "due": [layer.due for layer in preconditioner.layers],
+                "due": [due_of(layer) for layer in preconditioner.layers],
                 "model": membership.model,
                 "names": membership.names,
                 "uncovered": membership.uncovered,
@@ -506,6 +512,7 @@ class GLS(torch.optim.Optimizer):
                     "load its state_dict() instead"
                 )
             return
+        upgrade_defaults(self.defaults)
         for index, group in enumerate(self.param_groups):
             group.update(upgrade_group(group, index, option_names(self.defaults)))
         self._waiting = None
@@ -515,7 +522,7 @@ class GLS(torch.optim.Optimizer):
         groups = self._owners()
         for layer, captured, due in zip(own["layers"], own["captured"], own["due"], strict=True):
             self._preconditioner.add([layer], groups.get(layer.weight, self.defaults))
-            layer.due = due
+            set_due(layer, due)
             if not captured:
                 layer.release()
         self._membership.mark_last()

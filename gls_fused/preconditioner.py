@@ -23,7 +23,7 @@ from gls_fused.curvature.estimate import (
 from gls_fused.distributed.ranks import Ranks
 from gls_fused.distributed.sharding import knows_shards
 from gls_fused.reference import Inverse
-from gls_fused.scaling import where_flag
+from gls_fused.scaling import is_known_to_skip, where_flag
 
 # A layer that trains but has not been called in so many steps takes part in no statistics.
 MOST_MISSES = 3
@@ -239,6 +239,7 @@ class Preconditioner:
     ) -> None:
         """Tell the layers what the coming step asks of them: to gather, and where P applies."""
         now, normalize = step % options["curvature_every"] == 0, options.get("normalize")
+        grows = options.get("max_growth") is not None
         for layer in layers:
             known = self._told.get(layer)
             if known is None or layer.watched:
@@ -246,6 +247,7 @@ class Preconditioner:
             # One that had no part in the step in which it was due gathers in its next one. Several
             # ranks would not know of one another's.
             layer.due = due = now or (layer.due and self.ranks.size == 1)
+            layer.growth_due |= now and grows
             if due or layer.inverse is None:
                 layer.draw = self._draw(layer.device, step)
             told = (
@@ -395,8 +397,9 @@ def take_sums(
         layer.returned |= layer.take_sums() is not None and layer.weight.grad is not None
         if layer.returned and (ranks.size == 1 or taking):
             own[layer] = layer.no_sums().new_ones(1)
+    skipped = is_known_to_skip(skip)
     for layer in own:
-        layer.due = False
+        layer.due &= skipped
         if layer.inverse is not None:
             layer.misses = 0
     if ranks.size == 1 or not taking:

@@ -291,10 +291,13 @@ def blend_samples(samples: Tensor, count: Tensor, beta: float) -> Tensor:
 
         1 / s <- (1 - w)^2 / s + w^2 / n
 
+    The same s where w is 0.
+
     Source: Kish, 1965, "Survey Sampling": the effective sample size of weighted rows.
     """
     weight = blend_weight(count, beta)
-    return 1 / ((1 - weight).square() / samples + weight.square() / count.clamp(min=1))
+    found = 1 / ((1 - weight).square() / samples + weight.square() / count.clamp(min=1))
+    return torch.where(weight > 0, found, samples)
 
 
 def sketch_shift(trace: Tensor, dim: int) -> Tensor:

@@ -16,6 +16,11 @@ def take_flag(optimizer: torch.optim.Optimizer) -> Tensor | None:
     return found.reshape(()) != 0 if isinstance(found, Tensor) else None
 
 
+def is_known_to_skip(skip: Tensor | None) -> bool:
+    """Whether the flag is true, of one on the CPU; a device is not asked, which would wait."""
+    return skip is not None and skip.is_cpu and bool(skip)
+
+
 def where_flag(skip: Tensor, skipped: Tensor, otherwise: Tensor) -> Tensor:
     """`skipped` where the flag, which is on one of a model's devices, is true."""
     return torch.where(skip.to(otherwise.device, non_blocking=True), skipped, otherwise)

@@ -4,9 +4,9 @@
                       weight, for "rms"), master (shaped as it, float32)
     a layer's weight  rows and outputs (plain numbers), at_step (whether its p.grad has turned out
                       to be in use), lent (whether another module uses it by itself) and, where it
-                      is saved, due (whether it is to gather in its next step), 1 or 0, and none is
-                      as good as 0, weight_rms and held of max_change (0-d), growth and slow_sq of
-                      max_growth (0-d), and the tensors of
+                      is saved, due (what it is to do in its next step: 1 to gather, 2 to have its
+                      growth measured, 3 both; none is as good as 0), weight_rms and held of
+                      max_change (0-d), growth and slow_sq of max_growth (0-d), and the tensors of
                       gls_fused.curvature.estimate
     a stack's weight  the same, with the matrices as first axis of all tensors but step
     a group           its options, step and version: numbers and names
@@ -26,7 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gls_fused.apply.buffers import fill_layer_states, square_shapes, zeros_of
+from gls_fused.apply.buffers import (
+    empty_growth,
+    fill_layer_states,
+    may_grow,
+    square_shapes,
+    zeros_of,
+)
 from gls_fused.apply.fallback import start_adam
 from gls_fused.apply.low_precision import open_copies
 from gls_fused.capture.layer import Layer
@@ -70,6 +76,13 @@ def check_version(state: Mapping[str, Any]) -> int:
     if version not in range(VERSION + 1):
         raise ValueError(f"version: expected a state of 0 to {VERSION}, got {version!r}")
     return int(version)
+
+
+def upgrade_defaults(defaults: MutableMapping[str, Any]) -> None:
+    """Give those of an earlier version the options that have been added since."""
+    for added in ADDED_SINCE.values():
+        for option, value in added.items():
+            defaults.setdefault(option, value)
 
 
 def upgrade_group(group: Mapping[str, Any], index: int, options: Iterable[str]) -> dict[str, Any]:
@@ -207,7 +220,9 @@ def saved_state(state: Mapping[str, Any]) -> dict[str, Any]:
 def saved_layer(layer: Layer, state: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
     """The saved state of a layer's weight, without mean squares that its next step begins anew.
 
-    They are of another way to normalize than the group's, which somebody has changed since.
+    They are of another way to normalize than the group's, which somebody has changed since. With
+    the growth of steps that may grow also where "auto" takes others, as who makes room for a
+    checkpoint does not know yet which it will take.
     """
     if "rows" not in state:
         return dict(state)
@@ -217,7 +232,9 @@ def saved_layer(layer: Layer, state: Mapping[str, Any], group: Mapping[str, Any]
         for key, value in state.items()
         if key not in ("exp_avg_sq", "exp_avg_sq_columns") or kept.get(key) == tuple(value.shape)
     }
-    return {**found, "due": int(layer.due)}
+    if "step" in state and "growth" not in state and may_grow(layer, group):
+        found |= empty_growth(layer)
+    return {**found, "due": due_of(layer)}
 
 
 def saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,10 +255,20 @@ def copy_states(state_dict: Mapping[str, Any], groups: Groups) -> dict[Tensor, S
     return found
 
 
+def due_of(layer: Layer) -> int:
+    """What a layer is to do in its next step, as a saved state has it."""
+    return layer.due + 2 * layer.growth_due
+
+
+def set_due(layer: Layer, due: int) -> None:
+    """What `due_of` gave."""
+    layer.due, layer.growth_due = bool(due & 1), bool(due & 2)
+
+
 def take_due(layers: Iterable[Layer], states: Mapping[Tensor, State]) -> None:
     """Tell layers what a state that has been loaded says of their next step."""
     for layer in layers:
-        layer.due = bool((states.get(layer.weight) or {}).pop("due", 0))
+        set_due(layer, int((states.get(layer.weight) or {}).pop("due", 0)))
 
 
 def copy_tensors(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:

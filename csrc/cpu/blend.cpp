@@ -27,13 +27,12 @@ constexpr int64_t kPanel = 512;
 
 // See gls_fused.reference.blend_subspace.
 template <typename T>
-void blend(const Estimate<T>& from, bool counts, double beta, T* sketch, T* core, T* trace,
-           T* samples) {
+void blend(const Estimate<T>& from, double beta, T* sketch, T* core, T* trace, T* samples) {
   const auto [d, r, basis, old, before, rows, sums] = from;
-  const T count = counts ? sums[0] : T(0), n = std::max(count, T(1));
+  const T count = sums[0], n = std::max(count, T(1));
   const T weight = count > 0 ? T(1 - beta) : T(0), kept = 1 - weight;
   *trace = before * kept + sums[1] / n * weight;
-  *samples = 1 / (kept * kept / rows + weight * weight / n);
+  *samples = weight > 0 ? 1 / (kept * kept / rows + weight * weight / n) : rows;
   const T shift = *trace / (kShift * std::max<int64_t>(1, d));
   const T *gram = sums + 2, *moment = gram + r * r;
   std::vector<T> weights(r * r);
@@ -65,8 +64,8 @@ void blend(const Estimate<T>& from, bool counts, double beta, T* sketch, T* core
   });
 }
 
-template void blend(const Estimate<float>&, bool, double, float*, float*, float*, float*);
-template void blend(const Estimate<double>&, bool, double, double*, double*, double*, double*);
+template void blend(const Estimate<float>&, double, float*, float*, float*, float*);
+template void blend(const Estimate<double>&, double, double*, double*, double*, double*);
 
 namespace {
 
@@ -90,7 +89,7 @@ blend_subspaces(at::TensorList bases, at::TensorList cores, at::TensorList trace
                                     *traces[i].const_data_ptr<scalar_t>(),
                                     *samples[i].const_data_ptr<scalar_t>(),
                                     sum.const_data_ptr<scalar_t>()};
-      blend(from, true, beta, sketch.data_ptr<scalar_t>(), next.data_ptr<scalar_t>(),
+      blend(from, beta, sketch.data_ptr<scalar_t>(), next.data_ptr<scalar_t>(),
             mean.data_ptr<scalar_t>(), row.data_ptr<scalar_t>());
     });
     sketches.push_back(sketch.t());

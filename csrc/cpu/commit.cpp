@@ -44,14 +44,19 @@ struct State {
   bool counts;
 
   void commit(double beta, double damping, double power) const {
+    // Over no row the basis would move by rounding, which adds up.
+    if (counts && sums[0] > 0) move(beta);
+    damp(core, *trace, *samples, r, d, damping, power, core_inverse, shift);
+  }
+
+  void move(double beta) const {
     std::vector<T> sketch(r * d), blended(r * r);
-    blend<T>({d, r, basis, core, *trace, *samples, sums}, counts, beta, sketch.data(),
-             blended.data(), trace, samples);
+    blend<T>({d, r, basis, core, *trace, *samples, sums}, beta, sketch.data(), blended.data(), trace,
+             samples);
     refresh(sketch.data(), blended.data(), r, d, basis, core);
     // Where the basis was completed by directions of no sketch there is no mu.
     const T added = *trace / (kShift * std::max<int64_t>(1, d));
     for (int64_t i = 0; i < r; ++i) core[i * r + i] -= std::min(core[i * r + i], added);
-    damp(core, *trace, *samples, r, d, damping, power, core_inverse, shift);
   }
 };
 

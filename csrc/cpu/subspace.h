@@ -22,10 +22,9 @@ struct Estimate {
   const T* sums;
 };
 
-// Z + mu S U, M + mu I, t and s. Unless `counts`, the sums are taken to be over no row.
+// Z + mu S U, M + mu I, t and s.
 template <typename T>
-void blend(const Estimate<T>& from, bool counts, double beta, T* sketch, T* core, T* trace,
-           T* samples);
+void blend(const Estimate<T>& from, double beta, T* sketch, T* core, T* trace, T* samples);
 
 // U+ and M+, which still has mu, of Z and M.
 template <typename T>

@@ -2,7 +2,7 @@
 //
 //   D = D0 P where the backward has not applied P,
 //   m <- momentum m + (1 - momentum) D,   v <- beta2 v + (1 - beta2) mean(D^2)
-//   W <- W (1 - lr weight_decay) - min(lr, bound) update
+//   W <- W (1 - lr weight_decay) - min(growth lr, bound) update
 //
 // Memory bound. Each array is read and written once, except that D is read once more before the
 // write where a layer's norm or columns decide its step ("rms", "sgd", "factored"): bytes per

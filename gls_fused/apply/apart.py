@@ -77,7 +77,8 @@ class Apart:
                 ratio = torch.where(self.lr == 0, 0.0, ratio)
             if skip is not None:
                 # The zero has stayed one.
-                decay = torch.where(skip, torch.ones_like(skip, dtype=torch.float32), decay)
+                dtype = torch.promote_types(biases[0].dtype, torch.float32)
+                decay = torch.where(skip, torch.ones_like(skip, dtype=dtype), decay)
             if isinstance(decay, Tensor) or decay != 1:
                 torch._foreach_mul_(biases, _beside(biases[0], decay))
             torch._foreach_mul_(updates, _beside(biases[0], ratio))

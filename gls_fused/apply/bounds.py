@@ -5,6 +5,7 @@ The rate is at most max_change * max(rms(W), 1 / sqrt(3 d)) / rms(update).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -65,7 +66,7 @@ def bound_rates(
 def count_held_(
     layers: Sequence[Layer],
     states: Sequence[State],
-    rates: Tensor,
+    rates: Tensor | None,
     options: Mapping[str, Any],
     skip: Tensor | None,
 ) -> None:
@@ -74,27 +75,30 @@ def count_held_(
     Of a stack, one number for each matrix.
 
     Args:
-        rates: bound and growth by matrix, on this rank.
+        rates: bound and growth by matrix, on this rank; None where all matrices are on others,
+            which may ask for what a state holds.
         skip: 0-d bool; where it is true nothing changes.
     """
     if not any(layer.gathers for layer in layers):
+        return
+    starting = ["held" not in state for state in states]
+    for layer, state in itertools.compress(zip(layers, states, strict=True), starting):
+        state["held"] = zeros_of(layer, layer.stack)
+    if rates is None:
         return
     lr = options["lr"]
     lr = lr.to(rates.device, non_blocking=True) if isinstance(lr, Tensor) else lr
     bounds, growths = rates.unbind(1)
     above = (bounds < growths * lr).to(rates.dtype)
     now = torch.split(above, [layer.matrices_here for layer in layers])
-    kept: list[Tensor] = []
-    for layer, state, held in zip(layers, states, now, strict=True):
-        if "held" not in state:
-            state["held"] = zeros_of(layer, layer.stack)
-            rows_here(state["held"]).view(-1).copy_(held)
-        kept.append(rows_here(state["held"]).view(-1))
+    kept = [rows_here(state["held"]).view(-1) for state in states]
+    for average, first in itertools.compress(zip(kept, now, strict=True), starting):
+        average.copy_(first)
     weight = 1 - options["beta"]
     if skip is None:
         torch._foreach_lerp_(kept, now, weight)
     else:
-        weights = torch.where(skip, 0.0, weight).to(rates.dtype)
+        weights = torch.where(skip, 0.0, torch.full_like(rates[0, 0], weight))
         torch._foreach_lerp_(kept, now, [weights] * len(kept))
 
 

@@ -87,8 +87,7 @@ def fill_layer_states(
                 # One per output, of which each rank updates some.
                 first["exp_avg_sq"] = zeros_beside(layer.weight, (layer.outputs,), dtype)
     if grows and "growth" not in first:
-        first["growth"], first["slow_sq"] = (zeros_of(layer, layer.stack) for _ in range(2))
-        rows_here(first["growth"]).fill_(1)
+        first.update(empty_growth(layer))
     for state in states[1:]:
         # A bias that took Adam's steps while its weight was frozen averaged another quantity.
         if "step" in state:
@@ -98,6 +97,18 @@ def fill_layer_states(
             state["exp_avg"] = _empty_average(layer, param, normalize)
         if group["normalize"] == "adam" and "exp_avg_sq" not in state:
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+
+
+def empty_growth(layer: Layer) -> State:
+    """What a layer that may grow keeps before any growth is known."""
+    growth, slow = (zeros_of(layer, layer.stack) for _ in range(2))
+    rows_here(growth).fill_(1)
+    return {"growth": growth, "slow_sq": slow}
+
+
+def may_grow(layer: Layer, group: Mapping[str, Any]) -> bool:
+    """Whether steps of the layer can be of a kind that grows, which rows have a part in."""
+    return group["max_growth"] is not None and kept_by(layer, group) in ("auto", *GROWING)
 
 
 def _are_written(first: State, normalize: str) -> bool:

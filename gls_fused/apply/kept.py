@@ -108,7 +108,10 @@ class Alike:
         pairs = zip(self.steps, self.sizes, strict=True)
         self.steps_of_params = [step for step, size in pairs for _ in range(size)]
         self.matrix_sizes = of_each_matrix(layers, self.sizes)
-        if not self.slows:
+        if self.slows:
+            # They may be of a larger max_growth.
+            torch._foreach_clamp_max_(self.growths, options["max_growth"])
+        else:
             first = layers[0]
             one = torch.ones((), dtype=first.statistics_dtype, device=first.weight.device)
             self.growths = [one] * len(self.matrix_sizes)

@@ -68,6 +68,8 @@ def _step_together_(
     steps.close_(skip)
     if not sizes:
         # All of these layers' matrices are on other ranks.
+        if options["max_change"] is not None:
+            count_held_(layers, alike.firsts, None, options, skip)
         return
     backend = layers[0].backend
     sharded = layers[0].shards is not None and not layers[0].stacked

@@ -8,6 +8,7 @@ bias-corrected mean of v over the layer, u the same of many more steps.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from gls_fused.apply.buffers import SQUARES
 from gls_fused.apply.kept import Alike
-from gls_fused.apply.matrices import Steps, by_matrix
+from gls_fused.apply.matrices import Steps, by_matrix, of_each_matrix
 from gls_fused.capture.layer import Layer
 from gls_fused.curvature.estimate import State
 from gls_fused.distributed.sharding import everywhere, is_sharded, rows_here
@@ -58,14 +59,17 @@ def measure_(
 
     Args:
         layers: whose weights are measured.
-        grown: layers that have taken a step, with what is to be measured of it.
+        grown: layers that have taken a step; of those that are due growth is measured.
         options: of the group.
         skip: 0-d bool; where it is true what there is stays.
     """
     weights = _weights_of(layers, states, skip)
     growing = {name: options[key] for name, key in GROWING.items()}
     for alike in grown:
-        found = _growths_of(alike)
+        # Others do not grow, or have all their matrices on other ranks.
+        found = _growths_of(alike) if alike.slows else None
+        if found is None or not found.growths:
+            continue
         backend, device = alike.layers[0].backend, alike.params[0].device
         flag = None if skip is None else skip.to(device, non_blocking=True)
         own = weights.pop((backend, device, skip), None)
@@ -119,13 +123,20 @@ def _norms_of(layer: Layer) -> Tensor:
 
 
 def _growths_of(alike: Alike) -> _Growths:
-    layers, key = alike.layers, SQUARES[alike.normalize][0]
-    squares = by_matrix(layers, [1] * len(layers), [state[key] for state in alike.firsts])
-    if is_sharded(squares[0]) and layers[0].shards is not None:
+    """Of the layers that are due."""
+    due = [layer.growth_due for layer in alike.layers]
+    layers, states, steps = (
+        list(compress(own, due)) for own in (alike.layers, alike.firsts, alike.steps)
+    )
+    key = SQUARES[alike.normalize][0]
+    squares = by_matrix(layers, [1] * len(layers), [state[key] for state in states])
+    if squares and is_sharded(squares[0]) and layers[0].shards is not None:
         mesh, dim = layers[0].shards
         here = [rows_here(each) for each in squares]
         means = [v.sum() / max(1, each.numel()) for v, each in zip(here, squares, strict=True)]
         joint = torch.stack(means)
         dist.all_reduce(joint, group=mesh.get_group(dim))
         squares = list(joint.unbind())
-    return _Growths(squares, alike.growths, alike.slows, Steps(layers, alike.steps).by_matrix)
+    matrices = of_each_matrix(alike.layers, due)
+    growths, slows = (list(compress(own, matrices)) for own in (alike.growths, alike.slows))
+    return _Growths(squares, growths, slows, Steps(layers, steps).by_matrix)

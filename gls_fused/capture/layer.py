@@ -105,6 +105,7 @@ class Layer(Passes):
             p.grad keeps the gradient, unless `promised`.
         misses: how many steps its weight has had a gradient in without rows that were asked for.
         due: whether it is to gather in the next step in which it has a part.
+        growth_due: whether its growth is to be measured after that step.
         watched: whether modules are to show this layer where they use its weight by themselves.
         returned: whether rows of an idle layer have been seen since, with a gradient.
         last: whether it is the last of all that an optimizer covers.
@@ -159,7 +160,8 @@ class Layer(Passes):
         self.shape = torch.Size(shape)
         self.size = self.shape[1:].numel()
         self.dim = self.size + self.ones
-        self.returned = self.lent = self.last = self.due = self.watched = False
+        self.returned = self.lent = self.last = self.watched = False
+        self.due = self.growth_due = False
         self.misses = 0
         self.scaled: str | None = None
 

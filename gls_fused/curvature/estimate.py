@@ -56,6 +56,7 @@ class Moments(NamedTuple):
     core: Tensor  # M + mu I [r, r]
     trace: Tensor  # t, 0-d
     samples: Tensor  # s, 0-d
+    seen: Tensor | None = None  # whether rows have been blended in, 0-d bool; None where they have
 
 
 class Curvature(Protocol):
@@ -346,7 +347,8 @@ def blend(
         kinds, states, all_sums = zip(*moving, strict=True)
         estimates = [[state[name] for state in states] for name in ESTIMATE]
         found = kinds[0].backend.blend_subspaces(*estimates, all_sums, beta)
-        moments = [Moments(*parts) for parts in found]
+        pairs = zip(found, all_sums, strict=True)
+        moments = [Moments(*parts)._replace(seen=sums[0] > 0) for parts, sums in pairs]
         blended += zip(kinds, states, moments, strict=True)
     return blended
 
@@ -370,21 +372,24 @@ def settle(
     moving = [(kind, state, found) for kind, state, found in layers if found is not None]
     if moving:
         kinds, states, moments = zip(*moving, strict=True)
-        sketches, cores, traces, samples = zip(*moments, strict=True)
+        sketches, cores, traces, samples, seen = zip(*moments, strict=True)
         backend, dims = kinds[0].backend, [kind.dim for kind in kinds]
-        bases, cores = zip(*backend.refresh_subspaces(cores, sketches), strict=True)
+        moved, cores = zip(*backend.refresh_subspaces(cores, sketches), strict=True)
         added = [sketch_shift(trace, dim) for trace, dim in zip(traces, dims, strict=True)]
         diagonals = [core.diagonal() for core in cores]
         # Where the basis was completed by directions of no sketch there is none of it.
         found = [torch.minimum(*pair) for pair in zip(diagonals, added, strict=True)]
         torch._foreach_sub_(diagonals, found)
-        inverses = backend.invert_cores(cores, traces, dims, damping, power, samples)
+        # Over no row the basis would move by rounding, which adds up.
+        bases = _where_seen(seen, moved, [state.get("basis") for state in states])
+        kept = _where_seen(seen, cores, [state.get("core") for state in states])
+        inverses = backend.invert_cores(kept, traces, dims, damping, power, samples)
         core_inverses, shifts = zip(*inverses, strict=True)
         _store(
             states,
             skip,
             basis=[by_columns(basis) for basis in bases],
-            core=cores,
+            core=kept,
             trace=traces,
             samples=samples,
             core_inverse=core_inverses,
@@ -410,6 +415,14 @@ def add_sums(
     usable = (trace > 0) & (trace < torch.finfo(trace.dtype).max / 4)
     new = torch.where(usable, new, 0.0)
     return new if sums is None else sums + new
+
+
+def _where_seen(
+    seen: Sequence[Tensor | None], now: Sequence[Tensor], before: Sequence[Any]
+) -> list[Tensor]:
+    """What stands in the states from here on: what it was where no row was seen."""
+    found = zip(seen, now, before, strict=True)
+    return [new if some is None else torch.where(some, new, old) for some, new, old in found]
 
 
 def _by_matrix(layers: Sequence[tuple[Curvature, State, Any]]) -> list[tuple[Any, State, Any]]:

@@ -159,6 +159,61 @@ def test_a_saved_growth_goes_on(backend, normalize, step):
     assert all(map(torch.equal, model.parameters(), later.parameters()))
 
 
+class Two(nn.Module):
+    """Alike; a step has one of them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(6, 5)
+        self.second.load_state_dict(self.first.state_dict())
+
+    def take_turns(self, optimizer, steps):
+        for step in steps:
+            generator = torch.Generator().manual_seed(step // 2)
+            optimizer.zero_grad()
+            layer = self.second if step % 2 else self.first
+            outputs = layer(torch.randn(8, 6, generator=generator))
+            ((outputs - 1).square().mean() * 1.5 ** (step // 2)).backward()
+            optimizer.step()
+
+
+def test_growth_of_a_layer_that_rests_when_it_is_due(backend):
+    """It is measured after the next step that it takes, also where that follows a restart."""
+    options = {**OPTIONS, "curvature_every": 4}
+    model = Two()
+    optimizer = GLS(model, backend=backend, **options)
+    model.take_turns(optimizer, range(9))
+    twin, copied = copy.deepcopy((model, optimizer))
+    later = copy.deepcopy(model)
+    resumed = GLS(later, backend=backend, **options)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, mine in ((model, optimizer), (twin, copied), (later, resumed)):
+        each.take_turns(mine, range(9, 20))
+        first, second = growths(mine)
+        assert first == second > 1
+    for other in (twin, later):
+        assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("normalize", ["rms", "row", "factored", "adam"])
+def test_a_smaller_max_growth_holds_at_once(backend, normalize):
+    """And not from the next measurement on alone."""
+    moved = []
+    for kept in (2.5, 1.25):
+        model = make_model()
+        options = {**OPTIONS, "normalize": normalize, "curvature_every": 10}
+        optimizer = GLS(model, backend=backend, **options)
+        train(model, optimizer, range(3))
+        for layer in (model[0], model[2]):
+            optimizer.state[layer.weight]["growth"].fill_(kept)
+        optimizer.param_groups[0]["max_growth"] = 1.25
+        assert optimizer.diagnostics()["0/growth"] == 1.25
+        train(model, optimizer, range(3, 5))
+        moved.append([*model.parameters()])
+    assert all(map(torch.equal, *moved))
+
+
 def test_a_state_of_before_goes_on_without(backend):
     model = make_model()
     optimizer = GLS(model, backend=backend, **{**OPTIONS, "max_growth": None})

@@ -257,6 +257,13 @@ def test_parameters_are_rounded_by_the_same_draws(backend, dtype):
     check_rounding(backend, dtype)
 
 
+@pytest.mark.parametrize("damping", [0.3, 0.6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_commit_over_no_row_leaves_the_estimate(backend, dtype, damping):
+    for ops in (backend, reference):
+        check_commit_over_no_row(ops, dtype, damping)
+
+
 def start_estimates(ops, dtype, power, shapes=((40, 3), (33, 17))):
     """States of some layers, and the sums of a step."""
     layers = []
@@ -313,6 +320,22 @@ def check_skipped_commit(backend, dtype, skip):
     for (_, state, _), old in zip(layers, before, strict=True):
         for key, value in state.items():
             assert torch.equal(value, old[key]) == skip, key
+
+
+def check_commit_over_no_row(backend, dtype, damping):
+    """The estimate stays to the bit, however often; P is made anew of it."""
+    layers = start_estimates(backend, dtype, 0.5)
+    nothing = [(kind, state, sums * 0, []) for kind, state, sums in layers]
+    held = [torch.zeros(3), torch.zeros(2, 2).T]
+    unmoved = [(kind, state, sums, held) for kind, state, sums in layers]
+    before = [{key: value.clone() for key, value in state.items()} for _, state, _ in layers]
+    for own in (nothing, unmoved) if commits_at_once(*layers[0][:2]) else (nothing,):
+        for _ in range(3):
+            commit(own, 0.9, damping, 0.5)
+    for (_, state, _), old in zip(layers, before, strict=True):
+        stayed = {key for key, value in state.items() if torch.equal(value, old[key])}
+        made_anew = set() if damping == 0.3 else {"core_inverse", "shift"}
+        assert stayed == state.keys() - made_anew
 
 
 def check_rounding(backend, dtype):

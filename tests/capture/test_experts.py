@@ -321,13 +321,9 @@ def test_expert_without_rows_keeps_its_p():
     state = optimizer.state[layer.weight]
     before = {key: state[key].clone() for key in layer.curvature.names}
     train(model, optimizer, range(3, 5))
-    for key in ("trace", "samples", "shift"):
-        for expert, same in enumerate((False, False, True, True)):
-            found, old = state[key][expert], before[key][expert]
-            assert (relative_error(found, old) <= SOLVE[torch.float64]) == same, (key, expert)
-    spanned = [each["basis"] @ each["core"] @ each["basis"].mT for each in (state, before)]
-    assert_near(spanned[0][2:], spanned[1][2:], SOLVE[torch.float64])
-    assert relative_error(spanned[0][:2], spanned[1][:2]) > 1e-3
+    for key, old in before.items():
+        assert torch.equal(state[key][2:], old[2:]), key
+        assert all(relative_error(*pair) > 1e-3 for pair in zip(state[key][:2], old, strict=False))
 
 
 @pytest.mark.parametrize("options", [{}, {"curvature": "dense"}, {"normalize": "adam"}], ids=str)

@@ -44,7 +44,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn import utils
 from torch.nn.utils import parametrizations
 
-from gls_fused import GLS, attach
+from gls_fused import GLS, attach, register
 from gls_fused.distributed.factors import choose_owners
 from gls_fused.distributed.sharding import chunk_of
 
@@ -638,6 +638,36 @@ def a_rank_without_rows():
         optimizer.step()
     assert_same_weights(model, expected)
     assert_one_preconditioner(optimizer.state.values())
+
+
+class OneExpert(nn.Module):
+    """A stack of a single matrix, which the first rank has."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(1, 6, 6) / 2)
+
+    def forward(self, inputs):
+        return nn.functional.linear(inputs, self.weights[0])
+
+
+@case
+def a_rank_without_experts():
+    """It has all that the others ask it for, to log or to save."""
+    register(OneExpert, "experts")
+    torch.manual_seed(0)
+    model = sharded(nn.Sequential(nn.Linear(6, 6), OneExpert(), nn.Linear(6, 3)))
+    optimizer = GLS(model, curvature_every=2, max_change=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(make_batch("mlp", 8, step)[0].float()).square().mean().backward()
+        optimizer.step()
+    numbers = optimizer.diagnostics()
+    assert "1.weights/held" in numbers
+    assert_same_bits(torch.tensor(list(numbers.values())))
+    how = StateDictOptions(full_state_dict=True)
+    _, state = get_state_dict(model, optimizer, options=how)
+    assert {"held", "growth"} <= state["state"]["1.weights"].keys()
 
 
 @case

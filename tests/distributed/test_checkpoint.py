@@ -83,6 +83,44 @@ def test_distributed_checkpoint(tmp_path, options, flatten):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_room_for_a_state_fits_whatever_steps_auto_takes(tmp_path):
+    """Which it is depends on the rows of a batch, which are not known yet."""
+
+    def make():
+        torch.manual_seed(0)
+        parts = [part for _ in range(2) for part in (nn.LayerNorm(32), nn.Linear(32, 32))]
+        model = nn.Sequential(*parts, nn.Linear(32, 3))
+        return model, GLS(model, curvature_every=2)
+
+    def go(model, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(step)
+            inputs = torch.randn(2048, 32, generator=generator)
+            (model(inputs) - inputs[:, :3]).square().mean().backward()
+            optimizer.step()
+        return snapshot(model)
+
+    model, optimizer = make()
+    go(model, optimizer, range(4))
+    assert "spectral" in optimizer.report()
+    saved = get_optimizer_state_dict(model, optimizer)
+    dcp.save({"model": model.state_dict(), "optimizer": saved}, checkpoint_id=tmp_path)
+    expected = go(model, optimizer, range(4, 8))
+    assert not any("growth" in optimizer.state[model[i].weight] for i in (1, 3))
+
+    model, optimizer = make()
+    found = {
+        "model": model.state_dict(),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    dcp.load(found, checkpoint_id=tmp_path)
+    model.load_state_dict(found["model"])
+    set_optimizer_state_dict(model, optimizer, found["optimizer"])
+    assert_equal(go(model, optimizer, range(4, 8)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_layer_used_elsewhere_is_loaded_as_parameters(tmp_path):
     """With Adam's state, for which a checkpoint has all that a fresh optimizer makes room for."""
 

@@ -36,6 +36,9 @@ BAD_OPTIONS = [
     ("weight_decay", -0.1),
     ("max_change", 0.0),
     ("max_change", -1.0),
+    ("max_growth", 0.5),
+    ("max_growth", math.inf),
+    ("max_growth", 1e39),
     ("normalize", "l2"),
     ("normalize", None),
     ("low_precision", "kahan"),
@@ -113,6 +116,7 @@ WRONG_TYPES = [
     ("beta", torch.tensor(0.9)),
     ("eps", Fraction(1, 10**8)),
     ("max_change", "0.1"),
+    ("max_growth", "2"),
     ("damping", 1j),
 ]
 

@@ -62,6 +62,20 @@ def test_pickle_without_layers_is_refused():
         GLS.__new__(GLS).__setstate__(bare)
 
 
+def test_pickle_of_before_takes_further_groups():
+    """Whose options are those that the optimizer was made with, and what has been added since."""
+    _, optimizer = make_trained()
+    state = copy.deepcopy(optimizer.__getstate__())
+    for options in (state["defaults"], *state["param_groups"]):
+        del options["max_growth"]
+    for group in state["param_groups"]:
+        group["version"] = 5
+    found = GLS.__new__(GLS)
+    found.__setstate__(state)
+    found.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "lr": 0.5})
+    assert [group["max_growth"] for group in found.param_groups] == [None] * 2
+
+
 @pytest.mark.parametrize("how", [copy.deepcopy, through_pickle])
 def test_copy_of_an_attachment_follows_the_copied_optimizer(how):
     model = make_net("mlp")

@@ -58,6 +58,22 @@ def test_the_one_whose_steps_never_gather_learns_as_much(backend, site):
         assert kept == pytest.approx(max(now, 30**-0.5), rel=0.05)
 
 
+def test_what_is_due_outlasts_a_step_that_is_not_taken(backend):
+    """As torch.amp.GradScaler leaves one, of a gradient that is not finite."""
+    found = []
+    for flags in ([0.0], [1.0, 0.0]):
+        model = make_heads()
+        optimizer = GLS(model, lr=0.01, backend=backend, **OPTIONS)
+        take_turns(model, optimizer, range(9))
+        for flag in flags:
+            optimizer.found_inf = torch.tensor(flag)
+            take_turns(model, optimizer, [9])
+        take_turns(model, optimizer, range(10, 14))
+        found.append((snapshot(model), optimizer.diagnostics()))
+    assert_equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
 @pytest.mark.parametrize("how", ["state", "deepcopy", "attach"])
 def test_what_is_due_outlasts_a_restart(how):
     """Saved before the head that is due has its turn."""

@@ -27,6 +27,7 @@ def make_mlp():
 def fit(model, optimizer, seeds):
     for seed in seeds:
         inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed))
+        inputs = inputs.to(next(model.parameters()).dtype)
         optimizer.zero_grad()
         F.mse_loss(model(inputs), inputs[:, :3]).backward()
         optimizer.step()
@@ -101,6 +102,24 @@ def test_decay_of_weights_alone_takes_as_many_ops_for_any_number_of_layers():
         counts["decay and none", layers, 2] - counts["one group", layers, 2] for layers in (3, 12)
     )
     assert few == many
+
+
+def test_a_flag_that_is_false_leaves_the_digits_of_float64(backend):
+    """Of the decay of a bias in a group of its own, and of the shares that are counted."""
+    found = []
+    for flag in (None, torch.tensor(0.0)):
+        model = make_mlp().double()
+        groups = [{"params": [p for _, p in part]} for part in split(model)]
+        groups[1].update(lr=0.003, weight_decay=0.1)
+        optimizer = GLS(groups, model=model, backend=backend, **OPTIONS)
+        for seed in range(8):
+            if flag is not None:
+                # As torch.amp.GradScaler leaves it.
+                optimizer.found_inf = flag
+            fit(model, optimizer, [seed])
+        held = [state["held"] for state in optimizer.state.values() if "held" in state]
+        found.append([params_of(model), torch.stack(held)])
+    torch.testing.assert_close(*found, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])

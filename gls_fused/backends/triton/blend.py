@@ -31,7 +31,7 @@ LINE = 11
 @triton.jit
 def blend_samples(s, w, n):
     """See `gls_fused.reference.blend_samples`."""
-    return 1.0 / ((1.0 - w) * (1.0 - w) / s + w * w / n)
+    return tl.where(w > 0, 1.0 / ((1.0 - w) * (1.0 - w) / s + w * w / n), s)
 
 
 @triton.jit

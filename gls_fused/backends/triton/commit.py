@@ -78,7 +78,7 @@ def _blend_gram_kernel(
     blocks,  # int64 [programs, 2]: layer, block of its d
     options,  # int64 [3], float64 bits: 1 - beta, mu d / t, damping
     skip,
-    between,  # float32, of each layer: Z [r, d], Q [r, d], M + mu I [r, r], t, s
+    between,  # float32, of each layer: Z [r, d], Q [r, d], M + mu I [r, r], t, s, w
     parts,  # float64 [programs, RANK, RANK]
     triangles,  # float64 [layers, RANK, RANK]: R
     inverses,  # float64 [layers, RANK, RANK]: R^-1
@@ -128,6 +128,7 @@ def _blend_gram_kernel(
         tl.store(rest + rank * rank, t)
         s = tl.load(tl.load(line + 3).to(tl.pointer_type(tl.float32)))
         tl.store(rest + rank * rank + 1, blend_samples(s, w, n))
+        tl.store(rest + rank * rank + 2, w)
     wide = z.to(tl.float64)
     own = tl.dot(tl.trans(wide), wide, out_dtype=tl.float64)
     tl.store(parts + program * RANK * RANK + c[:, None] * RANK + c[None, :], own)
@@ -179,7 +180,12 @@ def _turn_kernel(
     at = k[:, None] + c[None, :] * dim
     mask = (k < dim)[:, None] & (c < rank)[None, :]
     of_layer = layer * RANK * RANK + i * RANK + j
+    rest = own + 2 * rank * dim
+    w = tl.load(rest + rank * rank + 2)
     if SECOND:
+        # Over no row the basis would move by rounding, which adds up.
+        if w == 0:
+            return
         z = tl.load(own + rank * dim + at, mask=mask, other=0.0).to(tl.float64)
         q = rotate_tile(z, tl.load(turned + of_layer), k, dim, mask, SEED)
         tl.store(tl.load(line).to(tl.pointer_type(tl.float32)) + at, q, mask=mask)
@@ -195,7 +201,6 @@ def _turn_kernel(
             total = sum_parts(parts, tl.load(line + 9), count, RANK)
             factor, eliminated = eliminate(total, rank, DEPENDENT)
             tl.store(turned + layer * RANK * RANK + j * RANK + i, eliminated)
-            rest = own + 2 * rank * dim
             inside = (i < rank) & (j < rank)
             m = tl.load(rest + i * rank + j, mask=inside, other=0.0).to(tl.float64)
             t, s = tl.load(rest + rank * rank), tl.load(rest + rank * rank + 1)
@@ -204,10 +209,10 @@ def _turn_kernel(
             moved = move_core(m, turn, rank, EPS).to(tl.float32)
             # Where the basis was completed by directions of no sketch there is none of it.
             moved -= tl.where(i == j, tl.minimum(moved, mu), 0.0)
+            core = tl.load(line + 1).to(tl.pointer_type(tl.float32)) + i * rank + j
+            moved = tl.where(w > 0, moved, tl.load(core, mask=inside, other=0.0))
             moved = tl.where(inside, moved, 0.0)
-            tl.store(
-                tl.load(line + 1).to(tl.pointer_type(tl.float32)) + i * rank + j, moved, mask=inside
-            )
+            tl.store(core, moved, mask=inside)
             tl.store(tl.load(line + 2).to(tl.pointer_type(tl.float32)), t)
             tl.store(tl.load(line + 3).to(tl.pointer_type(tl.float32)), s)
             trace = tl.sum(tl.where(i == j, moved, 0.0))
@@ -280,7 +285,7 @@ def commit_subspaces_(
             words += [flat.data_ptr(), flat.numel(), flat.element_size()]
         lines += [*words, *[0] * (6 - len(words)), not led_to]
         counts.append(count)
-        size += 2 * rank * dim + rank * rank + 2
+        size += 2 * rank * dim + rank * rank + 3
     square = (padded, padded)
     parts = torch.empty(sum(counts), *square, dtype=torch.float64, device=device)
     triangles, inverses, turned = (parts.new_empty(len(estimates), *square) for _ in range(3))

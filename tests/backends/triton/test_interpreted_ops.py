@@ -13,6 +13,7 @@ from test_backends import (
     assert_same,
     assert_same_estimate,
     check_commit,
+    check_commit_over_no_row,
     check_rounding,
     check_skipped_commit,
     draw,
@@ -376,6 +377,11 @@ def test_parameters_are_rounded_at_once(monkeypatch, dtype):
 @pytest.mark.parametrize("skip", [False, True])
 def test_commit_that_is_skipped_changes_nothing(skip):
     check_skipped_commit(backend, torch.float32, skip)
+
+
+@pytest.mark.parametrize("damping", [0.3, 0.6])
+def test_commit_over_no_row_leaves_the_estimate(damping):
+    check_commit_over_no_row(backend, torch.float32, damping)
 
 
 def check_refresh(core, sketch, scale):
