@@ -25,7 +25,7 @@ BACKENDS = ("triton", "native")
 LAUNCH = 2.5e-6
 # Ops of torch's on the device that `reference.blend_subspace` is, and those that choose the rows of
 # a sample; a test counts them.
-BLEND_OPS, SAMPLE_OPS = 35, 20
+BLEND_OPS, SAMPLE_OPS = 37, 20
 # Triton's configs.py: rows of a program that walks d, its tiles of the update, columns of a
 # program's sketch and, of a basis, of d. A test compares them.
 WALK_ROWS, UPDATE_ROWS, UPDATE_COLUMNS, SKETCH_COLUMNS, BASIS_ROWS = 16, 32, 64, 32, 32
