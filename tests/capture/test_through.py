@@ -172,7 +172,8 @@ def test_inputs_that_python_is_asked_about(trained, inputs):
     assert layer.through(model[0]._parameters, inputs) is None
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+# A FutureWarning in torch 2.14, a DeprecationWarning in 2.11.
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_transforms_and_tracing_ask_python(trained):
     model, optimizer = trained
     known = known_calls(optimizer)
